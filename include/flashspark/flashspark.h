@@ -1,0 +1,254 @@
+/* flashspark: FlashAttention for NVIDIA SM12x GPUs and for any CPU. The C interface.
+ *
+ * One problem description (flashspark_attention_params) serves every implementation: the scalar oracle, the CPU engine
+ * and the GPU kernels. Nothing here throws, allocates for the caller, or keeps a pointer after the call returns.
+ *
+ * Symbols used below:
+ *   B   num_seqs      sequences in the batch          Hq  num_heads_q     query heads
+ *   Tq  seqlen_q      query tokens of one sequence    Hkv num_heads_kv    key/value heads, Hq % Hkv == 0
+ *   Tk  seqlen_k      keys of one sequence            D   head_dim        width of q and k
+ *   P   page_size     tokens in one page              Dv  head_dim_v      width of v and out
+ *
+ * For query row i of a sequence and key j the position of the query on the key axis is  pos = i + Tk - Tq
+ * (bottom-right alignment), and
+ *
+ *   s[i,j]   = softmax_scale * q_descale * k_descale * dot(q[i], k[j])
+ *   s[i,j]   = softcap * tanh(s / softcap)                     if softcap > 0
+ *   s[i,j]  += rel_logits[i, h, pos - j]                       if 0 <= pos - j < rel_extent
+ *   s[i,j]  -= alibi_slope[h] * |pos - j|                      if alibi_slopes
+ *   p[i,:]   = softmax over the keys kept by the mask, and the sink logit of head h in the denominator
+ *   out[i]   = v_descale * sum_j p[i,j] v[j] / output_scale
+ *   lse[i]   = log(sum_j exp(s[i,j]) [+ exp(sink)])            natural logarithm
+ *
+ * A row whose keys are all masked gives out = 0 and lse = -inf (lse = sink if there are sinks).
+ */
+#ifndef FLASHSPARK_FLASHSPARK_H_
+#define FLASHSPARK_FLASHSPARK_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FLASHSPARK_API __attribute__((visibility("default")))
+#else
+#define FLASHSPARK_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Version of the structs below; a library refuses a struct of another version (FLASHSPARK_VERSION_MISMATCH). */
+#define FLASHSPARK_ABI_VERSION 1u
+
+typedef enum flashspark_status {
+  FLASHSPARK_OK = 0,
+  FLASHSPARK_INVALID_ARGUMENT = 1, /* a field breaks its rule; nothing was computed or written */
+  FLASHSPARK_INVALID_TYPE = 2,     /* a dtype breaks its rule; nothing was computed or written */
+  FLASHSPARK_UNSUPPORTED = 3,      /* legal, but no implementation here offers it; the error lists what each one lacks */
+  FLASHSPARK_VERSION_MISMATCH = 4, /* struct_size or abi_version is not this library's */
+  FLASHSPARK_OUT_OF_MEMORY = 5,
+  FLASHSPARK_DEVICE_ERROR = 6, /* the device or its driver reported an error */
+  FLASHSPARK_INTERNAL = 7
+} flashspark_status;
+
+typedef enum flashspark_dtype {
+  FLASHSPARK_DTYPE_NONE = 0,
+  FLASHSPARK_FLOAT32 = 1,
+  FLASHSPARK_FLOAT16 = 2,
+  FLASHSPARK_BFLOAT16 = 3,
+  FLASHSPARK_FLOAT8_E4M3 = 4 /* OCP e4m3fn: no infinity, 0x7f and 0xff are NaN, largest finite value 448 */
+} flashspark_dtype;
+
+typedef enum flashspark_device { FLASHSPARK_CPU = 0, FLASHSPARK_CUDA = 1 } flashspark_device;
+
+/* How prefix_ranges is laid out (PrefixLM: tokens of one image see each other in both directions). */
+typedef enum flashspark_prefix_mode {
+  FLASHSPARK_PREFIX_NONE = 0,
+  FLASHSPARK_PREFIX_PER_SEQ = 1,  /* (B, num_prefix_ranges, 2) int32; an unused slot is (-1, -1) or start > end */
+  FLASHSPARK_PREFIX_PER_TOKEN = 2 /* (total_q, 2) int32: the range that holds this query token, or (-1, -1) */
+} flashspark_prefix_mode;
+
+/* One tensor. Strides count elements; the last dimension (D or Dv) is contiguous. A stride may be any value, 0 and
+ * negative included, as long as every address that is used lies in the caller's memory. */
+typedef struct flashspark_tensor {
+  void *data;
+  int64_t batch_stride; /* dense: from sequence to sequence; paged k, v: from page to page; varlen: unused */
+  int64_t token_stride;
+  int64_t head_stride;
+  int32_t dtype; /* flashspark_dtype */
+  int32_t reserved;
+} flashspark_tensor;
+
+/* Factors of an fp8 tensor: float32, one per (sequence, KV head), 0 strides allowed. data == NULL means 1. */
+typedef struct flashspark_scale {
+  const float *data;
+  int64_t batch_stride;
+  int64_t head_stride;
+} flashspark_scale;
+
+/* Forward attention. Set every byte to zero, then fill in what is needed: flashspark_attention_params_init() does the
+ * first step and sets the defaults that are not zero. */
+typedef struct flashspark_attention_params {
+  uint32_t struct_size; /* sizeof(flashspark_attention_params) */
+  uint32_t abi_version; /* FLASHSPARK_ABI_VERSION */
+
+  /* Where and how. */
+  int32_t device;             /* flashspark_device: where every pointer below lives */
+  int32_t device_index;       /* CUDA device ordinal; 0 for the CPU */
+  void *stream;               /* CUstream; NULL is the default stream; unused on the CPU */
+  const char *implementation; /* NULL: the best that fits. Else a name that flashspark_implementation_name() gives */
+  int32_t num_threads;        /* CPU threads; 0: all */
+  int32_t num_splits;         /* KV splits: 0 chooses, 1 forbids splitting, n asks for n */
+  int32_t deterministic;      /* 1: bit-identical on every run, and a sequence does not depend on its neighbours */
+  int32_t reserved0;
+
+  /* Sizes. */
+  int64_t num_seqs;       /* B >= 0 */
+  int64_t num_heads_q;    /* Hq > 0 */
+  int64_t num_heads_kv;   /* Hkv > 0, divides Hq */
+  int64_t head_dim;       /* D: multiple of 8, 8..512 */
+  int64_t head_dim_v;     /* Dv: multiple of 8, 8..512 */
+  int64_t max_seqlen_q;   /* upper bound of Tq; exact for dense q */
+  int64_t max_seqlen_k;   /* upper bound of Tk; exact for dense k without seqused_k */
+  int64_t total_q;        /* varlen: rows of q and out; dense: 0 */
+  int64_t total_k;        /* varlen k, v: rows; dense and paged: 0 */
+  int64_t num_kv_seqs;    /* dense k, v: batch rows that kv_batch_index may name; 0: num_seqs */
+  int64_t num_pages;      /* paged: pages in the cache; else 0 */
+  int64_t page_size;      /* paged: tokens in a page, a multiple of 16; else 0 */
+  int64_t num_page_slots; /* paged: entries in one row of page_table */
+
+  /* Tensors. */
+  flashspark_tensor q;   /* dense (B, Tq, Hq, D), varlen (total_q, Hq, D): f32, f16, bf16, e4m3 */
+  flashspark_tensor k;   /* dense (B, Tk, Hkv, D), varlen (total_k, Hkv, D), paged (num_pages, P, Hkv, D) */
+  flashspark_tensor v;   /* the same with Dv; may lie inside k's rows (packed caches); dtype of k */
+  flashspark_tensor out; /* dense (B, Tq, Hq, Dv) or varlen (total_q, Hq, Dv) */
+
+  /* Lengths and pages: contiguous int32 on the device. NULL where absent. */
+  const int32_t *cu_seqlens_q;   /* (B + 1) row offsets into q and out; NULL: q is dense */
+  const int32_t *cu_seqlens_k;   /* (B + 1) row offsets into k and v; not with page_table */
+  const int32_t *seqused_q;      /* (B) query rows in use; the rest of the sequence's rows are left untouched */
+  const int32_t *seqused_k;      /* (B) keys in use */
+  const int32_t *leftpad_k;      /* (B) keys to skip at the start of a dense or paged sequence; they count in seqused_k */
+  const int32_t *kv_batch_index; /* (B) dense k, v: the batch row that holds this sequence */
+  const int32_t *page_table;     /* (B, num_page_slots) page numbers; entries past a sequence's end are never read */
+  int64_t page_table_stride;     /* elements from row to row, >= num_page_slots */
+
+  /* Scores. */
+  float softmax_scale; /* finite, >= 0 */
+  float softcap;       /* 0: off */
+  flashspark_scale q_descale, k_descale, v_descale; /* (B, Hkv); only read for e4m3 tensors */
+  const float *output_scale;                        /* 1 element; only for e4m3 out: out is divided by it. NULL: 1 */
+  const void *sinks;                                /* (Hq) logits that only enter the denominator. NULL: none */
+  int32_t sinks_dtype;                              /* f32, f16, bf16 */
+  int32_t rel_dtype;                                /* dtype of rel_logits: f32, f16, bf16 */
+  const void *rel_logits;   /* relative-position bias (total_q or B * max_seqlen_q, Hq, rel_extent). NULL: none */
+  int64_t rel_extent;       /* distances 0 .. rel_extent - 1 have a bias */
+  int64_t rel_token_stride; /* elements */
+  int64_t rel_head_stride;
+  const float *alibi_slopes;  /* (Hq), or (B, Hq) with alibi_batch_stride. NULL: none */
+  int64_t alibi_batch_stride; /* elements; 0: one set of slopes for all sequences */
+
+  /* Mask. keep(i, j) = [j <= pos if causal] and [pos - j <= window_left] and [j - pos <= window_right]; widened by
+   * prefix ranges and R-SWA as their fields say. */
+  int32_t causal;                /* 0 or 1 */
+  int32_t prefix_mode;           /* flashspark_prefix_mode */
+  const int32_t *causal_per_seq; /* (B), 1: causal; replaces `causal` when given */
+  int64_t window_left;           /* inclusive, counted from pos; -1: open */
+  int64_t window_right;          /* inclusive; -1: open */
+  const int32_t *prefix_ranges;  /* inclusive [start, end] on the key axis: keep also every j in a range that holds pos */
+  int64_t num_prefix_ranges;     /* slots a sequence (FLASHSPARK_PREFIX_PER_SEQ) */
+  int32_t prefix_clamp_window;   /* 1: a range keeps only keys with pos - j <= window_left */
+  int32_t rswa_window;           /* > 0: keep j when j <= pos and (j < rswa_prefix_lens[b] or pos - j < rswa_window) */
+  const int32_t *rswa_prefix_lens; /* (B) */
+
+  /* Results beside out. */
+  float *lse; /* natural log. dense (B, Hq, Tq), varlen (Hq, total_q). NULL: not wanted */
+  int64_t lse_batch_stride;
+  int64_t lse_head_stride;
+  int64_t lse_token_stride;
+
+  /* Scratch memory on the device, 16-byte aligned. flashspark_attention_workspace_size() says how much. */
+  void *workspace;
+  size_t workspace_size; /* bytes */
+} flashspark_attention_params;
+
+/* Writes new keys and values into a dense or paged cache, turning the new keys (and q, in place) by rotary embedding
+ * when cos and sin are given. Row i of sequence b goes to key position seqlens[b] + i. Sizes as above. */
+typedef struct flashspark_append_params {
+  uint32_t struct_size; /* sizeof(flashspark_append_params) */
+  uint32_t abi_version;
+  int32_t device; /* flashspark_device */
+  int32_t device_index;
+  void *stream;
+
+  int64_t num_seqs;
+  int64_t num_heads_q; /* only with rotary embedding of q */
+  int64_t num_heads_kv;
+  int64_t head_dim;
+  int64_t head_dim_v;
+  int64_t seqlen_new;     /* new rows of each sequence (dense k_new), or their upper bound (cu_seqlens_new) */
+  int64_t total_new;      /* rows of k_new with cu_seqlens_new; else 0 */
+  int64_t seqlen_cache;   /* dense: rows of one cache sequence; paged: 0 */
+  int64_t num_cache_rows; /* dense: sequences in the cache (kv_batch_index points into them) */
+  int64_t num_pages, page_size, num_page_slots;
+
+  flashspark_tensor k_new, v_new;     /* (B, seqlen_new, Hkv, D | Dv) or (total_new, Hkv, D | Dv) */
+  flashspark_tensor k_cache, v_cache; /* as k and v above; e4m3 caches take f32, f16, bf16 rows divided by k_scale */
+  flashspark_tensor q;                /* optional: rotated in place; (B, seqlen_new, Hq, D) or (total_new, Hq, D) */
+
+  const int32_t *seqlens;        /* (B) keys in the cache before the call. NULL: 0 */
+  const int32_t *cu_seqlens_new; /* (B + 1) or NULL */
+  const int32_t *kv_batch_index; /* (B) or NULL */
+  const int32_t *leftpad_k;      /* (B) or NULL: rotary positions count from here */
+  const int32_t *page_table;
+  int64_t page_table_stride;
+  flashspark_scale k_descale, v_descale; /* of an e4m3 cache */
+
+  const void *rotary_cos, *rotary_sin; /* (seqlen_rotary, rotary_dim / 2), contiguous. NULL: no rotation */
+  int32_t rotary_dtype;                /* f32, f16, bf16 */
+  int32_t rotary_interleaved;          /* 1: pairs (0, 1), (2, 3) ..; 0: pairs (0, r/2), (1, r/2 + 1) .. */
+  int64_t seqlen_rotary;
+  int64_t rotary_dim;          /* multiple of 2, <= D */
+  int32_t q_rotary_per_token;  /* 1: q row i turns by position seqlens[b] + i; 0: all rows by seqlens[b] */
+  int32_t reserved0;
+} flashspark_append_params;
+
+/* Zeroes the struct and sets struct_size, abi_version, open windows and softmax_scale = 1. */
+FLASHSPARK_API void flashspark_attention_params_init(flashspark_attention_params *params);
+FLASHSPARK_API void flashspark_append_params_init(flashspark_append_params *params);
+
+/* Computes out (and lse). On the CPU it returns when done; on a GPU when the work is on the stream. */
+FLASHSPARK_API flashspark_status flashspark_attention_forward(const flashspark_attention_params *params);
+
+/* Bytes of workspace that flashspark_attention_forward() needs for these params (0 on the CPU). */
+FLASHSPARK_API flashspark_status flashspark_attention_workspace_size(const flashspark_attention_params *params,
+                                                                     size_t *size);
+
+/* Checks the params as flashspark_attention_forward() does; computes nothing. */
+FLASHSPARK_API flashspark_status flashspark_attention_validate(const flashspark_attention_params *params);
+
+/* Writes which implementation would run and why, or what each one lacks, as text; returns the status that
+ * flashspark_attention_forward() would give. `buffer` may be NULL; it is always terminated when size > 0. */
+FLASHSPARK_API flashspark_status flashspark_attention_explain(const flashspark_attention_params *params, char *buffer,
+                                                              size_t size);
+
+FLASHSPARK_API flashspark_status flashspark_append_kv(const flashspark_append_params *params);
+
+/* The last error of this thread, never NULL. Names the argument, its value and the rule. */
+FLASHSPARK_API const char *flashspark_last_error(void);
+
+/* Implementations in this build, best first; NULL past the end. */
+FLASHSPARK_API const char *flashspark_implementation_name(int32_t index);
+FLASHSPARK_API const char *flashspark_implementation_description(int32_t index);
+
+FLASHSPARK_API const char *flashspark_version(void);    /* "0.1.0" */
+FLASHSPARK_API const char *flashspark_cpu_target(void); /* SIMD target in use: "AVX2", "NEON", ... */
+FLASHSPARK_API int32_t flashspark_cpu_threads(void);    /* threads used when num_threads == 0 */
+FLASHSPARK_API const char *flashspark_status_name(flashspark_status status);
+FLASHSPARK_API size_t flashspark_dtype_size(int32_t dtype); /* bytes; 0 for an unknown dtype */
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* FLASHSPARK_FLASHSPARK_H_ */

@@ -1,0 +1,144 @@
+// The public entry points. Nothing throws past here.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "append.hpp"
+#include "cpu/engine.hpp"
+#include "cpu/thread_pool.hpp"
+#include "dispatch.hpp"
+#include "dtype.hpp"
+#include "error.hpp"
+#include "validate.hpp"
+
+namespace fs = flashspark;
+
+namespace {
+
+template <class F>
+flashspark_status guarded(F &&f) noexcept {
+  try {
+    f();
+    return FLASHSPARK_OK;
+  } catch (const fs::Error &error) {
+    fs::set_last_error(error.what());
+    return error.status();
+  } catch (const std::bad_alloc &) {
+    fs::set_last_error("out of memory");
+    return FLASHSPARK_OUT_OF_MEMORY;
+  } catch (const std::exception &error) {
+    fs::set_last_error(error.what());
+    return FLASHSPARK_INTERNAL;
+  } catch (...) {
+    fs::set_last_error("unknown error");
+    return FLASHSPARK_INTERNAL;
+  }
+}
+
+template <class T>
+const T &checked(const T *params) {
+  if (params == nullptr) fs::fail("params", std::string("NULL"), "must point to the problem");
+  fs::validate(*params);
+  return *params;
+}
+
+}  // namespace
+
+void flashspark_attention_params_init(flashspark_attention_params *params) {
+  *params = {};
+  params->struct_size = sizeof *params;
+  params->abi_version = FLASHSPARK_ABI_VERSION;
+  params->softmax_scale = 1.0f;
+  params->window_left = -1;
+  params->window_right = -1;
+}
+
+void flashspark_append_params_init(flashspark_append_params *params) {
+  *params = {};
+  params->struct_size = sizeof *params;
+  params->abi_version = FLASHSPARK_ABI_VERSION;
+}
+
+flashspark_status flashspark_attention_forward(const flashspark_attention_params *params) {
+  return guarded([&] {
+    const fs::Params &p = checked(params);
+    fs::choose(p).forward(p);
+  });
+}
+
+flashspark_status flashspark_attention_workspace_size(const flashspark_attention_params *params, size_t *size) {
+  return guarded([&] {
+    const fs::Params &p = checked(params);
+    if (size == nullptr) fs::fail("size", std::string("NULL"), "must point to the result");
+    *size = fs::choose(p).workspace(p);
+  });
+}
+
+flashspark_status flashspark_attention_validate(const flashspark_attention_params *params) {
+  return guarded([&] { checked(params); });
+}
+
+flashspark_status flashspark_attention_explain(const flashspark_attention_params *params, char *buffer, size_t size) {
+  if (buffer != nullptr && size > 0) *buffer = '\0';
+  return guarded([&] {
+    const fs::Params &p = checked(params);
+    const std::string text = fs::explain(p);
+    if (buffer != nullptr && size > 0) {
+      const size_t length = std::min(text.size(), size - 1);
+      std::memcpy(buffer, text.data(), length);
+      buffer[length] = '\0';
+    }
+    fs::choose(p);
+  });
+}
+
+flashspark_status flashspark_append_kv(const flashspark_append_params *params) {
+  return guarded([&] {
+    const fs::AppendParams &p = checked(params);
+    if (p.device != FLASHSPARK_CPU) {
+      throw fs::Error(FLASHSPARK_UNSUPPORTED, "append: no implementation fits: cpu runs on the CPU only; device = CUDA");
+    }
+    fs::append_kv(p);
+  });
+}
+
+const char *flashspark_last_error(void) { return fs::last_error(); }
+
+const char *flashspark_implementation_name(int32_t index) {
+  const auto all = fs::implementations();
+  return index >= 0 && static_cast<size_t>(index) < all.size() ? all[index].name : nullptr;
+}
+
+const char *flashspark_implementation_description(int32_t index) {
+  const auto all = fs::implementations();
+  return index >= 0 && static_cast<size_t>(index) < all.size() ? all[index].description : nullptr;
+}
+
+const char *flashspark_version(void) { return FLASHSPARK_VERSION; }
+const char *flashspark_cpu_target(void) { return fs::cpu::engine_target(); }
+int32_t flashspark_cpu_threads(void) { return fs::cpu::default_threads(); }
+
+const char *flashspark_status_name(flashspark_status status) {
+  switch (status) {
+    case FLASHSPARK_OK:
+      return "ok";
+    case FLASHSPARK_INVALID_ARGUMENT:
+      return "invalid argument";
+    case FLASHSPARK_INVALID_TYPE:
+      return "invalid type";
+    case FLASHSPARK_UNSUPPORTED:
+      return "unsupported";
+    case FLASHSPARK_VERSION_MISMATCH:
+      return "version mismatch";
+    case FLASHSPARK_OUT_OF_MEMORY:
+      return "out of memory";
+    case FLASHSPARK_DEVICE_ERROR:
+      return "device error";
+    case FLASHSPARK_INTERNAL:
+      return "internal error";
+  }
+  return "unknown status";
+}
+
+size_t flashspark_dtype_size(int32_t dtype) { return fs::dtype_size(dtype); }

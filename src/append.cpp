@@ -1,0 +1,110 @@
+#include "append.hpp"
+
+#include <cstring>
+
+#include "cpu/thread_pool.hpp"
+#include "dtype.hpp"
+
+namespace flashspark {
+namespace {
+
+// Rotary embedding (Su et al., RoFormer, 2021) of the first rotary_dim elements of `row`, read and written in `dtype`.
+void rotate(const AppendParams &p, void *row, int64_t offset, int32_t dtype, int64_t position) {
+  const int64_t half = p.rotary_dim / 2;
+  for (int64_t n = 0; n < half; ++n) {
+    const float c = load_as_float(p.rotary_cos, position * half + n, p.rotary_dtype);
+    const float s = load_as_float(p.rotary_sin, position * half + n, p.rotary_dtype);
+    const int64_t i0 = offset + (p.rotary_interleaved ? 2 * n : n);
+    const int64_t i1 = offset + (p.rotary_interleaved ? 2 * n + 1 : n + half);
+    const float x0 = load_as_float(row, i0, dtype), x1 = load_as_float(row, i1, dtype);
+    store_from_float(row, i0, dtype, x0 * c - x1 * s);
+    store_from_float(row, i1, dtype, x0 * s + x1 * c);
+  }
+}
+
+void copy_row(const flashspark_tensor &from, int64_t source, const flashspark_tensor &to, int64_t target, int64_t width,
+              float descale) {
+  if (from.dtype == to.dtype) {
+    const size_t size = dtype_size(from.dtype);
+    std::memcpy(static_cast<char *>(to.data) + target * size, static_cast<const char *>(from.data) + source * size,
+                width * size);
+    return;
+  }
+  const float inverse = descale > 0 ? 1.0f / descale : 0.0f;
+  for (int64_t d = 0; d < width; ++d) {
+    store_from_float(to.data, target + d, to.dtype, load_as_float(from.data, source + d, from.dtype) * inverse);
+  }
+}
+
+struct AppendSequence {
+  int64_t b, rows, new_row, before, position0;
+};
+
+AppendSequence append_sequence(const AppendParams &p, int64_t b) {
+  AppendSequence s{.b = b, .rows = p.seqlen_new, .new_row = 0, .before = 0, .position0 = 0};
+  if (p.cu_seqlens_new != nullptr) {
+    s.new_row = p.cu_seqlens_new[b];
+    s.rows = p.cu_seqlens_new[b + 1] - s.new_row;
+  }
+  if (p.seqlens != nullptr) s.before = p.seqlens[b];
+  s.position0 = s.before - (p.leftpad_k != nullptr ? p.leftpad_k[b] : 0);
+  return s;
+}
+
+int64_t new_offset(const AppendParams &p, const flashspark_tensor &t, const AppendSequence &s, int64_t i, int64_t h) {
+  return (p.cu_seqlens_new ? 0 : s.b * t.batch_stride) + (s.new_row + i) * t.token_stride + h * t.head_stride;
+}
+
+int64_t cache_offset(const AppendParams &p, const flashspark_tensor &t, const AppendSequence &s, int64_t i, int64_t h) {
+  const int64_t row = s.before + i;
+  if (p.page_table != nullptr) {
+    const int64_t page = p.page_table[s.b * p.page_table_stride + row / p.page_size];
+    return page * t.batch_stride + row % p.page_size * t.token_stride + h * t.head_stride;
+  }
+  const int64_t batch = p.kv_batch_index != nullptr ? p.kv_batch_index[s.b] : s.b;
+  return batch * t.batch_stride + row * t.token_stride + h * t.head_stride;
+}
+
+void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
+  const bool quantize = p.k_cache.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k_new.dtype != FLASHSPARK_FLOAT8_E4M3;
+  const float k_descale = scale_at(p.k_descale, s.b, h, p.k_cache.dtype);
+  const float v_descale = scale_at(p.v_descale, s.b, h, p.v_cache.dtype);
+  for (int64_t i = 0; i < s.rows; ++i) {
+    const int64_t k_at = cache_offset(p, p.k_cache, s, i, h);
+    if (p.rotary_cos == nullptr) {
+      copy_row(p.k_new, new_offset(p, p.k_new, s, i, h), p.k_cache, k_at, p.head_dim, k_descale);
+    } else if (quantize) {  // turn in float first: rounding to e4m3 comes last
+      float row[512];
+      const int64_t from = new_offset(p, p.k_new, s, i, h);
+      for (int64_t d = 0; d < p.head_dim; ++d) row[d] = load_as_float(p.k_new.data, from + d, p.k_new.dtype);
+      rotate(p, row, 0, FLASHSPARK_FLOAT32, s.position0 + i);
+      copy_row({row, 0, 0, 0, FLASHSPARK_FLOAT32, 0}, 0, p.k_cache, k_at, p.head_dim, k_descale);
+    } else {
+      copy_row(p.k_new, new_offset(p, p.k_new, s, i, h), p.k_cache, k_at, p.head_dim, 1.0f);
+      rotate(p, p.k_cache.data, k_at, p.k_cache.dtype, s.position0 + i);
+    }
+    copy_row(p.v_new, new_offset(p, p.v_new, s, i, h), p.v_cache, cache_offset(p, p.v_cache, s, i, h), p.head_dim_v,
+             v_descale);
+  }
+}
+
+}  // namespace
+
+void append_kv(const AppendParams &p) {
+  // A decode step appends a few rows: threads would cost more than the copy.
+  const int64_t elements = p.num_seqs * p.seqlen_new * p.num_heads_kv * (p.head_dim + p.head_dim_v);
+  const int32_t threads = elements < (1 << 16) ? 1 : 0;
+  cpu::parallel_for(threads, p.num_seqs * p.num_heads_kv, [&](int64_t n) {
+    append_head(p, append_sequence(p, n / p.num_heads_kv), n % p.num_heads_kv);
+  });
+  if (p.q.data == nullptr) return;
+  cpu::parallel_for(threads, p.num_seqs * p.num_heads_q, [&](int64_t n) {
+    const AppendSequence s = append_sequence(p, n / p.num_heads_q);
+    for (int64_t i = 0; i < s.rows; ++i) {
+      rotate(p, p.q.data, new_offset(p, p.q, s, i, n % p.num_heads_q), p.q.dtype,
+             s.position0 + (p.q_rotary_per_token ? i : 0));
+    }
+  });
+}
+
+}  // namespace flashspark

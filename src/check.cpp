@@ -1,0 +1,149 @@
+// The rules that attention and append share.
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "dtype.hpp"
+#include "error.hpp"
+#include "validate.hpp"
+
+namespace flashspark::check {
+
+// Every byte offset of a tensor must fit in an int64 with room for sums of three terms.
+constexpr int64_t kMaxOffset = int64_t{1} << 58;
+
+std::string at(const char *name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+
+void version(uint32_t struct_size, size_t expected_size, uint32_t abi_version, const char *type) {
+  if (struct_size != expected_size || abi_version != FLASHSPARK_ABI_VERSION) {
+    char text[256];
+    std::snprintf(text, sizeof text,
+                  "%s: struct_size = %" PRIu32 ", abi_version = %" PRIu32
+                  ": this library takes size %zu, version %u; call %s_init() and build against its header",
+                  type, struct_size, abi_version, expected_size, FLASHSPARK_ABI_VERSION, type);
+    throw Error(FLASHSPARK_VERSION_MISMATCH, text);
+  }
+}
+
+void device(int32_t device, int32_t index) {
+  if (device != FLASHSPARK_CPU && device != FLASHSPARK_CUDA) fail("device", int64_t{device}, "must be 0 (CPU) or 1 (CUDA)");
+  if (index < 0) fail("device_index", int64_t{index}, "must not be negative");
+  if (device == FLASHSPARK_CPU && index != 0) fail("device_index", int64_t{index}, "must be 0 for the CPU");
+}
+
+void in_range(const char *argument, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return;
+  fail(argument, value, "must be from " + std::to_string(low) + " to " + std::to_string(high));
+}
+
+void heads(int64_t num_heads_q, int64_t num_heads_kv) {
+  in_range("num_heads_q", num_heads_q, 1, 1 << 16);
+  in_range("num_heads_kv", num_heads_kv, 1, 1 << 16);
+  if (num_heads_q % num_heads_kv != 0) {
+    fail("num_heads_q", num_heads_q, "must be a multiple of num_heads_kv = " + std::to_string(num_heads_kv));
+  }
+}
+
+void width(const char *argument, int64_t value) {
+  if (value < 8 || value > 512 || value % 8 != 0) fail(argument, value, "must be a multiple of 8 from 8 to 512");
+}
+
+void dtype(const char *argument, int32_t value, bool allow_fp8) {
+  const bool known = value == FLASHSPARK_FLOAT32 || value == FLASHSPARK_FLOAT16 || value == FLASHSPARK_BFLOAT16;
+  if (known || (allow_fp8 && value == FLASHSPARK_FLOAT8_E4M3)) return;
+  fail(argument, std::to_string(value) + " (" + dtype_name(value) + ")",
+       std::string("must be float32, float16") + (allow_fp8 ? ", bfloat16 or float8_e4m3" : " or bfloat16"),
+       FLASHSPARK_INVALID_TYPE);
+}
+
+static void aligned(const std::string &argument, const void *pointer, size_t size) {
+  if (reinterpret_cast<uintptr_t>(pointer) % size == 0) return;
+  char text[32];
+  std::snprintf(text, sizeof text, "%p", pointer);
+  fail(argument, std::string(text), "must be aligned to " + std::to_string(size) + " bytes");
+}
+
+void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads) {
+  if (batch == 0 || tokens == 0 || heads == 0) return;
+  const std::string name = argument;
+  if (t.data == nullptr) fail(name + ".data", std::string("NULL"), "must point to the tensor");
+  aligned(name + ".data", t.data, dtype_size(t.dtype));
+  const std::pair<const char *, std::pair<int64_t, int64_t>> dims[] = {{".batch_stride", {t.batch_stride, batch}},
+                                                                       {".token_stride", {t.token_stride, tokens}},
+                                                                       {".head_stride", {t.head_stride, heads}}};
+  for (const auto &[field, dim] : dims) {
+    const auto [stride, extent] = dim;
+    if (extent == 1) continue;  // never multiplied by anything but 0
+    if (stride < -kMaxOffset || stride > kMaxOffset || std::abs(stride) > kMaxOffset / (extent - 1)) {
+      fail(name + field, stride, "reaches beyond 2^58 elements for extent " + std::to_string(extent));
+    }
+  }
+}
+
+void distinct(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads,
+              int64_t width) {
+  struct Dim {
+    const char *field;
+    int64_t stride, extent;
+  };
+  Dim dims[] = {{".batch_stride", std::abs(t.batch_stride), batch},
+                {".token_stride", std::abs(t.token_stride), tokens},
+                {".head_stride", std::abs(t.head_stride), heads}};
+  if (batch == 0 || tokens == 0 || heads == 0) return;
+  std::sort(std::begin(dims), std::end(dims), [](const Dim &a, const Dim &b) { return a.stride < b.stride; });
+  int64_t inner = width;  // elements that the dimensions so far span
+  for (const Dim &dim : dims) {
+    if (dim.extent == 1) continue;
+    if (dim.stride < inner) {
+      fail(std::string(argument) + dim.field, dim.stride, "rows overlap: must be at least " + std::to_string(inner));
+    }
+    inner += (dim.extent - 1) * dim.stride;
+  }
+}
+
+void scale(const char *argument, const flashspark_scale &s, bool on_cpu, int64_t batch, int64_t heads) {
+  if (s.data == nullptr) return;
+  const std::string name = argument;
+  aligned(name + ".data", s.data, sizeof(float));
+  constexpr int64_t kLimit = int64_t{1} << 40;
+  if (s.batch_stride < -kLimit || s.batch_stride > kLimit) fail(name + ".batch_stride", s.batch_stride, "is too large");
+  if (s.head_stride < -kLimit || s.head_stride > kLimit) fail(name + ".head_stride", s.head_stride, "is too large");
+  if (!on_cpu) return;
+  for (int64_t b = 0; b < (s.batch_stride == 0 ? std::min<int64_t>(batch, 1) : batch); ++b) {
+    for (int64_t h = 0; h < (s.head_stride == 0 ? 1 : heads); ++h) {
+      const float value = s.data[b * s.batch_stride + h * s.head_stride];
+      if (!(value >= 0) || std::isinf(value)) {
+        fail(name + "[" + std::to_string(b) + "," + std::to_string(h) + "]", double{value}, "must be finite and >= 0");
+      }
+    }
+  }
+}
+
+void int32_pointer(const char *argument, const int32_t *pointer) { aligned(argument, pointer, sizeof(int32_t)); }
+
+void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_seqs) {
+  in_range("num_pages", num_pages, 0, INT32_MAX);
+  if (page_size < 16 || page_size > (1 << 20) || page_size % 16 != 0) {
+    fail("page_size", page_size, "must be a multiple of 16 from 16 to 1048576");
+  }
+  in_range("num_page_slots", num_page_slots, 0, INT32_MAX);
+  if (num_seqs > 1 && (page_table_stride < num_page_slots || page_table_stride > kMaxOffset / num_seqs)) {
+    fail("page_table_stride", page_table_stride, "must be at least num_page_slots = " + std::to_string(num_page_slots));
+  }
+}
+
+void pages_in_use(const int32_t *page_table, int64_t row_stride, int64_t b, int64_t first, int64_t last,
+                  int64_t page_size, int64_t num_pages) {
+  if (last <= first) return;
+  for (int64_t slot = first / page_size; slot <= (last - 1) / page_size; ++slot) {
+    const int32_t page = page_table[b * row_stride + slot];
+    if (page < 0 || page >= num_pages) {
+      fail("page_table[" + std::to_string(b) + "," + std::to_string(slot) + "]", int64_t{page},
+           "must name one of the " + std::to_string(num_pages) + " pages of the cache");
+    }
+  }
+}
+
+}  // namespace flashspark::check

@@ -1,0 +1,274 @@
+// Plans the work of one problem: cuts it into tiles, long tiles into splits over the keys, and merges the splits.
+#include "cpu/engine.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/thread_pool.hpp"
+#include "cpu/tile.hpp"
+#include "dtype.hpp"
+
+namespace flashspark::cpu {
+namespace {
+
+// A split shorter than this costs more in its merge than it gains.
+constexpr int64_t kMinSplitKeys = 256;
+
+// Below this many multiply-adds (some 10 us on one core) waking another thread costs more than it does.
+constexpr int64_t kSerialWork = 400'000;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+struct FreeDeleter {
+  void operator()(void *pointer) const { std::free(pointer); }
+};
+
+// Memory of one thread, kept between calls.
+float *thread_scratch(size_t floats) {
+  thread_local std::unique_ptr<float, FreeDeleter> memory;
+  thread_local size_t size = 0;
+  if (size < floats) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<float *>(std::aligned_alloc(64, round_up(floats * sizeof(float), 64))));
+    if (!memory) throw std::bad_alloc();
+    size = floats;
+  }
+  return memory.get();
+}
+
+// One tile of query rows, and how its keys are cut.
+struct Piece {
+  int64_t b, h_kv, row0;
+  int32_t rows;
+  int32_t splits;
+  int64_t first_partial;  // index of its first partial result, -1 without splits
+  int64_t keys;           // upper bound of the keys its rows keep, for the order and the cut
+};
+
+struct Job {
+  int64_t piece;
+  int32_t split;
+};
+
+struct Plan {
+  std::vector<Piece> pieces;
+  std::vector<Job> jobs;
+  std::vector<float> partial_o, partial_ml;
+  int64_t partial_rows = 0;  // rows of the largest split tile
+  int64_t work = 0;          // multiply-adds, about
+};
+
+// The masks of a tile's tokens, and the union of what they keep, clipped to [begin, end).
+struct TileMask {
+  std::vector<RowMask> masks;
+  std::vector<Interval> spans;
+
+  void set_tokens(const Params &p, const Sequence &s, int64_t first, int64_t last) {
+    masks.clear();
+    for (int64_t i = first; i <= last; ++i) masks.push_back(row_mask(p, s, i));
+    spans.clear();
+    for (const RowMask &mask : masks) {
+      if (!mask.first.empty()) spans.push_back(mask.first);
+      if (!mask.second.empty()) spans.push_back(mask.second);
+    }
+    const auto before = [](const Interval &a, const Interval &b) { return a.begin < b.begin; };
+    if (!std::is_sorted(spans.begin(), spans.end(), before)) std::sort(spans.begin(), spans.end(), before);
+    size_t kept = 0;
+    for (const Interval &span : spans) {
+      if (kept > 0 && span.begin <= spans[kept - 1].end) {
+        spans[kept - 1].end = std::max(spans[kept - 1].end, span.end);
+      } else {
+        spans[kept++] = span;
+      }
+    }
+    spans.resize(kept);
+  }
+
+  int64_t num_keys() const {
+    int64_t sum = 0;
+    for (const Interval &span : spans) sum += span.end - span.begin;
+    return sum;
+  }
+
+  // Leaves keys number [begin, end) of the union.
+  void clip(int64_t begin, int64_t end) {
+    int64_t seen = 0;
+    size_t kept = 0;
+    for (const Interval span : spans) {
+      const int64_t length = span.end - span.begin;
+      const Interval part{span.begin + std::clamp<int64_t>(begin - seen, 0, length),
+                          span.begin + std::clamp<int64_t>(end - seen, 0, length)};
+      seen += length;
+      if (!part.empty()) spans[kept++] = part;
+    }
+    spans.resize(kept);
+  }
+};
+
+TileMask &thread_mask() {
+  thread_local TileMask mask;
+  return mask;
+}
+
+void cut_into_pieces(const Params &p, Plan &plan) {
+  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  TileMask &mask = thread_mask();
+  for (int64_t b = 0; b < p.num_seqs; ++b) {
+    const Sequence s = sequence(p, b);
+    const int64_t packed = s.seqlen_q * group;
+    if (packed == 0) continue;
+    const int32_t rows = tile_rows(p.head_dim, p.head_dim_v, packed);
+    for (int64_t row0 = 0; row0 < packed; row0 += rows) {
+      Piece piece{b, 0, row0, static_cast<int32_t>(std::min<int64_t>(rows, packed - row0)), 1, -1, 0};
+      mask.set_tokens(p, s, row0 / group, (row0 + piece.rows - 1) / group);
+      piece.keys = mask.num_keys();
+      plan.work += p.num_heads_kv * piece.rows * piece.keys * (p.head_dim + p.head_dim_v);
+      for (piece.h_kv = 0; piece.h_kv < p.num_heads_kv; ++piece.h_kv) plan.pieces.push_back(piece);
+    }
+  }
+}
+
+// num_splits = 0: a tile larger than its fair share is cut until the threads can share it. deterministic: a row's result
+// must not depend on its neighbours or the threads, so only an explicit number cuts.
+void choose_splits(const Params &p, Plan &plan, int32_t threads) {
+  int64_t total = 0;
+  for (const Piece &piece : plan.pieces) total += piece.rows * piece.keys;
+  const int64_t fair = std::max<int64_t>(1, total / (4 * threads));
+  int64_t partials = 0;
+  for (Piece &piece : plan.pieces) {
+    const int64_t most = std::max<int64_t>(1, piece.keys / kMinSplitKeys);
+    if (p.num_splits > 0) {
+      piece.splits = static_cast<int32_t>(std::clamp<int64_t>(piece.keys, 1, p.num_splits));
+    } else if (!p.deterministic && threads > 1 && plan.pieces.size() < static_cast<size_t>(4 * threads)) {
+      piece.splits = static_cast<int32_t>(std::clamp<int64_t>((piece.rows * piece.keys + fair - 1) / fair, 1, most));
+    }
+    if (piece.splits == 1) continue;
+    piece.first_partial = partials;
+    partials += piece.splits;
+    plan.partial_rows = std::max<int64_t>(plan.partial_rows, piece.rows);
+  }
+  plan.partial_o.resize(partials * plan.partial_rows * p.head_dim_v);
+  plan.partial_ml.resize(partials * plan.partial_rows * 2);
+}
+
+// Longest first, so that the last jobs to end are short ones.
+void order_jobs(Plan &plan) {
+  for (size_t n = 0; n < plan.pieces.size(); ++n) {
+    for (int32_t split = 0; split < plan.pieces[n].splits; ++split) plan.jobs.push_back({static_cast<int64_t>(n), split});
+  }
+  const auto cost = [&](const Job &job) {
+    const Piece &piece = plan.pieces[job.piece];
+    return piece.rows * piece.keys / piece.splits;
+  };
+  std::stable_sort(plan.jobs.begin(), plan.jobs.end(), [&](const Job &a, const Job &b) { return cost(a) > cost(b); });
+}
+
+void run_job(const Params &p, Plan &plan, const Job &job) {
+  const Piece &piece = plan.pieces[job.piece];
+  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  const Sequence s = sequence(p, piece.b);
+  TileMask &mask = thread_mask();
+  mask.set_tokens(p, s, piece.row0 / group, (piece.row0 + piece.rows - 1) / group);
+  if (piece.splits > 1) {
+    const int64_t share = (piece.keys + piece.splits - 1) / piece.splits;
+    mask.clip(job.split * share, (job.split + 1) * share);
+  }
+  Tile tile{};
+  tile.p = &p;
+  tile.s = s;
+  tile.h_kv = piece.h_kv;
+  tile.group = group;
+  tile.row0 = piece.row0;
+  tile.rows = piece.rows;
+  tile.masks = mask.masks.data();
+  tile.spans = mask.spans.data();
+  tile.num_spans = static_cast<int32_t>(mask.spans.size());
+  tile.with_sink = job.split == 0;
+  if (piece.splits > 1) {
+    const int64_t at = (piece.first_partial + job.split) * plan.partial_rows;
+    tile.partial_o = plan.partial_o.data() + at * p.head_dim_v;
+    tile.partial_ml = plan.partial_ml.data() + at * 2;
+  }
+  tile.scratch = thread_scratch(scratch_floats(p.head_dim, p.head_dim_v, piece.rows));
+  kernels().run(tile);
+}
+
+// Row r of a piece from its partial rows: weights 2^(m - max m), as in the softmax itself.
+void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequence &s, int64_t r) {
+  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  const int64_t i = (piece.row0 + r) / group, h = piece.h_kv * group + (piece.row0 + r) % group;
+  const auto partial = [&](int32_t split) { return (piece.first_partial + split) * plan.partial_rows + r; };
+  float largest = -std::numeric_limits<float>::infinity();
+  for (int32_t n = 0; n < piece.splits; ++n) largest = std::fmax(largest, plan.partial_ml[2 * partial(n)]);
+
+  float row[512] = {};
+  float sum = 0;
+  for (int32_t n = 0; n < piece.splits; ++n) {
+    const float row_max = plan.partial_ml[2 * partial(n)];
+    // A split without a kept key adds nothing; one whose scores are NaN must add its NaN.
+    const float weight = row_max == largest ? 1.0f : std::exp2(row_max - largest);
+    sum += weight * plan.partial_ml[2 * partial(n) + 1];
+    const float *o = plan.partial_o.data() + partial(n) * p.head_dim_v;
+    for (int64_t x = 0; x < p.head_dim_v; ++x) row[x] += weight * o[x];
+  }
+  float factor = sum == 0 ? 0.0f : scale_at(p.v_descale, piece.b, piece.h_kv, p.v.dtype) / sum;
+  if (p.output_scale != nullptr) factor /= *p.output_scale;
+  const int64_t at = q_offset(p, p.out, s, i, h);
+  for (int64_t x = 0; x < p.head_dim_v; ++x) store_from_float(p.out.data, at + x, p.out.dtype, row[x] * factor);
+  if (p.lse != nullptr) {
+    constexpr float kLn2 = 0.69314718055994530942f;
+    p.lse[lse_offset(p, s, i, h)] =
+        sum == 0 ? -std::numeric_limits<float>::infinity() : kLn2 * (largest + std::log2(sum));
+  }
+}
+
+void merge_piece(const Params &p, const Plan &plan, const Piece &piece) {
+  if (piece.splits == 1) return;
+  const Sequence s = sequence(p, piece.b);
+  for (int64_t r = 0; r < piece.rows; ++r) merge_row(p, plan, piece, s, r);
+}
+
+}  // namespace
+
+const char *engine_target() { return kernels().target; }
+
+int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows) {
+  if (packed_rows <= kStreamRows) return static_cast<int32_t>(packed_rows);
+  // Q and O of a tile: 192 rows at D = Dv = 128, fewer at wider heads.
+  const int64_t fit = std::clamp<int64_t>(kMaxTileRows * 256 / (head_dim + head_dim_v), 4 * kRowGroup, kMaxTileRows);
+  const int64_t tiles = (packed_rows + fit - 1) / fit;
+  return static_cast<int32_t>(std::min<int64_t>(round_up((packed_rows + tiles - 1) / tiles, kRowGroup), kMaxTileRows));
+}
+
+size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows) {
+  const int64_t width = round_up(head_dim_v, kPackedPad);
+  if (rows > kStreamRows) {
+    const int64_t padded = round_up(rows, kRowGroup);
+    return kPackedKeys * (head_dim + width) + padded * (width + kPackedKeys + head_dim + 2);
+  }
+  // Four rows at a time; the scores end in one vector of padding.
+  return round_up(rows, 4) * (head_dim + head_dim_v) + kBlockKeys * 4 + 16;
+}
+
+void engine_forward(const Params &p) {
+  Plan plan;
+  cut_into_pieces(p, plan);
+  if (plan.pieces.empty()) return;
+  const int32_t wanted = p.num_threads > 0 ? p.num_threads : default_threads();
+  const int32_t threads = plan.work < kSerialWork ? 1 : wanted;
+  choose_splits(p, plan, threads);
+  order_jobs(plan);
+  parallel_for(threads, static_cast<int64_t>(plan.jobs.size()), [&](int64_t n) { run_job(p, plan, plan.jobs[n]); });
+  if (!plan.partial_ml.empty()) {
+    parallel_for(threads, static_cast<int64_t>(plan.pieces.size()),
+                 [&](int64_t n) { merge_piece(p, plan, plan.pieces[n]); });
+  }
+}
+
+}  // namespace flashspark::cpu

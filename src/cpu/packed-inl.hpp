@@ -1,0 +1,226 @@
+// The kernel for many rows (prefill): each block of K and V is widened into panels once, then two register-blocked matrix
+// products run over them, six rows by one panel at a time, with the softmax between.
+#if defined(FLASHSPARK_CPU_PACKED_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASHSPARK_CPU_PACKED_INL_HPP_
+#undef FLASHSPARK_CPU_PACKED_INL_HPP_
+#else
+#define FLASHSPARK_CPU_PACKED_INL_HPP_
+#endif
+
+#include "cpu/scores-inl.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace flashspark::cpu::HWY_NAMESPACE {
+
+using DN = hn::ScalableTag<float>;
+using VN = hn::Vec<DN>;
+constexpr int kLanes = HWY_MAX_BYTES / sizeof(float);
+
+// A panel is as wide as lets 6 rows x panel accumulators, a row of the panel and one broadcast fill the registers: 16 on
+// AVX2 (15 of 16 registers) and NEON (29 of 32), 32 on AVX-512.
+constexpr int kPanelVecs = kLanes >= 8 ? 2 : 4;
+constexpr int kPanel = kPanelVecs * kLanes;
+static_assert(kPackedKeys % kPanel == 0 && kPackedPad % kPanel == 0);
+
+// Four rows of four become columns: to[c * kPanel + r] = rows[r][c].
+template <class Type>
+HWY_INLINE void transpose_four(const typename Type::Element *const rows[4], int64_t at, float *to) {
+  const hn::FixedTag<float, 4> d;
+  const hn::Repartition<uint64_t, decltype(d)> d64;
+  const auto a = widen(d, Type{}, rows[0] + at), b = widen(d, Type{}, rows[1] + at);
+  const auto c = widen(d, Type{}, rows[2] + at), e = widen(d, Type{}, rows[3] + at);
+  const auto ab_low = hn::BitCast(d64, hn::InterleaveLower(d, a, b)), ab_high = hn::BitCast(d64, hn::InterleaveUpper(d, a, b));
+  const auto ce_low = hn::BitCast(d64, hn::InterleaveLower(d, c, e)), ce_high = hn::BitCast(d64, hn::InterleaveUpper(d, c, e));
+  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, ab_low, ce_low)), d, to);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, ab_low, ce_low)), d, to + kPanel);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, ab_high, ce_high)), d, to + 2 * kPanel);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, ab_high, ce_high)), d, to + 3 * kPanel);
+}
+
+// panels[key / kPanel][head_dim][kPanel] = keys, transposed. Keys past `count` up to the panel's end repeat the last one:
+// their scores are never used.
+template <class Type>
+HWY_ATTR void pack_keys(const Tile &t, int64_t key, int64_t count, float *panels) {
+  using Element = typename Type::Element;
+  const int64_t head_dim = t.p->head_dim;
+  const Element *rows[kPackedKeys];
+  key_addresses(t, t.p->k, key, count, rows);
+  const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
+  for (int64_t n = count; n < padded; ++n) rows[n] = rows[count - 1];
+  for (int64_t n = 0; n < padded; n += 4) {
+    float *to = panels + n / kPanel * head_dim * kPanel + n % kPanel;
+    for (int64_t x = 0; x < head_dim; x += 4) transpose_four<Type>(rows + n, x, to + x * kPanel);
+  }
+}
+
+// panels[column / kPanel][kPackedKeys][kPanel] = values; columns past head_dim_v are zero.
+template <class Type>
+HWY_ATTR void pack_values(const Tile &t, int64_t key, int64_t count, float *panels) {
+  using Element = typename Type::Element;
+  const hn::CappedTag<float, 8> d;
+  const int64_t step = static_cast<int64_t>(hn::Lanes(d)), width = t.p->head_dim_v;
+  const Element *rows[kPackedKeys];
+  key_addresses(t, t.p->v, key, count, rows);
+  const int64_t padded = (width + kPanel - 1) / kPanel * kPanel;
+  for (int64_t n = 0; n < count; ++n) {
+    float *to = panels + n * kPanel;
+    for (int64_t x = 0; x < padded; x += step) {
+      const auto value = x < width ? widen(d, Type{}, rows[n] + x) : hn::Zero(d);
+      hn::StoreU(value, d, to + x / kPanel * kPackedKeys * kPanel + x % kPanel);
+    }
+  }
+}
+
+inline HWY_ATTR void pack_block(const Tile &t, int64_t key, int64_t count, float *keys, float *values) {
+  const auto pack = [&](auto type) HWY_ATTR {
+    pack_keys<decltype(type)>(t, key, count, keys);
+    pack_values<decltype(type)>(t, key, count, values);
+  };
+  switch (t.p->k.dtype) {
+    case FLASHSPARK_FLOAT32:
+      return pack(F32{});
+    case FLASHSPARK_FLOAT16:
+      return pack(F16{});
+    case FLASHSPARK_BFLOAT16:
+      return pack(BF16{});
+    default:
+      return pack(E4M3{});
+  }
+}
+
+// c[6][kPanel] (+)= a[6][depth] * b[depth][kPanel]. The one inner loop of the engine.
+template <bool kAccumulate>
+HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b, int64_t depth,
+                       float *HWY_RESTRICT c, int64_t c_stride) {
+  const DN d;
+  VN acc[kRowGroup][kPanelVecs];
+  HWY_UNROLL(kRowGroup)
+  for (int r = 0; r < kRowGroup; ++r) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      acc[r][v] = kAccumulate ? hn::LoadU(d, c + r * c_stride + v * kLanes) : hn::Zero(d);
+    }
+  }
+  for (int64_t n = 0; n < depth; ++n, b += kPanel, ++a) {
+    VN row[kPanelVecs];
+    for (int v = 0; v < kPanelVecs; ++v) row[v] = hn::Load(d, b + v * kLanes);
+    HWY_UNROLL(kRowGroup)
+    for (int r = 0; r < kRowGroup; ++r) {
+      const VN x = hn::Set(d, a[r * a_stride]);
+      for (int v = 0; v < kPanelVecs; ++v) acc[r][v] = hn::MulAdd(x, row[v], acc[r][v]);
+    }
+  }
+  HWY_UNROLL(kRowGroup)
+  for (int r = 0; r < kRowGroup; ++r) {
+    for (int v = 0; v < kPanelVecs; ++v) hn::StoreU(acc[r][v], d, c + r * c_stride + v * kLanes);
+  }
+}
+
+// Scores s[0, count) of one row become weights; o and row_sum follow the new maximum. `count` is whole vectors.
+inline HWY_ATTR void softmax_row(float *s, int64_t count, float *row_max, float *row_sum, float *o, int64_t width) {
+  const DN d;
+  VN top = hn::Set(d, *row_max);
+  for (int64_t n = 0; n < count; n += kLanes) top = hn::Max(hn::LoadU(d, s + n), top);
+  const float now = max_of(d, top);
+  if (now != *row_max) {
+    const float alpha = *row_max == kMinusInfinity ? 0.0f : __builtin_exp2f(*row_max - now);
+    *row_max = now;
+    *row_sum *= alpha;
+    const VN valpha = hn::Set(d, alpha);
+    for (int64_t x = 0; x < width; x += kLanes) hn::StoreU(hn::Mul(hn::LoadU(d, o + x), valpha), d, o + x);
+  }
+  const VN base = hn::Set(d, now == kMinusInfinity ? 0.0f : now);
+  VN sum = hn::Zero(d);
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const VN weight = exp2_nonpositive(d, hn::Sub(hn::LoadU(d, s + n), base));
+    hn::StoreU(weight, d, s + n);
+    sum = hn::Add(sum, weight);
+  }
+  *row_sum += sum_of(d, sum);
+}
+
+// The keys of a block that any row of a row group keeps, as offsets into the block.
+struct GroupRange {
+  int32_t begin, end;
+};
+
+inline HWY_ATTR GroupRange group_range(const Tile &t, int64_t r0, int64_t key, int64_t count) {
+  int64_t begin = count, end = 0;
+  const auto widen_to = [&](const Interval &kept) {
+    const int64_t low = kept.begin > key ? kept.begin - key : 0;
+    const int64_t high = kept.end - key < count ? kept.end - key : count;
+    if (low >= high) return;
+    begin = low < begin ? low : begin;
+    end = high > end ? high : end;
+  };
+  for (int64_t r = r0; r < r0 + kRowGroup && r < t.rows; ++r) {
+    widen_to(t.mask(r).first);
+    widen_to(t.mask(r).second);
+  }
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+}
+
+inline HWY_ATTR void run_packed(const Tile &t) {
+  const Params &p = *t.p;
+  const int64_t head_dim = p.head_dim, width = (p.head_dim_v + kPackedPad - 1) / kPackedPad * kPackedPad;
+  const int64_t groups = (t.rows + kRowGroup - 1) / kRowGroup, rows = groups * kRowGroup;
+  float *keys = t.scratch;                     // (kPackedKeys / kPanel, head_dim, kPanel)
+  float *values = keys + kPackedKeys * head_dim;  // (width / kPanel, kPackedKeys, kPanel)
+  float *o = values + kPackedKeys * width;        // (rows, width)
+  float *scores = o + rows * width;               // (rows, kPackedKeys)
+  float *q = scores + rows * kPackedKeys;         // (rows, head_dim)
+  float *row_max = q + rows * head_dim, *row_sum = row_max + rows;
+  GroupRange ranges[kMaxTileRows / kRowGroup];
+
+  const float scale = query_scale(t);
+  for (int64_t n = 0; n < rows * width; ++n) o[n] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    // Rows past the last are computed like the last one and thrown away.
+    load_query(t, r < t.rows ? r : t.rows - 1, scale, q + r * head_dim);
+    start_row(t, r < t.rows ? r : t.rows - 1, &row_max[r], &row_sum[r]);
+  }
+
+  for (int32_t span = 0; span < t.num_spans; ++span) {
+    for (int64_t key = t.spans[span].begin; key < t.spans[span].end; key += kPackedKeys) {
+      const int64_t left = t.spans[span].end - key, count = left < kPackedKeys ? left : kPackedKeys;
+      pack_block(t, key, count, keys, values);
+      for (int64_t g = 0; g < groups; ++g) ranges[g] = group_range(t, g * kRowGroup, key, count);
+
+      // Panel outside, rows inside: the panel stays in L1 while Q streams past it.
+      for (int64_t n = 0; n < count; n += kPanel) {
+        const float *panel = keys + n * head_dim;
+        for (int64_t g = 0; g < groups; ++g) {
+          if (ranges[g].begin >= n + kPanel || ranges[g].end <= n) continue;
+          multiply<false>(q + g * kRowGroup * head_dim, head_dim, panel, head_dim,
+                          scores + g * kRowGroup * kPackedKeys + n, kPackedKeys);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const GroupRange range = ranges[r / kRowGroup];
+        if (range.begin >= range.end) continue;
+        const int64_t begin = range.begin / kPanel * kPanel, end = (range.end + kPanel - 1) / kPanel * kPanel;
+        const int64_t last = end < count ? end : count;
+        float *s = scores + r * kPackedKeys + begin;
+        const int64_t real = r < t.rows ? r : t.rows - 1;
+        if (has_score_terms(p)) add_score_terms(t, real, key + begin, last - begin, s, 1);
+        const RowMask &mask = t.mask(real);
+        if (!mask.covers(key + begin, key + last)) apply_mask(mask, key + begin, last - begin, s, 1);
+        for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
+        softmax_row(s, end - begin, &row_max[r], &row_sum[r], o + r * width, width);
+      }
+      for (int64_t x = 0; x < p.head_dim_v; x += kPanel) {
+        const float *panel = values + x * kPackedKeys;
+        for (int64_t g = 0; g < groups; ++g) {
+          const GroupRange range = ranges[g];
+          if (range.begin >= range.end) continue;
+          multiply<true>(scores + g * kRowGroup * kPackedKeys + range.begin, kPackedKeys, panel + range.begin * kPanel,
+                         range.end - range.begin, o + g * kRowGroup * width + x, width);
+        }
+      }
+    }
+  }
+  for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, o + r * width, row_max[r], row_sum[r]);
+}
+
+}  // namespace flashspark::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif

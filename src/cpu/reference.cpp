@@ -1,0 +1,106 @@
+// The oracle. It reads like the formula in flashspark.h and shares no arithmetic with the engine or the kernels, so that
+// an error cannot hide in both. Rows run in parallel; each row is computed by one thread in a fixed order.
+#include "cpu/reference.hpp"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/thread_pool.hpp"
+#include "dtype.hpp"
+
+namespace flashspark::cpu {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// May query row i see key j? pos is the query's place on the key axis.
+bool keep(const Params &p, const Sequence &s, int64_t i, int64_t j) {
+  const int64_t pos = s.pos(i);
+  if (p.rswa_window > 0) return j <= pos && (j < p.rswa_prefix_lens[s.index] || pos - j < p.rswa_window);
+
+  const bool in_left_window = p.window_left < 0 || pos - j <= p.window_left;
+  const bool in_right_window = p.window_right < 0 || j - pos <= p.window_right;
+  const bool visible = (!s.causal || j <= pos) && in_left_window && in_right_window;
+  if (visible || p.prefix_mode == FLASHSPARK_PREFIX_NONE) return visible;
+
+  if (p.prefix_clamp_window && !in_left_window) return false;
+  if (p.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN) {
+    const int32_t *range = p.prefix_ranges + 2 * token_row(p, s, i);
+    return j >= range[0] && j <= range[1];
+  }
+  for (int64_t r = 0; r < p.num_prefix_ranges; ++r) {
+    const int32_t *range = p.prefix_ranges + 2 * (s.index * p.num_prefix_ranges + r);
+    if (pos >= range[0] && pos <= range[1] && j >= range[0] && j <= range[1]) return true;
+  }
+  return false;
+}
+
+double score(const Params &p, const Sequence &s, int64_t i, int64_t j, int64_t h, double scale) {
+  const int64_t q0 = q_offset(p, p.q, s, i, h);
+  const int64_t k0 = kv_offset(p, p.k, s, j, h / (p.num_heads_q / p.num_heads_kv));
+  double dot = 0;
+  for (int64_t d = 0; d < p.head_dim; ++d) {
+    dot += double{load_as_float(p.q.data, q0 + d, p.q.dtype)} * double{load_as_float(p.k.data, k0 + d, p.k.dtype)};
+  }
+  double result = scale * dot;
+  if (p.softcap > 0) result = p.softcap * std::tanh(result / p.softcap);
+  const int64_t distance = s.pos(i) - j;
+  if (p.rel_logits != nullptr && distance >= 0 && distance < p.rel_extent) {
+    const int64_t at = token_row(p, s, i) * p.rel_token_stride + h * p.rel_head_stride + distance;
+    result += load_as_float(p.rel_logits, at, p.rel_dtype);
+  }
+  if (p.alibi_slopes != nullptr) result -= double{alibi_slope(p, s.index, h)} * std::fabs(double(distance));
+  return result;
+}
+
+void attend_row(const Params &p, const Sequence &s, int64_t i, int64_t h) {
+  const int64_t h_kv = h / (p.num_heads_q / p.num_heads_kv);
+  const double scale = double{p.softmax_scale} * scale_at(p.q_descale, s.index, h_kv, p.q.dtype) *
+                       scale_at(p.k_descale, s.index, h_kv, p.k.dtype);
+  const double sink = p.sinks != nullptr ? load_as_float(p.sinks, h, p.sinks_dtype) : -kInfinity;
+
+  std::vector<int64_t> kept;
+  std::vector<double> scores;
+  double largest = sink;
+  for (int64_t j = 0; j < s.seqlen_k; ++j) {
+    if (!keep(p, s, i, j)) continue;
+    kept.push_back(j);
+    scores.push_back(score(p, s, i, j, h, scale));
+    largest = std::fmax(largest, scores.back());
+  }
+
+  double denominator = sink == -kInfinity ? 0 : std::exp(sink - largest);
+  std::vector<double> sum(static_cast<size_t>(p.head_dim_v));
+  for (size_t n = 0; n < kept.size(); ++n) {
+    // A row of nothing but -inf scores (infinite biases) is a fully masked row, not NaN.
+    const double weight = scores[n] == -kInfinity ? 0 : std::exp(scores[n] - largest);
+    denominator += weight;
+    if (weight == 0) continue;
+    const int64_t v0 = kv_offset(p, p.v, s, kept[n], h_kv);
+    for (int64_t d = 0; d < p.head_dim_v; ++d) sum[d] += weight * load_as_float(p.v.data, v0 + d, p.v.dtype);
+  }
+
+  double factor = denominator == 0 ? 0 : scale_at(p.v_descale, s.index, h_kv, p.v.dtype) / denominator;
+  if (p.output_scale != nullptr && p.out.dtype == FLASHSPARK_FLOAT8_E4M3) factor /= *p.output_scale;
+  const int64_t o0 = q_offset(p, p.out, s, i, h);
+  for (int64_t d = 0; d < p.head_dim_v; ++d) {
+    store_from_float(p.out.data, o0 + d, p.out.dtype, static_cast<float>(sum[d] * factor));
+  }
+  if (p.lse != nullptr) {
+    const double lse = denominator == 0 ? -kInfinity : largest + std::log(denominator);
+    p.lse[lse_offset(p, s, i, h)] = static_cast<float>(lse);
+  }
+}
+
+}  // namespace
+
+void reference_forward(const Params &p) {
+  for (int64_t b = 0; b < p.num_seqs; ++b) {
+    const Sequence s = sequence(p, b);
+    parallel_for(p.num_threads, s.seqlen_q * p.num_heads_q,
+                 [&](int64_t row) { attend_row(p, s, row / p.num_heads_q, row % p.num_heads_q); });
+  }
+}
+
+}  // namespace flashspark::cpu

@@ -1,0 +1,151 @@
+// What happens to raw scores between QK^T and the softmax, and how a row ends. Shared by both kernels of a target.
+#if defined(FLASHSPARK_CPU_SCORES_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASHSPARK_CPU_SCORES_INL_HPP_
+#undef FLASHSPARK_CPU_SCORES_INL_HPP_
+#else
+#define FLASHSPARK_CPU_SCORES_INL_HPP_
+#endif
+
+#include <hwy/contrib/math/math-inl.h>
+
+#include "cpu/simd-inl.hpp"
+#include "cpu/tile.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace flashspark::cpu::HWY_NAMESPACE {
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// Scores stay in natural units while something must be added to them; else log2(e) is folded into Q.
+inline HWY_ATTR bool has_score_terms(const Params &p) {
+  return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr;
+}
+
+inline HWY_ATTR float query_scale(const Tile &t) {
+  const Params &p = *t.p;
+  const float scale = p.softmax_scale * scale_at(p.q_descale, t.s.index, t.h_kv, p.q.dtype) *
+                      scale_at(p.k_descale, t.s.index, t.h_kv, p.k.dtype);
+  return has_score_terms(p) ? scale : scale * kLog2e;
+}
+
+// Row r of the tile as floats times the scale: head_dim elements.
+inline HWY_ATTR void load_query(const Tile &t, int64_t r, float scale, float *to) {
+  const Params &p = *t.p;
+  const int64_t at = q_offset(p, p.q, t.s, t.token(r), t.head(r));
+  const hn::CappedTag<float, 8> d;
+  const auto vscale = hn::Set(d, scale);
+  const auto copy = [&](auto type) HWY_ATTR {
+    using Type = decltype(type);
+    const auto *from = static_cast<const typename Type::Element *>(p.q.data) + at;
+    for (int64_t n = 0; n < p.head_dim; n += static_cast<int64_t>(hn::Lanes(d))) {
+      hn::StoreU(hn::Mul(widen(d, type, from + n), vscale), d, to + n);
+    }
+  };
+  switch (p.q.dtype) {
+    case FLASHSPARK_FLOAT32:
+      return copy(F32{});
+    case FLASHSPARK_FLOAT16:
+      return copy(F16{});
+    case FLASHSPARK_BFLOAT16:
+      return copy(BF16{});
+    default:
+      return copy(E4M3{});
+  }
+}
+
+// Softcap, relative-position bias and ALiBi for the scores of row r against keys [key, key + count), at s[n * stride];
+// leaves them in units of log2.
+inline HWY_ATTR void add_score_terms(const Tile &t, int64_t r, int64_t key, int64_t count, float *s, int64_t stride) {
+  const Params &p = *t.p;
+  const int64_t i = t.token(r), h = t.head(r), pos = t.s.pos(i);
+  if (p.softcap > 0) {
+    const hn::ScalableTag<float> d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    HWY_ALIGN float block[HWY_MAX_BYTES / sizeof(float)];
+    for (int64_t n = 0; n < count; n += lanes) {
+      const int64_t valid = count - n < lanes ? count - n : lanes;
+      for (int64_t m = 0; m < lanes; ++m) block[m] = m < valid ? s[(n + m) * stride] : 0.0f;
+      const auto x = hn::Mul(hn::Load(d, block), hn::Set(d, 1.0f / p.softcap));
+      hn::Store(hn::Mul(hn::Tanh(d, x), hn::Set(d, p.softcap)), d, block);
+      for (int64_t m = 0; m < valid; ++m) s[(n + m) * stride] = block[m];
+    }
+  }
+  if (p.rel_logits != nullptr) {
+    const int64_t base = token_row(p, t.s, i) * p.rel_token_stride + h * p.rel_head_stride;
+    const int64_t first = pos - p.rel_extent + 1 > key ? pos - p.rel_extent + 1 : key;
+    const int64_t last = pos < key + count - 1 ? pos : key + count - 1;
+    for (int64_t j = first; j <= last; ++j) {
+      s[(j - key) * stride] += load_as_float(p.rel_logits, base + pos - j, p.rel_dtype);
+    }
+  }
+  if (p.alibi_slopes != nullptr) {
+    const float slope = alibi_slope(p, t.s.index, h);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t distance = pos - key - n;
+      s[n * stride] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
+    }
+  }
+  for (int64_t n = 0; n < count; ++n) s[n * stride] *= kLog2e;
+}
+
+// -inf for the keys of [key, key + count) that the row does not keep.
+inline HWY_ATTR void apply_mask(const RowMask &mask, int64_t key, int64_t count, float *s, int64_t stride) {
+  const auto hide = [&](int64_t begin, int64_t end) {
+    if (begin < key) begin = key;
+    if (end > key + count) end = key + count;
+    for (int64_t j = begin; j < end; ++j) s[(j - key) * stride] = kMinusInfinity;
+  };
+  hide(key, mask.first.begin);
+  if (mask.second.empty()) return hide(mask.first.end, key + count);
+  hide(mask.first.end, mask.second.begin);
+  hide(mask.second.end, key + count);
+}
+
+// Row maximum and sum before any key: the sink alone, or nothing.
+inline HWY_ATTR void start_row(const Tile &t, int64_t r, float *row_max, float *row_sum) {
+  *row_max = kMinusInfinity;
+  *row_sum = 0;
+  if (!t.with_sink || t.p->sinks == nullptr) return;
+  *row_max = load_as_float(t.p->sinks, t.head(r), t.p->sinks_dtype) * kLog2e;
+  *row_sum = *row_max == kMinusInfinity ? 0.0f : 1.0f;
+}
+
+// Ends row r: a partial row for the merge, or out and lse.
+inline HWY_ATTR void finish_row(const Tile &t, int64_t r, const float *o, float row_max, float row_sum) {
+  const Params &p = *t.p;
+  if (t.partial_o != nullptr) {
+    store_row(o, p.head_dim_v, 1.0f, t.partial_o, r * p.head_dim_v, FLASHSPARK_FLOAT32);
+    t.partial_ml[2 * r] = row_max;
+    t.partial_ml[2 * r + 1] = row_sum;
+    return;
+  }
+  const int64_t i = t.token(r), h = t.head(r);
+  float factor = row_sum == 0 ? 0.0f : scale_at(p.v_descale, t.s.index, t.h_kv, p.v.dtype) / row_sum;
+  if (p.output_scale != nullptr) factor /= *p.output_scale;
+  store_row(o, p.head_dim_v, factor, p.out.data, q_offset(p, p.out, t.s, i, h), p.out.dtype);
+  if (p.lse != nullptr) {
+    p.lse[lse_offset(p, t.s, i, h)] = row_sum == 0 ? kMinusInfinity : kLn2 * (row_max + __builtin_log2f(row_sum));
+  }
+}
+
+// Addresses of `count` consecutive keys from `key` on, for one KV head. Walks page by page: no division a key.
+template <class Element>
+HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tensor, int64_t key, int64_t count,
+                            const Element **to) {
+  const Params &p = *t.p;
+  const Element *data = static_cast<const Element *>(tensor.data);
+  for (int64_t n = 0; n < count;) {
+    int64_t run = count - n;
+    if (is_paged(p)) {
+      const int64_t left = p.page_size - (t.s.k_row + key + n) % p.page_size;
+      if (left < run) run = left;
+    }
+    const Element *row = data + kv_offset(p, tensor, t.s, key + n, t.h_kv);
+    for (int64_t m = 0; m < run; ++m, row += tensor.token_stride) to[n + m] = row;
+    n += run;
+  }
+}
+
+}  // namespace flashspark::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif

@@ -1,0 +1,123 @@
+// Vector helpers, compiled once for every SIMD target (hence the toggling guard).
+#if defined(FLASHSPARK_CPU_SIMD_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASHSPARK_CPU_SIMD_INL_HPP_
+#undef FLASHSPARK_CPU_SIMD_INL_HPP_
+#else
+#define FLASHSPARK_CPU_SIMD_INL_HPP_
+#endif
+
+#include <hwy/highway.h>
+
+#include "dtype.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace flashspark::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// Storage types: they only choose the widening load.
+struct F32 {
+  using Element = float;
+};
+struct F16 {
+  using Element = uint16_t;
+};
+struct BF16 {
+  using Element = uint16_t;
+};
+struct E4M3 {
+  using Element = uint8_t;
+};
+
+// Lanes(d) elements at p as floats.
+template <class D>
+HWY_INLINE hn::Vec<D> widen(D d, F32, const float *p) {
+  return hn::LoadU(d, p);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> widen(D d, BF16, const uint16_t *p) {
+  const hn::RebindToUnsigned<D> du;
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(hn::Rebind<uint16_t, D>(), p))));
+}
+template <class D>
+HWY_INLINE hn::Vec<D> widen(D d, F16, const uint16_t *p) {
+  const hn::Rebind<hwy::float16_t, D> dh;
+  return hn::PromoteTo(d, hn::BitCast(dh, hn::LoadU(hn::Rebind<uint16_t, D>(), p)));
+}
+// An e4m3 code with its exponent moved into a half's field is the value times 2^-8, subnormals included; only NaN (all
+// ones) needs a test.
+template <class D>
+HWY_INLINE hn::Vec<D> widen(D d, E4M3, const uint8_t *p) {
+  const hn::Rebind<int16_t, D> di;
+  const hn::Rebind<hwy::float16_t, D> dh;
+  const auto code = hn::BitCast(di, hn::PromoteTo(hn::Rebind<uint16_t, D>(), hn::LoadU(hn::Rebind<uint8_t, D>(), p)));
+  const auto moved = hn::And(hn::ShiftRight<1>(hn::ShiftLeft<8>(code)), hn::Set(di, static_cast<int16_t>(0xbf80)));
+  const auto all_ones = hn::Set(di, 0x3f80);
+  const auto is_nan = hn::Eq(hn::And(moved, all_ones), all_ones);
+  const auto half = hn::Or(moved, hn::IfThenElseZero(is_nan, hn::Set(di, 0x7fff)));
+  return hn::Mul(hn::PromoteTo(d, hn::BitCast(dh, half)), hn::Set(d, 256.0f));
+}
+
+// 2^x for x <= 0 (x = -inf gives 0, NaN stays NaN) to about one ulp: 2^round(x) times the degree-6 polynomial of
+// Cephes' exp2f for the rest in [-1/2, 1/2].
+template <class D, class V>
+HWY_INLINE V exp2_nonpositive(D d, V x) {
+  const hn::RebindToSigned<D> di;
+  // The second operand wins where one is NaN (x86), which keeps NaN.
+  const V clamped = hn::Max(hn::Set(d, -127.0f), x);
+  const V whole = hn::Round(clamped);
+  const V f = hn::Sub(clamped, whole);
+  V y = hn::Set(d, 1.535336188e-4f);
+  y = hn::MulAdd(y, f, hn::Set(d, 1.339887440e-3f));
+  y = hn::MulAdd(y, f, hn::Set(d, 9.618437357e-3f));
+  y = hn::MulAdd(y, f, hn::Set(d, 5.550332471e-2f));
+  y = hn::MulAdd(y, f, hn::Set(d, 2.402264791e-1f));
+  y = hn::MulAdd(y, f, hn::Set(d, 6.931472029e-1f));
+  y = hn::MulAdd(y, f, hn::Set(d, 1.0f));
+  const V scaled = hn::BitCast(d, hn::Add(hn::BitCast(di, y), hn::ShiftLeft<23>(hn::ConvertTo(di, whole))));
+  // Below 2^-126 the exponent field runs out: such weights are 0.
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0f)), scaled);
+}
+
+template <class D>
+HWY_INLINE float max_of(D d, hn::Vec<D> v) {
+  return hn::GetLane(hn::MaxOfLanes(d, v));
+}
+template <class D>
+HWY_INLINE float sum_of(D d, hn::Vec<D> v) {
+  return hn::GetLane(hn::SumOfLanes(d, v));
+}
+
+// Writes `count` floats, each times `factor`, as elements of `dtype` from element `at` of data. count % 8 == 0.
+inline HWY_ATTR void store_row(const float *row, int64_t count, float factor, void *data, int64_t at, int32_t dtype) {
+  const hn::CappedTag<float, 8> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const hn::Rebind<uint16_t, decltype(d)> d16;
+  const auto vfactor = hn::Set(d, factor);
+  const int64_t step = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t n = 0; n < count; n += step) {
+    const auto x = hn::Mul(hn::LoadU(d, row + n), vfactor);
+    if (dtype == FLASHSPARK_FLOAT32) {
+      hn::StoreU(x, d, static_cast<float *>(data) + at + n);
+    } else if (dtype == FLASHSPARK_BFLOAT16) {
+      const hn::RebindToUnsigned<decltype(d)> du;
+      const auto bits = hn::BitCast(du, x);
+      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+      const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(du, 0x7fffu)), odd));
+      const auto quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(du, 0x40u));
+      const auto result = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded);
+      hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, result)), d16, static_cast<uint16_t *>(data) + at + n);
+    } else if (dtype == FLASHSPARK_FLOAT16) {
+      const hn::Rebind<hwy::float16_t, decltype(d)> dh;
+      hn::StoreU(hn::BitCast(d16, hn::DemoteTo(dh, x)), d16, static_cast<uint16_t *>(data) + at + n);
+    } else {
+      for (int64_t m = n; m < n + step; ++m) store_from_float(data, at + m, dtype, row[m] * factor);
+    }
+  }
+}
+
+}  // namespace flashspark::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif

@@ -1,0 +1,61 @@
+// What engine.cpp hands to the SIMD kernels: one tile of query rows against one stretch of keys.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/mask.hpp"
+#include "problem.hpp"
+
+namespace flashspark::cpu {
+
+// Keys in one step of the online softmax of the streaming kernel: its K and V (64 KB in bf16 at D = 128) stay in L2
+// between the row groups.
+constexpr int kBlockKeys = 64;
+
+// The same for the packed kernel. More keys a block mean fewer visits to O; 128 keys x (K + V) x 128 floats take 128 KB.
+constexpr int kPackedKeys = 128;
+
+// Rows that the packed kernel multiplies at once, and the widest panel of any target (AVX-512), to which V's width is
+// padded.
+constexpr int kRowGroup = 6;
+constexpr int kPackedPad = 32;
+constexpr int kMaxTileRows = 192;
+
+// Tiles of at most so many rows stream K and V straight from memory; larger ones copy each block into panels first, which
+// pays once enough rows share the copy.
+constexpr int kStreamRows = 16;
+
+struct Tile {
+  const Params *p;
+  Sequence s;
+  int64_t h_kv;
+  int64_t group;          // query heads a KV head
+  int64_t row0;           // packed row r is query token r / group, head h_kv * group + r % group
+  int32_t rows;           // rows of this tile
+  const RowMask *masks;   // of the tokens row0 / group ..
+  const Interval *spans;  // the keys that any row keeps, disjoint and in order: nothing else is read
+  int32_t num_spans;
+  bool with_sink;     // the sink's share enters here (once for all splits of a row)
+  float *partial_o;   // (rows, head_dim_v) sums not yet divided, or NULL: write out and lse
+  float *partial_ml;  // (rows, 2) row maximum in units of log2, row sum
+  float *scratch;     // scratch_floats() of this tile's shape, 64-byte aligned
+
+  int64_t token(int64_t r) const { return (row0 + r) / group; }
+  int64_t head(int64_t r) const { return h_kv * group + (row0 + r) % group; }
+  const RowMask &mask(int64_t r) const { return masks[token(r) - row0 / group]; }
+};
+
+// One SIMD target's kernels.
+struct Kernels {
+  const char *target;
+  void (*run)(const Tile &tile);
+};
+
+// The best set this CPU runs, or the one that FLASHSPARK_CPU_TARGET names.
+const Kernels &kernels();
+
+// Rows in a tile for this problem: what keeps Q, S and O of a tile in L2.
+int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows);
+size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows);
+
+}  // namespace flashspark::cpu

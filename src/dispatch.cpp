@@ -1,0 +1,161 @@
+#include "dispatch.hpp"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/engine.hpp"
+#include "cpu/reference.hpp"
+#include "cpu/thread_pool.hpp"
+#include "dtype.hpp"
+#include "error.hpp"
+
+namespace flashspark {
+namespace {
+
+bool uses(const Params &p, int32_t dtype) {
+  return p.q.dtype == dtype || p.k.dtype == dtype || p.out.dtype == dtype;
+}
+
+// One line a feature: its name in messages, and when a problem asks for it. A feature's bit is its place here.
+struct Feature {
+  const char *name;
+  bool (*required)(const Params &p);
+};
+constexpr Feature kFeatures[] = {
+    {"float32", [](const Params &p) { return uses(p, FLASHSPARK_FLOAT32); }},
+    {"float16", [](const Params &p) { return uses(p, FLASHSPARK_FLOAT16); }},
+    {"bfloat16", [](const Params &p) { return uses(p, FLASHSPARK_BFLOAT16); }},
+    {"fp8 q", [](const Params &p) { return p.q.dtype == FLASHSPARK_FLOAT8_E4M3; }},
+    {"fp8 kv", [](const Params &p) { return p.k.dtype == FLASHSPARK_FLOAT8_E4M3; }},
+    {"fp8 out", [](const Params &p) { return p.out.dtype == FLASHSPARK_FLOAT8_E4M3; }},
+    {"out dtype other than q's", [](const Params &p) { return p.out.dtype != p.q.dtype; }},
+    {"varlen q", [](const Params &p) { return is_varlen_q(p); }},
+    {"varlen kv", [](const Params &p) { return is_varlen_k(p); }},
+    {"paged kv", [](const Params &p) { return is_paged(p); }},
+    {"seqused_q", [](const Params &p) { return p.seqused_q != nullptr; }},
+    {"seqused_k", [](const Params &p) { return p.seqused_k != nullptr; }},
+    {"leftpad_k", [](const Params &p) { return p.leftpad_k != nullptr; }},
+    {"kv_batch_index", [](const Params &p) { return p.kv_batch_index != nullptr; }},
+    {"gqa", [](const Params &p) { return p.num_heads_q != p.num_heads_kv; }},
+    {"head_dim_v other than head_dim", [](const Params &p) { return p.head_dim_v != p.head_dim; }},
+    {"causal", [](const Params &p) { return p.causal != 0; }},
+    {"causal_per_seq", [](const Params &p) { return p.causal_per_seq != nullptr; }},
+    {"window", [](const Params &p) { return p.window_left >= 0 || p.window_right >= 0; }},
+    {"softcap", [](const Params &p) { return p.softcap > 0; }},
+    {"sinks", [](const Params &p) { return p.sinks != nullptr; }},
+    {"prefix ranges", [](const Params &p) { return p.prefix_mode != FLASHSPARK_PREFIX_NONE; }},
+    {"rswa", [](const Params &p) { return p.rswa_window > 0; }},
+    {"rel_logits", [](const Params &p) { return p.rel_logits != nullptr; }},
+    {"alibi", [](const Params &p) { return p.alibi_slopes != nullptr; }},
+    {"lse", [](const Params &p) { return p.lse != nullptr; }},
+    {"num_splits", [](const Params &p) { return p.num_splits > 1; }},
+    {"deterministic", [](const Params &p) { return p.deterministic != 0; }},
+};
+constexpr size_t kNumFeatures = std::size(kFeatures);
+static_assert(kNumFeatures < 64);
+constexpr FeatureSet kAllFeatures = (FeatureSet{1} << kNumFeatures) - 1;
+
+FeatureSet required_features(const Params &p) {
+  FeatureSet set = 0;
+  for (size_t n = 0; n < kNumFeatures; ++n) set |= FeatureSet{kFeatures[n].required(p)} << n;
+  return set;
+}
+
+std::string names(FeatureSet set) {
+  std::string text;
+  for (size_t n = 0; n < kNumFeatures; ++n) {
+    if (set >> n & 1) text += (text.empty() ? "" : ", ") + std::string(kFeatures[n].name);
+  }
+  return text;
+}
+
+std::string device_name(const Params &p) {
+  return p.device == FLASHSPARK_CPU ? "the CPU" : "CUDA device " + std::to_string(p.device_index);
+}
+
+std::string engine_detail() {
+  return std::string(cpu::engine_target()) + ", " + std::to_string(cpu::default_threads()) + " threads";
+}
+std::string reference_detail() { return "double precision, " + std::to_string(cpu::default_threads()) + " threads"; }
+size_t no_workspace(const Params &) { return 0; }
+
+constexpr Implementation kImplementations[] = {
+    {"cpu-engine", "tiled online softmax in SIMD on all cores", FLASHSPARK_CPU, kAllFeatures, 512, engine_detail,
+     cpu::engine_forward, no_workspace},
+    {"cpu-reference", "the oracle: the formula, one score at a time", FLASHSPARK_CPU, kAllFeatures, 512,
+     reference_detail, cpu::reference_forward, no_workspace},
+};
+
+// What keeps an implementation from a problem; empty if nothing.
+std::string lacks(const Implementation &candidate, const Params &p) {
+  std::string text;
+  const auto add = [&](const std::string &what) { text += (text.empty() ? "" : "; ") + what; };
+  if (candidate.device != p.device) add(candidate.device == FLASHSPARK_CPU ? "runs on the CPU only" : "runs on CUDA only");
+  if (const FeatureSet missing = required_features(p) & ~candidate.features) add("lacks " + names(missing));
+  const int64_t widest = std::max(p.head_dim, p.head_dim_v);
+  if (widest > candidate.max_head_dim) add("head_dim " + std::to_string(widest) + " > " + std::to_string(candidate.max_head_dim));
+  return text;
+}
+
+// The name that the caller, or else the environment, asks for.
+const char *forced_name(const Params &p) {
+  if (p.implementation != nullptr) return p.implementation;
+  const char *name = std::getenv("FLASHSPARK_FORCE_IMPLEMENTATION");
+  return name != nullptr && *name != '\0' ? name : nullptr;
+}
+
+std::string problem_text(const Params &p) {
+  std::string text = "problem: " + device_name(p) + ", q " + dtype_name(p.q.dtype) + ", kv " + dtype_name(p.k.dtype) +
+                     ", out " + dtype_name(p.out.dtype) + ", num_seqs " + std::to_string(p.num_seqs) + ", heads " +
+                     std::to_string(p.num_heads_q) + "/" + std::to_string(p.num_heads_kv) + ", head_dim " +
+                     std::to_string(p.head_dim);
+  if (p.head_dim_v != p.head_dim) text += "/" + std::to_string(p.head_dim_v);
+  text += ", max_seqlen " + std::to_string(p.max_seqlen_q) + "/" + std::to_string(p.max_seqlen_k);
+  if (is_paged(p)) text += ", page_size " + std::to_string(p.page_size);
+  return text + "\nrequired: " + names(required_features(p)) + "\n";
+}
+
+const Implementation *find(const Params &p) {
+  const char *forced = forced_name(p);
+  bool known = forced == nullptr;
+  for (const Implementation &candidate : kImplementations) {
+    if (forced != nullptr && std::strcmp(forced, candidate.name) != 0) continue;
+    known = true;
+    if (lacks(candidate, p).empty()) return &candidate;
+  }
+  if (!known) {
+    std::string all;
+    for (const Implementation &candidate : kImplementations) all += (all.empty() ? "" : ", ") + std::string(candidate.name);
+    fail("implementation", std::string(forced), "must be one of " + all);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+std::span<const Implementation> implementations() { return kImplementations; }
+
+std::string explain(const Params &p) {
+  const Implementation *chosen = find(p);
+  const char *forced = forced_name(p);
+  std::string text = problem_text(p);
+  for (const Implementation &candidate : kImplementations) {
+    const std::string missing = lacks(candidate, p);
+    text += std::string(candidate.name) + " (" + candidate.detail() + "): ";
+    if (&candidate == chosen) {
+      text += forced ? "chosen, as asked for\n" : "chosen\n";
+    } else {
+      text += missing.empty() ? (forced ? "fits, but another was asked for\n" : "fits, comes later in the table\n")
+                              : missing + "\n";
+    }
+  }
+  if (chosen == nullptr) text += "no implementation fits\n";
+  return text;
+}
+
+const Implementation &choose(const Params &p) {
+  if (const Implementation *chosen = find(p)) return *chosen;
+  throw Error(FLASHSPARK_UNSUPPORTED, "no implementation fits\n" + explain(p));
+}
+
+}  // namespace flashspark

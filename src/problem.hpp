@@ -1,0 +1,96 @@
+// How the fields of flashspark_attention_params turn into rows and addresses. Host-side implementations share this; it
+// holds no arithmetic of attention itself.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "flashspark/flashspark.h"
+
+namespace flashspark {
+
+using Params = flashspark_attention_params;
+using AppendParams = flashspark_append_params;
+
+inline bool is_paged(const Params &p) { return p.page_table != nullptr; }
+inline bool is_varlen_q(const Params &p) { return p.cu_seqlens_q != nullptr; }
+inline bool is_varlen_k(const Params &p) { return p.cu_seqlens_k != nullptr; }
+inline int64_t num_kv_seqs(const Params &p) {
+  return p.kv_batch_index != nullptr && p.num_kv_seqs > 0 ? p.num_kv_seqs : p.num_seqs;
+}
+
+// One sequence of the batch. Rows are those in use (seqused_q, seqused_k applied, leftpad_k taken off).
+struct Sequence {
+  int64_t index;     // b
+  int64_t seqlen_q;  // Tq
+  int64_t seqlen_k;  // Tk
+  int64_t q_row;     // first row of q and out (varlen), 0 for dense
+  int64_t k_row;     // first row of k and v: varlen offset, or leftpad
+  bool causal;
+
+  int64_t pos(int64_t i) const { return i + seqlen_k - seqlen_q; }
+};
+
+inline Sequence sequence(const Params &p, int64_t b) {
+  Sequence s{};
+  s.index = b;
+  if (is_varlen_q(p)) {
+    s.q_row = p.cu_seqlens_q[b];
+    s.seqlen_q = p.cu_seqlens_q[b + 1] - s.q_row;
+  } else {
+    s.seqlen_q = p.max_seqlen_q;
+  }
+  if (p.seqused_q != nullptr) s.seqlen_q = p.seqused_q[b];
+  if (is_varlen_k(p)) {
+    s.k_row = p.cu_seqlens_k[b];
+    s.seqlen_k = p.cu_seqlens_k[b + 1] - s.k_row;
+  } else {
+    s.seqlen_k = p.max_seqlen_k;
+  }
+  if (p.seqused_k != nullptr) s.seqlen_k = p.seqused_k[b];
+  if (p.leftpad_k != nullptr) {
+    s.k_row += p.leftpad_k[b];
+    s.seqlen_k = std::max<int64_t>(0, s.seqlen_k - p.leftpad_k[b]);
+  }
+  s.causal = p.causal_per_seq != nullptr ? p.causal_per_seq[b] != 0 : p.causal != 0;
+  return s;
+}
+
+// Element offset of row i, head h in q or out.
+inline int64_t q_offset(const Params &p, const flashspark_tensor &t, const Sequence &s, int64_t i, int64_t h) {
+  const int64_t batch = is_varlen_q(p) ? 0 : s.index * t.batch_stride;
+  return batch + (s.q_row + i) * t.token_stride + h * t.head_stride;
+}
+
+// Element offset of key j, KV head h in k or v.
+inline int64_t kv_offset(const Params &p, const flashspark_tensor &t, const Sequence &s, int64_t j, int64_t h) {
+  const int64_t row = s.k_row + j;
+  if (is_paged(p)) {
+    const int64_t page = p.page_table[s.index * p.page_table_stride + row / p.page_size];
+    return page * t.batch_stride + row % p.page_size * t.token_stride + h * t.head_stride;
+  }
+  int64_t batch = 0;
+  if (!is_varlen_k(p)) batch = (p.kv_batch_index != nullptr ? p.kv_batch_index[s.index] : s.index) * t.batch_stride;
+  return batch + row * t.token_stride + h * t.head_stride;
+}
+
+inline int64_t lse_offset(const Params &p, const Sequence &s, int64_t i, int64_t h) {
+  const int64_t batch = is_varlen_q(p) ? 0 : s.index * p.lse_batch_stride;
+  return batch + h * p.lse_head_stride + (s.q_row + i) * p.lse_token_stride;
+}
+
+// Row of the per-token tables (rel_logits, prefix_ranges): dense q counts b * max_seqlen_q + i.
+inline int64_t token_row(const Params &p, const Sequence &s, int64_t i) {
+  return (is_varlen_q(p) ? s.q_row : s.index * p.max_seqlen_q) + i;
+}
+
+inline float scale_at(const flashspark_scale &scale, int64_t b, int64_t h, int32_t dtype) {
+  if (scale.data == nullptr || dtype != FLASHSPARK_FLOAT8_E4M3) return 1.0f;
+  return scale.data[b * scale.batch_stride + h * scale.head_stride];
+}
+
+inline float alibi_slope(const Params &p, int64_t b, int64_t h) {
+  return p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[b * p.alibi_batch_stride + h];
+}
+
+}  // namespace flashspark

@@ -1,0 +1,218 @@
+#include "validate.hpp"
+
+#include <cmath>
+
+#include "dtype.hpp"
+#include "error.hpp"
+
+namespace flashspark {
+namespace {
+
+constexpr int64_t kMaxTokens = INT32_MAX;  // lengths travel as int32
+
+void check_sizes(const Params &p) {
+  check::in_range("num_seqs", p.num_seqs, 0, INT32_MAX - 1);
+  check::heads(p.num_heads_q, p.num_heads_kv);
+  check::width("head_dim", p.head_dim);
+  check::width("head_dim_v", p.head_dim_v);
+  check::in_range("max_seqlen_q", p.max_seqlen_q, 0, kMaxTokens);
+  check::in_range("max_seqlen_k", p.max_seqlen_k, 0, kMaxTokens);
+  check::in_range("total_q", p.total_q, 0, kMaxTokens);
+  check::in_range("total_k", p.total_k, 0, kMaxTokens);
+  check::in_range("num_kv_seqs", p.num_kv_seqs, 0, INT32_MAX);
+  check::in_range("num_threads", p.num_threads, 0, 1024);
+  check::in_range("num_splits", p.num_splits, 0, 1024);
+  check::in_range("deterministic", p.deterministic, 0, 1);
+  if (p.num_seqs > 0 && !is_varlen_q(p) && p.max_seqlen_q > kMaxTokens / p.num_seqs) {
+    fail("max_seqlen_q", p.max_seqlen_q, "num_seqs * max_seqlen_q must be at most 2^31 - 1");
+  }
+}
+
+void check_layout(const Params &p) {
+  if (is_paged(p)) {
+    if (is_varlen_k(p)) fail("cu_seqlens_k", std::string("given"), "must be NULL when page_table is given");
+    if (p.kv_batch_index) fail("kv_batch_index", std::string("given"), "must be NULL when page_table is given");
+    if (p.seqused_k == nullptr) fail("seqused_k", std::string("NULL"), "must be given with page_table");
+    check::paging(p.num_pages, p.page_size, p.num_page_slots, p.page_table_stride, p.num_seqs);
+  } else if (p.page_size != 0 || p.num_pages != 0) {
+    fail("page_size", p.page_size, "page_size and num_pages must be 0 without page_table");
+  }
+  if (is_varlen_k(p)) {
+    if (p.kv_batch_index) fail("kv_batch_index", std::string("given"), "must be NULL when cu_seqlens_k is given");
+    if (p.leftpad_k) fail("leftpad_k", std::string("given"), "must be NULL when cu_seqlens_k is given");
+  }
+  check::int32_pointer("cu_seqlens_q", p.cu_seqlens_q);
+  check::int32_pointer("cu_seqlens_k", p.cu_seqlens_k);
+  check::int32_pointer("seqused_q", p.seqused_q);
+  check::int32_pointer("seqused_k", p.seqused_k);
+  check::int32_pointer("leftpad_k", p.leftpad_k);
+  check::int32_pointer("kv_batch_index", p.kv_batch_index);
+  check::int32_pointer("page_table", p.page_table);
+  check::int32_pointer("causal_per_seq", p.causal_per_seq);
+  check::int32_pointer("prefix_ranges", p.prefix_ranges);
+  check::int32_pointer("rswa_prefix_lens", p.rswa_prefix_lens);
+}
+
+void check_tensors(const Params &p) {
+  check::dtype("q.dtype", p.q.dtype, true);
+  check::dtype("k.dtype", p.k.dtype, true);
+  check::dtype("v.dtype", p.v.dtype, true);
+  check::dtype("out.dtype", p.out.dtype, true);
+  const auto type_error = [](const char *argument, int32_t dtype, const std::string &rule) {
+    fail(argument, std::string(dtype_name(dtype)), rule, FLASHSPARK_INVALID_TYPE);
+  };
+  if (p.v.dtype != p.k.dtype) type_error("v.dtype", p.v.dtype, std::string("must be k's: ") + dtype_name(p.k.dtype));
+  if (p.k.dtype != p.q.dtype && p.k.dtype != FLASHSPARK_FLOAT8_E4M3) {
+    type_error("k.dtype", p.k.dtype, std::string("must be q's (") + dtype_name(p.q.dtype) + ") or float8_e4m3");
+  }
+  const int64_t q_batch = is_varlen_q(p) ? 1 : p.num_seqs;
+  const int64_t q_tokens = is_varlen_q(p) ? p.total_q : p.max_seqlen_q;
+  check::tensor("q", p.q, q_batch, q_tokens, p.num_heads_q);
+  check::tensor("out", p.out, q_batch, q_tokens, p.num_heads_q);
+  check::distinct("out", p.out, q_batch, q_tokens, p.num_heads_q, p.head_dim_v);
+  if (p.lse != nullptr) {
+    const flashspark_tensor lse{p.lse, p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride, FLASHSPARK_FLOAT32, 0};
+    check::tensor("lse", lse, q_batch, q_tokens, p.num_heads_q);
+    check::distinct("lse", lse, q_batch, q_tokens, p.num_heads_q, 1);
+  }
+  const int64_t kv_batch = is_paged(p) ? p.num_pages : is_varlen_k(p) ? 1 : num_kv_seqs(p);
+  const int64_t kv_tokens = is_paged(p) ? p.page_size : is_varlen_k(p) ? p.total_k : p.max_seqlen_k;
+  check::tensor("k", p.k, kv_batch, kv_tokens, p.num_heads_kv);
+  check::tensor("v", p.v, kv_batch, kv_tokens, p.num_heads_kv);
+}
+
+void check_scores(const Params &p) {
+  if (!(p.softmax_scale >= 0) || std::isinf(p.softmax_scale)) {
+    fail("softmax_scale", double{p.softmax_scale}, "must be finite and >= 0");
+  }
+  if (!(p.softcap >= 0) || std::isinf(p.softcap)) fail("softcap", double{p.softcap}, "must be finite and >= 0 (0: off)");
+  const bool on_cpu = p.device == FLASHSPARK_CPU;
+  check::scale("q_descale", p.q_descale, on_cpu && p.q.dtype == FLASHSPARK_FLOAT8_E4M3, p.num_seqs, p.num_heads_kv);
+  check::scale("k_descale", p.k_descale, on_cpu && p.k.dtype == FLASHSPARK_FLOAT8_E4M3, p.num_seqs, p.num_heads_kv);
+  check::scale("v_descale", p.v_descale, on_cpu && p.v.dtype == FLASHSPARK_FLOAT8_E4M3, p.num_seqs, p.num_heads_kv);
+  if (p.output_scale != nullptr && p.out.dtype == FLASHSPARK_FLOAT8_E4M3 && on_cpu) {
+    if (!(*p.output_scale > 0) || std::isinf(*p.output_scale)) {
+      fail("output_scale", double{*p.output_scale}, "must be finite and > 0");
+    }
+  }
+  if (p.output_scale != nullptr && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) {
+    fail("output_scale", std::string("given"), "must be NULL unless out is float8_e4m3");
+  }
+  if (p.sinks != nullptr) {
+    check::dtype("sinks_dtype", p.sinks_dtype, false);
+    if (reinterpret_cast<uintptr_t>(p.sinks) % dtype_size(p.sinks_dtype) != 0) {
+      fail("sinks", std::string("misaligned"), "must be aligned to its elements");
+    }
+    for (int64_t h = 0; on_cpu && h < p.num_heads_q; ++h) {
+      const float sink = load_as_float(p.sinks, h, p.sinks_dtype);
+      if (std::isnan(sink) || sink == INFINITY) fail(check::at("sinks", h), double{sink}, "must be finite or -inf");
+    }
+  }
+  if (p.rel_logits != nullptr) {
+    check::dtype("rel_dtype", p.rel_dtype, false);
+    check::in_range("rel_extent", p.rel_extent, 1, kMaxTokens);
+    const flashspark_tensor rel{const_cast<void *>(p.rel_logits), 0, p.rel_token_stride, p.rel_head_stride, p.rel_dtype, 0};
+    check::tensor("rel_logits", rel, 1, is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q, p.num_heads_q);
+  }
+  if (p.alibi_slopes != nullptr) {
+    if (reinterpret_cast<uintptr_t>(p.alibi_slopes) % 4 != 0) fail("alibi_slopes", std::string("misaligned"), "must be aligned to 4 bytes");
+    check::in_range("alibi_batch_stride", p.alibi_batch_stride, 0, int64_t{1} << 30);
+    for (int64_t b = 0; on_cpu && b < (p.alibi_batch_stride == 0 ? std::min<int64_t>(p.num_seqs, 1) : p.num_seqs); ++b) {
+      for (int64_t h = 0; h < p.num_heads_q; ++h) {
+        const float slope = alibi_slope(p, b, h);
+        if (!std::isfinite(slope)) fail(check::at("alibi_slopes", h), double{slope}, "must be finite");
+      }
+    }
+  }
+}
+
+void check_mask(const Params &p) {
+  check::in_range("causal", p.causal, 0, 1);
+  check::in_range("window_left", p.window_left, -1, kMaxTokens);
+  check::in_range("window_right", p.window_right, -1, kMaxTokens);
+  check::in_range("prefix_mode", p.prefix_mode, 0, 2);
+  check::in_range("prefix_clamp_window", p.prefix_clamp_window, 0, 1);
+  check::in_range("rswa_window", p.rswa_window, 0, kMaxTokens);
+  if (p.prefix_mode != FLASHSPARK_PREFIX_NONE) {
+    check::in_range("num_prefix_ranges", p.num_prefix_ranges, 0, 1 << 24);
+    const bool used = p.num_seqs > 0 && (p.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN || p.num_prefix_ranges > 0);
+    if (used && p.prefix_ranges == nullptr) fail("prefix_ranges", std::string("NULL"), "must be given with prefix_mode");
+    if (p.rswa_window > 0) fail("rswa_window", int64_t{p.rswa_window}, "must be 0 with prefix_mode");
+  }
+  if (p.rswa_window > 0) {
+    if (p.rswa_prefix_lens == nullptr && p.num_seqs > 0) {
+      fail("rswa_prefix_lens", std::string("NULL"), "must be given with rswa_window");
+    }
+    if (p.window_left >= 0) fail("window_left", p.window_left, "must be -1 with rswa_window");
+    if (p.window_right >= 0) fail("window_right", p.window_right, "must be -1 with rswa_window");
+  }
+}
+
+// Offsets that rise from 0 and end within the tensor.
+void check_offsets(const char *name, const int32_t *offsets, int64_t num_seqs, int64_t total, int64_t longest) {
+  if (offsets == nullptr) return;
+  if (offsets[0] < 0) fail(check::at(name, 0), int64_t{offsets[0]}, "must not be negative");
+  for (int64_t b = 0; b < num_seqs; ++b) {
+    const int64_t length = int64_t{offsets[b + 1]} - offsets[b];
+    if (length < 0) fail(check::at(name, b + 1), int64_t{offsets[b + 1]}, "must not be below the entry before it");
+    if (longest >= 0 && length > longest) {
+      fail(check::at(name, b + 1), int64_t{offsets[b + 1]}, "makes a sequence longer than the maximum, " + std::to_string(longest));
+    }
+  }
+  if (offsets[num_seqs] > total) {
+    fail(check::at(name, num_seqs), int64_t{offsets[num_seqs]}, "must be at most the tensor's rows, " + std::to_string(total));
+  }
+}
+
+// The lengths and pages themselves. GPU problems keep them on the device, where the host does not look.
+void check_lengths(const Params &p) {
+  check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.num_seqs, p.total_q, p.max_seqlen_q);
+  check_offsets("cu_seqlens_k", p.cu_seqlens_k, p.num_seqs, p.total_k, p.seqused_k ? -1 : p.max_seqlen_k);
+  for (int64_t b = 0; b < p.num_seqs; ++b) {
+    if (p.seqused_q != nullptr) {
+      const int64_t rows = is_varlen_q(p) ? int64_t{p.cu_seqlens_q[b + 1]} - p.cu_seqlens_q[b] : p.max_seqlen_q;
+      if (p.seqused_q[b] < 0 || p.seqused_q[b] > rows) {
+        fail(check::at("seqused_q", b), int64_t{p.seqused_q[b]}, "must be from 0 to the sequence's rows, " + std::to_string(rows));
+      }
+    }
+    if (p.causal_per_seq != nullptr && (p.causal_per_seq[b] < 0 || p.causal_per_seq[b] > 1)) {
+      fail(check::at("causal_per_seq", b), int64_t{p.causal_per_seq[b]}, "must be 0 or 1");
+    }
+    if (p.leftpad_k != nullptr && p.leftpad_k[b] < 0) {
+      fail(check::at("leftpad_k", b), int64_t{p.leftpad_k[b]}, "must not be negative");
+    }
+    if (p.kv_batch_index != nullptr && (p.kv_batch_index[b] < 0 || p.kv_batch_index[b] >= num_kv_seqs(p))) {
+      fail(check::at("kv_batch_index", b), int64_t{p.kv_batch_index[b]},
+           "must name one of the " + std::to_string(num_kv_seqs(p)) + " sequences of k and v");
+    }
+    // A row without queries reads no key: padded rows of a captured graph carry stale lengths and pages.
+    const Sequence s = sequence(p, b);
+    if (s.seqlen_q == 0) continue;
+    if (p.seqused_k != nullptr) {
+      int64_t capacity = p.max_seqlen_k;
+      if (is_varlen_k(p)) capacity = p.total_k - p.cu_seqlens_k[b];
+      if (is_paged(p)) capacity = p.num_page_slots * p.page_size;
+      if (p.seqused_k[b] < 0 || p.seqused_k[b] > capacity) {
+        fail(check::at("seqused_k", b), int64_t{p.seqused_k[b]}, "must be from 0 to the keys there is room for, " + std::to_string(capacity));
+      }
+    }
+    if (is_paged(p)) {
+      check::pages_in_use(p.page_table, p.page_table_stride, b, s.k_row, s.k_row + s.seqlen_k, p.page_size, p.num_pages);
+    }
+  }
+}
+
+}  // namespace
+
+void validate(const Params &p) {
+  check::version(p.struct_size, sizeof(Params), p.abi_version, "flashspark_attention_params");
+  check::device(p.device, p.device_index);
+  check_sizes(p);
+  check_layout(p);
+  check_tensors(p);
+  check_scores(p);
+  check_mask(p);
+  if (p.device == FLASHSPARK_CPU) check_lengths(p);
+}
+
+}  // namespace flashspark

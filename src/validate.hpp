@@ -1,0 +1,34 @@
+#pragma once
+#include <string>
+
+#include "problem.hpp"
+
+namespace flashspark {
+
+// Throws Error naming the argument, its value and the rule. Reads only host-visible memory: the lengths and pages of a
+// CPU problem are checked entry by entry, those of a GPU problem are the kernels' business.
+void validate(const Params &p);
+void validate(const AppendParams &p);
+
+// Pieces that both share.
+namespace check {
+void version(uint32_t struct_size, size_t expected_size, uint32_t abi_version, const char *type);
+void device(int32_t device, int32_t index);
+void in_range(const char *argument, int64_t value, int64_t low, int64_t high);
+void heads(int64_t num_heads_q, int64_t num_heads_kv);
+void width(const char *argument, int64_t value);
+void dtype(const char *argument, int32_t value, bool allow_fp8);
+// A tensor of extents (batch, tokens, heads): pointer, alignment and that no offset overflows.
+void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads);
+// No two elements of a written tensor share an address.
+void distinct(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads,
+              int64_t width);
+void scale(const char *argument, const flashspark_scale &s, bool on_cpu, int64_t batch, int64_t heads);
+void int32_pointer(const char *argument, const int32_t *pointer);
+void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_seqs);
+void pages_in_use(const int32_t *page_table, int64_t row_stride, int64_t b, int64_t first, int64_t last,
+                  int64_t page_size, int64_t num_pages);
+std::string at(const char *name, int64_t index);
+}  // namespace check
+
+}  // namespace flashspark

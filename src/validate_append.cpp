@@ -1,0 +1,127 @@
+#include "dtype.hpp"
+#include "error.hpp"
+#include "validate.hpp"
+
+namespace flashspark {
+namespace {
+
+void check_dtypes(const AppendParams &p) {
+  check::dtype("k_new.dtype", p.k_new.dtype, true);
+  check::dtype("k_cache.dtype", p.k_cache.dtype, true);
+  const auto same = [](const char *argument, int32_t dtype, const char *other, int32_t wanted) {
+    if (dtype == wanted) return;
+    fail(argument, std::string(dtype_name(dtype)), std::string("must be ") + other + "'s: " + dtype_name(wanted),
+         FLASHSPARK_INVALID_TYPE);
+  };
+  same("v_new.dtype", p.v_new.dtype, "k_new", p.k_new.dtype);
+  same("v_cache.dtype", p.v_cache.dtype, "k_cache", p.k_cache.dtype);
+  if (p.k_cache.dtype != FLASHSPARK_FLOAT8_E4M3) same("k_new.dtype", p.k_new.dtype, "k_cache", p.k_cache.dtype);
+}
+
+void check_rotary(const AppendParams &p) {
+  if ((p.rotary_cos == nullptr) != (p.rotary_sin == nullptr)) {
+    fail(p.rotary_cos == nullptr ? "rotary_cos" : "rotary_sin", std::string("NULL"), "cos and sin go together");
+  }
+  if (p.q.data != nullptr && p.rotary_cos == nullptr) {
+    fail("q", std::string("given"), "must be NULL without rotary_cos: nothing would be done to it");
+  }
+  if (p.rotary_cos == nullptr) return;
+  check::dtype("rotary_dtype", p.rotary_dtype, false);
+  check::in_range("rotary_interleaved", p.rotary_interleaved, 0, 1);
+  check::in_range("q_rotary_per_token", p.q_rotary_per_token, 0, 1);
+  check::in_range("seqlen_rotary", p.seqlen_rotary, 0, INT32_MAX);
+  if (p.rotary_dim < 2 || p.rotary_dim > p.head_dim || p.rotary_dim % 2 != 0) {
+    fail("rotary_dim", p.rotary_dim, "must be even and from 2 to head_dim = " + std::to_string(p.head_dim));
+  }
+  if (p.k_new.dtype == FLASHSPARK_FLOAT8_E4M3) {
+    fail("k_new.dtype", std::string("float8_e4m3"), "rotary embedding takes 16- or 32-bit rows", FLASHSPARK_INVALID_TYPE);
+  }
+}
+
+void check_lengths(const AppendParams &p) {
+  const bool paged = p.page_table != nullptr;
+  const int64_t capacity = paged ? p.num_page_slots * p.page_size : p.seqlen_cache;
+  for (int64_t b = 0; b < p.num_seqs; ++b) {
+    int64_t rows = p.seqlen_new;
+    if (p.cu_seqlens_new != nullptr) {
+      rows = int64_t{p.cu_seqlens_new[b + 1]} - p.cu_seqlens_new[b];
+      if (p.cu_seqlens_new[0] < 0 || rows < 0 || rows > p.seqlen_new || p.cu_seqlens_new[b + 1] > p.total_new) {
+        fail(check::at("cu_seqlens_new", b + 1), int64_t{p.cu_seqlens_new[b + 1]},
+             "must rise by 0 to seqlen_new = " + std::to_string(p.seqlen_new) + " and stay within total_new = " +
+                 std::to_string(p.total_new));
+      }
+    }
+    if (rows == 0) continue;
+    const int64_t before = p.seqlens != nullptr ? p.seqlens[b] : 0;
+    if (before < 0 || before + rows > capacity) {
+      fail(check::at("seqlens", b), before,
+           "no room for " + std::to_string(rows) + " more rows in a cache of " + std::to_string(capacity));
+    }
+    if (p.kv_batch_index != nullptr && (p.kv_batch_index[b] < 0 || p.kv_batch_index[b] >= p.num_cache_rows)) {
+      fail(check::at("kv_batch_index", b), int64_t{p.kv_batch_index[b]},
+           "must name one of the " + std::to_string(p.num_cache_rows) + " sequences of the cache");
+    }
+    const int64_t leftpad = p.leftpad_k != nullptr ? p.leftpad_k[b] : 0;
+    if (leftpad < 0 || leftpad > before) {
+      fail(check::at("leftpad_k", b), leftpad, "must be from 0 to the sequence's length, " + std::to_string(before));
+    }
+    if (p.rotary_cos != nullptr && before - leftpad + rows > p.seqlen_rotary) {
+      fail("seqlen_rotary", p.seqlen_rotary, "must cover position " + std::to_string(before - leftpad + rows - 1));
+    }
+    if (paged) {
+      check::pages_in_use(p.page_table, p.page_table_stride, b, before, before + rows, p.page_size, p.num_pages);
+    }
+  }
+}
+
+}  // namespace
+
+void validate(const AppendParams &p) {
+  check::version(p.struct_size, sizeof(AppendParams), p.abi_version, "flashspark_append_params");
+  check::device(p.device, p.device_index);
+  check::in_range("num_seqs", p.num_seqs, 0, INT32_MAX - 1);
+  check::in_range("num_heads_kv", p.num_heads_kv, 1, 1 << 16);
+  check::width("head_dim", p.head_dim);
+  check::width("head_dim_v", p.head_dim_v);
+  check::in_range("seqlen_new", p.seqlen_new, 0, INT32_MAX);
+  check::in_range("total_new", p.total_new, 0, INT32_MAX);
+  check::in_range("seqlen_cache", p.seqlen_cache, 0, INT32_MAX);
+  check::in_range("num_cache_rows", p.num_cache_rows, 0, INT32_MAX);
+  check_dtypes(p);
+  check_rotary(p);
+  if (p.page_table != nullptr) {
+    if (p.kv_batch_index) fail("kv_batch_index", std::string("given"), "must be NULL when page_table is given");
+    check::paging(p.num_pages, p.page_size, p.num_page_slots, p.page_table_stride, p.num_seqs);
+  } else if (p.kv_batch_index == nullptr && p.num_cache_rows < p.num_seqs) {
+    fail("num_cache_rows", p.num_cache_rows, "must be at least num_seqs = " + std::to_string(p.num_seqs));
+  }
+  check::int32_pointer("seqlens", p.seqlens);
+  check::int32_pointer("cu_seqlens_new", p.cu_seqlens_new);
+  check::int32_pointer("kv_batch_index", p.kv_batch_index);
+  check::int32_pointer("leftpad_k", p.leftpad_k);
+  check::int32_pointer("page_table", p.page_table);
+
+  const bool varlen = p.cu_seqlens_new != nullptr;
+  const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_new : p.seqlen_new;
+  const bool paged = p.page_table != nullptr;
+  const int64_t cache_batch = paged ? p.num_pages : p.num_cache_rows;
+  const int64_t cache_tokens = paged ? p.page_size : p.seqlen_cache;
+  check::tensor("k_new", p.k_new, batch, tokens, p.num_heads_kv);
+  check::tensor("v_new", p.v_new, batch, tokens, p.num_heads_kv);
+  check::tensor("k_cache", p.k_cache, cache_batch, cache_tokens, p.num_heads_kv);
+  check::tensor("v_cache", p.v_cache, cache_batch, cache_tokens, p.num_heads_kv);
+  check::distinct("k_cache", p.k_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim);
+  check::distinct("v_cache", p.v_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim_v);
+  if (p.q.data != nullptr) {
+    check::heads(p.num_heads_q, p.num_heads_kv);
+    check::dtype("q.dtype", p.q.dtype, false);
+    check::tensor("q", p.q, batch, tokens, p.num_heads_q);
+    check::distinct("q", p.q, batch, tokens, p.num_heads_q, p.head_dim);
+  }
+  const bool on_cpu = p.device == FLASHSPARK_CPU && p.k_cache.dtype == FLASHSPARK_FLOAT8_E4M3;
+  check::scale("k_descale", p.k_descale, on_cpu, p.num_seqs, p.num_heads_kv);
+  check::scale("v_descale", p.v_descale, on_cpu, p.num_seqs, p.num_heads_kv);
+  if (p.device == FLASHSPARK_CPU) check_lengths(p);
+}
+
+}  // namespace flashspark
