@@ -84,7 +84,7 @@ Problem::Problem(const Case &spec) : spec_(spec) {
 void Problem::allocate_queries() {
   const bool dense = spec_.q_layout == Layout::kDense;
   const int64_t spare = spec_.seqused_q ? kSpareRows : 0;
-  params.max_seqlen_q = longest(spec_.lens, &SeqLen::q) + (dense ? spare : 0);
+  params.max_seqlen_q = longest(spec_.lens, &SeqLen::q) + spare;  // of rows that exist, in use or not
   if (!dense) {
     cu_q_ = offsets(spec_.lens, &SeqLen::q, spare);
     params.cu_seqlens_q = cu_q_.data();

@@ -155,7 +155,8 @@ void Problem::fill() {
     double squares = 0;
     for (int64_t d = 0; d < spec_.head_dim; ++d) {
       store(dtype(role), row, d, static_cast<float>(noise * random.normal() + (amount != 0 ? amount * along[d] : 0)));
-      squares += std::pow(load(dtype(role), row, d), 2);
+      const double stored = load(dtype(role), row, d);
+      squares += stored * stored;
     }
     return std::sqrt(squares);
   };

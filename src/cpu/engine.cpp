@@ -45,10 +45,12 @@ float *thread_scratch(size_t floats) {
 // One tile of query rows, and how its keys are cut.
 struct Piece {
   int64_t b, h_kv, row0;
-  int32_t rows;
+  int32_t rows, heads;
   int32_t splits;
   int64_t first_partial;  // index of its first partial result, -1 without splits
   int64_t keys;           // upper bound of the keys its rows keep, for the order and the cut
+
+  int64_t cost() const { return rows * heads * keys; }
 };
 
 struct Job {
@@ -125,11 +127,15 @@ void cut_into_pieces(const Params &p, Plan &plan) {
     if (packed == 0) continue;
     const int32_t rows = tile_rows(p.head_dim, p.head_dim_v, packed);
     for (int64_t row0 = 0; row0 < packed; row0 += rows) {
-      Piece piece{b, 0, row0, static_cast<int32_t>(std::min<int64_t>(rows, packed - row0)), 1, -1, 0};
+      Piece piece{b, 0, row0, static_cast<int32_t>(std::min<int64_t>(rows, packed - row0)), 1, 1, -1, 0};
       mask.set_tokens(p, s, row0 / group, (row0 + piece.rows - 1) / group);
       piece.keys = mask.num_keys();
       plan.work += p.num_heads_kv * piece.rows * piece.keys * (p.head_dim + p.head_dim_v);
-      for (piece.h_kv = 0; piece.h_kv < p.num_heads_kv; ++piece.h_kv) plan.pieces.push_back(piece);
+      const int32_t heads = tile_heads(p, piece.rows);
+      for (piece.h_kv = 0; piece.h_kv < p.num_heads_kv; piece.h_kv += heads) {
+        piece.heads = static_cast<int32_t>(std::min<int64_t>(heads, p.num_heads_kv - piece.h_kv));
+        plan.pieces.push_back(piece);
+      }
     }
   }
 }
@@ -138,7 +144,7 @@ void cut_into_pieces(const Params &p, Plan &plan) {
 // must not depend on its neighbours or the threads, so only an explicit number cuts.
 void choose_splits(const Params &p, Plan &plan, int32_t threads) {
   int64_t total = 0;
-  for (const Piece &piece : plan.pieces) total += piece.rows * piece.keys;
+  for (const Piece &piece : plan.pieces) total += piece.cost();
   const int64_t fair = std::max<int64_t>(1, total / (4 * threads));
   int64_t partials = 0;
   for (Piece &piece : plan.pieces) {
@@ -146,12 +152,12 @@ void choose_splits(const Params &p, Plan &plan, int32_t threads) {
     if (p.num_splits > 0) {
       piece.splits = static_cast<int32_t>(std::clamp<int64_t>(piece.keys, 1, p.num_splits));
     } else if (!p.deterministic && threads > 1 && plan.pieces.size() < static_cast<size_t>(4 * threads)) {
-      piece.splits = static_cast<int32_t>(std::clamp<int64_t>((piece.rows * piece.keys + fair - 1) / fair, 1, most));
+      piece.splits = static_cast<int32_t>(std::clamp<int64_t>((piece.cost() + fair - 1) / fair, 1, most));
     }
     if (piece.splits == 1) continue;
     piece.first_partial = partials;
     partials += piece.splits;
-    plan.partial_rows = std::max<int64_t>(plan.partial_rows, piece.rows);
+    plan.partial_rows = std::max<int64_t>(plan.partial_rows, piece.rows * piece.heads);
   }
   plan.partial_o.resize(partials * plan.partial_rows * p.head_dim_v);
   plan.partial_ml.resize(partials * plan.partial_rows * 2);
@@ -164,7 +170,7 @@ void order_jobs(Plan &plan) {
   }
   const auto cost = [&](const Job &job) {
     const Piece &piece = plan.pieces[job.piece];
-    return piece.rows * piece.keys / piece.splits;
+    return piece.cost() / piece.splits;
   };
   std::stable_sort(plan.jobs.begin(), plan.jobs.end(), [&](const Job &a, const Job &b) { return cost(a) > cost(b); });
 }
@@ -183,6 +189,7 @@ void run_job(const Params &p, Plan &plan, const Job &job) {
   tile.p = &p;
   tile.s = s;
   tile.h_kv = piece.h_kv;
+  tile.num_heads = piece.heads;
   tile.group = group;
   tile.row0 = piece.row0;
   tile.rows = piece.rows;
@@ -195,15 +202,17 @@ void run_job(const Params &p, Plan &plan, const Job &job) {
     tile.partial_o = plan.partial_o.data() + at * p.head_dim_v;
     tile.partial_ml = plan.partial_ml.data() + at * 2;
   }
-  tile.scratch = thread_scratch(scratch_floats(p.head_dim, p.head_dim_v, piece.rows));
+  tile.scratch = thread_scratch(scratch_floats(p.head_dim, p.head_dim_v, piece.rows, piece.heads));
   kernels().run(tile);
 }
 
-// Row r of a piece from its partial rows: weights 2^(m - max m), as in the softmax itself.
-void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequence &s, int64_t r) {
+// Row r of KV head number `head` of a piece from its partial rows: weights 2^(m - max m), as in the softmax itself.
+void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequence &s, int64_t head, int64_t r) {
   const int64_t group = p.num_heads_q / p.num_heads_kv;
-  const int64_t i = (piece.row0 + r) / group, h = piece.h_kv * group + (piece.row0 + r) % group;
-  const auto partial = [&](int32_t split) { return (piece.first_partial + split) * plan.partial_rows + r; };
+  const int64_t i = (piece.row0 + r) / group, h = (piece.h_kv + head) * group + (piece.row0 + r) % group;
+  const auto partial = [&](int32_t split) {
+    return (piece.first_partial + split) * plan.partial_rows + head * piece.rows + r;
+  };
   float largest = -std::numeric_limits<float>::infinity();
   for (int32_t n = 0; n < piece.splits; ++n) largest = std::fmax(largest, plan.partial_ml[2 * partial(n)]);
 
@@ -217,7 +226,7 @@ void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequ
     const float *o = plan.partial_o.data() + partial(n) * p.head_dim_v;
     for (int64_t x = 0; x < p.head_dim_v; ++x) row[x] += weight * o[x];
   }
-  float factor = sum == 0 ? 0.0f : scale_at(p.v_descale, piece.b, piece.h_kv, p.v.dtype) / sum;
+  float factor = sum == 0 ? 0.0f : scale_at(p.v_descale, piece.b, piece.h_kv + head, p.v.dtype) / sum;
   if (p.output_scale != nullptr) factor /= *p.output_scale;
   const int64_t at = q_offset(p, p.out, s, i, h);
   for (int64_t x = 0; x < p.head_dim_v; ++x) store_from_float(p.out.data, at + x, p.out.dtype, row[x] * factor);
@@ -231,7 +240,9 @@ void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequ
 void merge_piece(const Params &p, const Plan &plan, const Piece &piece) {
   if (piece.splits == 1) return;
   const Sequence s = sequence(p, piece.b);
-  for (int64_t r = 0; r < piece.rows; ++r) merge_row(p, plan, piece, s, r);
+  for (int64_t head = 0; head < piece.heads; ++head) {
+    for (int64_t r = 0; r < piece.rows; ++r) merge_row(p, plan, piece, s, head, r);
+  }
 }
 
 }  // namespace
@@ -246,14 +257,25 @@ int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows) {
   return static_cast<int32_t>(std::min<int64_t>(round_up((packed_rows + tiles - 1) / tiles, kRowGroup), kMaxTileRows));
 }
 
-size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows) {
+int32_t tile_heads(const Params &p, int32_t rows) {
+  if (rows > kStreamRows) return 1;
+  // Only heads that follow each other within a token gain; packed caches hold V's row between two of K's.
+  const auto side_by_side = [](const flashspark_tensor &t, int64_t width) {
+    return t.head_stride >= width && t.head_stride <= 2 * width && t.head_stride < std::abs(t.token_stride);
+  };
+  if (!side_by_side(p.k, p.head_dim) || !side_by_side(p.v, p.head_dim_v)) return 1;
+  const int64_t bytes = std::max(p.head_dim, p.head_dim_v) * static_cast<int64_t>(dtype_size(p.k.dtype));
+  return static_cast<int32_t>(std::clamp<int64_t>(kStreamBytes / bytes, 1, std::min<int64_t>(kMaxStreamHeads, p.num_heads_kv)));
+}
+
+size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows, int32_t num_heads) {
   const int64_t width = round_up(head_dim_v, kPackedPad);
   if (rows > kStreamRows) {
     const int64_t padded = round_up(rows, kRowGroup);
     return kPackedKeys * (head_dim + width) + padded * (width + kPackedKeys + head_dim + 2);
   }
   // Four rows at a time; the scores end in one vector of padding.
-  return round_up(rows, 4) * (head_dim + head_dim_v) + kBlockKeys * 4 + 16;
+  return round_up(rows, 4) * (num_heads * (head_dim + head_dim_v) + kBlockKeys) + 16;
 }
 
 void engine_forward(const Params &p) {

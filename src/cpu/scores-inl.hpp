@@ -146,6 +146,44 @@ HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tensor, int6
   }
 }
 
+// Brings the K and V rows of the next block into the cache a few lines at a time while this block is worked on: the pages
+// of a sequence lie anywhere, which no hardware prefetcher follows, and a burst would stall the loads that compute.
+class Prefetcher {
+ public:
+  // The first heads' addresses of `count` keys; `calls` is how often advance() will be called while the rows are wanted.
+  template <class Element>
+  HWY_ATTR void start(const Tile &t, const Element *const *keys, const Element *const *values, int64_t count,
+                      int64_t calls) {
+    const auto lines = [&](const flashspark_tensor &tensor, int64_t width) HWY_ATTR {
+      const int64_t elements = (t.num_heads - 1) * tensor.head_stride + width;
+      return (elements * static_cast<int64_t>(sizeof(Element)) + 63) / 64;
+    };
+    rows_[0] = reinterpret_cast<const char *const *>(keys);
+    rows_[1] = reinterpret_cast<const char *const *>(values);
+    lines_[0] = lines(t.p->k, t.p->head_dim);
+    lines_[1] = lines(t.p->v, t.p->head_dim_v);
+    count_ = count;
+    which_ = row_ = line_ = 0;
+    budget_ = calls > 0 ? (count * (lines_[0] + lines_[1]) + calls - 1) / calls : 0;
+  }
+
+  HWY_ATTR void advance() {
+    if (row_ >= count_) return;
+    for (int64_t n = 0; n < budget_; ++n) {
+      __builtin_prefetch(rows_[which_][row_] + 64 * line_);
+      if (++line_ < lines_[which_]) continue;
+      line_ = 0;
+      if ((which_ ^= 1) == 0 && ++row_ >= count_) return;  // a key's K row, then its V row
+    }
+  }
+
+ private:
+  const char *const *rows_[2] = {};
+  int64_t lines_[2] = {};
+  int64_t count_ = 0, row_ = 0, line_ = 0, budget_ = 0;
+  int which_ = 0;
+};
+
 }  // namespace flashspark::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 #endif

@@ -19,6 +19,11 @@ using D8 = hn::CappedTag<float, 8>;
 using V8 = hn::Vec<D8>;
 using D4 = hn::FixedTag<float, 4>;
 
+// Three keys by four rows fill 12 of AVX2's 16 registers with sums.
+constexpr int kKeysAtOnce = 3;
+// Keys between two looks at the prefetcher in PV: about as long as three keys of QK^T.
+constexpr int kValuesAtOnce = 16;
+
 // The sums of four vectors as one vector of four.
 HWY_INLINE hn::Vec<D4> sums_of_four(V8 a, V8 b, V8 c, V8 e) {
   const D8 d;
@@ -35,58 +40,38 @@ HWY_INLINE hn::Vec<D4> sums_of_four(V8 a, V8 b, V8 c, V8 e) {
 #endif
 }
 
-// Bytes of the row at `p` into the cache ahead of use: the pages of a sequence lie anywhere, which no hardware follows.
-HWY_INLINE void prefetch_row(const void *p, int64_t bytes) {
-  for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch(static_cast<const char *>(p) + n);
-}
-
-// scores[key][4] = four rows of q (row-major, D apart) times `count` keys.
-template <class Type>
-HWY_ATTR void stream_scores(const float *q, int64_t head_dim, const typename Type::Element *const *keys, int64_t count,
-                            const typename Type::Element *const *next, int64_t next_count, float *scores) {
+// scores[kKeys][4] = four rows of q (head_dim apart) times kKeys keys.
+template <class Type, int kKeys>
+HWY_ATTR void stream_scores(const float *HWY_RESTRICT q, int64_t head_dim, const typename Type::Element *const *keys,
+                            float *HWY_RESTRICT scores) {
   const D8 d;
   const int64_t step = static_cast<int64_t>(hn::Lanes(d));
-  const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(typename Type::Element));
-  const float *q0 = q, *q1 = q + head_dim, *q2 = q + 2 * head_dim, *q3 = q + 3 * head_dim;
-  int64_t n = 0;
-  for (; n + 2 <= count; n += 2) {
-    if (n < next_count) prefetch_row(next[n], bytes);
-    if (n + 1 < next_count) prefetch_row(next[n + 1], bytes);
-    const auto *k0 = keys[n], *k1 = keys[n + 1];
-    V8 a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
-    for (int64_t x = 0; x < head_dim; x += step) {
-      const V8 ka = widen(d, Type{}, k0 + x), kb = widen(d, Type{}, k1 + x);
-      const V8 qa = hn::LoadU(d, q0 + x), qb = hn::LoadU(d, q1 + x);
-      a0 = hn::MulAdd(qa, ka, a0);
-      b0 = hn::MulAdd(qa, kb, b0);
-      a1 = hn::MulAdd(qb, ka, a1);
-      b1 = hn::MulAdd(qb, kb, b1);
-      const V8 qc = hn::LoadU(d, q2 + x), qe = hn::LoadU(d, q3 + x);
-      a2 = hn::MulAdd(qc, ka, a2);
-      b2 = hn::MulAdd(qc, kb, b2);
-      a3 = hn::MulAdd(qe, ka, a3);
-      b3 = hn::MulAdd(qe, kb, b3);
-    }
-    hn::StoreU(sums_of_four(a0, a1, a2, a3), D4(), scores + 4 * n);
-    hn::StoreU(sums_of_four(b0, b1, b2, b3), D4(), scores + 4 * n + 4);
+  V8 acc[kKeys][4];
+  HWY_UNROLL(kKeysAtOnce)
+  for (int n = 0; n < kKeys; ++n) {
+    for (int r = 0; r < 4; ++r) acc[n][r] = hn::Zero(d);
   }
-  if (n < count) {
-    V8 a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0;
-    for (int64_t x = 0; x < head_dim; x += step) {
-      const V8 ka = widen(d, Type{}, keys[n] + x);
-      a0 = hn::MulAdd(hn::LoadU(d, q0 + x), ka, a0);
-      a1 = hn::MulAdd(hn::LoadU(d, q1 + x), ka, a1);
-      a2 = hn::MulAdd(hn::LoadU(d, q2 + x), ka, a2);
-      a3 = hn::MulAdd(hn::LoadU(d, q3 + x), ka, a3);
+  for (int64_t x = 0; x < head_dim; x += step) {
+    V8 k[kKeys];
+    HWY_UNROLL(kKeysAtOnce)
+    for (int n = 0; n < kKeys; ++n) k[n] = widen(d, Type{}, keys[n] + x);
+    HWY_UNROLL(4)
+    for (int r = 0; r < 4; ++r) {
+      const V8 row = hn::LoadU(d, q + r * head_dim + x);
+      for (int n = 0; n < kKeys; ++n) acc[n][r] = hn::MulAdd(row, k[n], acc[n][r]);
     }
-    hn::StoreU(sums_of_four(a0, a1, a2, a3), D4(), scores + 4 * n);
+  }
+  HWY_UNROLL(kKeysAtOnce)
+  for (int n = 0; n < kKeys; ++n) {
+    hn::StoreU(sums_of_four(acc[n][0], acc[n][1], acc[n][2], acc[n][3]), D4(), scores + 4 * n);
   }
 }
 
 // o[4][width] += weights[key][4] * values, kVecs vectors of columns from `column` on.
 template <class Type, int kVecs>
-HWY_ATTR void stream_values_columns(const float *weights, const typename Type::Element *const *values, int64_t count,
-                                    int64_t column, int64_t width, float *o) {
+HWY_ATTR void stream_values(const float *HWY_RESTRICT weights, const typename Type::Element *const *values,
+                            int64_t count, int64_t column, int64_t width, float *HWY_RESTRICT o,
+                            Prefetcher &prefetcher) {
   const D8 d;
   const int64_t step = static_cast<int64_t>(hn::Lanes(d));
   float *to[4] = {o + column, o + width + column, o + 2 * width + column, o + 3 * width + column};
@@ -94,29 +79,25 @@ HWY_ATTR void stream_values_columns(const float *weights, const typename Type::E
   for (int r = 0; r < 4; ++r) {
     for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::LoadU(d, to[r] + c * step);
   }
-  for (int64_t n = 0; n < count; ++n) {
+  const auto add_key = [&](int64_t n) HWY_ATTR {
     const auto *v = values[n] + column;
     V8 vec[kVecs];
     for (int c = 0; c < kVecs; ++c) vec[c] = widen(d, Type{}, v + c * step);
+    HWY_UNROLL(4)
     for (int r = 0; r < 4; ++r) {
       const V8 w = hn::Set(d, weights[4 * n + r]);
       for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::MulAdd(w, vec[c], acc[r][c]);
     }
+  };
+  int64_t n = 0;
+  for (; n + kValuesAtOnce <= count; n += kValuesAtOnce) {
+    for (int64_t m = n; m < n + kValuesAtOnce; ++m) add_key(m);
+    prefetcher.advance();
   }
+  for (; n < count; ++n) add_key(n);
   for (int r = 0; r < 4; ++r) {
     for (int c = 0; c < kVecs; ++c) hn::StoreU(acc[r][c], d, to[r] + c * step);
   }
-}
-
-template <class Type>
-HWY_ATTR void stream_values(const float *weights, const typename Type::Element *const *values, int64_t count,
-                            int64_t width, float *o) {
-  const int64_t step = static_cast<int64_t>(hn::Lanes(D8()));
-  int64_t column = 0;
-  for (; column + 2 * step <= width; column += 2 * step) {
-    stream_values_columns<Type, 2>(weights, values, count, column, width, o);
-  }
-  if (column < width) stream_values_columns<Type, 1>(weights, values, count, column, width, o);
 }
 
 // One step of the online softmax for four rows: scores[count][4] become weights, o and row_sum follow the new maximum.
@@ -157,76 +138,137 @@ inline HWY_ATTR void stream_softmax(float *scores, int64_t count, float *row_max
   }
 }
 
+// The blocks of a tile's spans, one after the other.
+struct BlockCursor {
+  const Tile *t;
+  int64_t span, key, count;
+
+  explicit BlockCursor(const Tile &tile) : t(&tile), span(0), key(tile.num_spans > 0 ? tile.spans[0].begin : 0), count(0) {
+    clip();
+  }
+  void next() {
+    key += count;
+    if (key >= t->spans[span].end && ++span < t->num_spans) key = t->spans[span].begin;
+    clip();
+  }
+
+ private:
+  void clip() {
+    count = 0;
+    if (span >= t->num_spans) return;
+    const int64_t left = t->spans[span].end - key;
+    count = left < kBlockKeys ? left : kBlockKeys;
+  }
+};
+
+// One KV head's rows against one block of keys.
+template <class Type>
+HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const typename Type::Element *const *keys,
+                           const typename Type::Element *const *values, const float *q, float *o, float *scores,
+                           float *row_max, float *row_sum, Prefetcher &prefetcher) {
+  const Params &p = *t.p;
+  const int64_t head_dim = p.head_dim, width = p.head_dim_v, step = static_cast<int64_t>(hn::Lanes(D8()));
+  const int groups = (t.rows + 3) / 4;
+  // Keys outside, row groups inside: the second group finds the keys in L1.
+  int64_t n = 0;
+  for (; n + kKeysAtOnce <= count; n += kKeysAtOnce) {
+    for (int g = 0; g < groups; ++g) {
+      stream_scores<Type, kKeysAtOnce>(q + g * 4 * head_dim, head_dim, keys + n, scores + (g * kBlockKeys + n) * 4);
+      prefetcher.advance();
+    }
+  }
+  for (; n < count; ++n) {
+    for (int g = 0; g < groups; ++g) {
+      stream_scores<Type, 1>(q + g * 4 * head_dim, head_dim, keys + n, scores + (g * kBlockKeys + n) * 4);
+    }
+  }
+  for (int g = 0; g < groups; ++g) {
+    float *group_scores = scores + g * kBlockKeys * 4;
+    for (int64_t r = 4 * g; r < 4 * g + 4 && r < t.rows; ++r) {
+      float *s = group_scores + r % 4;
+      if (has_score_terms(p)) add_score_terms(t, r, key, count, s, 4);
+      if (!t.mask(r).covers(key, key + count)) apply_mask(t.mask(r), key, count, s, 4);
+    }
+    stream_softmax(group_scores, count, row_max + 4 * g, row_sum + 4 * g, o + g * 4 * width, width);
+  }
+  for (int64_t column = 0; column < width; column += 2 * step) {
+    for (int g = 0; g < groups; ++g) {
+      const float *weights = scores + g * kBlockKeys * 4;
+      if (column + 2 * step <= width) {
+        stream_values<Type, 2>(weights, values, count, column, width, o + g * 4 * width, prefetcher);
+      } else {
+        stream_values<Type, 1>(weights, values, count, column, width, o + g * 4 * width, prefetcher);
+      }
+    }
+  }
+}
+
 template <class Type>
 HWY_ATTR void run_stream(const Tile &t) {
   using Element = typename Type::Element;
   const Params &p = *t.p;
-  const int64_t head_dim = p.head_dim, width = p.head_dim_v;
-  const int groups = (t.rows + 3) / 4;
-  constexpr int kMaxGroups = kStreamRows / 4;
+  const int64_t head_dim = p.head_dim, width = p.head_dim_v, step = static_cast<int64_t>(hn::Lanes(D8()));
+  const int groups = (t.rows + 3) / 4, padded = groups * 4;
 
-  float *q = t.scratch;                            // (groups, 4, head_dim)
-  float *o = q + groups * 4 * head_dim;            // (groups, 4, width)
-  float *scores = o + groups * 4 * width;          // (kBlockKeys, 4) and a vector of padding
-  float row_max[kMaxGroups * 4], row_sum[kMaxGroups * 4];
-  for (int64_t n = 0; n < groups * 4 * (head_dim + width); ++n) q[n] = 0;  // rows past the last stay zero, and so does o
-  const float scale = query_scale(t);
-  for (int64_t r = 0; r < groups * 4; ++r) {
-    row_max[r] = kMinusInfinity;
-    row_sum[r] = 0;
-    if (r >= t.rows) continue;
-    load_query(t, r, scale, q + r * head_dim);
-    start_row(t, r, &row_max[r], &row_sum[r]);
+  float *q = t.scratch;                                 // (num_heads, padded, head_dim)
+  float *o = q + t.num_heads * padded * head_dim;       // (num_heads, padded, width)
+  float *scores = o + t.num_heads * padded * width;     // (groups, kBlockKeys, 4) and a vector of padding
+  float row_max[kMaxStreamHeads][kStreamRows], row_sum[kMaxStreamHeads][kStreamRows];
+  // Rows past the last stay zero, and so do their sums.
+  for (int64_t n = 0; n < t.num_heads * padded * (head_dim + width); ++n) q[n] = 0;
+  Tile heads[kMaxStreamHeads];
+  for (int h = 0; h < t.num_heads; ++h) {
+    Tile &head = heads[h] = t;
+    head.h_kv += h;
+    if (t.partial_o != nullptr) {
+      head.partial_o += h * t.rows * width;
+      head.partial_ml += h * t.rows * 2;
+    }
+    const float scale = query_scale(head);
+    for (int64_t r = 0; r < padded; ++r) {
+      row_max[h][r] = kMinusInfinity;
+      row_sum[h][r] = 0;
+      if (r >= t.rows) continue;
+      load_query(head, r, scale, q + (h * padded + r) * head_dim);
+      start_row(head, r, &row_max[h][r], &row_sum[h][r]);
+    }
   }
 
-  // Addresses of this block's keys and of the next one's, which are prefetched while this one is worked on.
+  // Addresses of this block's keys and of the next one's, for the first head.
   const Element *addresses[2][2][kBlockKeys];
-  int64_t span = 0, key = t.num_spans > 0 ? t.spans[0].begin : 0;
-  const auto block_at = [&](int64_t which, int64_t from) HWY_ATTR -> int64_t {
-    if (which >= t.num_spans) return 0;
-    const int64_t left = t.spans[which].end - from;
-    return left < kBlockKeys ? left : kBlockKeys;
-  };
+  const int64_t columns = (width + 2 * step - 1) / (2 * step);
   int side = 0;
-  int64_t count = block_at(span, key);
-  if (count > 0) {
-    key_addresses(t, p.k, key, count, addresses[0][0]);
-    key_addresses(t, p.v, key, count, addresses[0][1]);
+  BlockCursor block(t);
+  if (block.count > 0) {
+    key_addresses(t, p.k, block.key, block.count, addresses[0][0]);
+    key_addresses(t, p.v, block.key, block.count, addresses[0][1]);
   }
-  while (count > 0) {
-    int64_t next_span = span, next_key = key + count;
-    if (next_key >= t.spans[span].end) {
-      ++next_span;
-      next_key = next_span < t.num_spans ? t.spans[next_span].begin : 0;
-    }
-    const int64_t next_count = block_at(next_span, next_key);
-    const Element *const *keys = addresses[side][0], *const *values = addresses[side][1];
-    const Element **next_keys = addresses[side ^ 1][0], **next_values = addresses[side ^ 1][1];
-    if (next_count > 0) {
-      key_addresses(t, p.k, next_key, next_count, next_keys);
-      key_addresses(t, p.v, next_key, next_count, next_values);
-    }
-    for (int g = 0; g < groups; ++g) {
-      // Only the first group prefetches; the others find the block in the cache.
-      stream_scores<Type>(q + g * 4 * head_dim, head_dim, keys, count, next_keys, g == 0 ? next_count : 0, scores);
-      for (int64_t r = 4 * g; r < 4 * g + 4 && r < t.rows; ++r) {
-        float *s = scores + r % 4;
-        if (has_score_terms(p)) add_score_terms(t, r, key, count, s, 4);
-        if (!t.mask(r).covers(key, key + count)) apply_mask(t.mask(r), key, count, s, 4);
-      }
-      float *og = o + g * 4 * width;
-      stream_softmax(scores, count, row_max + 4 * g, row_sum + 4 * g, og, width);
-      if (g == 0) {
-        for (int64_t n = 0; n < next_count; ++n) prefetch_row(next_values[n], width * static_cast<int64_t>(sizeof(Element)));
-      }
-      stream_values<Type>(scores, values, count, width, og);
-    }
+  while (block.count > 0) {
+    const int64_t key = block.key, count = block.count;
+    const Element **keys = addresses[side][0], **values = addresses[side][1];
+    block.next();
     side ^= 1;
-    span = next_span;
-    key = next_key;
-    count = next_count;
+    if (block.count > 0) {
+      key_addresses(t, p.k, block.key, block.count, addresses[side][0]);
+      key_addresses(t, p.v, block.key, block.count, addresses[side][1]);
+    }
+    Prefetcher prefetcher;
+    prefetcher.start<Element>(t, addresses[side][0], addresses[side][1], block.count,
+                              t.num_heads * groups * (count / kKeysAtOnce + columns * (count / kValuesAtOnce)));
+    for (int h = 0; h < t.num_heads; ++h) {
+      stream_block<Type>(heads[h], key, count, keys, values, q + h * padded * head_dim, o + h * padded * width, scores,
+                         row_max[h], row_sum[h], prefetcher);
+      for (int64_t n = 0; n < count; ++n) {
+        keys[n] += p.k.head_stride;
+        values[n] += p.v.head_stride;
+      }
+    }
   }
-  for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, o + r * width, row_max[r], row_sum[r]);
+  for (int h = 0; h < t.num_heads; ++h) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      finish_row(heads[h], r, o + (h * padded + r) * width, row_max[h][r], row_sum[h][r]);
+    }
+  }
 }
 
 }  // namespace flashspark::cpu::HWY_NAMESPACE

@@ -8,9 +8,13 @@
 
 namespace flashspark::cpu {
 
-// Keys in one step of the online softmax of the streaming kernel: its K and V (64 KB in bf16 at D = 128) stay in L2
-// between the row groups.
-constexpr int kBlockKeys = 64;
+// Keys in one step of the online softmax of the streaming kernel: a multiple of 3 and of 16 (its steps over keys).
+constexpr int kBlockKeys = 48;
+
+// The streaming kernel takes several KV heads that lie side by side, up to so many bytes of a token: reading every other
+// half kilobyte got 8 GB/s where whole rows got 15. K and V of two blocks of 48 such tokens are 384 KB: they fit in L2.
+constexpr int64_t kStreamBytes = 2048;
+constexpr int kMaxStreamHeads = 16;
 
 // The same for the packed kernel. More keys a block mean fewer visits to O; 128 keys x (K + V) x 128 floats take 128 KB.
 constexpr int kPackedKeys = 128;
@@ -28,7 +32,8 @@ constexpr int kStreamRows = 16;
 struct Tile {
   const Params *p;
   Sequence s;
-  int64_t h_kv;
+  int64_t h_kv;           // first KV head
+  int32_t num_heads;      // KV heads, each with all rows; 1 for the packed kernel
   int64_t group;          // query heads a KV head
   int64_t row0;           // packed row r is query token r / group, head h_kv * group + r % group
   int32_t rows;           // rows of this tile
@@ -36,8 +41,8 @@ struct Tile {
   const Interval *spans;  // the keys that any row keeps, disjoint and in order: nothing else is read
   int32_t num_spans;
   bool with_sink;     // the sink's share enters here (once for all splits of a row)
-  float *partial_o;   // (rows, head_dim_v) sums not yet divided, or NULL: write out and lse
-  float *partial_ml;  // (rows, 2) row maximum in units of log2, row sum
+  float *partial_o;   // (num_heads, rows, head_dim_v) sums not yet divided, or NULL: write out and lse
+  float *partial_ml;  // (num_heads, rows, 2) row maximum in units of log2, row sum
   float *scratch;     // scratch_floats() of this tile's shape, 64-byte aligned
 
   int64_t token(int64_t r) const { return (row0 + r) / group; }
@@ -56,6 +61,8 @@ const Kernels &kernels();
 
 // Rows in a tile for this problem: what keeps Q, S and O of a tile in L2.
 int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows);
-size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows);
+// KV heads in a tile of so many rows.
+int32_t tile_heads(const Params &p, int32_t rows);
+size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows, int32_t num_heads);
 
 }  // namespace flashspark::cpu
