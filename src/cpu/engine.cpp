@@ -272,7 +272,7 @@ size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows, int32_
   const int64_t width = round_up(head_dim_v, kPackedPad);
   if (rows > kStreamRows) {
     const int64_t padded = round_up(rows, kRowGroup);
-    return kPackedKeys * (head_dim + width) + padded * (width + kPackedKeys + head_dim + 2);
+    return kPackedKeys * (head_dim + width) + padded * (width + kPackedKeys + head_dim);
   }
   // Four rows at a time; the scores end in one vector of padding.
   return round_up(rows, 4) * (num_heads * (head_dim + head_dim_v) + kBlockKeys) + 16;

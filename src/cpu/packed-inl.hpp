@@ -38,43 +38,42 @@ HWY_INLINE void transpose_four(const typename Type::Element *const rows[4], int6
 }
 
 // panels[key / kPanel][head_dim][kPanel] = keys, transposed. Keys past `count` up to the panel's end repeat the last one:
-// their scores are never used.
+// their scores are never used. `keys` has room for them.
 template <class Type>
-HWY_ATTR void pack_keys(const Tile &t, int64_t key, int64_t count, float *panels) {
+HWY_ATTR void pack_keys(int64_t head_dim, int64_t count, const char **keys, float *panels) {
   using Element = typename Type::Element;
-  const int64_t head_dim = t.p->head_dim;
-  const Element *rows[kPackedKeys];
-  key_addresses(t, t.p->k, key, count, rows);
   const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
-  for (int64_t n = count; n < padded; ++n) rows[n] = rows[count - 1];
+  for (int64_t n = count; n < padded; ++n) keys[n] = keys[count - 1];
   for (int64_t n = 0; n < padded; n += 4) {
+    const Element *rows[4];
+    for (int m = 0; m < 4; ++m) rows[m] = reinterpret_cast<const Element *>(keys[n + m]);
     float *to = panels + n / kPanel * head_dim * kPanel + n % kPanel;
-    for (int64_t x = 0; x < head_dim; x += 4) transpose_four<Type>(rows + n, x, to + x * kPanel);
+    for (int64_t x = 0; x < head_dim; x += 4) transpose_four<Type>(rows, x, to + x * kPanel);
   }
 }
 
-// panels[column / kPanel][kPackedKeys][kPanel] = values; columns past head_dim_v are zero.
+// panels[column / kPanel][kPackedKeys][kPanel] = values; columns past `width` are zero.
 template <class Type>
-HWY_ATTR void pack_values(const Tile &t, int64_t key, int64_t count, float *panels) {
-  using Element = typename Type::Element;
+HWY_ATTR void pack_values(int64_t width, int64_t count, const char *const *values, float *panels) {
   const hn::CappedTag<float, 8> d;
-  const int64_t step = static_cast<int64_t>(hn::Lanes(d)), width = t.p->head_dim_v;
-  const Element *rows[kPackedKeys];
-  key_addresses(t, t.p->v, key, count, rows);
-  const int64_t padded = (width + kPanel - 1) / kPanel * kPanel;
+  constexpr int64_t kStep = HWY_MIN(kLanes, 8);
   for (int64_t n = 0; n < count; ++n) {
+    const auto *row = reinterpret_cast<const typename Type::Element *>(values[n]);
     float *to = panels + n * kPanel;
-    for (int64_t x = 0; x < padded; x += step) {
-      const auto value = x < width ? widen(d, Type{}, rows[n] + x) : hn::Zero(d);
-      hn::StoreU(value, d, to + x / kPanel * kPackedKeys * kPanel + x % kPanel);
+    for (int64_t x = 0; x < width; x += kPanel, to += kPackedKeys * kPanel) {
+      for (int64_t y = 0; y < kPanel; y += kStep) {
+        const auto value = x + y < width ? widen(d, Type{}, row + x + y) : hn::Zero(d);
+        hn::StoreU(value, d, to + y);
+      }
     }
   }
 }
 
-inline HWY_ATTR void pack_block(const Tile &t, int64_t key, int64_t count, float *keys, float *values) {
+inline HWY_ATTR void pack_block(const Tile &t, int64_t count, const char **keys, const char *const *values,
+                                float *key_panels, float *value_panels) {
   const auto pack = [&](auto type) HWY_ATTR {
-    pack_keys<decltype(type)>(t, key, count, keys);
-    pack_values<decltype(type)>(t, key, count, values);
+    pack_keys<decltype(type)>(t.p->head_dim, count, keys, key_panels);
+    pack_values<decltype(type)>(t.p->head_dim_v, count, values, value_panels);
   };
   switch (t.p->k.dtype) {
     case FLASHSPARK_FLOAT32:
@@ -90,7 +89,7 @@ inline HWY_ATTR void pack_block(const Tile &t, int64_t key, int64_t count, float
 
 // c[6][kPanel] (+)= a[6][depth] * b[depth][kPanel]. The one inner loop of the engine.
 template <bool kAccumulate>
-HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b, int64_t depth,
+HWY_NOINLINE HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b, int64_t depth,
                        float *HWY_RESTRICT c, int64_t c_stride) {
   const DN d;
   VN acc[kRowGroup][kPanelVecs];
@@ -143,18 +142,18 @@ struct GroupRange {
   int32_t begin, end;
 };
 
-inline HWY_ATTR GroupRange group_range(const Tile &t, int64_t r0, int64_t key, int64_t count) {
+inline HWY_ATTR GroupRange group_range(const RowMask *masks, int64_t key, int64_t count) {
   int64_t begin = count, end = 0;
-  const auto widen_to = [&](const Interval &kept) {
+  const auto widen_to = [&](const Interval &kept) HWY_ATTR {
     const int64_t low = kept.begin > key ? kept.begin - key : 0;
     const int64_t high = kept.end - key < count ? kept.end - key : count;
     if (low >= high) return;
     begin = low < begin ? low : begin;
     end = high > end ? high : end;
   };
-  for (int64_t r = r0; r < r0 + kRowGroup && r < t.rows; ++r) {
-    widen_to(t.mask(r).first);
-    widen_to(t.mask(r).second);
+  for (int64_t r = 0; r < kRowGroup; ++r) {
+    widen_to(masks[r].first);
+    widen_to(masks[r].second);
   }
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
@@ -163,58 +162,68 @@ inline HWY_ATTR void run_packed(const Tile &t) {
   const Params &p = *t.p;
   const int64_t head_dim = p.head_dim, width = (p.head_dim_v + kPackedPad - 1) / kPackedPad * kPackedPad;
   const int64_t groups = (t.rows + kRowGroup - 1) / kRowGroup, rows = groups * kRowGroup;
-  float *keys = t.scratch;                     // (kPackedKeys / kPanel, head_dim, kPanel)
-  float *values = keys + kPackedKeys * head_dim;  // (width / kPanel, kPackedKeys, kPanel)
-  float *o = values + kPackedKeys * width;        // (rows, width)
-  float *scores = o + rows * width;               // (rows, kPackedKeys)
-  float *q = scores + rows * kPackedKeys;         // (rows, head_dim)
-  float *row_max = q + rows * head_dim, *row_sum = row_max + rows;
+  float *key_panels = t.scratch;                              // (kPackedKeys / kPanel, head_dim, kPanel)
+  float *value_panels = key_panels + kPackedKeys * head_dim;  // (width / kPanel, kPackedKeys, kPanel)
+  float *o = value_panels + kPackedKeys * width;              // (rows, width)
+  float *scores = o + rows * width;                           // (rows, kPackedKeys)
+  float *q = scores + rows * kPackedKeys;                     // (rows, head_dim)
+  float row_max[kMaxTileRows], row_sum[kMaxTileRows];
+  RowMask masks[kMaxTileRows];
   GroupRange ranges[kMaxTileRows / kRowGroup];
 
   const float scale = query_scale(t);
   for (int64_t n = 0; n < rows * width; ++n) o[n] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     // Rows past the last are computed like the last one and thrown away.
-    load_query(t, r < t.rows ? r : t.rows - 1, scale, q + r * head_dim);
-    start_row(t, r < t.rows ? r : t.rows - 1, &row_max[r], &row_sum[r]);
+    const int64_t real = r < t.rows ? r : t.rows - 1;
+    masks[r] = t.mask(real);
+    load_query(t, real, scale, q + r * head_dim);
+    start_row(t, real, &row_max[r], &row_sum[r]);
   }
 
-  for (int32_t span = 0; span < t.num_spans; ++span) {
-    for (int64_t key = t.spans[span].begin; key < t.spans[span].end; key += kPackedKeys) {
-      const int64_t left = t.spans[span].end - key, count = left < kPackedKeys ? left : kPackedKeys;
-      pack_block(t, key, count, keys, values);
-      for (int64_t g = 0; g < groups; ++g) ranges[g] = group_range(t, g * kRowGroup, key, count);
+  const char *keys[kPackedKeys], *values[kPackedKeys];
+  BlockCursor block(t, kPackedKeys);
+  key_addresses(t, p.k, block, keys);
+  key_addresses(t, p.v, block, values);
+  while (block.count > 0) {
+    const int64_t key = block.key, count = block.count;
+    pack_block(t, count, keys, values, key_panels, value_panels);
+    for (int64_t g = 0; g < groups; ++g) ranges[g] = group_range(masks + g * kRowGroup, key, count);
 
-      // Panel outside, rows inside: the panel stays in L1 while Q streams past it.
-      for (int64_t n = 0; n < count; n += kPanel) {
-        const float *panel = keys + n * head_dim;
-        for (int64_t g = 0; g < groups; ++g) {
-          if (ranges[g].begin >= n + kPanel || ranges[g].end <= n) continue;
-          multiply<false>(q + g * kRowGroup * head_dim, head_dim, panel, head_dim,
-                          scores + g * kRowGroup * kPackedKeys + n, kPackedKeys);
-        }
+    block.next();
+    key_addresses(t, p.k, block, keys);
+    key_addresses(t, p.v, block, values);
+    Prefetcher prefetcher;
+    prefetcher.start(t, keys, values, block.count, groups * (count + width) / kPanel);
+
+    // Panel outside, rows inside: the panel stays in L1 while Q streams past it.
+    for (int64_t n = 0; n < count; n += kPanel) {
+      for (int64_t g = 0; g < groups; ++g) {
+        if (ranges[g].begin >= n + kPanel || ranges[g].end <= n) continue;
+        prefetcher.advance();
+        multiply<false>(q + g * kRowGroup * head_dim, head_dim, key_panels + n * head_dim, head_dim,
+                        scores + g * kRowGroup * kPackedKeys + n, kPackedKeys);
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        const GroupRange range = ranges[r / kRowGroup];
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const GroupRange range = ranges[r / kRowGroup];
+      if (range.begin >= range.end) continue;
+      const int64_t begin = range.begin / kPanel * kPanel, end = (range.end + kPanel - 1) / kPanel * kPanel;
+      const int64_t last = end < count ? end : count;
+      float *s = scores + r * kPackedKeys + begin;
+      if (has_score_terms(p)) add_score_terms(t, r < t.rows ? r : t.rows - 1, key + begin, last - begin, s, 1);
+      if (!masks[r].covers(key + begin, key + last)) apply_mask(masks[r], key + begin, last - begin, s, 1);
+      for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
+      softmax_row(s, end - begin, &row_max[r], &row_sum[r], o + r * width, width);
+    }
+    for (int64_t x = 0; x < p.head_dim_v; x += kPanel) {
+      const float *panel = value_panels + x * kPackedKeys;
+      for (int64_t g = 0; g < groups; ++g) {
+        const GroupRange range = ranges[g];
         if (range.begin >= range.end) continue;
-        const int64_t begin = range.begin / kPanel * kPanel, end = (range.end + kPanel - 1) / kPanel * kPanel;
-        const int64_t last = end < count ? end : count;
-        float *s = scores + r * kPackedKeys + begin;
-        const int64_t real = r < t.rows ? r : t.rows - 1;
-        if (has_score_terms(p)) add_score_terms(t, real, key + begin, last - begin, s, 1);
-        const RowMask &mask = t.mask(real);
-        if (!mask.covers(key + begin, key + last)) apply_mask(mask, key + begin, last - begin, s, 1);
-        for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
-        softmax_row(s, end - begin, &row_max[r], &row_sum[r], o + r * width, width);
-      }
-      for (int64_t x = 0; x < p.head_dim_v; x += kPanel) {
-        const float *panel = values + x * kPackedKeys;
-        for (int64_t g = 0; g < groups; ++g) {
-          const GroupRange range = ranges[g];
-          if (range.begin >= range.end) continue;
-          multiply<true>(scores + g * kRowGroup * kPackedKeys + range.begin, kPackedKeys, panel + range.begin * kPanel,
-                         range.end - range.begin, o + g * kRowGroup * width + x, width);
-        }
+        prefetcher.advance();
+        multiply<true>(scores + g * kRowGroup * kPackedKeys + range.begin, kPackedKeys, panel + range.begin * kPanel,
+                       range.end - range.begin, o + g * kRowGroup * width + x, width);
       }
     }
   }

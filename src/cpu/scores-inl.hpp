@@ -128,20 +128,44 @@ inline HWY_ATTR void finish_row(const Tile &t, int64_t r, const float *o, float 
   }
 }
 
-// Addresses of `count` consecutive keys from `key` on, for one KV head. Walks page by page: no division a key.
-template <class Element>
-HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tensor, int64_t key, int64_t count,
-                            const Element **to) {
+// The blocks of a tile's spans, one after the other; count is 0 past the last.
+struct BlockCursor {
+  const Tile *t;
+  int64_t size, span, key, count;
+
+  HWY_ATTR BlockCursor(const Tile &tile, int64_t block_size)
+      : t(&tile), size(block_size), span(0), key(tile.num_spans > 0 ? tile.spans[0].begin : 0), count(0) {
+    clip();
+  }
+  HWY_ATTR void next() {
+    key += count;
+    if (key >= t->spans[span].end && ++span < t->num_spans) key = t->spans[span].begin;
+    clip();
+  }
+
+ private:
+  HWY_ATTR void clip() {
+    count = 0;
+    if (span >= t->num_spans) return;
+    const int64_t left = t->spans[span].end - key;
+    count = left < size ? left : size;
+  }
+};
+
+// Addresses of a block's rows in k or v, for the tile's first KV head. Walks page by page: no division a key.
+inline HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tensor, const BlockCursor &block,
+                                   const char **to) {
   const Params &p = *t.p;
-  const Element *data = static_cast<const Element *>(tensor.data);
-  for (int64_t n = 0; n < count;) {
-    int64_t run = count - n;
+  const int64_t size = static_cast<int64_t>(dtype_size(tensor.dtype)), stride = tensor.token_stride * size;
+  for (int64_t n = 0; n < block.count;) {
+    const int64_t key = block.key + n;
+    int64_t run = block.count - n;
     if (is_paged(p)) {
-      const int64_t left = p.page_size - (t.s.k_row + key + n) % p.page_size;
+      const int64_t left = p.page_size - (t.s.k_row + key) % p.page_size;
       if (left < run) run = left;
     }
-    const Element *row = data + kv_offset(p, tensor, t.s, key + n, t.h_kv);
-    for (int64_t m = 0; m < run; ++m, row += tensor.token_stride) to[n + m] = row;
+    const char *row = static_cast<const char *>(tensor.data) + kv_offset(p, tensor, t.s, key, t.h_kv) * size;
+    for (int64_t m = 0; m < run; ++m, row += stride) to[n + m] = row;
     n += run;
   }
 }
@@ -150,18 +174,13 @@ HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tensor, int6
 // of a sequence lie anywhere, which no hardware prefetcher follows, and a burst would stall the loads that compute.
 class Prefetcher {
  public:
-  // The first heads' addresses of `count` keys; `calls` is how often advance() will be called while the rows are wanted.
-  template <class Element>
-  HWY_ATTR void start(const Tile &t, const Element *const *keys, const Element *const *values, int64_t count,
-                      int64_t calls) {
-    const auto lines = [&](const flashspark_tensor &tensor, int64_t width) HWY_ATTR {
-      const int64_t elements = (t.num_heads - 1) * tensor.head_stride + width;
-      return (elements * static_cast<int64_t>(sizeof(Element)) + 63) / 64;
-    };
-    rows_[0] = reinterpret_cast<const char *const *>(keys);
-    rows_[1] = reinterpret_cast<const char *const *>(values);
-    lines_[0] = lines(t.p->k, t.p->head_dim);
-    lines_[1] = lines(t.p->v, t.p->head_dim_v);
+  // The first head's rows of a block; `calls` is how often advance() will be called while they are wanted.
+  HWY_ATTR void start(const Tile &t, const char *const *keys, const char *const *values, int64_t count, int64_t calls) {
+    const int64_t size = static_cast<int64_t>(dtype_size(t.p->k.dtype));
+    rows_[0] = keys;
+    rows_[1] = values;
+    lines_[0] = (((t.num_heads - 1) * t.p->k.head_stride + t.p->head_dim) * size + 63) / 64;
+    lines_[1] = (((t.num_heads - 1) * t.p->v.head_stride + t.p->head_dim_v) * size + 63) / 64;
     count_ = count;
     which_ = row_ = line_ = 0;
     budget_ = calls > 0 ? (count * (lines_[0] + lines_[1]) + calls - 1) / calls : 0;

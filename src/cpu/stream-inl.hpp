@@ -42,9 +42,11 @@ HWY_INLINE hn::Vec<D4> sums_of_four(V8 a, V8 b, V8 c, V8 e) {
 
 // scores[kKeys][4] = four rows of q (head_dim apart) times kKeys keys.
 template <class Type, int kKeys>
-HWY_ATTR void stream_scores(const float *HWY_RESTRICT q, int64_t head_dim, const typename Type::Element *const *keys,
+HWY_ATTR void stream_scores(const float *HWY_RESTRICT q, int64_t head_dim, const char *const *keys,
                             float *HWY_RESTRICT scores) {
   const D8 d;
+  const typename Type::Element *rows[kKeys];
+  for (int n = 0; n < kKeys; ++n) rows[n] = reinterpret_cast<const typename Type::Element *>(keys[n]);
   const int64_t step = static_cast<int64_t>(hn::Lanes(d));
   V8 acc[kKeys][4];
   HWY_UNROLL(kKeysAtOnce)
@@ -54,7 +56,7 @@ HWY_ATTR void stream_scores(const float *HWY_RESTRICT q, int64_t head_dim, const
   for (int64_t x = 0; x < head_dim; x += step) {
     V8 k[kKeys];
     HWY_UNROLL(kKeysAtOnce)
-    for (int n = 0; n < kKeys; ++n) k[n] = widen(d, Type{}, keys[n] + x);
+    for (int n = 0; n < kKeys; ++n) k[n] = widen(d, Type{}, rows[n] + x);
     HWY_UNROLL(4)
     for (int r = 0; r < 4; ++r) {
       const V8 row = hn::LoadU(d, q + r * head_dim + x);
@@ -69,9 +71,8 @@ HWY_ATTR void stream_scores(const float *HWY_RESTRICT q, int64_t head_dim, const
 
 // o[4][width] += weights[key][4] * values, kVecs vectors of columns from `column` on.
 template <class Type, int kVecs>
-HWY_ATTR void stream_values(const float *HWY_RESTRICT weights, const typename Type::Element *const *values,
-                            int64_t count, int64_t column, int64_t width, float *HWY_RESTRICT o,
-                            Prefetcher &prefetcher) {
+HWY_ATTR void stream_values(const float *HWY_RESTRICT weights, const char *const *values, int64_t count,
+                            int64_t column, int64_t width, float *HWY_RESTRICT o, Prefetcher &prefetcher) {
   const D8 d;
   const int64_t step = static_cast<int64_t>(hn::Lanes(d));
   float *to[4] = {o + column, o + width + column, o + 2 * width + column, o + 3 * width + column};
@@ -80,7 +81,7 @@ HWY_ATTR void stream_values(const float *HWY_RESTRICT weights, const typename Ty
     for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::LoadU(d, to[r] + c * step);
   }
   const auto add_key = [&](int64_t n) HWY_ATTR {
-    const auto *v = values[n] + column;
+    const auto *v = reinterpret_cast<const typename Type::Element *>(values[n]) + column;
     V8 vec[kVecs];
     for (int c = 0; c < kVecs; ++c) vec[c] = widen(d, Type{}, v + c * step);
     HWY_UNROLL(4)
@@ -138,34 +139,11 @@ inline HWY_ATTR void stream_softmax(float *scores, int64_t count, float *row_max
   }
 }
 
-// The blocks of a tile's spans, one after the other.
-struct BlockCursor {
-  const Tile *t;
-  int64_t span, key, count;
-
-  explicit BlockCursor(const Tile &tile) : t(&tile), span(0), key(tile.num_spans > 0 ? tile.spans[0].begin : 0), count(0) {
-    clip();
-  }
-  void next() {
-    key += count;
-    if (key >= t->spans[span].end && ++span < t->num_spans) key = t->spans[span].begin;
-    clip();
-  }
-
- private:
-  void clip() {
-    count = 0;
-    if (span >= t->num_spans) return;
-    const int64_t left = t->spans[span].end - key;
-    count = left < kBlockKeys ? left : kBlockKeys;
-  }
-};
-
 // One KV head's rows against one block of keys.
 template <class Type>
-HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const typename Type::Element *const *keys,
-                           const typename Type::Element *const *values, const float *q, float *o, float *scores,
-                           float *row_max, float *row_sum, Prefetcher &prefetcher) {
+HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const char *const *keys,
+                           const char *const *values, const float *q, float *o, float *scores, float *row_max,
+                           float *row_sum, Prefetcher &prefetcher) {
   const Params &p = *t.p;
   const int64_t head_dim = p.head_dim, width = p.head_dim_v, step = static_cast<int64_t>(hn::Lanes(D8()));
   const int groups = (t.rows + 3) / 4;
@@ -205,7 +183,6 @@ HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const type
 
 template <class Type>
 HWY_ATTR void run_stream(const Tile &t) {
-  using Element = typename Type::Element;
   const Params &p = *t.p;
   const int64_t head_dim = p.head_dim, width = p.head_dim_v, step = static_cast<int64_t>(hn::Lanes(D8()));
   const int groups = (t.rows + 3) / 4, padded = groups * 4;
@@ -234,33 +211,29 @@ HWY_ATTR void run_stream(const Tile &t) {
     }
   }
 
-  // Addresses of this block's keys and of the next one's, for the first head.
-  const Element *addresses[2][2][kBlockKeys];
-  const int64_t columns = (width + 2 * step - 1) / (2 * step);
+  // Rows of this block and of the next one, for the first head.
+  const char *addresses[2][2][kBlockKeys];
+  const int64_t size = static_cast<int64_t>(sizeof(typename Type::Element)), columns = (width + 2 * step - 1) / (2 * step);
   int side = 0;
-  BlockCursor block(t);
-  if (block.count > 0) {
-    key_addresses(t, p.k, block.key, block.count, addresses[0][0]);
-    key_addresses(t, p.v, block.key, block.count, addresses[0][1]);
-  }
+  BlockCursor block(t, kBlockKeys);
+  key_addresses(t, p.k, block, addresses[0][0]);
+  key_addresses(t, p.v, block, addresses[0][1]);
   while (block.count > 0) {
     const int64_t key = block.key, count = block.count;
-    const Element **keys = addresses[side][0], **values = addresses[side][1];
+    const char **keys = addresses[side][0], **values = addresses[side][1];
     block.next();
     side ^= 1;
-    if (block.count > 0) {
-      key_addresses(t, p.k, block.key, block.count, addresses[side][0]);
-      key_addresses(t, p.v, block.key, block.count, addresses[side][1]);
-    }
+    key_addresses(t, p.k, block, addresses[side][0]);
+    key_addresses(t, p.v, block, addresses[side][1]);
     Prefetcher prefetcher;
-    prefetcher.start<Element>(t, addresses[side][0], addresses[side][1], block.count,
-                              t.num_heads * groups * (count / kKeysAtOnce + columns * (count / kValuesAtOnce)));
+    prefetcher.start(t, addresses[side][0], addresses[side][1], block.count,
+                     t.num_heads * groups * (count / kKeysAtOnce + columns * (count / kValuesAtOnce)));
     for (int h = 0; h < t.num_heads; ++h) {
       stream_block<Type>(heads[h], key, count, keys, values, q + h * padded * head_dim, o + h * padded * width, scores,
                          row_max[h], row_sum[h], prefetcher);
       for (int64_t n = 0; n < count; ++n) {
-        keys[n] += p.k.head_stride;
-        values[n] += p.v.head_stride;
+        keys[n] += p.k.head_stride * size;
+        values[n] += p.v.head_stride * size;
       }
     }
   }
