@@ -135,7 +135,9 @@ void check_mask(const Params &p) {
   check::in_range("rswa_window", p.rswa_window, 0, kMaxTokens);
   if (p.prefix_mode != FLASHSPARK_PREFIX_NONE) {
     check::in_range("num_prefix_ranges", p.num_prefix_ranges, 0, 1 << 24);
-    const bool used = p.num_seqs > 0 && (p.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN || p.num_prefix_ranges > 0);
+    const int64_t tokens = is_varlen_q(p) ? p.total_q : p.max_seqlen_q;
+    const int64_t ranges = p.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN ? tokens : p.num_prefix_ranges;
+    const bool used = p.num_seqs > 0 && ranges > 0;
     if (used && p.prefix_ranges == nullptr) fail("prefix_ranges", std::string("NULL"), "must be given with prefix_mode");
     if (p.rswa_window > 0) fail("rswa_window", int64_t{p.rswa_window}, "must be 0 with prefix_mode");
   }

@@ -1,8 +1,8 @@
 // Attention problems as data: what the command line, the unit tests and the GPU tests run against the oracle.
 //
 // A Case is a plain description. A Problem holds the memory of one Case and the params that point into it. The values
-// of q, k, v depend only on (seed, sequence, token, head), never on the layout, so two Cases that differ only in layout,
-// page size or strides describe the same attention and must give the same result.
+// of q, k, v depend only on (seed, sequence, token, head), never on the layout, so two Cases that differ only in
+// layout, page size or strides describe the same attention and must give the same result.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ struct SeqLen {
   int64_t k = 0;
 };
 
-enum class Layout { kDense, kVarlen, kPaged };           // kPaged: only for k and v
+enum class Layout { kDense, kVarlen, kPaged };             // kPaged: only for k and v
 enum class CacheOrder { kPageTokenHead, kPageHeadToken };  // physical order of a paged or dense cache
 enum class Input {
   kNormal,  // standard normal q, k, v
@@ -84,11 +84,10 @@ struct Case {
   Input input = Input::kNormal;
 };
 
-
 // Rows in use of all sequences, one after the other: out (rows, Hq, Dv) and lse (rows, Hq), as float.
 struct Result {
   flashspark_status status = FLASHSPARK_OK;
-  std::string error;       // flashspark_last_error() when status != FLASHSPARK_OK
+  std::string error;  // flashspark_last_error() when status != FLASHSPARK_OK
   std::vector<float> out;
   std::vector<float> lse;  // empty when not wanted
 };
@@ -96,8 +95,8 @@ struct Result {
 struct Comparison {
   double max_error = 0;  // of out
   double rms_error = 0;
-  double bound = 0;      // at the element of out that is nearest to (or farthest beyond) its own bound
-  double ratio = 0;      // largest |error| / bound over out and lse: > 1 fails
+  double bound = 0;  // at the element of out that is nearest to (or farthest beyond) its own bound
+  double ratio = 0;  // largest |error| / bound over out and lse: > 1 fails
   double lse_max_error = 0;
   double lse_rms_error = 0;
   double lse_bound = 0;
@@ -154,7 +153,8 @@ class Problem {
   int64_t leftpad(int64_t b) const;
   int64_t row_begin(int64_t b) const { return rows_before_[b]; }  // first row of sequence b in Result
   int64_t num_rows() const { return rows_before_.back(); }
-  // Whether query row i of sequence b sees key j: the mask of flashspark.h, written once more and apart from the library.
+  // Whether query row i of sequence b sees key j: the mask of flashspark.h, written once more and apart from the
+  // library.
   bool keeps(int64_t b, int64_t i, int64_t j) const;
   int64_t num_pairs() const;  // (query row, key) pairs kept by the mask, summed over sequences, one head
 
@@ -162,7 +162,7 @@ class Problem {
   double bytes() const;  // q, out and every key and value in use, read or written once
 
   bool untouched() const;  // out and lse: gaps, guards and rows out of use still hold the poison
-  double value_scale(int64_t b, int64_t h_kv) const;  // max |v * v_descale| / output_scale
+  double value_scale(int64_t b, int64_t h_kv) const;          // max |v * v_descale| / output_scale
   double score_scale(int64_t b, int64_t i, int64_t h) const;  // upper bound of |s| in this row
 
  private:
@@ -183,7 +183,7 @@ class Problem {
   std::vector<int32_t> causal_, prefix_, rswa_prefix_;
   Buffer q_, k_, v_, out_, lse_, sinks_, rel_, workspace_;
   std::vector<float> alibi_, q_descale_, k_descale_, v_descale_, output_scale_;
-  double largest_rel_ = 0;                            // largest |rel_logits|
+  double largest_rel_ = 0;                           // largest |rel_logits|
   std::vector<double> value_max_, q_norm_, k_norm_;  // (B, Hkv), (rows, Hq), (B, Hkv)
 };
 
@@ -194,9 +194,9 @@ Result reference(Problem &problem);
 struct Bound {
   double out(double ref) const;  // for one element of out
   double lse(double ref) const;
-  double unit_roundoff = 0;   // of the out dtype
-  double smallest_half = 0;   // half the smallest positive number of the out dtype
-  double relative = 0;        // error of one probability and of their sum
+  double unit_roundoff = 0;  // of the out dtype
+  double smallest_half = 0;  // half the smallest positive number of the out dtype
+  double relative = 0;       // error of one probability and of their sum
   double value_scale = 0;
 };
 Bound error_bound(const Problem &problem, int64_t b, int64_t i, int64_t h);

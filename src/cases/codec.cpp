@@ -46,9 +46,10 @@ uint32_t encode(Format f, float value) {
     ++exponent;
   }
   if (exponent > f.bias() + 1) return sign | largest;
-  const uint32_t bits = significand >> f.mantissa_bits
-                            ? (static_cast<uint32_t>(exponent + f.bias()) << f.mantissa_bits) + (significand & mantissa_max)
-                            : significand;
+  const uint32_t bits =
+      significand >> f.mantissa_bits
+          ? (static_cast<uint32_t>(exponent + f.bias()) << f.mantissa_bits) + (significand & mantissa_max)
+          : significand;
   return sign | std::min(bits, largest);
 }
 

@@ -46,10 +46,11 @@ Result reference(Problem &problem) {
 //   unit_roundoff * |ref| + half the smallest positive number.
 //
 // Before that it works in float32 (u = 2^-24). An error e in a score changes its probability by the factor 1 + e, so
-// out, an average of v, moves by at most 2 e max|v| and lse by e. Scores are sums of products as large as |q| |k|, hence
-// e is a small multiple of u |q| |k|: 4 u covers the worst seen with accumulation in any order. exp() is good to a few
-// units and the sums over keys add rounding errors like a random walk: 4e-6 (67 u) with a slow growth in sqrt(keys).
-// A key too many or too few in a row of n moves out by about |v| / n and lse by 1 / n: far outside for n < 10^5.
+// out, an average of v, moves by at most 2 e max|v| and lse by e. Scores are sums of products as large as |q| |k|,
+// hence e is a small multiple of u |q| |k|: 4 u covers the worst seen with accumulation in any order. exp() is good to
+// a few units and the sums over keys add rounding errors like a random walk: 4e-6 (67 u) with a slow growth in
+// sqrt(keys). A key too many or too few in a row of n moves out by about |v| / n and lse by 1 / n: far outside for n <
+// 10^5.
 Bound error_bound(const Problem &problem, int64_t b, int64_t i, int64_t h) {
   constexpr double u = 0x1p-24;
   Bound bound;
@@ -77,7 +78,9 @@ double Bound::out(double ref) const {
   return unit_roundoff * (std::fabs(ref) + before_rounding) + smallest_half + before_rounding;
 }
 
-double Bound::lse(double ref) const { return relative + 0x1p-23 * std::fabs(ref); }
+double Bound::lse(double ref) const {
+  return relative + 0x1p-23 * std::fabs(ref);
+}
 
 Comparison compare(const Problem &problem, const Result &got, const Result &expected) {
   Comparison c;

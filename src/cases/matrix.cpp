@@ -56,9 +56,7 @@ const std::pair<const char *, Change> kMasks[] = {
     {"prefix-seq-window",
      [](Case &c) { c.causal = true, c.window_left = 15, c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ; }},
     {"prefix-seq-clamp",
-     [](Case &c) {
-       c.causal = c.prefix_clamp = true, c.window_left = 15, c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ;
-     }},
+     [](Case &c) { c.causal = c.prefix_clamp = true, c.window_left = 15, c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ; }},
     {"prefix-token", [](Case &c) { c.causal = true, c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN; }},
     {"prefix-token-clamp",
      [](Case &c) {
@@ -66,7 +64,8 @@ const std::pair<const char *, Change> kMasks[] = {
      }},
     {"rswa", [](Case &c) { c.causal = true, c.rswa_window = 24; }},
     {"rel-logits", [](Case &c) { c.causal = true, c.rel_extent = 128; }},
-    {"rel-logits-f32-window", [](Case &c) { c.causal = true, c.window_left = 63, c.rel_extent = 64, c.rel_dtype = kF32; }},
+    {"rel-logits-f32-window",
+     [](Case &c) { c.causal = true, c.window_left = 63, c.rel_extent = 64, c.rel_dtype = kF32; }},
     {"alibi", [](Case &c) { c.causal = c.alibi = true; }},
     {"alibi-per-batch", [](Case &c) { c.alibi = c.alibi_per_batch = true; }},
 };
@@ -97,10 +96,17 @@ void add_types(List &list) {
     const char *name;
     int32_t q, kv, out;
   } kTypes[] = {
-      {"f32", kF32, kF32, kF32},        {"f16", kF16, kF16, kF16},           {"bf16", kBf16, kBf16, kBf16},
-      {"f16-out-f32", kF16, kF16, kF32}, {"bf16-out-f32", kBf16, kBf16, kF32}, {"bf16-fp8kv", kBf16, kFp8, kBf16},
-      {"f16-fp8kv", kF16, kFp8, kF16},   {"f32-fp8kv", kF32, kFp8, kF32},      {"fp8-out-bf16", kFp8, kFp8, kBf16},
-      {"fp8-out-f16", kFp8, kFp8, kF16}, {"fp8-out-f32", kFp8, kFp8, kF32},
+      {"f32", kF32, kF32, kF32},
+      {"f16", kF16, kF16, kF16},
+      {"bf16", kBf16, kBf16, kBf16},
+      {"f16-out-f32", kF16, kF16, kF32},
+      {"bf16-out-f32", kBf16, kBf16, kF32},
+      {"bf16-fp8kv", kBf16, kFp8, kBf16},
+      {"f16-fp8kv", kF16, kFp8, kF16},
+      {"f32-fp8kv", kF32, kFp8, kF32},
+      {"fp8-out-bf16", kFp8, kFp8, kBf16},
+      {"fp8-out-f16", kFp8, kFp8, kF16},
+      {"fp8-out-f32", kFp8, kFp8, kF32},
   };
   for (const auto &type : kTypes) {
     for (const bool paged : {false, true}) {
@@ -113,14 +119,16 @@ void add_types(List &list) {
       });
     }
   }
-  list.add("dtype", "bf16-out-fp8", kPrefill, [](Case &c) { set_types(c, kBf16, kBf16, kFp8), c.output_scale = 0.01f; });
+  list.add("dtype", "bf16-out-fp8", kPrefill,
+           [](Case &c) { set_types(c, kBf16, kBf16, kFp8), c.output_scale = 0.01f; });
   list.add("dtype", "fp8-out-fp8+paged", kPrefill, [](Case &c) {
     set_types(c, kFp8, kFp8, kFp8), make_paged(c, 16);
     c.q_descale = c.k_descale = c.v_descale = Descale::kPerTensor;
     c.output_scale = 0.02f;
   });
   // So small a scale that most of out saturates at 448.
-  list.add("dtype", "fp8-out-saturated", {{8, 5}}, [](Case &c) { set_types(c, kBf16, kBf16, kFp8), c.output_scale = 1e-3f; });
+  list.add("dtype", "fp8-out-saturated", {{8, 5}},
+           [](Case &c) { set_types(c, kBf16, kBf16, kFp8), c.output_scale = 1e-3f; });
   list.add("dtype", "fp8-out-unscaled", kDecode, [](Case &c) { set_types(c, kBf16, kBf16, kFp8); });
   list.add("dtype", "fp8kv-descale-per-head+split", kDecode, [](Case &c) {
     set_types(c, kBf16, kFp8, kBf16), make_paged(c, 16);
@@ -134,11 +142,13 @@ void add_types(List &list) {
 }
 
 void add_head_dims(List &list) {
-  const std::pair<int64_t, int64_t> kDims[] = {{8, 8},   {16, 16},  {40, 40},   {64, 64},   {72, 72},   {80, 80},
-                                               {96, 96}, {128, 128}, {192, 128}, {256, 256}, {512, 512}, {64, 512}, {104, 24}};
+  const std::pair<int64_t, int64_t> kDims[] = {{8, 8},     {16, 16},  {40, 40},   {64, 64},   {72, 72},
+                                               {80, 80},   {96, 96},  {128, 128}, {192, 128}, {256, 256},
+                                               {512, 512}, {64, 512}, {104, 24}};
   for (const auto &dims : kDims) {
-    const std::string name = "d" + std::to_string(dims.first) +
-                             (dims.first == dims.second ? "" : "-dv" + std::to_string(dims.second));
+    std::string name = "d";
+    name += std::to_string(dims.first);
+    if (dims.first != dims.second) name.append("-dv").append(std::to_string(dims.second));
     const auto shape = [&](Case &c) {
       c.head_dim = dims.first, c.head_dim_v = dims.second;
       c.heads_q = 2, c.heads_kv = 1, c.causal = true;
@@ -147,9 +157,8 @@ void add_head_dims(List &list) {
     list.add("head-dim", name + "+paged", {{3, 200}, {1, 77}}, [&](Case &c) { shape(c), make_paged(c, 16); });
     list.add("head-dim", name + "-f32", {{33, 70}}, [&](Case &c) { shape(c), set_types(c, kF32, kF32, kF32); });
   }
-  list.add("head-dim", "d256-fp8kv", kDecode, [](Case &c) {
-    c.head_dim = 256, set_types(c, kBf16, kFp8, kBf16), make_paged(c, 16), c.heads_kv = 1;
-  });
+  list.add("head-dim", "d256-fp8kv", kDecode,
+           [](Case &c) { c.head_dim = 256, set_types(c, kBf16, kFp8, kBf16), make_paged(c, 16), c.heads_kv = 1; });
   list.add("head-dim", "d40-fp8", kPrefill, [](Case &c) { c.head_dim = 40, set_types(c, kFp8, kFp8, kBf16); });
 }
 
@@ -197,7 +206,8 @@ void add_layouts(List &list) {
 }
 
 void add_decode(List &list) {
-  for (const auto &[heads_q, heads_kv] : std::vector<std::pair<int64_t, int64_t>>{{4, 4}, {8, 2}, {16, 1}, {7, 1}, {9, 3}}) {
+  for (const auto &[heads_q, heads_kv] :
+       std::vector<std::pair<int64_t, int64_t>>{{4, 4}, {8, 2}, {16, 1}, {7, 1}, {9, 3}}) {
     const std::string name = std::to_string(heads_q) + "-" + std::to_string(heads_kv);
     list.add("decode", name, kDecode, [&, q = heads_q, kv = heads_kv](Case &c) {
       make_paged(c, 16), c.heads_q = q, c.heads_kv = kv, c.causal = true;
@@ -210,9 +220,8 @@ void add_decode(List &list) {
   }
   list.add("decode", "speculative", {{4, 700}, {4, 4}, {4, 129}},
            [](Case &c) { make_paged(c, 16), c.heads_q = 8, c.heads_kv = 2, c.causal = true; });
-  list.add("decode", "speculative-splits", {{4, 2000}, {3, 65}}, [](Case &c) {
-    make_paged(c, 16), c.heads_q = 8, c.heads_kv = 1, c.causal = true, c.num_splits = 5;
-  });
+  list.add("decode", "speculative-splits", {{4, 2000}, {3, 65}},
+           [](Case &c) { make_paged(c, 16), c.heads_q = 8, c.heads_kv = 1, c.causal = true, c.num_splits = 5; });
   // More splits than kept keys: some split has nothing to add.
   list.add("decode", "window-splits", {{1, 3000}, {1, 20}},
            [](Case &c) { c.heads_kv = 1, c.causal = true, c.window_left = 30, c.num_splits = 8; });
@@ -258,9 +267,8 @@ void add_peaked(List &list) {
   list.add("peaked", "full", lens, [&](Case &c) { peaked(c), c.causal = false; });
   list.add("peaked", "window", lens, [&](Case &c) { peaked(c), c.window_left = 50; });
   list.add("peaked", "sinks-softcap", lens, [&](Case &c) { peaked(c), c.sinks = true, c.softcap = 50; });
-  list.add("peaked", "f32+split", {{1, 2000}, {2, 300}}, [&](Case &c) {
-    peaked(c), set_types(c, kF32, kF32, kF32), make_paged(c, 16), c.num_splits = 6;
-  });
+  list.add("peaked", "f32+split", {{1, 2000}, {2, 300}},
+           [&](Case &c) { peaked(c), set_types(c, kF32, kF32, kF32), make_paged(c, 16), c.num_splits = 6; });
 }
 
 }  // namespace

@@ -61,7 +61,9 @@ Buffer::Buffer(size_t size) : size_(size) {
   data_.reset(static_cast<std::byte *>(p));
 }
 
-void Buffer::Free::operator()(std::byte *p) const { std::free(p); }
+void Buffer::Free::operator()(std::byte *p) const {
+  std::free(p);
+}
 
 Problem::Problem(const Case &spec) : spec_(spec) {
   if (spec_.head_dim_v == 0) spec_.head_dim_v = spec_.head_dim;
@@ -112,10 +114,10 @@ void Problem::allocate_queries() {
   params.lse_token_stride = spec_.strided ? 2 : 1;
   params.lse_head_stride = tokens * params.lse_token_stride + (spec_.strided ? 5 : 0);
   params.lse_batch_stride = dense ? spec_.heads_q * params.lse_head_stride : 0;
-  const int64_t floats = blocks * tokens == 0 ? 0
-                                              : (blocks - 1) * params.lse_batch_stride +
-                                                    (spec_.heads_q - 1) * params.lse_head_stride +
-                                                    (tokens - 1) * params.lse_token_stride + 1;
+  const int64_t floats = blocks * tokens == 0
+                             ? 0
+                             : (blocks - 1) * params.lse_batch_stride + (spec_.heads_q - 1) * params.lse_head_stride +
+                                   (tokens - 1) * params.lse_token_stride + 1;
   lse_ = Buffer(floats * sizeof(float) + 2 * kGuard);
   params.lse = reinterpret_cast<float *>(lse_.data() + kGuard);
 }

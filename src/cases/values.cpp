@@ -23,8 +23,8 @@ int level(Random &random, int64_t j, int64_t seqlen_k) {
 void Problem::set_scores() {
   const int64_t num_seqs = params.num_seqs;
   Random random(spec_.seed, 's');
-  params.softmax_scale = static_cast<float>(spec_.softmax_scale >= 0 ? spec_.softmax_scale
-                                                                    : 1 / std::sqrt(static_cast<double>(spec_.head_dim)));
+  params.softmax_scale = static_cast<float>(
+      spec_.softmax_scale >= 0 ? spec_.softmax_scale : 1 / std::sqrt(static_cast<double>(spec_.head_dim)));
   params.softcap = spec_.softcap;
   params.causal = spec_.causal ? 1 : 0;
   if (spec_.causal_per_seq) {
@@ -118,7 +118,9 @@ void Problem::set_scores() {
     if (kind == Descale::kNone) return;
     scale.batch_stride = kind == Descale::kFull ? spec_.heads_kv : 0;
     scale.head_stride = kind == Descale::kPerTensor ? 0 : 1;
-    storage.resize(kind == Descale::kPerTensor ? 1 : kind == Descale::kPerHead ? spec_.heads_kv : spec_.heads_kv * num_seqs);
+    storage.resize(kind == Descale::kPerTensor ? 1
+                   : kind == Descale::kPerHead ? spec_.heads_kv
+                                               : spec_.heads_kv * num_seqs);
     for (float &factor : storage) {
       factor = type == FLASHSPARK_FLOAT8_E4M3 ? static_cast<float>(0.5 + random.uniform()) : 3.0f;
     }

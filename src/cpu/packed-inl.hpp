@@ -177,6 +177,7 @@ inline HWY_ATTR void run_packed(const Tile &t) {
     // Rows past the last are computed like the last one and thrown away.
     const int64_t real = r < t.rows ? r : t.rows - 1;
     masks[r] = t.mask(real);
+    prefetch_row<false>(t, p.q, head_dim, r + kRowsAhead);
     load_query(t, real, scale, q + r * head_dim);
     start_row(t, real, &row_max[r], &row_sum[r]);
   }
@@ -227,7 +228,10 @@ inline HWY_ATTR void run_packed(const Tile &t) {
       }
     }
   }
-  for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, o + r * width, row_max[r], row_sum[r]);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    if (t.partial_o == nullptr) prefetch_row<true>(t, p.out, p.head_dim_v, r + kRowsAhead);
+    finish_row(t, r, o + r * width, row_max[r], row_sum[r]);
+  }
 }
 
 }  // namespace flashspark::cpu::HWY_NAMESPACE

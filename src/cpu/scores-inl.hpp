@@ -28,6 +28,16 @@ inline HWY_ATTR float query_scale(const Tile &t) {
   return has_score_terms(p) ? scale : scale * kLog2e;
 }
 
+// Row r of q or out into the cache, `rows_ahead` of its use: consecutive rows of one head lie pages apart.
+constexpr int64_t kRowsAhead = 8;
+template <bool kWrite>
+HWY_ATTR void prefetch_row(const Tile &t, const flashspark_tensor &tensor, int64_t width, int64_t r) {
+  if (r >= t.rows) return;
+  const int64_t size = static_cast<int64_t>(dtype_size(tensor.dtype));
+  const char *row = static_cast<const char *>(tensor.data) + q_offset(*t.p, tensor, t.s, t.token(r), t.head(r)) * size;
+  for (int64_t n = 0; n < width * size; n += 64) __builtin_prefetch(row + n, kWrite);
+}
+
 // Row r of the tile as floats times the scale: head_dim elements.
 inline HWY_ATTR void load_query(const Tile &t, int64_t r, float scale, float *to) {
   const Params &p = *t.p;

@@ -71,31 +71,34 @@ HWY_ATTR void stream_scores(const float *HWY_RESTRICT q, int64_t head_dim, const
 
 // o[4][width] += weights[key][4] * values, kVecs vectors of columns from `column` on.
 template <class Type, int kVecs>
-HWY_ATTR void stream_values(const float *HWY_RESTRICT weights, const char *const *values, int64_t count,
-                            int64_t column, int64_t width, float *HWY_RESTRICT o, Prefetcher &prefetcher) {
+HWY_NOINLINE HWY_ATTR void stream_values(const float *HWY_RESTRICT weights, const char *const *values, int64_t count,
+                                         int64_t column, int64_t width, float *HWY_RESTRICT o,
+                                         Prefetcher &prefetcher) {
   const D8 d;
   const int64_t step = static_cast<int64_t>(hn::Lanes(d));
   float *to[4] = {o + column, o + width + column, o + 2 * width + column, o + 3 * width + column};
   V8 acc[4][kVecs];
+  HWY_UNROLL(4)
   for (int r = 0; r < 4; ++r) {
     for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::LoadU(d, to[r] + c * step);
   }
-  const auto add_key = [&](int64_t n) HWY_ATTR {
-    const auto *v = reinterpret_cast<const typename Type::Element *>(values[n]) + column;
-    V8 vec[kVecs];
-    for (int c = 0; c < kVecs; ++c) vec[c] = widen(d, Type{}, v + c * step);
-    HWY_UNROLL(4)
-    for (int r = 0; r < 4; ++r) {
-      const V8 w = hn::Set(d, weights[4 * n + r]);
-      for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::MulAdd(w, vec[c], acc[r][c]);
-    }
-  };
   int64_t n = 0;
-  for (; n + kValuesAtOnce <= count; n += kValuesAtOnce) {
-    for (int64_t m = n; m < n + kValuesAtOnce; ++m) add_key(m);
+  while (n < count) {
+    const int64_t end = n + kValuesAtOnce < count ? n + kValuesAtOnce : count;
+    for (; n < end; ++n) {
+      const auto *v = reinterpret_cast<const typename Type::Element *>(values[n]) + column;
+      V8 vec[kVecs];
+      HWY_UNROLL(3)
+      for (int c = 0; c < kVecs; ++c) vec[c] = widen(d, Type{}, v + c * step);
+      HWY_UNROLL(4)
+      for (int r = 0; r < 4; ++r) {
+        const V8 w = hn::Set(d, weights[4 * n + r]);
+        for (int c = 0; c < kVecs; ++c) acc[r][c] = hn::MulAdd(w, vec[c], acc[r][c]);
+      }
+    }
     prefetcher.advance();
   }
-  for (; n < count; ++n) add_key(n);
+  HWY_UNROLL(4)
   for (int r = 0; r < 4; ++r) {
     for (int c = 0; c < kVecs; ++c) hn::StoreU(acc[r][c], d, to[r] + c * step);
   }
@@ -169,15 +172,21 @@ HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const char
     }
     stream_softmax(group_scores, count, row_max + 4 * g, row_sum + 4 * g, o + g * 4 * width, width);
   }
-  for (int64_t column = 0; column < width; column += 2 * step) {
+  // Columns outside, row groups inside, for the same reason. Three vectors by four rows fill 12 registers with sums.
+  for (int64_t column = 0; column < width;) {
+    const int64_t vecs = (width - column) / step;
     for (int g = 0; g < groups; ++g) {
       const float *weights = scores + g * kBlockKeys * 4;
-      if (column + 2 * step <= width) {
-        stream_values<Type, 2>(weights, values, count, column, width, o + g * 4 * width, prefetcher);
+      float *to = o + g * 4 * width;
+      if (vecs >= 3 && vecs != 4) {
+        stream_values<Type, 3>(weights, values, count, column, width, to, prefetcher);
+      } else if (vecs >= 2) {
+        stream_values<Type, 2>(weights, values, count, column, width, to, prefetcher);
       } else {
-        stream_values<Type, 1>(weights, values, count, column, width, o + g * 4 * width, prefetcher);
+        stream_values<Type, 1>(weights, values, count, column, width, to, prefetcher);
       }
     }
+    column += step * (vecs >= 3 && vecs != 4 ? 3 : vecs >= 2 ? 2 : 1);
   }
 }
 
@@ -213,7 +222,7 @@ HWY_ATTR void run_stream(const Tile &t) {
 
   // Rows of this block and of the next one, for the first head.
   const char *addresses[2][2][kBlockKeys];
-  const int64_t size = static_cast<int64_t>(sizeof(typename Type::Element)), columns = (width + 2 * step - 1) / (2 * step);
+  const int64_t size = static_cast<int64_t>(sizeof(typename Type::Element)), columns = (width + 3 * step - 1) / (3 * step);
   int side = 0;
   BlockCursor block(t, kBlockKeys);
   key_addresses(t, p.k, block, addresses[0][0]);
