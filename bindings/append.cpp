@@ -1,0 +1,129 @@
+// Writing new keys and values into a cache from Python: tensors become flashspark_append_params. Rotates q in place
+// (the caller passes its copy). The order of the arguments is the contract with _ops.py.
+#include "exports.hpp"
+#include "names.hpp"
+
+namespace flashspark::ffi {
+namespace {
+
+enum { kStoredK, kStoredV, kStoredKCache, kStoredVCache, kStoredQ, kStoredCos, kStoredSin };  // places in `stored_as`
+
+struct Tensors {
+  Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, page_table, kv_batch_index;
+};
+
+void read_new_rows(const Tensors &t, flashspark_append_params &p) {
+  const bool varlen = static_cast<bool>(t.cu_seqlens_new);
+  t.k.require_ndim({varlen ? 3 : 4}, varlen ? "(total, num_heads_kv, head_dim) with cu_seqlens_k_new"
+                                            : "(num_seqs, seqlen_new, num_heads_kv, head_dim)");
+  t.v.require_ndim({t.k.ndim()}, "of as many dimensions as k");
+  for (int32_t i = 0; i + 1 < t.k.ndim(); ++i) t.v.require_size(i, t.k.size(i), "k's");
+  if (varlen) {
+    t.cu_seqlens_new.require_ndim({1}, "(num_seqs + 1,)");
+    if (t.cu_seqlens_new.size(0) < 1) {
+      fail_value("cu_seqlens_k_new.shape", t.cu_seqlens_new.shape_text(), "must be (num_seqs + 1,)");
+    }
+    p.num_seqs = t.cu_seqlens_new.size(0) - 1;
+    p.total_new = p.seqlen_new = t.k.size(0);
+    p.cu_seqlens_new = t.cu_seqlens_new.int32_vector(p.num_seqs + 1, "num_seqs + 1");
+  } else {
+    p.num_seqs = t.k.size(0);
+    p.seqlen_new = t.k.size(1);
+  }
+  p.num_heads_kv = t.k.size(-2);
+  p.head_dim = t.k.size(-1);
+  p.head_dim_v = t.v.size(-1);
+  p.k_new = t.k.rows();
+  p.v_new = t.v.rows();
+  if (!t.q) return;
+  t.q.require_ndim({t.k.ndim()}, "of as many dimensions as k");
+  for (int32_t i = 0; i + 2 < t.k.ndim(); ++i) t.q.require_size(i, t.k.size(i), "k's when rotary embedding turns both");
+  t.q.require_size(-1, p.head_dim, "k's head size");
+  p.num_heads_q = t.q.size(-2);
+  p.q = t.q.rows();
+}
+
+void read_cache(const Tensors &t, flashspark_append_params &p) {
+  t.k_cache.require_ndim({4}, "(num_seqs, seqlen, num_heads_kv, head_dim) or (num_pages, page_size, ..)");
+  t.v_cache.require_ndim({4}, "of 4 dimensions, as k_cache");
+  for (int32_t i = 0; i < 3; ++i) t.v_cache.require_size(i, t.k_cache.size(i), "k_cache's");
+  t.k_cache.require_size(2, p.num_heads_kv, "k's heads");
+  t.k_cache.require_size(3, p.head_dim, "k's head size");
+  t.v_cache.require_size(3, p.head_dim_v, "v's head size");
+  p.k_cache = t.k_cache.rows();
+  p.v_cache = t.v_cache.rows();
+  p.kv_batch_index = t.kv_batch_index.int32_vector(p.num_seqs, "the number of sequences");
+  if (!t.page_table) {
+    if (!t.kv_batch_index) t.k_cache.require_size(0, p.num_seqs, "the number of sequences");
+    p.num_cache_rows = t.k_cache.size(0);
+    p.seqlen_cache = t.k_cache.size(1);
+    return;
+  }
+  t.page_table.require_ndim({2}, "(num_seqs, pages per sequence)");
+  t.page_table.require_size(0, p.num_seqs, "the number of sequences");
+  t.page_table.require_unit_stride();
+  p.page_table = t.page_table.int32_data();
+  p.page_table_stride = t.page_table.size(0) > 1 ? t.page_table.stride(0) : t.page_table.size(1);
+  p.num_page_slots = t.page_table.size(1);
+  p.num_pages = t.k_cache.size(0);
+  p.page_size = t.k_cache.size(1);
+}
+
+void read_rotary(const Tensor &cos, const Tensor &sin, flashspark_append_params &p) {
+  if (!cos && !sin) return;
+  if (!cos || !sin) fail_value(cos ? "rotary_sin" : "rotary_cos", "None", "cos and sin go together");
+  cos.require_ndim({2}, "(positions, rotary_dim / 2)");
+  sin.require_ndim({2}, "(positions, rotary_dim / 2)");
+  sin.require_size(0, cos.size(0), "rotary_cos's");
+  sin.require_size(1, cos.size(1), "rotary_cos's");
+  cos.require_float();
+  if (sin.dtype() != cos.dtype()) fail_type("rotary_sin.dtype", sin.dtype_text(), "must be rotary_cos's");
+  cos.require_dense();
+  sin.require_dense();
+  p.rotary_cos = cos.data();
+  p.rotary_sin = sin.data();
+  p.rotary_dtype = cos.dtype();
+  p.seqlen_rotary = cos.size(0);
+  p.rotary_dim = 2 * cos.size(1);
+}
+
+}  // namespace
+
+void append_kv(Reader &args) {
+  flashspark_append_params p;
+  flashspark_append_params_init(&p);
+  Tensors t;
+  const int64_t stored_as = args.integer("stored_as", 0);
+  t.k = args.tensor("k", stored_type(stored_as, kStoredK));
+  t.v = args.tensor("v", stored_type(stored_as, kStoredV));
+  t.k_cache = args.tensor("k_cache", stored_type(stored_as, kStoredKCache));
+  t.v_cache = args.tensor("v_cache", stored_type(stored_as, kStoredVCache));
+  t.q = args.optional_tensor("q", stored_type(stored_as, kStoredQ));
+  const Tensor cos = args.optional_tensor("rotary_cos", stored_type(stored_as, kStoredCos));
+  const Tensor sin = args.optional_tensor("rotary_sin", stored_type(stored_as, kStoredSin));
+  const Tensor seqlens = args.optional_tensor("cache_seqlens");
+  t.cu_seqlens_new = args.optional_tensor("cu_seqlens_k_new");
+  t.page_table = args.optional_tensor("block_table");
+  t.kv_batch_index = args.optional_tensor("cache_batch_idx");
+  const Tensor leftpad = args.optional_tensor("cache_leftpad");
+  p.rotary_interleaved = args.integer32("rotary_interleaved", 1);
+  p.q_rotary_per_token = args.integer32("q_rotary_per_token", 1);
+
+  read_new_rows(t, p);
+  read_cache(t, p);
+  read_rotary(cos, sin, p);
+  p.seqlens = seqlens.int32_vector(p.num_seqs, "the number of sequences");
+  p.leftpad_k = leftpad.int32_vector(p.num_seqs, "the number of sequences");
+  p.k_descale = args.optional_tensor("k_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.v_descale = args.optional_tensor("v_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
+  if (args.on_cuda()) {
+    p.device = FLASHSPARK_CUDA;
+    p.device_index = args.device_index();
+    p.stream = TVMFFIEnvGetStream(kDLCUDA, args.device_index());
+  }
+  const flashspark_status status = flashspark_append_kv(&p);
+  if (status == FLASHSPARK_OK) return;
+  throw CallError{error_kind(status), in_callers_words(flashspark_last_error(), kAppendNames, kCache)};
+}
+
+}  // namespace flashspark::ffi

@@ -1,0 +1,125 @@
+#include "args.hpp"
+
+namespace flashspark::ffi {
+namespace {
+
+const char *type_name(int32_t type_index) {
+  switch (type_index) {
+    case kTVMFFINone:
+      return "None";
+    case kTVMFFIInt:
+      return "an int";
+    case kTVMFFIBool:
+      return "a bool";
+    case kTVMFFIFloat:
+      return "a float";
+    case kTVMFFIRawStr:
+    case kTVMFFISmallStr:
+    case kTVMFFIStr:
+      return "a str";
+    case kTVMFFIArray:
+      return "a list or tuple";
+    case kTVMFFITensor:
+    case kTVMFFIDLTensorPtr:
+      return "a tensor";
+    default:
+      return "an object of another type";
+  }
+}
+
+[[noreturn]] void fail_kind(const char *name, int32_t type_index, const char *wanted) {
+  fail_type(name, type_name(type_index), wanted);
+}
+
+}  // namespace
+
+void Reader::check_device(const Tensor &tensor) {
+  const DLDevice device = tensor.device();
+  const bool cuda = device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged;
+  const auto text = [](bool on_cuda, int32_t index) {
+    return on_cuda ? "cuda:" + std::to_string(index) : std::string("cpu");
+  };
+  if (!cuda && !tensor.on_host()) {
+    fail("NotImplementedError", std::string(tensor.name()) + ".device",
+         "DLPack device type " + std::to_string(device.device_type), "must be the CPU or a CUDA device");
+  }
+  const int32_t index = cuda ? device.device_id : 0;
+  if (first_tensor_ == nullptr) {
+    first_tensor_ = tensor.name();
+    on_cuda_ = cuda;
+    device_index_ = index;
+  } else if (cuda != on_cuda_ || index != device_index_) {
+    fail_value(std::string(tensor.name()) + ".device", text(cuda, index),
+               std::string("must be the device of ") + first_tensor_ + ", " + text(on_cuda_, device_index_));
+  }
+}
+
+Tensor Reader::optional_tensor(const char *name, int32_t stored_as) {
+  const TVMFFIAny &arg = take();
+  if (arg.type_index == kTVMFFINone) return {};
+  if (arg.type_index != kTVMFFITensor && arg.type_index != kTVMFFIDLTensorPtr) {
+    fail_kind(name, arg.type_index, "must be a NumPy array, a torch tensor or another DLPack tensor");
+  }
+  const DLTensor *raw = arg.type_index == kTVMFFITensor ? TVMFFITensorGetDLTensorPtr(arg.v_obj)
+                                                        : static_cast<const DLTensor *>(arg.v_ptr);
+  const Tensor tensor(raw, name, stored_as);
+  check_device(tensor);
+  return tensor;
+}
+
+Tensor Reader::tensor(const char *name, int32_t stored_as) {
+  if (is_none()) fail_type(name, "None", "must be a NumPy array, a torch tensor or another DLPack tensor");
+  return optional_tensor(name, stored_as);
+}
+
+int64_t Reader::integer(const char *name, int64_t fallback) {
+  const TVMFFIAny &arg = take();
+  if (arg.type_index == kTVMFFINone) return fallback;
+  if (arg.type_index != kTVMFFIInt && arg.type_index != kTVMFFIBool) fail_kind(name, arg.type_index, "must be an int");
+  return arg.v_int64;
+}
+
+int32_t Reader::integer32(const char *name, int32_t fallback) {
+  const int64_t value = integer(name, fallback);
+  if (value < INT32_MIN || value > INT32_MAX) fail_value(name, std::to_string(value), "must fit in 32 bits");
+  return static_cast<int32_t>(value);
+}
+
+double Reader::real(const char *name, double fallback) {
+  const TVMFFIAny &arg = take();
+  switch (arg.type_index) {
+    case kTVMFFINone:
+      return fallback;
+    case kTVMFFIFloat:
+      return arg.v_float64;
+    case kTVMFFIInt:
+      return static_cast<double>(arg.v_int64);
+    default:
+      fail_kind(name, arg.type_index, "must be a float");
+  }
+}
+
+std::string Reader::text(const char *name) {
+  const TVMFFIAny &arg = take();
+  switch (arg.type_index) {
+    case kTVMFFINone:
+      return "";
+    case kTVMFFIRawStr:
+      return arg.v_c_str;
+    case kTVMFFISmallStr:
+      return {arg.v_bytes, arg.small_str_len};
+    case kTVMFFIStr: {
+      const TVMFFIByteArray *bytes = TVMFFIBytesGetByteArrayPtr(arg.v_obj);
+      return {bytes->data, bytes->size};
+    }
+    default:
+      fail_kind(name, arg.type_index, "must be a str");
+  }
+}
+
+int raise(const char *kind, const char *message) noexcept {
+  TVMFFIErrorSetRaisedFromCStr(kind, message);
+  return -1;
+}
+
+}  // namespace flashspark::ffi

@@ -1,0 +1,279 @@
+// Attention from Python: tensors become flashspark_attention_params. The order of the arguments is the contract with
+// _ops.py, which passes every one of them by position; trailing ones may be left out.
+#include <cmath>
+
+#include "exports.hpp"
+#include "names.hpp"
+
+namespace flashspark::ffi {
+namespace {
+
+struct Call {
+  Face face = kFunc;
+  flashspark_attention_params params;
+  std::string implementation;
+};
+
+enum { kStoredQ, kStoredK, kStoredV, kStoredOut, kStoredSinks, kStoredRel };  // places in `stored_as`
+
+// q, out, lse and everything that follows from q's layout.
+void read_queries(const Tensor &q, const Tensor &out, const Tensor &lse, const Tensor &cu_seqlens_q,
+                  flashspark_attention_params &p) {
+  const bool varlen = static_cast<bool>(cu_seqlens_q);
+  q.require_ndim({varlen ? 3 : 4}, varlen ? "(total_q, num_heads, head_dim) with cu_seqlens_q"
+                                          : "(num_seqs, seqlen_q, num_heads, head_dim)");
+  p.q = q.rows();
+  p.num_heads_q = q.size(-2);
+  p.head_dim = q.size(-1);
+  if (varlen) {
+    cu_seqlens_q.require_ndim({1}, "(num_seqs + 1,)");
+    if (cu_seqlens_q.size(0) < 1)
+      fail_value("cu_seqlens_q.shape", cu_seqlens_q.shape_text(), "must be (num_seqs + 1,)");
+    p.num_seqs = cu_seqlens_q.size(0) - 1;
+    p.cu_seqlens_q = cu_seqlens_q.int32_vector(p.num_seqs + 1, "num_seqs + 1");
+    p.total_q = q.size(0);
+  } else {
+    p.num_seqs = q.size(0);
+    p.max_seqlen_q = q.size(1);
+  }
+  out.require_ndim({q.ndim()}, "of as many dimensions as q");
+  for (int32_t i = 0; i + 1 < q.ndim(); ++i) out.require_size(i, q.size(i), "q's");
+  out.require_size(-1, p.head_dim_v, "v's head size");
+  p.out = out.rows();
+  if (!lse) return;
+  lse.require_float32();
+  lse.require_ndim({varlen ? 2 : 3}, varlen ? "(num_heads, total_q)" : "(num_seqs, num_heads, seqlen_q)");
+  lse.require_size(-2, p.num_heads_q, "q's heads");
+  lse.require_size(-1, varlen ? p.total_q : p.max_seqlen_q, "q's rows");
+  if (!varlen) lse.require_size(0, p.num_seqs, "the number of sequences");
+  p.lse = static_cast<float *>(lse.data());
+  p.lse_batch_stride = varlen ? 0 : lse.stride(0);
+  p.lse_head_stride = lse.stride(-2);
+  p.lse_token_stride = lse.stride(-1);
+}
+
+void read_heads(const Tensor &k, const Tensor &v, flashspark_attention_params &p) {
+  k.require_ndim({3, 4}, "of 3 or 4 dimensions");
+  v.require_ndim({k.ndim()}, "of as many dimensions as k");
+  for (int32_t i = 0; i + 1 < k.ndim(); ++i) v.require_size(i, k.size(i), "k's");
+  p.k = k.rows();
+  p.v = v.rows();
+  p.num_heads_kv = k.size(-2);
+  p.head_dim_v = v.size(-1);
+}
+
+struct KeyLayout {
+  Tensor cu_seqlens_k, page_table, kv_batch_index;
+  int64_t max_seqlen_k;
+};
+
+void read_keys(const Tensor &k, const KeyLayout &layout, flashspark_attention_params &p) {
+  k.require_size(-1, p.head_dim, "q's head size");
+  const int64_t bound = layout.max_seqlen_k;
+  if (layout.page_table) {
+    const Tensor &table = layout.page_table;
+    k.require_ndim({4}, "(num_pages, page_size, num_heads_kv, head_dim) with a page table");
+    table.require_ndim({2}, "(num_seqs, pages per sequence)");
+    table.require_size(0, p.num_seqs, "the number of sequences");
+    table.require_unit_stride();
+    p.page_table = table.int32_data();
+    // The stride of a dimension of one element means nothing, and producers fill in what they like.
+    p.page_table_stride = table.size(0) > 1 ? table.stride(0) : table.size(1);
+    p.num_page_slots = table.size(1);
+    p.num_pages = k.size(0);
+    p.page_size = k.size(1);
+    p.max_seqlen_k = bound >= 0 ? bound : p.num_page_slots * p.page_size;
+  } else if (layout.cu_seqlens_k) {
+    k.require_ndim({3}, "(total_k, num_heads_kv, head_dim) with cu_seqlens_k");
+    p.total_k = k.size(0);
+    p.max_seqlen_k = bound >= 0 ? bound : p.total_k;
+  } else {
+    k.require_ndim({4}, "(num_seqs, seqlen_k, num_heads_kv, head_dim) without cu_seqlens_k");
+    if (!layout.kv_batch_index) {
+      k.require_size(0, p.num_seqs, "the number of sequences");
+    } else if (k.size(0) == 0 && p.num_seqs > 0) {  // num_kv_seqs == 0 would mean "as many as num_seqs"
+      fail_value(std::string(k.name()) + ".shape[0]", "0",
+                 std::string("must hold the rows of ") + layout.kv_batch_index.name());
+    }
+    p.num_kv_seqs = k.size(0);
+    p.max_seqlen_k = k.size(1);
+  }
+  p.cu_seqlens_k = layout.cu_seqlens_k.int32_vector(p.num_seqs + 1, "num_seqs + 1");
+  p.kv_batch_index = layout.kv_batch_index.int32_vector(p.num_seqs, "the number of sequences");
+}
+
+void read_bias(const Tensor &sinks, const Tensor &alibi_slopes, const Tensor &rel_logits,
+               flashspark_attention_params &p) {
+  if (sinks) {
+    sinks.require_ndim({1}, "(num_heads,)");
+    sinks.require_size(0, p.num_heads_q, "q's heads");
+    sinks.require_float();
+    sinks.require_dense();
+    p.sinks = sinks.data();
+    p.sinks_dtype = sinks.dtype();
+  }
+  if (alibi_slopes) {
+    alibi_slopes.require_ndim({1, 2}, "(num_heads,) or (num_seqs, num_heads)");
+    alibi_slopes.require_size(-1, p.num_heads_q, "q's heads");
+    alibi_slopes.require_float32();
+    alibi_slopes.require_unit_stride();
+    p.alibi_slopes = static_cast<const float *>(alibi_slopes.data());
+    if (alibi_slopes.ndim() == 2) {
+      alibi_slopes.require_size(0, p.num_seqs, "the number of sequences");
+      p.alibi_batch_stride = p.num_seqs > 1 ? alibi_slopes.stride(0) : 0;
+    }
+  }
+  if (!rel_logits) return;
+  const bool varlen = p.cu_seqlens_q != nullptr;
+  rel_logits.require_ndim({varlen ? 3 : 4},
+                          varlen ? "(total_q, num_heads, extent)" : "(num_seqs, seqlen_q, num_heads, extent)");
+  rel_logits.require_size(-3, varlen ? p.total_q : p.max_seqlen_q, "q's rows");
+  rel_logits.require_size(-2, p.num_heads_q, "q's heads");
+  rel_logits.require_float();
+  rel_logits.require_unit_stride();
+  if (!varlen) {
+    rel_logits.require_size(0, p.num_seqs, "the number of sequences");
+    if (p.num_seqs > 1 && rel_logits.stride(0) != p.max_seqlen_q * rel_logits.stride(1)) {
+      fail_value("rel_logits.stride(0)", std::to_string(rel_logits.stride(0)), "must be seqlen_q * stride(1)");
+    }
+  }
+  p.rel_logits = rel_logits.data();
+  p.rel_dtype = rel_logits.dtype();
+  p.rel_extent = rel_logits.size(-1);
+  p.rel_token_stride = rel_logits.stride(-3);
+  p.rel_head_stride = rel_logits.stride(-2);
+}
+
+void read_prefix(const Tensor &ranges, flashspark_attention_params &p) {
+  if (!ranges) return;
+  ranges.require_ndim({2, 3}, "(num_seqs, ranges, 2) or (total_q, 2)");
+  ranges.require_size(-1, 2, "a first and a last key");
+  ranges.require_dense();
+  p.prefix_ranges = ranges.int32_data();
+  if (ranges.ndim() == 3) {
+    ranges.require_size(0, p.num_seqs, "the number of sequences");
+    p.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ;
+    p.num_prefix_ranges = ranges.size(1);
+  } else {
+    ranges.require_size(0, p.cu_seqlens_q ? p.total_q : p.num_seqs * p.max_seqlen_q, "q's rows");
+    p.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN;
+  }
+}
+
+void read_call(Reader &args, Call &call) {
+  flashspark_attention_params &p = call.params;
+  flashspark_attention_params_init(&p);
+  const int64_t face_index = args.integer("face", 0);
+  if (face_index < 0 || face_index >= kNumFaces) fail_value("face", std::to_string(face_index), "must be 0, 1 or 2");
+  const Face face = call.face = static_cast<Face>(face_index);
+  const int64_t stored_as = args.integer("stored_as", 0);
+  const Tensor q = args.tensor("q", stored_type(stored_as, kStoredQ));
+  const Tensor k = args.tensor(kK.face[face], stored_type(stored_as, kStoredK));
+  const Tensor v = args.tensor(kV.face[face], stored_type(stored_as, kStoredV));
+  const Tensor out = args.tensor("out", stored_type(stored_as, kStoredOut));
+  const Tensor lse = args.optional_tensor("lse");
+  const bool default_scale = args.is_none();
+  const double softmax_scale = args.real("softmax_scale", 0);
+  p.causal = args.integer32("causal", 0);
+  p.window_left = args.integer(kWindowLeft.face[face], -1);
+  p.window_right = args.integer(kWindowRight.face[face], -1);
+  p.softcap = static_cast<float>(args.real("softcap", 0));
+  p.num_splits = args.integer32("num_splits", 0);
+  p.deterministic = args.integer32("deterministic", 0);
+  call.implementation = args.text("implementation");
+  if (!call.implementation.empty()) p.implementation = call.implementation.c_str();
+  p.num_threads = args.integer32("num_threads", 0);
+
+  const Tensor cu_seqlens_q = args.optional_tensor("cu_seqlens_q");
+  const int64_t max_seqlen_q = args.integer("max_seqlen_q", -1);
+  KeyLayout keys;
+  keys.cu_seqlens_k = args.optional_tensor("cu_seqlens_k");
+  keys.max_seqlen_k = args.integer("max_seqlen_k", -1);
+  const Tensor seqused_q = args.optional_tensor("seqused_q");
+  const Tensor seqused_k = args.optional_tensor(kSequsedK.face[face]);
+  keys.page_table = args.optional_tensor(kPageTable.face[face]);
+  const Tensor leftpad_k = args.optional_tensor(kLeftpadK.face[face]);
+  keys.kv_batch_index = args.optional_tensor(kKvBatchIndex.face[face]);
+
+  read_heads(k, v, p);
+  read_queries(q, out, lse, cu_seqlens_q, p);
+  if (cu_seqlens_q) p.max_seqlen_q = max_seqlen_q >= 0 ? max_seqlen_q : p.total_q;
+  p.softmax_scale = default_scale ? 1 / std::sqrt(static_cast<float>(p.head_dim)) : static_cast<float>(softmax_scale);
+  read_keys(k, keys, p);
+  const char *one_per_sequence = "the number of sequences";
+  p.seqused_q = seqused_q.int32_vector(p.num_seqs, one_per_sequence);
+  p.seqused_k = seqused_k.int32_vector(p.num_seqs, one_per_sequence);
+  p.leftpad_k = leftpad_k.int32_vector(p.num_seqs, one_per_sequence);
+
+  const Tensor sinks = args.optional_tensor(kSinks.face[face], stored_type(stored_as, kStoredSinks));
+  const Tensor alibi_slopes = args.optional_tensor("alibi_slopes");
+  p.q_descale = args.optional_tensor("q_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.k_descale = args.optional_tensor("k_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.v_descale = args.optional_tensor("v_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
+  if (const Tensor output_scale = args.optional_tensor("output_scale")) {
+    output_scale.require_float32();
+    output_scale.require_ndim({0, 1}, "of one element");
+    if (output_scale.ndim() == 1) output_scale.require_size(0, 1, "one element");
+    p.output_scale = static_cast<const float *>(output_scale.data());
+  }
+  read_bias(sinks, alibi_slopes, args.optional_tensor("rel_logits", stored_type(stored_as, kStoredRel)), p);
+
+  p.causal_per_seq = args.optional_tensor(kCausalPerSeq.face[face]).int32_vector(p.num_seqs, one_per_sequence);
+  read_prefix(args.optional_tensor("prefix_ranges"), p);
+  p.prefix_clamp_window = args.integer32("prefix_clamp_window", 0);
+  p.rswa_prefix_lens = args.optional_tensor("rswa_prefix_lens").int32_vector(p.num_seqs, one_per_sequence);
+  p.rswa_window = args.integer32("rswa_window", 0);
+
+  if (args.on_cuda()) {
+    p.device = FLASHSPARK_CUDA;
+    p.device_index = args.device_index();
+    p.stream = TVMFFIEnvGetStream(kDLCUDA, args.device_index());
+  }
+}
+
+void require_ok(flashspark_status status, Face face) {
+  if (status == FLASHSPARK_OK) return;
+  throw CallError{error_kind(status), in_callers_words(flashspark_last_error(), kAttentionNames, face)};
+}
+
+}  // namespace
+
+const char *error_kind(flashspark_status status) {
+  switch (status) {
+    case FLASHSPARK_INVALID_ARGUMENT:
+      return "ValueError";
+    case FLASHSPARK_INVALID_TYPE:
+      return "TypeError";
+    case FLASHSPARK_UNSUPPORTED:
+      return "NotImplementedError";
+    case FLASHSPARK_OUT_OF_MEMORY:
+      return "MemoryError";
+    default:
+      return "RuntimeError";
+  }
+}
+
+void attention_forward(Reader &args) {
+  Call call;
+  read_call(args, call);
+  require_ok(flashspark_attention_forward(&call.params), call.face);
+}
+
+void attention_validate(Reader &args) {
+  Call call;
+  read_call(args, call);
+  // Unlike flashspark_attention_validate(), this also finds that no implementation fits.
+  require_ok(flashspark_attention_explain(&call.params, nullptr, 0), call.face);
+}
+
+std::string attention_explain(Reader &args) {
+  Call call;
+  read_call(args, call);
+  std::string text(8192, '\0');
+  const flashspark_status status = flashspark_attention_explain(&call.params, text.data(), text.size());
+  if (status != FLASHSPARK_UNSUPPORTED) require_ok(status, call.face);
+  text.resize(text.find('\0'));
+  return text;
+}
+
+}  // namespace flashspark::ffi

@@ -1,0 +1,17 @@
+// What ffi.cpp exports, implemented next door. Each reads its arguments, calls the C interface and throws CallError.
+#pragma once
+
+#include <string>
+
+#include "args.hpp"
+
+namespace flashspark::ffi {
+
+const char *error_kind(flashspark_status status);  // the Python exception that stands for this status
+
+void attention_forward(Reader &args);
+std::string attention_explain(Reader &args);
+void attention_validate(Reader &args);
+void append_kv(Reader &args);
+
+}  // namespace flashspark::ffi

@@ -1,0 +1,85 @@
+// The functions that Python sees, as tvm-ffi finds them: C symbols named __tvm_ffi_<function>. tvm-ffi lets go of the
+// interpreter lock around each call.
+#include "exports.hpp"
+
+namespace {
+
+using flashspark::ffi::guarded;
+using flashspark::ffi::Reader;
+
+void give_text(const std::string &text, TVMFFIAny *result) {
+  const TVMFFIByteArray bytes{text.data(), text.size()};
+  if (TVMFFIStringFromByteArray(&bytes, result) != 0) throw std::bad_alloc();
+}
+
+void give_integer(int64_t value, TVMFFIAny *result) {
+  result->type_index = kTVMFFIInt;
+  result->zero_padding = 0;
+  result->v_int64 = value;
+}
+
+}  // namespace
+
+#define FLASHSPARK_EXPORT(name) \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void *, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
+
+FLASHSPARK_EXPORT(attention_forward) {
+  static_cast<void>(result);
+  return guarded([&] {
+    Reader reader(args, count);
+    flashspark::ffi::attention_forward(reader);
+  });
+}
+
+FLASHSPARK_EXPORT(attention_explain) {
+  return guarded([&] {
+    Reader reader(args, count);
+    give_text(flashspark::ffi::attention_explain(reader), result);
+  });
+}
+
+FLASHSPARK_EXPORT(attention_validate) {
+  static_cast<void>(result);
+  return guarded([&] {
+    Reader reader(args, count);
+    flashspark::ffi::attention_validate(reader);
+  });
+}
+
+FLASHSPARK_EXPORT(append_kv) {
+  static_cast<void>(result);
+  return guarded([&] {
+    Reader reader(args, count);
+    flashspark::ffi::append_kv(reader);
+  });
+}
+
+FLASHSPARK_EXPORT(version) {
+  static_cast<void>(args), static_cast<void>(count);
+  return guarded([&] { give_text(flashspark_version(), result); });
+}
+
+FLASHSPARK_EXPORT(cpu_target) {
+  static_cast<void>(args), static_cast<void>(count);
+  return guarded([&] { give_text(flashspark_cpu_target(), result); });
+}
+
+FLASHSPARK_EXPORT(cpu_threads) {
+  static_cast<void>(args), static_cast<void>(count);
+  return guarded([&] { give_integer(flashspark_cpu_threads(), result); });
+}
+
+// implementation_name(index) and implementation_description(index): "" past the end.
+FLASHSPARK_EXPORT(implementation_name) {
+  return guarded([&] {
+    const char *name = flashspark_implementation_name(Reader(args, count).integer32("index", 0));
+    give_text(name != nullptr ? name : "", result);
+  });
+}
+
+FLASHSPARK_EXPORT(implementation_description) {
+  return guarded([&] {
+    const char *text = flashspark_implementation_description(Reader(args, count).integer32("index", 0));
+    give_text(text != nullptr ? text : "", result);
+  });
+}

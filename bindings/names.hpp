@@ -1,0 +1,85 @@
+// What each Python function calls the fields of the C structs, so that errors speak the caller's language.
+#pragma once
+
+#include <cstring>
+#include <string>
+
+namespace flashspark::ffi {
+
+enum Face { kFunc = 0, kCache = 1, kForward = 2, kNumFaces = 3 };  // flash_attn_*func, *_with_kvcache, _flash_attn_fwd
+
+struct Name {
+  const char *core;
+  const char *face[kNumFaces];
+};
+
+inline constexpr Name kK{"k", {"k", "k_cache", "k"}};
+inline constexpr Name kV{"v", {"v", "v_cache", "v"}};
+inline constexpr Name kPageTable{"page_table", {"block_table", "block_table", "page_table"}};
+inline constexpr Name kSequsedK{"seqused_k", {"seqused_k", "cache_seqlens", "seqused_k"}};
+inline constexpr Name kLeftpadK{"leftpad_k", {"leftpad_k", "cache_leftpad", "leftpad_k"}};
+inline constexpr Name kKvBatchIndex{"kv_batch_index", {"kv_batch_index", "cache_batch_idx", "kv_batch_index"}};
+inline constexpr Name kSinks{"sinks", {"sinks", "sinks", "learnable_sink"}};
+inline constexpr Name kCausalPerSeq{"causal_per_seq", {"causal_per_seq", "causal_per_seq", "dynamic_causal"}};
+inline constexpr Name kWindowLeft{"window_left", {"window_size[0]", "window_size[0]", "window_size_left"}};
+inline constexpr Name kWindowRight{"window_right", {"window_size[1]", "window_size[1]", "window_size_right"}};
+
+inline constexpr Name kAttentionNames[] = {
+    kK,
+    kV,
+    kPageTable,
+    kSequsedK,
+    kLeftpadK,
+    kKvBatchIndex,
+    kSinks,
+    kCausalPerSeq,
+    kWindowLeft,
+    kWindowRight,
+    {"num_heads_q", {"q.shape[-2]", "q.shape[-2]", "q.shape[-2]"}},
+    {"num_heads_kv", {"k.shape[-2]", "k_cache.shape[-2]", "k.shape[-2]"}},
+    {"head_dim", {"q.shape[-1]", "q.shape[-1]", "q.shape[-1]"}},
+    {"head_dim_v", {"v.shape[-1]", "v_cache.shape[-1]", "v.shape[-1]"}},
+    {"page_size", {"k.shape[1]", "k_cache.shape[1]", "k.shape[1]"}},
+    {"num_pages", {"k.shape[0]", "k_cache.shape[0]", "k.shape[0]"}},
+    {"num_page_slots", {"block_table.shape[1]", "block_table.shape[1]", "page_table.shape[1]"}},
+    {"page_table_stride", {"block_table.stride(0)", "block_table.stride(0)", "page_table.stride(0)"}},
+    {"sinks_dtype", {"sinks.dtype", "sinks.dtype", "learnable_sink.dtype"}},
+    {"rel_dtype", {"rel_logits.dtype", "rel_logits.dtype", "rel_logits.dtype"}},
+    {"rel_extent", {"rel_logits.shape[-1]", "rel_logits.shape[-1]", "rel_logits.shape[-1]"}},
+};
+
+inline constexpr Name kAppendNames[] = {
+    {"k_new", {"k", "k", "k"}},
+    {"v_new", {"v", "v", "v"}},
+    {"seqlens", {"cache_seqlens", "cache_seqlens", "cache_seqlens"}},
+    {"cu_seqlens_new", {"cu_seqlens_k_new", "cu_seqlens_k_new", "cu_seqlens_k_new"}},
+    {"kv_batch_index", {"cache_batch_idx", "cache_batch_idx", "cache_batch_idx"}},
+    {"leftpad_k", {"cache_leftpad", "cache_leftpad", "cache_leftpad"}},
+    {"page_table", {"block_table", "block_table", "block_table"}},
+    {"num_heads_q", {"q.shape[-2]", "q.shape[-2]", "q.shape[-2]"}},
+    {"num_heads_kv", {"k_cache.shape[-2]", "k_cache.shape[-2]", "k_cache.shape[-2]"}},
+    {"head_dim", {"k_cache.shape[-1]", "k_cache.shape[-1]", "k_cache.shape[-1]"}},
+    {"head_dim_v", {"v_cache.shape[-1]", "v_cache.shape[-1]", "v_cache.shape[-1]"}},
+    {"page_size", {"k_cache.shape[1]", "k_cache.shape[1]", "k_cache.shape[1]"}},
+    {"num_pages", {"k_cache.shape[0]", "k_cache.shape[0]", "k_cache.shape[0]"}},
+    {"num_page_slots", {"block_table.shape[1]", "block_table.shape[1]", "block_table.shape[1]"}},
+    {"page_table_stride", {"block_table.stride(0)", "block_table.stride(0)", "block_table.stride(0)"}},
+    {"rotary_dim", {"2 * rotary_cos.shape[1]", "2 * rotary_cos.shape[1]", "2 * rotary_cos.shape[1]"}},
+    {"rotary_dtype", {"rotary_cos.dtype", "rotary_cos.dtype", "rotary_cos.dtype"}},
+    {"seqlen_rotary", {"rotary_cos.shape[0]", "rotary_cos.shape[0]", "rotary_cos.shape[0]"}},
+};
+
+// Replaces the field that the core's error text starts with: "page_table[0][3] = 9: ..." -> "block_table[0][3] = 9:
+// ...".
+template <size_t N>
+std::string in_callers_words(const char *text, const Name (&names)[N], Face face) {
+  const size_t length = std::strspn(text, "abcdefghijklmnopqrstuvwxyz_0123456789");
+  for (const Name &name : names) {
+    if (std::strlen(name.core) == length && std::strncmp(name.core, text, length) == 0) {
+      return name.face[face] + std::string(text + length);
+    }
+  }
+  return text;
+}
+
+}  // namespace flashspark::ffi

@@ -1,0 +1,63 @@
+// A tensor argument with the checks that name it, and the errors they raise.
+#pragma once
+
+#include <dlpack/dlpack.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "flashspark/flashspark.h"
+
+namespace flashspark::ffi {
+
+// Thrown inside the binding only; guarded() turns it into the Python exception named by `kind`.
+struct CallError {
+  const char *kind;  // "ValueError", "TypeError", ...
+  std::string message;
+};
+
+// "page_size = 24: must be a multiple of 16", the form of the core's own errors.
+[[noreturn]] void fail(const char *kind, const std::string &argument, const std::string &value,
+                       const std::string &rule);
+[[noreturn]] void fail_value(const std::string &argument, const std::string &value, const std::string &rule);
+[[noreturn]] void fail_type(const std::string &argument, const std::string &value, const std::string &rule);
+
+// A borrowed tensor argument, or none. `dtype` is a flashspark_dtype, FLASHSPARK_DTYPE_NONE for any other type.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(const DLTensor *tensor, const char *name, int32_t stored_as);
+
+  explicit operator bool() const { return tensor_ != nullptr; }
+  const char *name() const { return name_; }
+  int32_t ndim() const { return tensor_->ndim; }
+  int64_t size(int32_t i) const { return tensor_->shape[i < 0 ? i + tensor_->ndim : i]; }
+  int64_t stride(int32_t i) const;
+  void *data() const { return static_cast<char *>(tensor_->data) + tensor_->byte_offset; }
+  int32_t dtype() const { return dtype_; }
+  DLDevice device() const { return tensor_->device; }
+  bool on_host() const { return tensor_->device.device_type == kDLCPU || tensor_->device.device_type == kDLCUDAHost; }
+  std::string shape_text() const;
+  std::string dtype_text() const;
+
+  void require_ndim(std::initializer_list<int32_t> allowed, const char *meaning) const;
+  void require_size(int32_t i, int64_t expected, const char *meaning) const;
+  void require_unit_stride() const;  // the last dimension is contiguous
+  void require_dense() const;        // all dimensions are contiguous
+  void require_float() const;        // f32, f16, bf16 or e4m3
+  void require_float32() const;
+  const int32_t *int32_data() const;
+
+  // The forms that the C structs take. The second and third may be asked of an absent tensor: they say "none" then.
+  flashspark_tensor rows() const;  // (.., tokens, heads, width), only the last dimension contiguous
+  const int32_t *int32_vector(int64_t expected, const char *meaning) const;
+  flashspark_scale per_head_scale(int64_t num_seqs, int64_t num_heads_kv) const;  // or one element for all
+
+ private:
+  const DLTensor *tensor_ = nullptr;
+  const char *name_ = "";
+  int32_t dtype_ = FLASHSPARK_DTYPE_NONE;
+};
+
+}  // namespace flashspark::ffi

@@ -1,0 +1,77 @@
+"""flashspark: FlashAttention for NVIDIA SM12x GPUs and for any CPU.
+
+Attention with flash-attention's names, defaults and meaning, on NumPy arrays and torch tensors alike, zero copy::
+
+    import numpy as np
+    import flashspark
+
+    q = np.random.randn(2, 128, 16, 64).astype(np.float32)  # (num_seqs, seqlen_q, num_heads, head_dim)
+    k = np.random.randn(2, 128, 8, 64).astype(np.float32)  # (num_seqs, seqlen_k, num_heads_kv, head_dim)
+    v = np.random.randn(2, 128, 8, 64).astype(np.float32)
+    out = flashspark.flash_attn_func(q, k, v, causal=True)  # (2, 128, 16, 64)
+
+Importing this package runs nothing and loads nothing: the native library comes with the first function that is used.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # type checkers take it for typing's, whose import costs 10 ms
+if TYPE_CHECKING:
+    from typing import Any
+
+    from . import mods
+    from ._cache import append_kv, flash_attn_with_kvcache
+    from ._fwd import _flash_attn_fwd as _flash_attn_fwd
+    from ._info import cpu_target, cpu_threads, implementations, native_version
+    from ._ops import attention_explain, flash_attn_func, flash_attn_varlen_func
+
+    __version__: str
+
+_HOME = {
+    "append_kv": "_cache",
+    "attention_explain": "_ops",
+    "cpu_target": "_info",
+    "cpu_threads": "_info",
+    "flash_attn_func": "_ops",
+    "flash_attn_varlen_func": "_ops",
+    "flash_attn_with_kvcache": "_cache",
+    "_flash_attn_fwd": "_fwd",
+    "implementations": "_info",
+    "native_version": "_info",
+}
+_MODULES = frozenset({"mods", "torch_ops"})
+
+__all__ = [
+    "__version__",
+    "append_kv",
+    "attention_explain",
+    "cpu_target",
+    "cpu_threads",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "implementations",
+    "mods",
+    "native_version",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _HOME:
+        value = getattr(import_module("." + _HOME[name], __name__), name)
+    elif name in _MODULES:
+        value = import_module("." + name, __name__)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version(__name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "_flash_attn_fwd", "torch_ops"})

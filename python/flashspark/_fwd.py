@@ -1,0 +1,146 @@
+"""`_flash_attn_fwd`, the function that FlashAttention 4's callers reach in the end, with its names and its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import mods
+from ._call import FORWARD, Array, attend, empty_lse, empty_out
+
+# Knobs of FlashAttention 4's own kernels: they do not change the result, so any value is accepted.
+_TUNING = frozenset(
+    {
+        *("tile_mn", "m_block_size", "n_block_size", "mma_pv_is_rs", "intra_wg_overlap", "num_threads", "pack_gqa"),
+        *("_arch", "_compute_capability", "fp8_kv_dequant", "scheduler_metadata", "seqlen_k_per_split"),
+        *("disable_scheduler_metadata", "min_seqlen_k", "aux_tensor_leading_dims"),
+    }
+)
+# These would change it.
+_UNSUPPORTED = frozenset({"gather_kv_indices", "gather_kv_valid_length", "block_sparse_tensors", "aux_scalars"})
+
+
+def _flash_attn_fwd(
+    q: Array,
+    k: Array,
+    v: Array,
+    qv: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    page_table: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    learnable_sink: Array | None = None,
+    num_splits: int = 1,
+    score_mod: mods.RelBias | None = None,
+    mask_mod: mods.MmPrefix | mods.RSwa | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+    lse: Array | None = None,
+    aux_tensors: Sequence[Array] | None = None,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    output_scale: Array | None = None,
+    dynamic_causal: Array | None = None,
+    compile_only: bool = False,
+    *,
+    alibi_slopes: Array | None = None,
+    implementation: str | None = None,
+    explain: bool = False,
+    **knobs: Any,
+) -> Any:
+    """Attention as FlashAttention 4's forward gives it.
+
+    q: (total_q, num_heads, head_dim) with cu_seqlens_q, else (num_seqs, seqlen_q, num_heads, head_dim).
+    k, v: (total_k, num_heads_kv, ..) with cu_seqlens_k, pages (num_pages, page_size, num_heads_kv, ..) with page_table,
+    else (num_seqs, seqlen_k, num_heads_kv, ..).
+    max_seqlen_q, max_seqlen_k: upper bounds; None: taken from the shapes.
+    window_size_left, window_size_right: inclusive; None or negative: open. softcap: None or 0: off.
+    learnable_sink: (num_heads,) sinks. dynamic_causal: int32 (num_seqs,), takes the place of `causal`.
+    score_mod, mask_mod: None or a tag of flashspark.mods, with its data in aux_tensors.
+    q_descale, k_descale, v_descale: float32 (num_seqs, num_heads_kv), for float8_e4m3 tensors.
+    compile_only: allocate the results and return without computing; so do fake tensors of torch.
+    Knobs that tune FlashAttention 4's kernels are accepted and ignored; what would change the result and is not
+    supported raises NotImplementedError; an unknown name that is not None or False raises TypeError.
+
+    Returns (out, lse); lse is None unless return_lse or lse is given.
+    """
+    if qv is not None:
+        raise NotImplementedError("qv = given: must be None, a second query tensor is not supported")
+    for name, value in knobs.items():
+        if value is None or value is False or name in _TUNING:
+            continue
+        if name in _UNSUPPORTED:
+            raise NotImplementedError(f"{name} = given: must be None, it is not supported")
+        raise TypeError(f"{name} = {value!r}: flashspark's _flash_attn_fwd knows no such argument")
+    native = _native_modes(score_mod, mask_mod, aux_tensors)
+    causal = native.get("causal", causal)
+    if compile_only or _is_fake(q):
+        out = out if out is not None else empty_out(q, v, output_scale)
+        return out, lse if lse is not None or not return_lse else empty_lse(q, cu_seqlens_q is not None)
+    window_left = native.get("window_left", window_size_left)
+    if window_left is not None and window_left < 0:
+        window_left = None
+    if window_size_right is not None and window_size_right < 0:
+        window_size_right = None
+    # fmt: off
+    return attend(
+        FORWARD, (q, k, v), out, lse, return_lse, explain,
+        (softmax_scale, causal, window_left, window_size_right, softcap, num_splits, False, implementation, 0),
+        (
+            cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, page_table, None, None,
+            learnable_sink, alibi_slopes, q_descale, k_descale, v_descale, output_scale, native.get("rel_logits"),
+            dynamic_causal, native.get("prefix_ranges"), native.get("prefix_clamp_window", False),
+            native.get("rswa_prefix_lens"), native.get("rswa_window", 0),
+        ),
+    )
+    # fmt: on
+
+
+def _native_modes(score_mod: Any, mask_mod: Any, aux_tensors: Sequence[Array] | None) -> dict[str, Any]:
+    """Arguments of `attend` that the tags and their aux_tensors stand for."""
+    aux = list(aux_tensors) if aux_tensors is not None else []
+    if score_mod is None and mask_mod is None:
+        if aux:
+            raise ValueError(f"aux_tensors = {len(aux)} tensors: must be None without score_mod and mask_mod")
+        return {}
+    if score_mod is not None and mask_mod is not None:
+        raise NotImplementedError("score_mod = given: must be None with mask_mod, they share aux_tensors")
+    if score_mod is not None:
+        if not isinstance(score_mod, mods.RelBias):
+            raise NotImplementedError(f"score_mod = {_describe(score_mod)}: must be flashspark.mods.RelBias or None")
+        _require_aux(aux, (1,), "[rel_logits]")
+        return {"rel_logits": aux[0]}
+    if isinstance(mask_mod, mods.MmPrefix):
+        # Ranges for each sequence come alone; ranges for each query come with cu_seqlens_q, which the call has already.
+        _require_aux(aux, (1, 2), "[ranges] or [ranges, cu_seqlens_q]")
+        native = {"prefix_ranges": aux[0], "prefix_clamp_window": mask_mod.clamp_window, "causal": True}
+        if mask_mod.window_left is not None:
+            native["window_left"] = mask_mod.window_left
+        return native
+    if isinstance(mask_mod, mods.RSwa):
+        _require_aux(aux, (2,) if mask_mod.window is None else (1, 2), "[prefix_lens, window]")
+        width = mask_mod.window if mask_mod.window is not None else int(aux[1][0])
+        return {"rswa_prefix_lens": aux[0], "rswa_window": width, "causal": True}
+    raise NotImplementedError(f"mask_mod = {_describe(mask_mod)}: must be a tag of flashspark.mods or None")
+
+
+def _require_aux(aux: list[Array], counts: tuple[int, ...], meaning: str) -> None:
+    if len(aux) not in counts:
+        raise ValueError(f"aux_tensors = {len(aux)} tensors: must be {meaning}")
+
+
+def _describe(mod: Any) -> str:
+    return getattr(mod, "__name__", None) or type(mod).__name__
+
+
+def _is_fake(q: Array) -> bool:
+    return type(q).__name__ == "FakeTensor" and type(q).__module__.startswith("torch.")

@@ -1,0 +1,37 @@
+"""Shared fixtures. The tests import the installed package; nothing of the source tree is on the path."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def pytest_sessionstart(session):
+    import flashspark
+
+    tree = Path(__file__).resolve().parents[2] / "python"
+    if Path(flashspark.__file__).resolve().is_relative_to(tree):
+        raise pytest.UsageError(f"flashspark is imported from {tree}: install the wheel and run from elsewhere")
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(params=list(DTYPES))
+def dtype(request):
+    return DTYPES[request.param]
+
+
+@pytest.fixture
+def normal(rng):
+    """normal(shape, dtype): standard normal values."""
+    return lambda *shape, dtype=np.float32: rng.standard_normal(shape).astype(dtype)

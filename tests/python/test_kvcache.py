@@ -1,0 +1,192 @@
+"""flash_attn_with_kvcache and append_kv against float64."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flashspark import append_kv, flash_attn_with_kvcache
+from problems import offsets, pages
+from reference import Options, attend_dense, attend_varlen, close, rotate, wide
+
+SEQLENS = np.array([5, 0, 31, 64], np.int32)
+
+
+def dense_cache(normal, dtype, rows=4, capacity=80, hkv=2, d=32):
+    return normal(rows, capacity, hkv, d, dtype=dtype), normal(rows, capacity, hkv, d, dtype=dtype)
+
+
+def parts(cache, seqlens, rows=None):
+    return [cache[b if rows is None else rows[b]][:n] for b, n in enumerate(seqlens)]
+
+
+def want_each(q, ks, vs, option=None):
+    """Dense q over sequences of different lengths."""
+    outs = [attend_dense(q[b : b + 1], ks[b][None], vs[b][None], option or Options())[0] for b in range(len(q))]
+    return np.concatenate(outs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reading_a_dense_cache(normal, dtype, causal):
+    k_cache, v_cache = dense_cache(normal, dtype)
+    q = normal(4, 3, 4, 32, dtype=dtype)
+    out, lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=SEQLENS, causal=causal, return_softmax_lse=True
+    )
+    close(out, want_each(q, parts(k_cache, SEQLENS), parts(v_cache, SEQLENS), Options(causal=causal)))
+    assert lse.shape == (4, 4, 3) and (lse[1] == -np.inf).all()
+
+
+def test_lengths_as_a_number_or_absent(normal):
+    k_cache, v_cache = dense_cache(normal, np.float32)
+    q = normal(4, 1, 4, 32)
+    np.testing.assert_array_equal(
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=40),
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=np.full(4, 40, np.int32)),
+    )
+    np.testing.assert_array_equal(
+        flash_attn_with_kvcache(q, k_cache, v_cache),
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=80),
+    )
+
+
+def test_rows_of_a_larger_cache(normal):
+    k_cache, v_cache = dense_cache(normal, np.float32, rows=9)
+    rows = np.array([8, 0, 3, 3], np.int32)
+    q = normal(4, 2, 4, 32)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=SEQLENS, cache_batch_idx=rows, causal=True)
+    close(out, want_each(q, parts(k_cache, SEQLENS, rows), parts(v_cache, SEQLENS, rows), Options(causal=True)))
+
+
+def test_left_padding(normal):
+    k_cache, v_cache = dense_cache(normal, np.float32)
+    k_cache[:, :3], v_cache[:, :3] = np.nan, np.nan
+    seqlens, pad = np.array([5, 3, 31, 64], np.int32), np.array([3, 3, 10, 5], np.int32)
+    q = normal(4, 2, 4, 32)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, cache_leftpad=pad, causal=True)
+    ks = [k_cache[b, pad[b] : n] for b, n in enumerate(seqlens)]
+    vs = [v_cache[b, pad[b] : n] for b, n in enumerate(seqlens)]
+    close(out, want_each(q, ks, vs, Options(causal=True)))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_append(normal, rng, dtype, paged):
+    k_cache, v_cache = dense_cache(normal, dtype)
+    old_k, old_v = parts(k_cache, SEQLENS), parts(v_cache, SEQLENS)
+    q, k, v = (normal(4, 6, h, 32, dtype=dtype) for h in (4, 2, 2))
+    ks = [np.concatenate([old_k[b], k[b]]) for b in range(4)]
+    vs = [np.concatenate([old_v[b], v[b]]) for b in range(4)]
+    table = None
+    for b, n in enumerate(SEQLENS):
+        k_cache[b, n : n + 6], v_cache[b, n : n + 6] = np.nan, np.nan
+    if paged:
+        room = [np.concatenate([x, np.full((6, 2, 32), np.nan, dtype)]) for x in old_k]
+        room_v = [np.concatenate([x, np.full((6, 2, 32), np.nan, dtype)]) for x in old_v]
+        k_cache, v_cache, table = pages(rng, room, room_v, 16)
+    before = wide(k_cache).copy()
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=SEQLENS, block_table=table, causal=True)
+    close(out, want_each(q, ks, vs, Options(causal=True)))
+    changed = ~((wide(k_cache) == before) | (np.isnan(wide(k_cache)) & np.isnan(before)))
+    assert changed.sum() == k.size  # every new element and nothing else
+    np.testing.assert_array_equal(SEQLENS, [5, 0, 31, 64])
+    again = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=SEQLENS + 6, block_table=table, causal=True)
+    np.testing.assert_array_equal(wide(again), wide(out))
+
+
+def test_append_into_packed_pages_of_different_lengths(normal, rng, dtype):
+    """Varlen prefill over a paged cache whose rows hold K and V: what a serving engine does."""
+    new, old = [7, 1, 0, 20], [3, 40, 5, 0]
+    make = lambda lengths: [normal(n, 2, 32, dtype=dtype) for n in lengths]  # noqa: E731
+    old_k, old_v, new_k, new_v = make(old), make(old), make(new), make(new)
+    full = [np.concatenate([a, np.zeros_like(b)]) for a, b in zip(old_k, new_k, strict=True)]
+    full_v = [np.concatenate([a, np.zeros_like(b)]) for a, b in zip(old_v, new_v, strict=True)]
+    k_pages, v_pages, table = pages(rng, full, full_v, 16)
+    both = np.concatenate([k_pages, v_pages], axis=-1)
+    q, cu = normal(sum(new), 4, 32, dtype=dtype), offsets(new)
+    out, lse = flash_attn_with_kvcache(
+        *(q, both[..., :32], both[..., 32:], np.concatenate(new_k), np.concatenate(new_v)),
+        cache_seqlens=np.array(old, np.int32), block_table=table, cu_seqlens_q=cu, cu_seqlens_k_new=cu, max_seqlen_q=20,
+        causal=True, return_softmax_lse=True,
+    )  # fmt: skip
+    ks = [np.concatenate(pair) for pair in zip(old_k, new_k, strict=True)]
+    vs = [np.concatenate(pair) for pair in zip(old_v, new_v, strict=True)]
+    want, want_lse = attend_varlen(q, ks, vs, cu, Options(causal=True))
+    close(out, want)
+    close(lse, want_lse, what="lse")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rotary_dim", [8, 32])
+def test_rotary(normal, dtype, interleaved, causal, rotary_dim):
+    k_cache, v_cache = dense_cache(normal, dtype)
+    old_k, old_v = parts(k_cache, SEQLENS), parts(v_cache, SEQLENS)
+    angle = np.arange(80)[:, None] / 10 ** np.linspace(0, 3, rotary_dim // 2)
+    cos, sin = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    q, k, v = (normal(4, 6, h, 32, dtype=dtype) for h in (4, 2, 2))
+    q_before = wide(q).copy()
+    out = flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=SEQLENS, causal=causal,
+        rotary_interleaved=interleaved,
+    )  # fmt: skip
+    np.testing.assert_array_equal(wide(q), q_before)
+    steps = np.arange(6)
+    turned_q = np.stack([rotate(q[b], cos, sin, n + steps * causal, interleaved) for b, n in enumerate(SEQLENS)])
+    turned_k = [rotate(k[b], cos, sin, n + steps, interleaved) for b, n in enumerate(SEQLENS)]
+    ks = [np.concatenate([wide(old_k[b]), turned_k[b]]) for b in range(4)]
+    vs = [np.concatenate([old_v[b], v[b]]) for b in range(4)]
+    for b, n in enumerate(SEQLENS):
+        close(k_cache[b, n : n + 6], turned_k[b], what="k_cache")
+    close(out, want_each(turned_q, ks, vs, Options(causal=causal)))
+
+
+def test_append_to_an_fp8_cache(normal):
+    e4m3 = ml_dtypes.float8_e4m3fn
+    k_cache, v_cache = np.zeros((2, 32, 2, 32), e4m3), np.zeros((2, 32, 2, 32), e4m3)
+    k, v, q = (normal(2, 9, h, 32, dtype=ml_dtypes.bfloat16) for h in (2, 2, 4))
+    k_scale, v_scale = np.full((2, 2), 0.02, np.float32), np.full((2, 2), 0.01, np.float32)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=0, k_descale=k_scale, v_descale=v_scale)
+    want = (wide(k) / np.float32(0.02)).astype(np.float32).astype(e4m3)
+    close(k_cache[:, :9], wide(want), what="k_cache")
+    close(out, attend_dense(q, wide(k_cache[:, :9]) * 0.02, wide(v_cache[:, :9]) * 0.01)[0], dtype="bfloat16")
+
+
+def test_append_kv_alone(normal):
+    k_cache, v_cache = np.zeros((2, 16, 2, 32), np.float32), np.zeros((2, 16, 2, 32), np.float32)
+    k, v = normal(2, 3, 2, 32), normal(2, 3, 2, 32)
+    assert append_kv(k, v, k_cache, v_cache) is None
+    assert append_kv(k, v, k_cache, v_cache, np.array([3, 13], np.int32)) is None
+    np.testing.assert_array_equal(k_cache[0, :6], np.concatenate([k[0], k[0]]))
+    np.testing.assert_array_equal(v_cache[1, 13:], v[1])
+    assert (k_cache[0, 6:] == 0).all() and (k_cache[1, 3:13] == 0).all()
+
+
+def test_explain_writes_nothing(normal):
+    k_cache, v_cache = dense_cache(normal, np.float32)
+    before = k_cache.copy()
+    q, k, v = (normal(4, 6, h, 32) for h in (4, 2, 2))
+    text = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=SEQLENS, explain=True)
+    assert "cpu-engine" in text
+    np.testing.assert_array_equal(k_cache, before)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(window_size=(-5, 0)),
+        dict(softcap=-1.0),
+        dict(softmax_scale=float("nan")),
+        dict(sinks=np.zeros(3, np.float32)),
+        dict(cache_seqlens=np.array([5, 0, 31, 75], np.int32)),
+        dict(k=np.zeros((4, 6, 2, 40), np.float32)),
+        dict(implementation="no-such-thing"),
+    ],
+)
+def test_bad_arguments_write_nothing(normal, bad):
+    k_cache, v_cache = dense_cache(normal, np.float32)
+    before = k_cache.copy(), v_cache.copy()
+    q, k, v = (normal(4, 6, h, 32) for h in (4, 2, 2))
+    with pytest.raises(ValueError):
+        flash_attn_with_kvcache(q, k_cache, v_cache, **{"k": k, "v": v, "cache_seqlens": SEQLENS, **bad})
+    np.testing.assert_array_equal(k_cache, before[0])
+    np.testing.assert_array_equal(v_cache, before[1])
