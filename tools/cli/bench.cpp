@@ -1,0 +1,157 @@
+// flashspark bench: how long, how fast, and how far from what the machine could do.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+
+#include "cli/cli.hpp"
+#include "cli/json.hpp"
+#include "cli/measure.hpp"
+#include "cli/plot.hpp"
+#include "cli/terminal.hpp"
+#include "dispatch.hpp"
+
+namespace flashspark::cli {
+namespace {
+
+constexpr size_t kCopies = 3;  // problems with different values, taken in turn: no call finds its own inputs in L2
+constexpr size_t kFewestCalls = 5, kMostCalls = 2000;
+
+struct Timing {
+  const cases::Case *spec = nullptr;
+  std::string error;  // not empty: could not run
+  std::string implementation;
+  std::vector<double> seconds;  // sorted
+  Work work;
+  Roofline roof;
+  double at(double quantile) const { return seconds[static_cast<size_t>(quantile * (seconds.size() - 1))]; }
+  double median() const { return at(0.5); }
+};
+
+Timing measure(const cases::Case &spec, const BenchOptions &options, const Limits &limits) {
+  Timing t;
+  t.spec = &spec;
+  t.implementation = options.implementation;
+  std::vector<cases::Problem> problems;
+  for (size_t n = 0; n < kCopies; ++n) {
+    cases::Case other = spec;
+    other.seed += 1000 * n;
+    problems.emplace_back(other);
+  }
+  t.work = work(problems[0]);
+  t.roof = roofline(t.work, limits);
+  const char *name = options.implementation.empty() ? nullptr : options.implementation.c_str();
+  flashspark_status status = FLASHSPARK_OK;
+  for (cases::Problem &problem : problems) {  // warm-up: threads started, pages of out touched
+    time_call(problem, name, options.threads, status);
+    if (status != FLASHSPARK_OK) {
+      t.error = flashspark_last_error();
+      return t;
+    }
+  }
+  if (t.implementation.empty()) t.implementation = choose(problems[0].params).name;
+  double spent = 0;
+  while ((spent < options.seconds || t.seconds.size() < kFewestCalls) && t.seconds.size() < kMostCalls) {
+    t.seconds.push_back(time_call(problems[t.seconds.size() % kCopies], name, options.threads, status));
+    spent += t.seconds.back();
+  }
+  std::sort(t.seconds.begin(), t.seconds.end());
+  return t;
+}
+
+std::string rate_text(const Timing &t) {
+  return t.roof.memory_bound ? fmt::format("{:.1f} GB/s", t.work.bytes / t.median() / 1e9)
+                             : fmt::format("{:.1f} GFLOP/s", t.work.flops / t.median() / 1e9);
+}
+
+Json timing_json(const Timing &t) {
+  Json json = {{"case", to_json(*t.spec)}};
+  if (!t.error.empty()) {
+    json["error"] = t.error;
+    return json;
+  }
+  json["implementation"] = t.implementation;
+  json["median_seconds"] = t.median();
+  json["fastest_seconds"] = t.seconds.front();
+  json["p90_seconds"] = t.at(0.9);
+  json["calls"] = t.seconds.size();
+  json["flops"] = t.work.flops;
+  json["bytes"] = t.work.bytes;
+  json["gflops_per_second"] = t.work.flops / t.median() / 1e9;
+  json["gb_per_second"] = t.work.bytes / t.median() / 1e9;
+  json["limited_by"] = t.roof.memory_bound ? "memory" : "arithmetic";
+  json["of_limit"] = t.roof.seconds / t.median();
+  return json;
+}
+
+}  // namespace
+
+int bench(const BenchOptions &options) {
+  std::vector<cases::Case> all = cases::three_guide_checks();
+  for (cases::Case &c : cases::bench_cases()) all.push_back(std::move(c));
+  if (options.matrix) {
+    for (cases::Case &c : cases::feature_matrix()) all.push_back(std::move(c));
+  }
+  all = select(std::move(all), options.filter, options.seed);
+  if (!options.implementation.empty()) select_implementations(options.implementation);
+  if (options.list) return print_list(all, options.json), kOk;
+
+  const Machine facts = machine();
+  const int threads = options.threads > 0 ? options.threads : facts.threads;
+  const Limits limits = measure_limits(threads);
+  std::vector<Timing> timings;
+  {
+    Progress progress(all.size());
+    for (const cases::Case &spec : all) {
+      progress.step(spec.name);
+      timings.push_back(measure(spec, options, limits));
+    }
+  }
+  const bool failed = std::any_of(timings.begin(), timings.end(), [](const Timing &t) { return !t.error.empty(); });
+
+  if (options.json) {
+    Json report = report_header();
+    report["threads"] = threads;
+    report["limits"] = to_json(limits);
+    Json &results = report["results"] = Json::array();
+    for (const Timing &t : timings) results.push_back(timing_json(t));
+    print_json(report);
+  } else {
+    Table table({"case", "implementation", ">median", ">fastest", ">calls", ">GFLOP/s", ">GB/s", ">of limit", "limit"});
+    for (const Timing &t : timings) {
+      if (!t.error.empty()) {
+        table.row({t.spec->name, "failed"}, Colour::kRed);
+        continue;
+      }
+      table.row({t.spec->name, t.implementation, seconds_text(t.median()), seconds_text(t.seconds.front()),
+                 std::to_string(t.seconds.size()), fmt::format("{:.1f}", t.work.flops / t.median() / 1e9),
+                 fmt::format("{:.1f}", t.work.bytes / t.median() / 1e9), percent_text(t.roof.seconds / t.median()),
+                 t.roof.memory_bound ? "memory" : "arithmetic"});
+    }
+    table.print();
+    for (const Timing &t : timings) {
+      if (!t.error.empty()) fmt::print("\n  {}: {}\n", paint(Colour::kRed, t.spec->name), t.error);
+    }
+    fmt::print("\n{}\n", paint(Colour::kDim,
+                               fmt::format("{}, {}, {} threads; limits measured here: {:.0f} GFLOP/s float32 "
+                                           "multiply-add, {:.1f} GB/s copy",
+                                           facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9)));
+  }
+  if (!options.plot.empty()) {
+    std::vector<Bar> bars;
+    for (const Timing &t : timings) {
+      if (!t.error.empty()) continue;
+      bars.push_back({t.spec->name, seconds_text(t.median()) + " · " + rate_text(t), t.roof.seconds / t.median(),
+                      t.roof.memory_bound});
+    }
+    write_bars(options.plot, "flashspark " + facts.version + ": share of the machine's limit",
+               fmt::format("{}, {}, {} threads; limits {:.0f} GFLOP/s and {:.1f} GB/s measured in the same run",
+                           facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9),
+               bars);
+    if (!options.json) fmt::print("plot: {}\n", options.plot);
+  }
+  return failed ? kFailed : kOk;
+}
+
+}  // namespace flashspark::cli

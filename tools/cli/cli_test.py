@@ -1,0 +1,191 @@
+"""Runs the flashspark command as a user would and checks exit status, JSON and text. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+PROGRAM = ""
+LAUNCHER: list[str] = []  # e.g. an emulator and its options
+
+
+def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program; fail with its output if the exit status is another one."""
+    result = subprocess.run(
+        [*LAUNCHER, PROGRAM, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if result.returncode != status:
+        raise AssertionError(f"{arguments}: exit status {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def fake_package(site: Path, name: str, version: str, requirements: tuple[str, ...] = ()) -> None:
+    """Write a .dist-info as pip does."""
+    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+    (folder / "METADATA").write_text("\n".join(lines) + "\n\nVersion: this is the description, not a field\n")
+
+
+class FakeVenv:
+    """A folder that looks like a virtual environment."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.site = root / "lib" / "python3.11" / "site-packages"
+        self.site.mkdir(parents=True)
+        (root / "bin").mkdir()
+        (root / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")
+        (root / "bin" / "python3").chmod(0o755)
+        (root / "pyvenv.cfg").write_text("include-system-site-packages = false\n")
+
+    def doctor(self, status: int = 0) -> dict:
+        report = json.loads(run("doctor", "--json", status=status, VIRTUAL_ENV=str(self.root)).stdout)
+        assert report["python"]["found_by"] == "$VIRTUAL_ENV", report["python"]
+        return report
+
+
+class Usage(unittest.TestCase):
+    def test_version(self) -> None:
+        self.assertRegex(run("--version").stdout, r"^flashspark \d+\.\d+\.\d+\n$")
+
+    def test_help_has_examples(self) -> None:
+        for arguments in [["--help"], ["doctor", "--help"], ["verify", "--help"], ["bench", "--help"]]:
+            self.assertIn("Examples:", run(*arguments).stdout)
+
+    def test_wrong_usage_is_2_and_names_the_option(self) -> None:
+        run(status=2)
+        self.assertIn("nonsense", run("nonsense", status=2).stderr)
+        self.assertIn("--nonsense", run("verify", "--nonsense", status=2).stderr)
+        self.assertIn("--threads", run("verify", "--threads", "-1", status=2).stderr)
+        self.assertIn("--seconds", run("bench", "--seconds", "0", status=2).stderr)
+        self.assertIn("no-such-case", run("verify", "--filter", "no-such-case", status=2).stderr)
+        self.assertIn("cpu-engine", run("verify", "--implementation", "no-such", status=2).stderr)
+        self.assertIn("cpu-engine", run("bench", "--implementation", "no-such", status=2).stderr)
+
+    def test_list(self) -> None:
+        names = run("verify", "--list").stdout.split()
+        self.assertEqual(len(names), len(set(names)))
+        self.assertEqual(names[:3], ["guide/dense-causal", "guide/varlen-gqa", "guide/paged-16-shuffled"])
+        listed = json.loads(run("verify", "--list", "--json").stdout)
+        self.assertEqual([case["name"] for case in listed], names)
+        self.assertIn("decode/B8-kv4096-bf16", run("bench", "--list").stdout.split())
+
+
+class Doctor(unittest.TestCase):
+    def test_text_has_no_colour_in_a_pipe(self) -> None:
+        text = run("doctor", VIRTUAL_ENV="").stdout
+        self.assertNotIn("\033", text)
+        self.assertIn("cpu-engine", text)
+
+    def test_json(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            report = FakeVenv(Path(folder)).doctor()
+        self.assertGreaterEqual(report["machine"]["cores"], 1)
+        self.assertTrue(report["machine"]["simd"])
+        self.assertEqual([i["name"] for i in report["implementations"]], ["cpu-engine", "cpu-reference"])
+        self.assertGreaterEqual(len(report["problems"]), 10)
+        for problem in report["problems"]:
+            self.assertEqual(problem["implementation"], "cpu-engine")
+            self.assertIn("required: ", problem["explanation"])
+        self.assertTrue(report["healthy"])
+
+    def test_forced_implementation_shows(self) -> None:
+        report = json.loads(run("doctor", "--json", FLASHSPARK_FORCE_IMPLEMENTATION="cpu-reference").stdout)
+        self.assertEqual({p["implementation"] for p in report["problems"]}, {"cpu-reference"})
+        self.assertTrue(any("FLASHSPARK_FORCE_IMPLEMENTATION" in f["text"] for f in report["findings"]))
+
+    def test_unknown_forced_implementation_is_an_error(self) -> None:
+        report = json.loads(run("doctor", "--json", status=1, FLASHSPARK_FORCE_IMPLEMENTATION="no-such").stdout)
+        self.assertFalse(report["healthy"])
+
+    def test_python_environment(self) -> None:
+        version = run("--version").stdout.split()[1]
+        with tempfile.TemporaryDirectory() as folder:
+            venv = FakeVenv(Path(folder))
+            fake_package(
+                venv.site, "flashspark", version, ("apache-tvm-ffi>=0.1.9", "numpy>=1.24,<3", "torch; extra == 'x'")
+            )
+            fake_package(venv.site, "apache-tvm-ffi", "0.1.15.post2")
+            fake_package(venv.site, "numpy", "2.1.0")
+            report = venv.doctor()
+            self.assertEqual(report["python"]["packages"]["flashspark"], version)
+            self.assertEqual([f for f in report["findings"] if f["level"] == "error"], [])
+
+    def test_python_troubles_have_mends(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            venv = FakeVenv(Path(folder))
+            fake_package(venv.site, "flashspark", "0.0.9", ("apache-tvm-ffi>=0.1.9", "numpy (>=1.24,<3)"))
+            fake_package(venv.site, "apache-tvm-ffi", "0.1.8")
+            (venv.site / "zzz_fa4_sm120_shim.pth").write_text("import fa4_sm120_shim\n")
+            (venv.site / "fa4_sm120_shim.py").write_text("")
+            report = venv.doctor(status=1)
+        texts = {f["text"]: f for f in report["findings"] if f["level"] != "note"}
+        for part in ["0.0.9", "apache-tvm-ffi>=0.1.9 but 0.1.8", "numpy>=1.24,<3", "fa4_sm120_shim.py", "shim.pth"]:
+            found = [f for text, f in texts.items() if part in text]
+            self.assertEqual(len(found), 1, (part, list(texts)))
+            self.assertTrue(found[0]["mend"])
+
+
+class Verify(unittest.TestCase):
+    def test_guide(self) -> None:
+        if LAUNCHER:
+            self.skipTest("minutes under an emulator")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "report.json"
+            text = run("verify", "--filter", "guide/", "--implementation", "cpu-engine", "--report", str(path)).stdout
+            report = json.loads(path.read_text())
+        self.assertIn("PASSED", text)
+        self.assertEqual(report["summary"]["passed"], 3)
+        self.assertEqual(report["summary"]["failed"], 0)
+        for result in report["results"]:
+            self.assertEqual(result["result"], "pass")
+            self.assertGreater(result["max_error"], 0)
+            self.assertGreaterEqual(result["max_error"], result["rms_error"])
+            self.assertLessEqual(result["error_over_bound"], 1)
+            self.assertGreater(result["seconds"], 0)
+        self.assertGreater(report["limits"]["fp32_gflops"], 0)
+        self.assertGreater(report["limits"]["copy_gb_per_s"], 0)
+        self.assertEqual(report["coverage"]["gqa"]["cpu-engine"], {"passed": 2, "failed": 0})
+
+    def test_both_implementations_and_seed(self) -> None:
+        reports = [json.loads(run("verify", "--filter", "edge/", "--json", "--seed", seed).stdout) for seed in "12"]
+        for report in reports:
+            self.assertEqual({r["implementation"] for r in report["results"]}, {"cpu-engine", "cpu-reference"})
+        errors = [[r["rms_error"] for r in report["results"]] for report in reports]
+        self.assertNotEqual(*errors)
+
+    def test_unwritable_report_fails(self) -> None:
+        run("verify", "--filter", "edge/one-key", "--report", "/nonexistent/report.json", status=1)
+
+
+class Bench(unittest.TestCase):
+    def test_plot_and_json(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            plot = Path(folder) / "plot.svg"
+            arguments = ["--filter", "prefill/S128", "--seconds", "0.05", "--plot", str(plot), "--json"]
+            report = json.loads(run("bench", *arguments).stdout)
+            root = ElementTree.fromstring(plot.read_text())
+        self.assertTrue(root.tag.endswith("svg"))
+        self.assertEqual(len(report["results"]), 2)
+        for result in report["results"]:
+            self.assertGreaterEqual(result["calls"], 5)
+            self.assertLessEqual(result["fastest_seconds"], result["median_seconds"])
+            self.assertLess(result["of_limit"], 1.5)
+
+
+if __name__ == "__main__":
+    *LAUNCHER, PROGRAM = sys.argv[1:]
+    unittest.main(argv=sys.argv[:1])

@@ -1,0 +1,303 @@
+// flashspark doctor: what is here, what will run, what is wrong and how to mend it.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <sstream>
+
+#include "cases/cases.hpp"
+#include "cli/cli.hpp"
+#include "cli/json.hpp"
+#include "cli/machine.hpp"
+#include "cli/python_env.hpp"
+#include "cli/terminal.hpp"
+#include "dispatch.hpp"
+
+namespace flashspark::cli {
+namespace {
+
+struct Finding {
+  enum Level { kNote, kWarning, kError } level;
+  std::string text;
+  std::string mend;  // empty for notes that need none
+};
+const char *level_name(Finding::Level level) {
+  return level == Finding::kNote ? "note" : level == Finding::kWarning ? "warning" : "error";
+}
+
+struct Choice {
+  std::string problem;
+  std::string implementation;  // empty: none
+  std::string reason;          // the line of the chosen one, or why none fits
+  std::string explanation;     // all of it
+};
+
+// Small problems of every common kind; dispatch looks at kinds, not at sizes.
+std::vector<cases::Case> common_problems() {
+  cases::Case base;
+  base.lens = {{64, 64}, {64, 64}};
+  base.heads_q = 8, base.heads_kv = 2, base.head_dim = 128;
+  base.causal = true;
+  std::vector<cases::Case> list;
+  const auto add = [&](const char *name, const std::function<void(cases::Case &)> &change) {
+    list.push_back(base);
+    list.back().name = name;
+    change(list.back());
+  };
+  const auto paged = [](cases::Case &c) { c.kv_layout = cases::Layout::kPaged; };
+  const auto decode = [&](cases::Case &c) { paged(c), c.lens = {{1, 64}, {1, 64}}; };
+  add("prefill, bf16", [](cases::Case &) {});
+  add("prefill, f32", [](cases::Case &c) { c.q_dtype = c.kv_dtype = c.out_dtype = FLASHSPARK_FLOAT32; });
+  add("chunked prefill, paged, bf16", paged);
+  add("decode, paged, bf16", decode);
+  add("decode, paged, f16",
+      [&](cases::Case &c) { decode(c), c.q_dtype = c.kv_dtype = c.out_dtype = FLASHSPARK_FLOAT16; });
+  add("decode, fp8 KV", [&](cases::Case &c) {
+    decode(c), c.kv_dtype = FLASHSPARK_FLOAT8_E4M3;
+    c.k_descale = c.v_descale = cases::Descale::kPerTensor;
+  });
+  add("decode, sinks and window", [&](cases::Case &c) { decode(c), c.sinks = true, c.window_left = 31; });
+  add("softcap, D = 256", [](cases::Case &c) { c.softcap = 50, c.head_dim = 256; });
+  add("D = 512", [](cases::Case &c) { c.head_dim = 512; });
+  add("D = 192, Dv = 128", [](cases::Case &c) { c.head_dim = 192, c.head_dim_v = 128; });
+  add("PrefixLM, per token", [&](cases::Case &c) { paged(c), c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN; });
+  add("relative-position bias", [&](cases::Case &c) { paged(c), c.rel_extent = 32; });
+  return list;
+}
+
+std::vector<Choice> choices() {
+  std::vector<Choice> list;
+  for (const cases::Case &spec : common_problems()) {
+    cases::Problem problem(spec);
+    Choice choice;
+    choice.problem = spec.name;
+    std::string text(4096, '\0');
+    const flashspark_status status = flashspark_attention_explain(&problem.params, text.data(), text.size());
+    choice.explanation = text.c_str();
+    if (status == FLASHSPARK_OK) {
+      choice.implementation = choose(problem.params).name;
+      std::istringstream lines(choice.explanation);
+      for (std::string line; std::getline(lines, line);) {
+        if (line.starts_with(choice.implementation)) choice.reason = line.substr(choice.implementation.size());
+      }
+      // " (AVX2, 2 threads): chosen" or "...: chosen, as asked for"
+      const size_t open = choice.reason.find('('), close = choice.reason.rfind("): ");
+      if (open != std::string::npos && close != std::string::npos) {
+        const bool forced = choice.reason.ends_with("as asked for");
+        choice.reason =
+            (forced ? "asked for, " : "first that fits, ") + choice.reason.substr(open + 1, close - open - 1);
+      }
+    } else {
+      choice.reason = flashspark_last_error();
+    }
+    list.push_back(std::move(choice));
+  }
+  return list;
+}
+
+void look_at_machine(const Machine &m, const GpuFacts &gpu, std::vector<Finding> &findings) {
+  const auto add = [&](Finding::Level level, std::string text, std::string mend) {
+    findings.push_back({level, std::move(text), std::move(mend)});
+  };
+  if (gpu.gpus.empty()) {
+    if (!gpu.error.empty()) {
+      add(Finding::kWarning, "the NVIDIA driver's library gives no GPU: " + gpu.error,
+          "if the driver was just updated, reboot or reload its kernel module");
+    } else if (!gpu.driver.empty() && gpu.cuda_version == 0) {
+      add(Finding::kWarning, "kernel driver " + gpu.driver + " is loaded but libcuda.so.1 is not found",
+          "in a container, start it with --gpus all; else install the driver's user libraries");
+    }
+    add(Finding::kNote, "no GPU: everything runs on the CPU", "");
+  } else {
+    add(Finding::kNote,
+        "this release has no GPU implementation: problems in GPU memory are refused, the CPU serves the rest", "");
+  }
+  if (m.simd == "SCALAR" || m.simd == "SSE2" || m.simd == "EMU128") {
+    add(Finding::kWarning, "the SIMD target is " + m.simd + ": slow",
+        "a CPU with AVX2 or NEON; in a virtual machine, pass the host's CPU flags through");
+  }
+  if (m.cpu_limit > 0 && m.threads > m.cpu_limit + 0.5) {
+    add(Finding::kWarning, fmt::format("{} threads will share a quota of {:.1f} CPUs", m.threads, m.cpu_limit),
+        fmt::format("FLASHSPARK_NUM_THREADS={:.0f}", std::max(1.0, m.cpu_limit)));
+  }
+  for (const char *name : {"FLASHSPARK_FORCE_IMPLEMENTATION", "FLASHSPARK_CPU_TARGET", "FLASHSPARK_NUM_THREADS"}) {
+    if (const char *value = std::getenv(name); value && *value)
+      add(Finding::kNote, fmt::format("{}={} is set", name, value), "");
+  }
+}
+
+void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vector<Finding> &findings) {
+  const auto add = [&](Finding::Level level, std::string text, std::string mend) {
+    findings.push_back({level, std::move(text), std::move(mend)});
+  };
+  if (env.interpreter.empty()) {
+    add(Finding::kNote, "no Python found; the C and C++ interfaces do not need it", "");
+    return;
+  }
+  const std::string pip = env.interpreter + " -m pip install ";
+  const auto found = env.packages.find("flashspark");
+  if (found == env.packages.end()) {
+    add(Finding::kNote, "flashspark is not installed in this Python", pip + "flashspark");
+  } else {
+    if (found->second.version != flashspark_version()) {
+      add(Finding::kError,
+          fmt::format("the Python package is {} but this program is {}", found->second.version, flashspark_version()),
+          pip + "--force-reinstall flashspark==" + flashspark_version());
+    }
+    for (const std::string &requirement : found->second.requirements) {
+      const auto [name, clauses] = split_requirement(requirement);
+      const auto installed = env.packages.find(name);
+      const std::string mend = pip + "'" + name + clauses + "'";
+      if (installed == env.packages.end()) {
+        add(Finding::kError, "flashspark needs " + name + clauses + ", which is not installed", mend);
+      } else if (!requirement_met(clauses, installed->second.version)) {
+        add(Finding::kError,
+            fmt::format("flashspark needs {}{} but {} is installed", name, clauses, installed->second.version), mend);
+      }
+    }
+  }
+  for (const auto &[name, package] : env.packages) {
+    if (package.version.empty()) {
+      add(Finding::kError, "broken installation: no version in " + package.folder, pip + "--force-reinstall " + name);
+    }
+  }
+  if (const auto torch = env.packages.find("torch"); torch != env.packages.end() && gpu.cuda_version > 0) {
+    // "2.9.1+cu130" needs a driver of the same major CUDA version.
+    const size_t at = torch->second.version.find("+cu");
+    const int wanted = at == std::string::npos ? 0 : std::atoi(torch->second.version.c_str() + at + 3) / 10;
+    if (wanted > gpu.cuda_version / 1000) {
+      add(Finding::kError,
+          fmt::format("torch {} needs CUDA {}, the driver offers {}", torch->second.version, wanted,
+                      gpu.cuda_version / 1000),
+          "update the NVIDIA driver, or install a torch for an older CUDA");
+    }
+  }
+  if (env.packages.contains("vllm")) {
+    add(Finding::kNote, "vLLM " + env.packages.at("vllm").version + " is installed; this release does not serve it yet",
+        "");
+  }
+  for (const std::string &file : env.shim_files) {
+    add(Finding::kWarning, "a community shim replaces vLLM's attention on SM12x: " + file,
+        "remove it before flashspark serves vLLM here: rm " + file);
+  }
+}
+
+Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env, const std::vector<Finding> &findings,
+                 const Limits *limits, bool healthy) {
+  Json report = report_header();
+  report["limits"] = limits ? to_json(*limits) : Json();
+  Json &implementations = report["implementations"] = Json::array();
+  for (int n = 0; const char *name = flashspark_implementation_name(n); ++n) {
+    implementations.push_back({{"name", name}, {"description", flashspark_implementation_description(n)}});
+  }
+  Json &problems = report["problems"] = Json::array();
+  for (const Choice &c : chosen) {
+    problems.push_back({{"problem", c.problem},
+                        {"implementation", c.implementation.empty() ? Json() : Json(c.implementation)},
+                        {"reason", c.reason},
+                        {"explanation", c.explanation}});
+  }
+  Json packages = Json::object();
+  for (const auto &[name, package] : env.packages) packages[name] = package.version;
+  report["python"] = {{"interpreter", env.interpreter.empty() ? Json() : Json(env.interpreter)},
+                      {"found_by", env.found_by},
+                      {"site_folders", env.site_folders},
+                      {"packages", packages},
+                      {"shim_files", env.shim_files}};
+  Json &list = report["findings"] = Json::array();
+  for (const Finding &f : findings) {
+    list.push_back(
+        {{"level", level_name(f.level)}, {"text", f.text}, {"mend", f.mend.empty() ? Json() : Json(f.mend)}});
+  }
+  report["healthy"] = healthy;
+  return report;
+}
+
+void line(const std::string &name, const std::string &value) {
+  fmt::print("  {} {}\n", paint(Colour::kDim, fmt::format("{:<10}", name)), value);
+}
+
+void print_machine(const Machine &m, const GpuFacts &gpu, const Limits *limits) {
+  fmt::print("{}\n", paint(Colour::kBold, "flashspark " + m.version));
+  line("CPU", fmt::format("{}, {} cores, {}, {} threads, {:.1f} GiB", m.cpu, m.cores, m.simd, m.threads, m.memory_gib));
+  line("system", fmt::format("{}, kernel {}, {}", m.os, m.kernel, m.arch));
+  if (limits) {
+    line("limits", fmt::format("{:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy", limits->flops / 1e9,
+                               limits->bytes / 1e9));
+  }
+  for (const Gpu &g : gpu.gpus) {
+    line("GPU", fmt::format("{}, compute capability {}.{}, {:.0f} GiB", g.name, g.major, g.minor, g.memory_gib));
+  }
+  if (gpu.gpus.empty()) line("GPU", "none");
+  if (!gpu.driver.empty() || gpu.cuda_version > 0) {
+    line("driver", fmt::format("{}, CUDA {}.{}", gpu.driver.empty() ? "unknown version" : gpu.driver,
+                               gpu.cuda_version / 1000, gpu.cuda_version % 1000 / 10));
+  }
+  line("toolkit", gpu.toolkit.empty() ? "none (not needed to run)" : gpu.toolkit + " " + gpu.toolkit_version);
+}
+
+void print_python(const PythonEnvironment &env) {
+  if (env.interpreter.empty()) return line("Python", "none");
+  line("Python", env.interpreter + " (" + env.found_by + ")");
+  std::string packages;
+  for (const auto &[name, package] : env.packages)
+    packages += (packages.empty() ? "" : ", ") + name + " " + package.version;
+  line("packages", packages.empty() ? "none of flashspark's" : packages);
+}
+
+}  // namespace
+
+int doctor(const DoctorOptions &options) {
+  const Machine facts = machine();
+  const GpuFacts gpu = gpu_facts();
+  const PythonEnvironment env = python_environment();
+  const std::vector<Choice> chosen = choices();
+  Limits measured;
+  if (options.bandwidth) measured = measure_limits(facts.threads);
+  const Limits *limits = options.bandwidth ? &measured : nullptr;
+
+  std::vector<Finding> findings;
+  look_at_machine(facts, gpu, findings);
+  for (const Choice &c : chosen) {
+    if (c.implementation.empty()) {
+      findings.push_back({Finding::kError, "nothing runs \"" + c.problem + "\": " + c.reason,
+                          "unset FLASHSPARK_FORCE_IMPLEMENTATION if it is set"});
+    }
+  }
+  look_at_python(env, gpu, findings);
+  int errors = 0, warnings = 0;
+  for (const Finding &f : findings) errors += f.level == Finding::kError, warnings += f.level == Finding::kWarning;
+
+  if (options.json) {
+    print_json(doctor_json(chosen, env, findings, limits, errors == 0));
+    return errors ? kFailed : kOk;
+  }
+  print_machine(facts, gpu, limits);
+  print_python(env);
+  fmt::print("\n");
+  Table table({"problem", "runs on", "because"});
+  for (const Choice &c : chosen) {
+    table.row({c.problem, c.implementation.empty() ? "nothing" : c.implementation,
+               c.implementation.empty() ? "see below" : c.reason},
+              c.implementation.empty() ? Colour::kRed : Colour::kPlain);
+  }
+  table.print();
+  if (options.verbose) {
+    for (const Choice &c : chosen) fmt::print("\n{}\n{}", paint(Colour::kBold, c.problem), c.explanation);
+  }
+  fmt::print("\n");
+  for (const Finding &f : findings) {
+    const Colour colour = f.level == Finding::kNote      ? Colour::kDim
+                          : f.level == Finding::kWarning ? Colour::kYellow
+                                                         : Colour::kRed;
+    fmt::print("  {} {}\n", paint(colour, fmt::format("{:<8}", level_name(f.level))), f.text);
+    if (!f.mend.empty()) fmt::print("           {} {}\n", paint(Colour::kDim, "mend:"), f.mend);
+  }
+  fmt::print("\n{}\n", errors     ? paint(Colour::kRed, fmt::format("{} errors, {} warnings", errors, warnings))
+                       : warnings ? paint(Colour::kYellow, fmt::format("no errors, {} warnings", warnings))
+                                  : paint(Colour::kGreen, "no troubles"));
+  return errors ? kFailed : kOk;
+}
+
+}  // namespace flashspark::cli

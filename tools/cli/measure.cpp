@@ -1,0 +1,54 @@
+#include "cli/measure.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "cli/cli.hpp"
+#include "cli/json.hpp"
+
+namespace flashspark::cli {
+
+std::vector<cases::Case> select(std::vector<cases::Case> all, const std::string &filter, uint64_t seed) {
+  std::erase_if(all, [&](const cases::Case &c) { return c.name.find(filter) == std::string::npos; });
+  if (all.empty())
+    throw UsageError(fmt::format("--filter: no case has \"{}\" in its name; --list shows the names", filter));
+  for (cases::Case &c : all) c.seed += seed;
+  return all;
+}
+
+std::vector<std::string> select_implementations(const std::string &name) {
+  std::vector<std::string> names;
+  for (int n = 0; const char *each = flashspark_implementation_name(n); ++n) names.push_back(each);
+  if (name.empty()) return names;
+  if (std::find(names.begin(), names.end(), name) != names.end()) return {name};
+  throw UsageError(
+      fmt::format("--implementation: \"{}\" is not in this build; there are {}", name, fmt::join(names, ", ")));
+}
+
+void print_list(const std::vector<cases::Case> &all, bool json) {
+  if (json) {
+    Json list = Json::array();
+    for (const cases::Case &c : all) list.push_back(to_json(c));
+    return print_json(list);
+  }
+  for (const cases::Case &c : all) fmt::print("{}\n", c.name);
+}
+
+double time_call(cases::Problem &problem, const char *implementation, int threads, flashspark_status &status) {
+  const auto start = std::chrono::steady_clock::now();
+  status = problem.launch(implementation, threads);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+Work work(const cases::Problem &problem) {
+  return {problem.flops(), problem.bytes()};
+}
+
+Roofline roofline(const Work &work, const Limits &limits) {
+  const double arithmetic = work.flops / limits.flops, traffic = work.bytes / limits.bytes;
+  return {std::max(arithmetic, traffic), traffic > arithmetic};
+}
+
+}  // namespace flashspark::cli

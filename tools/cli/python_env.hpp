@@ -1,0 +1,34 @@
+// The Python environment that `flashspark` would serve, read from its files: no Python code of it is run.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace flashspark::cli {
+
+struct Package {
+  std::string version;
+  std::string folder;                     // the .dist-info
+  std::vector<std::string> requirements;  // Requires-Dist without extras
+};
+
+struct PythonEnvironment {
+  std::string interpreter;                  // empty: no Python found
+  std::string found_by;                     // "beside this program", "$VIRTUAL_ENV", "PATH"
+  std::vector<std::string> site_folders;    // site-packages and dist-packages that exist
+  std::map<std::string, Package> packages;  // flashspark, torch, vllm, apache-tvm-ffi, numpy, ml-dtypes; those found
+  std::vector<std::string> shim_files;      // of the community's SM120 shim for vLLM
+};
+
+PythonEnvironment python_environment();
+
+// "numpy>=1.24,<3" against an installed version: false if one of the clauses does not hold. Clauses that are not plain
+// comparisons count as met.
+bool requirement_met(const std::string &clauses, const std::string &version);
+// The normalised name and the version clauses of one Requires-Dist line.
+std::pair<std::string, std::string> split_requirement(const std::string &requirement);
+// -1, 0, 1 by the numbers of the release: "2.10.1" > "2.9".
+int compare_versions(const std::string &a, const std::string &b);
+
+}  // namespace flashspark::cli
