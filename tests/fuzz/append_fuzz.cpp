@@ -1,0 +1,133 @@
+// append_kv: any struct is refused or carried out cleanly, in buffers that are exactly as large as the struct says.
+#include <algorithm>
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+
+#include "flashspark/flashspark.h"
+#include "stream.hpp"
+
+namespace {
+
+using flashspark::fuzz::Block;
+using flashspark::fuzz::Field;
+using flashspark::fuzz::Stream;
+using P = flashspark_append_params;
+
+#define F(name)                        \
+  Field {                              \
+    offsetof(P, name), sizeof(P::name) \
+  }
+#define TENSOR(t) F(t.batch_stride), F(t.token_stride), F(t.head_stride), F(t.dtype)
+constexpr Field kFields[] = {
+    F(struct_size),    F(abi_version),       F(device),         F(device_index),       F(num_seqs),
+    F(num_heads_q),    F(num_heads_kv),      F(head_dim),       F(head_dim_v),         F(seqlen_new),
+    F(total_new),      F(seqlen_cache),      F(num_cache_rows), F(num_pages),          F(page_size),
+    F(num_page_slots), TENSOR(k_new),        TENSOR(v_new),     TENSOR(k_cache),       TENSOR(v_cache),
+    TENSOR(q),         F(page_table_stride), F(rotary_dtype),   F(rotary_interleaved), F(seqlen_rotary),
+    F(rotary_dim),     F(q_rotary_per_token)};
+
+void bound(int64_t &value, int64_t most, int64_t legal_most) {
+  if (value > most && value <= legal_most) value = value % most;
+}
+
+P legal_problem(Stream &in, bool paged) {
+  P p;
+  flashspark_append_params_init(&p);
+  p.num_seqs = 1 + in.below(3);
+  p.num_heads_kv = 1 + in.below(2);
+  p.num_heads_q = 2 * p.num_heads_kv;
+  p.head_dim = 8 * (1 + in.below(3));
+  p.head_dim_v = 8 * (1 + in.below(3));
+  p.seqlen_new = in.below(6);
+  p.total_new = p.num_seqs * p.seqlen_new;
+  p.seqlen_cache = paged ? 0 : 32;
+  p.num_cache_rows = paged ? 0 : 4;
+  p.page_size = paged ? 16 : 0;
+  p.num_pages = paged ? 7 : 0;
+  p.num_page_slots = p.page_table_stride = paged ? 2 : 0;
+  const int32_t types[][2] = {{1, 1}, {2, 2}, {3, 3}, {1, 4}, {3, 4}, {4, 4}};
+  const auto &type = types[in.below(6)];
+  const auto tensor = [&](int64_t tokens, int64_t heads, int64_t width, int32_t dtype) {
+    return flashspark_tensor{nullptr, tokens * heads * width, heads * width, width, dtype, 0};
+  };
+  const int64_t rows = paged ? 16 : 32;
+  p.k_new = tensor(p.seqlen_new, p.num_heads_kv, p.head_dim, type[0]);
+  p.v_new = tensor(p.seqlen_new, p.num_heads_kv, p.head_dim_v, type[0]);
+  p.q = tensor(p.seqlen_new, p.num_heads_q, p.head_dim, type[0]);
+  p.k_cache = tensor(rows, p.num_heads_kv, p.head_dim, type[1]);
+  p.v_cache = tensor(rows, p.num_heads_kv, p.head_dim_v, type[1]);
+  p.rotary_dtype = FLASHSPARK_FLOAT32;
+  p.rotary_dim = 2 * (1 + in.below(p.head_dim / 2));
+  p.seqlen_rotary = 40;
+  return p;
+}
+
+// Exact memory for every tensor; false when one is too large to try.
+bool attach(P &p, Block (&blocks)[5]) {
+  const bool varlen = p.cu_seqlens_new != nullptr, paged = p.page_table != nullptr;
+  const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_new : p.seqlen_new;
+  const int64_t cache_batch = paged ? p.num_pages : p.num_cache_rows,
+                cache_tokens = paged ? p.page_size : p.seqlen_cache;
+  const auto fit = [&](int n, flashspark_tensor &t, int64_t b, int64_t rows, int64_t heads, int64_t width) {
+    if (!blocks[n].fit({b, rows, heads}, {t.batch_stride, t.token_stride, t.head_stride}, width,
+                       static_cast<int64_t>(flashspark_dtype_size(t.dtype)))) {
+      return false;
+    }
+    t.data = blocks[n].origin;
+    return true;
+  };
+  return fit(0, p.k_new, batch, tokens, p.num_heads_kv, p.head_dim) &&
+         fit(1, p.v_new, batch, tokens, p.num_heads_kv, p.head_dim_v) &&
+         fit(2, p.k_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim) &&
+         fit(3, p.v_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim_v) &&
+         (p.q.data == nullptr || fit(4, p.q, batch, tokens, p.num_heads_q, p.head_dim));
+}
+
+}  // namespace
+
+// attach() sizes the tensors from the struct, legal or not, so one call both validates and, if it may, writes.
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  Stream in(data, size);
+  const uint8_t flavour = in.raw<uint8_t>();
+  const bool paged = flavour & 1, varlen = flavour & 2, rotary = flavour & 4;
+  P p = legal_problem(in, paged);
+  for (int64_t patches = in.below(5); patches > 0; --patches) {
+    kFields[in.below(std::size(kFields))].set(&p, in.number());
+  }
+  bound(p.num_seqs, 9, INT32_MAX);
+  bound(p.num_heads_q, 64, 1 << 16);
+  bound(p.num_heads_kv, 64, 1 << 16);
+  bound(p.num_page_slots, 64, INT32_MAX);
+  bound(p.page_table_stride, 256, INT64_MAX / 16);
+  bound(p.seqlen_rotary, 4096, INT32_MAX);
+  const int64_t seqs = std::clamp<int64_t>(p.num_seqs, 0, 16);
+  std::vector<int32_t> seqlens(seqs), cu(seqs + 1), index(seqs), leftpad(seqs), pages;
+  for (int64_t b = 0; b < seqs; ++b) {
+    seqlens[b] = static_cast<int32_t>(in.below(28));
+    cu[b + 1] = cu[b] + static_cast<int32_t>(in.below(std::clamp<int64_t>(p.seqlen_new, 0, 100) + 1));
+    index[b] = static_cast<int32_t>(b);
+    leftpad[b] = static_cast<int32_t>(in.below(3));
+  }
+  pages.resize(std::max<int64_t>(seqs - 1, 0) * std::clamp<int64_t>(p.page_table_stride, 0, 256) +
+               std::clamp<int64_t>(p.num_page_slots, 0, 64));
+  for (size_t n = 0; n < pages.size(); ++n) pages[n] = static_cast<int32_t>(n % 7);
+  for (std::vector<int32_t> *array : {&seqlens, &cu, &index, &leftpad, &pages}) {
+    if (!array->empty() && in.below(12) == 1) {
+      (*array)[in.below(static_cast<int64_t>(array->size()))] = static_cast<int32_t>(in.number());
+    }
+  }
+  p.seqlens = flavour & 8 ? seqlens.data() : nullptr;
+  p.cu_seqlens_new = varlen ? cu.data() : nullptr;
+  p.kv_batch_index = flavour & 16 ? index.data() : nullptr;
+  p.leftpad_k = flavour & 32 ? leftpad.data() : nullptr;
+  p.page_table = paged && !pages.empty() ? pages.data() : nullptr;
+  const std::vector<float> table(static_cast<size_t>(std::clamp<int64_t>(p.seqlen_rotary, 0, 4096) *
+                                                     std::clamp<int64_t>(p.rotary_dim / 2, 1, 256)),
+                                 0.5f);
+  if (rotary && !table.empty()) p.rotary_cos = p.rotary_sin = table.data();
+  if (rotary && flavour & 64) p.q.data = &p;
+  Block blocks[5];
+  if (attach(p, blocks)) flashspark_append_kv(&p);
+  return 0;
+}

@@ -1,0 +1,63 @@
+// flashspark.hpp: extents and defaults reach the C struct, results come back as values.
+#include "flashspark/flashspark.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+namespace flashspark {
+namespace {
+
+TEST(CppFace, DenseProblemInFourLines) {
+  // One head of width 8, one query (ln 2, 0, ..), keys (0, ..) and (1, 0, ..): with scale 1 the weights are 1 : 2.
+  std::vector<float> q(8), k(16), v(16), out(8);
+  q[0] = std::log(2.0f);
+  k[8] = 1;
+  v[0] = 3;
+  v[8] = 9;
+  Attention attention;
+  attention.q = dense(q.data(), 1, 1, 1, 8);
+  attention.k = dense(k.data(), 1, 2, 1, 8);
+  attention.v = dense(v.data(), 1, 2, 1, 8);
+  attention.out = dense(out.data(), 1, 1, 1, 8);
+  attention.params.softmax_scale = 1;
+  const Result result = attention.forward();
+  ASSERT_TRUE(result) << result.error();
+  EXPECT_NEAR(out[0], 7, 1e-5);
+  EXPECT_NE(attention.explain().find("cpu-engine"), std::string::npos);
+}
+
+TEST(CppFace, TheDefaultScaleIsOneOverRootD) {
+  std::vector<bfloat16> q(2 * 3 * 4 * 64);
+  Attention attention;
+  attention.q = dense(q.data(), 2, 3, 4, 64);
+  const flashspark_attention_params p = attention.filled();
+  EXPECT_EQ(p.softmax_scale, 0.125f);
+  EXPECT_EQ(p.num_seqs, 2);
+  EXPECT_EQ(p.max_seqlen_q, 3);
+  EXPECT_EQ(p.num_heads_q, 4);
+  EXPECT_EQ(p.q.dtype, FLASHSPARK_BFLOAT16);
+  EXPECT_EQ(p.q.batch_stride, 3 * 4 * 64);
+}
+
+TEST(CppFace, ErrorsArriveAsText) {
+  std::vector<float> data(64);
+  Attention attention;
+  attention.q = attention.k = attention.v = attention.out = dense(data.data(), 1, 1, 1, 12);
+  const Result result = attention.forward();
+  EXPECT_FALSE(result);
+  EXPECT_EQ(result.status(), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_NE(result.error().find("head_dim = 12"), std::string::npos) << result.error();
+  EXPECT_NE(attention.explain().find("head_dim = 12"), std::string::npos) << attention.explain();
+}
+
+TEST(CppFace, TypesMapToDtypes) {
+  EXPECT_EQ(dtype_of<float>(), FLASHSPARK_FLOAT32);
+  EXPECT_EQ(dtype_of<const float16>(), FLASHSPARK_FLOAT16);
+  EXPECT_EQ(dtype_of<bfloat16>(), FLASHSPARK_BFLOAT16);
+  EXPECT_EQ(dtype_of<const float8_e4m3>(), FLASHSPARK_FLOAT8_E4M3);
+}
+
+}  // namespace
+}  // namespace flashspark

@@ -1,0 +1,135 @@
+// The choice of an implementation, and how it explains itself.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "flashspark/flashspark.h"
+
+namespace flashspark {
+namespace {
+
+struct Tiny {
+  std::vector<float> q = std::vector<float>(8, 1), k = q, v = q, out = std::vector<float>(8);
+  flashspark_attention_params p;
+
+  Tiny() {
+    flashspark_attention_params_init(&p);
+    p.num_seqs = p.num_heads_q = p.num_heads_kv = p.max_seqlen_q = p.max_seqlen_k = 1;
+    p.head_dim = p.head_dim_v = 8;
+    p.q = {q.data(), 8, 8, 8, FLASHSPARK_FLOAT32, 0};
+    p.k = {k.data(), 8, 8, 8, FLASHSPARK_FLOAT32, 0};
+    p.v = {v.data(), 8, 8, 8, FLASHSPARK_FLOAT32, 0};
+    p.out = {out.data(), 8, 8, 8, FLASHSPARK_FLOAT32, 0};
+  }
+  std::string explain(flashspark_status expected) const {
+    std::string text(8192, '?');
+    EXPECT_EQ(flashspark_attention_explain(&p, text.data(), text.size()), expected) << flashspark_last_error();
+    return text.c_str();
+  }
+};
+
+std::string line_of(const std::string &text, const std::string &name) {
+  const size_t begin = text.find(name + " (");
+  return begin == std::string::npos ? "" : text.substr(begin, text.find('\n', begin) - begin);
+}
+bool contains(const std::string &text, const std::string &part) {
+  return text.find(part) != std::string::npos;
+}
+
+// Sets an environment variable for one test.
+class Environment {
+ public:
+  Environment(const char *name, const char *value) : name_(name) { setenv(name, value, 1); }
+  ~Environment() { unsetenv(name_); }
+
+ private:
+  const char *name_;
+};
+
+TEST(Dispatch, TheEngineIsTheFirstChoice) {
+  const std::string text = Tiny().explain(FLASHSPARK_OK);
+  EXPECT_TRUE(contains(line_of(text, "cpu-engine"), "chosen")) << text;
+  EXPECT_FALSE(contains(line_of(text, "cpu-reference"), "chosen")) << text;
+  EXPECT_TRUE(contains(text, flashspark_cpu_target())) << text;
+}
+
+TEST(Dispatch, ExplainListsWhatTheProblemRequires) {
+  Tiny t;
+  t.p.causal = 1;
+  t.p.softcap = 3;
+  t.p.window_left = 4;
+  const std::string text = t.explain(FLASHSPARK_OK);
+  const std::string required = text.substr(text.find("required:"), text.find('\n', text.find("required:")));
+  for (const char *feature : {"float32", "causal", "softcap", "window"})
+    EXPECT_TRUE(contains(required, feature)) << text;
+  EXPECT_FALSE(contains(required, "paged")) << text;
+  EXPECT_FALSE(contains(required, "alibi")) << text;
+}
+
+TEST(Dispatch, ForcedByName) {
+  Tiny t;
+  t.p.implementation = "cpu-reference";
+  const std::string text = t.explain(FLASHSPARK_OK);
+  EXPECT_TRUE(contains(line_of(text, "cpu-reference"), "chosen")) << text;
+  EXPECT_FALSE(contains(line_of(text, "cpu-engine"), "chosen")) << text;
+  EXPECT_EQ(flashspark_attention_forward(&t.p), FLASHSPARK_OK);
+  EXPECT_EQ(t.out[0], 1.0f);
+}
+
+TEST(Dispatch, ForcedByEnvironmentUnlessTheCallSaysOtherwise) {
+  const Environment force("FLASHSPARK_FORCE_IMPLEMENTATION", "cpu-reference");
+  Tiny t;
+  EXPECT_TRUE(contains(line_of(t.explain(FLASHSPARK_OK), "cpu-reference"), "chosen"));
+  t.p.implementation = "cpu-engine";
+  EXPECT_TRUE(contains(line_of(t.explain(FLASHSPARK_OK), "cpu-engine"), "chosen"));
+}
+
+TEST(Dispatch, UnknownNamesListTheKnownOnes) {
+  Tiny t;
+  t.p.implementation = "gpu-wishful";
+  EXPECT_EQ(flashspark_attention_forward(&t.p), FLASHSPARK_INVALID_ARGUMENT);
+  const std::string text = flashspark_last_error();
+  for (const char *part : {"gpu-wishful", "cpu-engine", "cpu-reference"}) EXPECT_TRUE(contains(text, part)) << text;
+  EXPECT_EQ(t.out[0], 0.0f);
+}
+
+TEST(Dispatch, UnknownNameInTheEnvironmentIsNoSilentFallback) {
+  const Environment force("FLASHSPARK_FORCE_IMPLEMENTATION", "nonsense");
+  Tiny t;
+  EXPECT_EQ(flashspark_attention_forward(&t.p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "nonsense")) << flashspark_last_error();
+}
+
+TEST(Dispatch, CudaProblemsSayWhatEachImplementationLacks) {
+  Tiny t;
+  t.p.device = FLASHSPARK_CUDA;
+  t.p.device_index = 2;
+  EXPECT_EQ(flashspark_attention_forward(&t.p), FLASHSPARK_UNSUPPORTED);
+  const std::string text = flashspark_last_error();
+  EXPECT_TRUE(contains(text, "CUDA device 2")) << text;
+  EXPECT_TRUE(contains(line_of(text, "cpu-engine"), "runs on the CPU only")) << text;
+  EXPECT_TRUE(contains(line_of(text, "cpu-reference"), "runs on the CPU only")) << text;
+  EXPECT_EQ(t.explain(FLASHSPARK_UNSUPPORTED).find("problem:"), 0u);
+  EXPECT_EQ(t.out[0], 0.0f);
+}
+
+TEST(Dispatch, ExplainRespectsTheBuffer) {
+  Tiny t;
+  const std::string whole = t.explain(FLASHSPARK_OK);
+  EXPECT_EQ(flashspark_attention_explain(&t.p, nullptr, 0), FLASHSPARK_OK);
+  EXPECT_EQ(flashspark_attention_explain(&t.p, nullptr, 100), FLASHSPARK_OK);
+  for (const size_t size : {size_t{0}, size_t{1}, size_t{2}, size_t{17}, whole.size(), whole.size() + 1}) {
+    std::vector<char> buffer(size + 1, '#');
+    EXPECT_EQ(flashspark_attention_explain(&t.p, buffer.data(), size), FLASHSPARK_OK);
+    EXPECT_EQ(buffer[size], '#') << "wrote past " << size;
+    if (size > 0) {
+      EXPECT_EQ(std::string(buffer.data()), whole.substr(0, size - 1));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashspark

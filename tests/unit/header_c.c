@@ -1,0 +1,13 @@
+/* flashspark.h must be plain C, and its structs must have no hidden padding that init() would miss. */
+#include <flashspark/flashspark.h>
+
+int flashspark_header_in_c(void) {
+  flashspark_attention_params attention;
+  flashspark_append_params append;
+  flashspark_attention_params_init(&attention);
+  flashspark_append_params_init(&append);
+  if (attention.struct_size != sizeof(flashspark_attention_params)) return 1;
+  if (append.struct_size != sizeof(flashspark_append_params)) return 2;
+  if (flashspark_attention_forward(0) != FLASHSPARK_INVALID_ARGUMENT) return 3;
+  return 0;
+}
