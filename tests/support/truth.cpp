@@ -118,11 +118,12 @@ struct Bound {
   double out, lse;
 };
 
-// Single precision: a score is off by a few units of 2^-24 of its strain (the products and their sum, the scale, the
-// way to base 2 and back), which moves every weight by that fraction; the exponential and the sums add a few units
-// more.
-Bound arithmetic_bound(const Truth &t, int64_t row) {
-  const double score_error = std::ldexp(8 * t.strain[row] + 16, -24);
+// Single precision. A sum of d products rounds d times, each time by up to 2^-24 of the sum so far: a random walk that
+// ends within 2 sqrt(d) of those units but once in some thousand (3.5 sigma; worst when the first product is the
+// largest, as in peaked data). The scale and the way to base 2 and back add two more. That much of its strain a score
+// is off, which moves every weight by that fraction; the exponential and the sums add a few units.
+Bound arithmetic_bound(const Problem &p, const Truth &t, int64_t row) {
+  const double score_error = std::ldexp((2 + 2 * std::sqrt(double(p.d))) * t.strain[row] + 16, -24);
   return {t.reach[row] * 2 * score_error, score_error};
 }
 
@@ -153,7 +154,8 @@ std::string difference(const Problem &p, const Result &result, bool exact) {
     const Truth t = truth(p, p.seqs[b]);
     const Rows &rows = result.seqs[b];
     for (int64_t row = 0; row < p.seqs[b].tq * p.hq; ++row) {
-      const Bound bound = exact ? Bound{1e-13 * t.reach[row], 1e-13 * (1 + t.strain[row])} : arithmetic_bound(t, row);
+      const Bound bound =
+          exact ? Bound{1e-13 * t.reach[row], 1e-13 * (1 + t.strain[row])} : arithmetic_bound(p, t, row);
       for (int64_t c = 0; c < p.dv; ++c) {
         const double want = static_cast<double>(t.out[row * p.dv + c]);
         const double allowed = bound.out * 1.02 + format_error(p.out_dtype, want);
@@ -177,7 +179,7 @@ std::string difference(const Problem &p, const Result &a, const Result &b) {
   for (size_t n = 0; n < p.seqs.size(); ++n) {
     const Truth t = truth(p, p.seqs[n]);
     for (int64_t row = 0; row < p.seqs[n].tq * p.hq; ++row) {
-      const Bound bound = arithmetic_bound(t, row);
+      const Bound bound = arithmetic_bound(p, t, row);
       for (int64_t c = 0; c < p.dv; ++c) {
         const double x = a.seqs[n].out[row * p.dv + c], y = b.seqs[n].out[row * p.dv + c];
         const double allowed = 2 * bound.out + 2 * format_error(p.out_dtype, x);
