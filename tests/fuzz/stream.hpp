@@ -60,6 +60,7 @@ struct Block {
 
   bool fit(const int64_t (&extents)[3], const int64_t (&strides)[3], int64_t width, int64_t element_size) {
     constexpr __int128 kMost = 1 << 20;
+    if (width <= 0) return true;  // must be refused before any address is formed
     __int128 low = 0, high = width;
     for (int n = 0; n < 3; ++n) {
       if (extents[n] <= 0) return true;  // nothing is addressed
