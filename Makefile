@@ -54,8 +54,8 @@ bench: wheel $(DEMO)/.stamp
 
 format: $(BIN)/.stamp
 	@git ls-files -co --exclude-standard '*.[ch]' '*.[ch]pp' | xargs $(BIN)/clang-format -i
-	@$(BIN)/ruff check --fix -q
 	@$(BIN)/ruff format -q
+	@$(BIN)/ruff check --fix -q
 
 lint: deps
 	@$(BIN)/python tools/dev/run_tests.py --only clang-format ruff clang-tidy

@@ -97,13 +97,16 @@ flashspark_status flashspark_append_kv(const flashspark_append_params *params) {
   return guarded([&] {
     const fs::AppendParams &p = checked(params);
     if (p.device != FLASHSPARK_CPU) {
-      throw fs::Error(FLASHSPARK_UNSUPPORTED, "append: no implementation fits: cpu runs on the CPU only; device = CUDA");
+      throw fs::Error(FLASHSPARK_UNSUPPORTED,
+                      "append: no implementation fits: cpu runs on the CPU only; device = CUDA");
     }
     fs::append_kv(p);
   });
 }
 
-const char *flashspark_last_error(void) { return fs::last_error(); }
+const char *flashspark_last_error(void) {
+  return fs::last_error();
+}
 
 const char *flashspark_implementation_name(int32_t index) {
   const auto all = fs::implementations();
@@ -115,9 +118,15 @@ const char *flashspark_implementation_description(int32_t index) {
   return index >= 0 && static_cast<size_t>(index) < all.size() ? all[index].description : nullptr;
 }
 
-const char *flashspark_version(void) { return FLASHSPARK_VERSION; }
-const char *flashspark_cpu_target(void) { return fs::cpu::engine_target(); }
-int32_t flashspark_cpu_threads(void) { return fs::cpu::default_threads(); }
+const char *flashspark_version(void) {
+  return FLASHSPARK_VERSION;
+}
+const char *flashspark_cpu_target(void) {
+  return fs::cpu::engine_target();
+}
+int32_t flashspark_cpu_threads(void) {
+  return fs::cpu::default_threads();
+}
 
 const char *flashspark_status_name(flashspark_status status) {
   switch (status) {
@@ -141,4 +150,6 @@ const char *flashspark_status_name(flashspark_status status) {
   return "unknown status";
 }
 
-size_t flashspark_dtype_size(int32_t dtype) { return fs::dtype_size(dtype); }
+size_t flashspark_dtype_size(int32_t dtype) {
+  return fs::dtype_size(dtype);
+}

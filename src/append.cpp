@@ -94,9 +94,8 @@ void append_kv(const AppendParams &p) {
   // A decode step appends a few rows: threads would cost more than the copy.
   const int64_t elements = p.num_seqs * p.seqlen_new * p.num_heads_kv * (p.head_dim + p.head_dim_v);
   const int32_t threads = elements < (1 << 16) ? 1 : 0;
-  cpu::parallel_for(threads, p.num_seqs * p.num_heads_kv, [&](int64_t n) {
-    append_head(p, append_sequence(p, n / p.num_heads_kv), n % p.num_heads_kv);
-  });
+  cpu::parallel_for(threads, p.num_seqs * p.num_heads_kv,
+                    [&](int64_t n) { append_head(p, append_sequence(p, n / p.num_heads_kv), n % p.num_heads_kv); });
   if (p.q.data == nullptr) return;
   cpu::parallel_for(threads, p.num_seqs * p.num_heads_q, [&](int64_t n) {
     const AppendSequence s = append_sequence(p, n / p.num_heads_q);

@@ -14,7 +14,9 @@ namespace flashspark::check {
 // Every byte offset of a tensor must fit in an int64 with room for sums of three terms.
 constexpr int64_t kMaxOffset = int64_t{1} << 58;
 
-std::string at(const char *name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+std::string at(const char *name, int64_t index) {
+  return std::string(name) + "[" + std::to_string(index) + "]";
+}
 
 void version(uint32_t struct_size, size_t expected_size, uint32_t abi_version, const char *type) {
   if (struct_size != expected_size || abi_version != FLASHSPARK_ABI_VERSION) {
@@ -28,7 +30,8 @@ void version(uint32_t struct_size, size_t expected_size, uint32_t abi_version, c
 }
 
 void device(int32_t device, int32_t index) {
-  if (device != FLASHSPARK_CPU && device != FLASHSPARK_CUDA) fail("device", int64_t{device}, "must be 0 (CPU) or 1 (CUDA)");
+  if (device != FLASHSPARK_CPU && device != FLASHSPARK_CUDA)
+    fail("device", int64_t{device}, "must be 0 (CPU) or 1 (CUDA)");
   if (index < 0) fail("device_index", int64_t{index}, "must not be negative");
   if (device == FLASHSPARK_CPU && index != 0) fail("device_index", int64_t{index}, "must be 0 for the CPU");
 }
@@ -84,14 +87,16 @@ void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int
 
 void distinct(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads,
               int64_t width) {
+  if (batch == 0 || tokens == 0 || heads == 0) return;
   struct Dim {
     const char *field;
     int64_t stride, extent;
   };
-  Dim dims[] = {{".batch_stride", std::abs(t.batch_stride), batch},
-                {".token_stride", std::abs(t.token_stride), tokens},
-                {".head_stride", std::abs(t.head_stride), heads}};
-  if (batch == 0 || tokens == 0 || heads == 0) return;
+  // The stride of a single row is never used and may be any number.
+  const auto step = [](int64_t stride, int64_t extent) { return extent == 1 ? 0 : std::abs(stride); };
+  Dim dims[] = {{".batch_stride", step(t.batch_stride, batch), batch},
+                {".token_stride", step(t.token_stride, tokens), tokens},
+                {".head_stride", step(t.head_stride, heads), heads}};
   std::sort(std::begin(dims), std::end(dims), [](const Dim &a, const Dim &b) { return a.stride < b.stride; });
   int64_t inner = width;  // elements that the dimensions so far span
   for (const Dim &dim : dims) {
@@ -121,7 +126,9 @@ void scale(const char *argument, const flashspark_scale &s, bool on_cpu, int64_t
   }
 }
 
-void int32_pointer(const char *argument, const int32_t *pointer) { aligned(argument, pointer, sizeof(int32_t)); }
+void int32_pointer(const char *argument, const int32_t *pointer) {
+  aligned(argument, pointer, sizeof(int32_t));
+}
 
 void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_seqs) {
   in_range("num_pages", num_pages, 0, INT32_MAX);

@@ -76,8 +76,12 @@ std::string device_name(const Params &p) {
 std::string engine_detail() {
   return std::string(cpu::engine_target()) + ", " + std::to_string(cpu::default_threads()) + " threads";
 }
-std::string reference_detail() { return "double precision, " + std::to_string(cpu::default_threads()) + " threads"; }
-size_t no_workspace(const Params &) { return 0; }
+std::string reference_detail() {
+  return "double precision, " + std::to_string(cpu::default_threads()) + " threads";
+}
+size_t no_workspace(const Params &) {
+  return 0;
+}
 
 constexpr Implementation kImplementations[] = {
     {"cpu-engine", "tiled online softmax in SIMD on all cores", FLASHSPARK_CPU, kAllFeatures, 512, engine_detail,
@@ -90,10 +94,12 @@ constexpr Implementation kImplementations[] = {
 std::string lacks(const Implementation &candidate, const Params &p) {
   std::string text;
   const auto add = [&](const std::string &what) { text += (text.empty() ? "" : "; ") + what; };
-  if (candidate.device != p.device) add(candidate.device == FLASHSPARK_CPU ? "runs on the CPU only" : "runs on CUDA only");
+  if (candidate.device != p.device)
+    add(candidate.device == FLASHSPARK_CPU ? "runs on the CPU only" : "runs on CUDA only");
   if (const FeatureSet missing = required_features(p) & ~candidate.features) add("lacks " + names(missing));
   const int64_t widest = std::max(p.head_dim, p.head_dim_v);
-  if (widest > candidate.max_head_dim) add("head_dim " + std::to_string(widest) + " > " + std::to_string(candidate.max_head_dim));
+  if (widest > candidate.max_head_dim)
+    add("head_dim " + std::to_string(widest) + " > " + std::to_string(candidate.max_head_dim));
   return text;
 }
 
@@ -125,7 +131,8 @@ const Implementation *find(const Params &p) {
   }
   if (!known) {
     std::string all;
-    for (const Implementation &candidate : kImplementations) all += (all.empty() ? "" : ", ") + std::string(candidate.name);
+    for (const Implementation &candidate : kImplementations)
+      all += (all.empty() ? "" : ", ") + std::string(candidate.name);
     fail("implementation", std::string(forced), "must be one of " + all);
   }
   return nullptr;
@@ -133,7 +140,9 @@ const Implementation *find(const Params &p) {
 
 }  // namespace
 
-std::span<const Implementation> implementations() { return kImplementations; }
+std::span<const Implementation> implementations() {
+  return kImplementations;
+}
 
 std::string explain(const Params &p) {
   const Implementation *chosen = find(p);

@@ -17,8 +17,8 @@ struct Implementation {
   flashspark_device device;
   FeatureSet features;
   int64_t max_head_dim;
-  std::string (*detail)();            // what it runs on here: "AVX2, 2 threads"
-  void (*forward)(const Params &p);   // params have passed validate()
+  std::string (*detail)();           // what it runs on here: "AVX2, 2 threads"
+  void (*forward)(const Params &p);  // params have passed validate()
   size_t (*workspace)(const Params &p);
 };
 

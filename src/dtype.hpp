@@ -42,7 +42,9 @@ constexpr const char *dtype_name(int32_t dtype) {
   }
 }
 
-inline float bf16_to_float(uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); }
+inline float bf16_to_float(uint16_t x) {
+  return std::bit_cast<float>(uint32_t{x} << 16);
+}
 
 inline uint16_t float_to_bf16(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
@@ -51,7 +53,8 @@ inline uint16_t float_to_bf16(float x) {
 }
 
 namespace detail {
-// A small float with `mantissa_bits` and exponent bias `bias`, given without its sign bit, as a float. No special codes.
+// A small float with `mantissa_bits` and exponent bias `bias`, given without its sign bit, as a float. No special
+// codes.
 inline float small_to_float(uint32_t magnitude, int mantissa_bits, int bias) {
   const uint32_t exponent = magnitude >> mantissa_bits;
   const uint32_t mantissa = magnitude & ((1u << mantissa_bits) - 1);
@@ -59,7 +62,8 @@ inline float small_to_float(uint32_t magnitude, int mantissa_bits, int bias) {
   return std::bit_cast<float>(((exponent - bias + 127) << 23) | (mantissa << (23 - mantissa_bits)));
 }
 
-// The nearest such code to a finite x >= 0, ties to even; may exceed the format's largest code, which the caller clamps.
+// The nearest such code to a finite x >= 0, ties to even; may exceed the format's largest code, which the caller
+// clamps.
 inline uint32_t float_to_small(float x, int mantissa_bits, int bias) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   const int exponent = static_cast<int>(u >> 23) - 127 + bias;

@@ -29,6 +29,8 @@ void set_last_error(const char *text) noexcept {
   last_error_text[sizeof last_error_text - 1] = '\0';
 }
 
-const char *last_error() noexcept { return last_error_text; }
+const char *last_error() noexcept {
+  return last_error_text;
+}
 
 }  // namespace flashspark

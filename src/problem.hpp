@@ -12,9 +12,15 @@ namespace flashspark {
 using Params = flashspark_attention_params;
 using AppendParams = flashspark_append_params;
 
-inline bool is_paged(const Params &p) { return p.page_table != nullptr; }
-inline bool is_varlen_q(const Params &p) { return p.cu_seqlens_q != nullptr; }
-inline bool is_varlen_k(const Params &p) { return p.cu_seqlens_k != nullptr; }
+inline bool is_paged(const Params &p) {
+  return p.page_table != nullptr;
+}
+inline bool is_varlen_q(const Params &p) {
+  return p.cu_seqlens_q != nullptr;
+}
+inline bool is_varlen_k(const Params &p) {
+  return p.cu_seqlens_k != nullptr;
+}
 inline int64_t num_kv_seqs(const Params &p) {
   return p.kv_batch_index != nullptr && p.num_kv_seqs > 0 ? p.num_kv_seqs : p.num_seqs;
 }

@@ -71,7 +71,8 @@ void check_tensors(const Params &p) {
   check::tensor("out", p.out, q_batch, q_tokens, p.num_heads_q);
   check::distinct("out", p.out, q_batch, q_tokens, p.num_heads_q, p.head_dim_v);
   if (p.lse != nullptr) {
-    const flashspark_tensor lse{p.lse, p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride, FLASHSPARK_FLOAT32, 0};
+    const flashspark_tensor lse{p.lse, p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride, FLASHSPARK_FLOAT32,
+                                0};
     check::tensor("lse", lse, q_batch, q_tokens, p.num_heads_q);
     check::distinct("lse", lse, q_batch, q_tokens, p.num_heads_q, 1);
   }
@@ -85,7 +86,8 @@ void check_scores(const Params &p) {
   if (!(p.softmax_scale >= 0) || std::isinf(p.softmax_scale)) {
     fail("softmax_scale", double{p.softmax_scale}, "must be finite and >= 0");
   }
-  if (!(p.softcap >= 0) || std::isinf(p.softcap)) fail("softcap", double{p.softcap}, "must be finite and >= 0 (0: off)");
+  if (!(p.softcap >= 0) || std::isinf(p.softcap))
+    fail("softcap", double{p.softcap}, "must be finite and >= 0 (0: off)");
   const bool on_cpu = p.device == FLASHSPARK_CPU;
   check::scale("q_descale", p.q_descale, on_cpu && p.q.dtype == FLASHSPARK_FLOAT8_E4M3, p.num_seqs, p.num_heads_kv);
   check::scale("k_descale", p.k_descale, on_cpu && p.k.dtype == FLASHSPARK_FLOAT8_E4M3, p.num_seqs, p.num_heads_kv);
@@ -111,13 +113,16 @@ void check_scores(const Params &p) {
   if (p.rel_logits != nullptr) {
     check::dtype("rel_dtype", p.rel_dtype, false);
     check::in_range("rel_extent", p.rel_extent, 1, kMaxTokens);
-    const flashspark_tensor rel{const_cast<void *>(p.rel_logits), 0, p.rel_token_stride, p.rel_head_stride, p.rel_dtype, 0};
+    const flashspark_tensor rel{
+        const_cast<void *>(p.rel_logits), 0, p.rel_token_stride, p.rel_head_stride, p.rel_dtype, 0};
     check::tensor("rel_logits", rel, 1, is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q, p.num_heads_q);
   }
   if (p.alibi_slopes != nullptr) {
-    if (reinterpret_cast<uintptr_t>(p.alibi_slopes) % 4 != 0) fail("alibi_slopes", std::string("misaligned"), "must be aligned to 4 bytes");
+    if (reinterpret_cast<uintptr_t>(p.alibi_slopes) % 4 != 0)
+      fail("alibi_slopes", std::string("misaligned"), "must be aligned to 4 bytes");
     check::in_range("alibi_batch_stride", p.alibi_batch_stride, 0, int64_t{1} << 30);
-    for (int64_t b = 0; on_cpu && b < (p.alibi_batch_stride == 0 ? std::min<int64_t>(p.num_seqs, 1) : p.num_seqs); ++b) {
+    for (int64_t b = 0; on_cpu && b < (p.alibi_batch_stride == 0 ? std::min<int64_t>(p.num_seqs, 1) : p.num_seqs);
+         ++b) {
       for (int64_t h = 0; h < p.num_heads_q; ++h) {
         const float slope = alibi_slope(p, b, h);
         if (!std::isfinite(slope)) fail(check::at("alibi_slopes", h), double{slope}, "must be finite");
@@ -138,7 +143,8 @@ void check_mask(const Params &p) {
     const int64_t tokens = is_varlen_q(p) ? p.total_q : p.max_seqlen_q;
     const int64_t ranges = p.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN ? tokens : p.num_prefix_ranges;
     const bool used = p.num_seqs > 0 && ranges > 0;
-    if (used && p.prefix_ranges == nullptr) fail("prefix_ranges", std::string("NULL"), "must be given with prefix_mode");
+    if (used && p.prefix_ranges == nullptr)
+      fail("prefix_ranges", std::string("NULL"), "must be given with prefix_mode");
     if (p.rswa_window > 0) fail("rswa_window", int64_t{p.rswa_window}, "must be 0 with prefix_mode");
   }
   if (p.rswa_window > 0) {
@@ -158,11 +164,13 @@ void check_offsets(const char *name, const int32_t *offsets, int64_t num_seqs, i
     const int64_t length = int64_t{offsets[b + 1]} - offsets[b];
     if (length < 0) fail(check::at(name, b + 1), int64_t{offsets[b + 1]}, "must not be below the entry before it");
     if (longest >= 0 && length > longest) {
-      fail(check::at(name, b + 1), int64_t{offsets[b + 1]}, "makes a sequence longer than the maximum, " + std::to_string(longest));
+      fail(check::at(name, b + 1), int64_t{offsets[b + 1]},
+           "makes a sequence longer than the maximum, " + std::to_string(longest));
     }
   }
   if (offsets[num_seqs] > total) {
-    fail(check::at(name, num_seqs), int64_t{offsets[num_seqs]}, "must be at most the tensor's rows, " + std::to_string(total));
+    fail(check::at(name, num_seqs), int64_t{offsets[num_seqs]},
+         "must be at most the tensor's rows, " + std::to_string(total));
   }
 }
 
@@ -174,7 +182,8 @@ void check_lengths(const Params &p) {
     if (p.seqused_q != nullptr) {
       const int64_t rows = is_varlen_q(p) ? int64_t{p.cu_seqlens_q[b + 1]} - p.cu_seqlens_q[b] : p.max_seqlen_q;
       if (p.seqused_q[b] < 0 || p.seqused_q[b] > rows) {
-        fail(check::at("seqused_q", b), int64_t{p.seqused_q[b]}, "must be from 0 to the sequence's rows, " + std::to_string(rows));
+        fail(check::at("seqused_q", b), int64_t{p.seqused_q[b]},
+             "must be from 0 to the sequence's rows, " + std::to_string(rows));
       }
     }
     if (p.causal_per_seq != nullptr && (p.causal_per_seq[b] < 0 || p.causal_per_seq[b] > 1)) {
@@ -195,11 +204,13 @@ void check_lengths(const Params &p) {
       if (is_varlen_k(p)) capacity = p.total_k - p.cu_seqlens_k[b];
       if (is_paged(p)) capacity = p.num_page_slots * p.page_size;
       if (p.seqused_k[b] < 0 || p.seqused_k[b] > capacity) {
-        fail(check::at("seqused_k", b), int64_t{p.seqused_k[b]}, "must be from 0 to the keys there is room for, " + std::to_string(capacity));
+        fail(check::at("seqused_k", b), int64_t{p.seqused_k[b]},
+             "must be from 0 to the keys there is room for, " + std::to_string(capacity));
       }
     }
     if (is_paged(p)) {
-      check::pages_in_use(p.page_table, p.page_table_stride, b, s.k_row, s.k_row + s.seqlen_k, p.page_size, p.num_pages);
+      check::pages_in_use(p.page_table, p.page_table_stride, b, s.k_row, s.k_row + s.seqlen_k, p.page_size,
+                          p.num_pages);
     }
   }
 }

@@ -34,7 +34,8 @@ void check_rotary(const AppendParams &p) {
     fail("rotary_dim", p.rotary_dim, "must be even and from 2 to head_dim = " + std::to_string(p.head_dim));
   }
   if (p.k_new.dtype == FLASHSPARK_FLOAT8_E4M3) {
-    fail("k_new.dtype", std::string("float8_e4m3"), "rotary embedding takes 16- or 32-bit rows", FLASHSPARK_INVALID_TYPE);
+    fail("k_new.dtype", std::string("float8_e4m3"), "rotary embedding takes 16- or 32-bit rows",
+         FLASHSPARK_INVALID_TYPE);
   }
 }
 
@@ -47,8 +48,8 @@ void check_lengths(const AppendParams &p) {
       rows = int64_t{p.cu_seqlens_new[b + 1]} - p.cu_seqlens_new[b];
       if (p.cu_seqlens_new[0] < 0 || rows < 0 || rows > p.seqlen_new || p.cu_seqlens_new[b + 1] > p.total_new) {
         fail(check::at("cu_seqlens_new", b + 1), int64_t{p.cu_seqlens_new[b + 1]},
-             "must rise by 0 to seqlen_new = " + std::to_string(p.seqlen_new) + " and stay within total_new = " +
-                 std::to_string(p.total_new));
+             "must rise by 0 to seqlen_new = " + std::to_string(p.seqlen_new) +
+                 " and stay within total_new = " + std::to_string(p.total_new));
       }
     }
     if (rows == 0) continue;

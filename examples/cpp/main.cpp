@@ -48,7 +48,8 @@ std::vector<double> one_row(const std::vector<float> &q, const std::vector<float
 
 int main() {
   std::mt19937 rng(1);
-  const std::vector<float> q = random_tensor(rng, kHeadsQ), k = random_tensor(rng, kHeadsKv), v = random_tensor(rng, kHeadsKv);
+  const std::vector<float> q = random_tensor(rng, kHeadsQ), k = random_tensor(rng, kHeadsKv),
+                           v = random_tensor(rng, kHeadsKv);
   std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
 
   flashspark::Attention attention;

@@ -45,7 +45,7 @@ typedef enum flashspark_status {
   FLASHSPARK_OK = 0,
   FLASHSPARK_INVALID_ARGUMENT = 1, /* a field breaks its rule; nothing was computed or written */
   FLASHSPARK_INVALID_TYPE = 2,     /* a dtype breaks its rule; nothing was computed or written */
-  FLASHSPARK_UNSUPPORTED = 3,      /* legal, but no implementation here offers it; the error lists what each one lacks */
+  FLASHSPARK_UNSUPPORTED = 3, /* legal, but no implementation here offers it; the error lists what each one lacks */
   FLASHSPARK_VERSION_MISMATCH = 4, /* struct_size or abi_version is not this library's */
   FLASHSPARK_OUT_OF_MEMORY = 5,
   FLASHSPARK_DEVICE_ERROR = 6, /* the device or its driver reported an error */
@@ -125,18 +125,18 @@ typedef struct flashspark_attention_params {
   flashspark_tensor out; /* dense (B, Tq, Hq, Dv) or varlen (total_q, Hq, Dv) */
 
   /* Lengths and pages: contiguous int32 on the device. NULL where absent. */
-  const int32_t *cu_seqlens_q;   /* (B + 1) row offsets into q and out; NULL: q is dense */
-  const int32_t *cu_seqlens_k;   /* (B + 1) row offsets into k and v; not with page_table */
-  const int32_t *seqused_q;      /* (B) query rows in use; the rest of the sequence's rows are left untouched */
-  const int32_t *seqused_k;      /* (B) keys in use */
-  const int32_t *leftpad_k;      /* (B) keys to skip at the start of a dense or paged sequence; they count in seqused_k */
+  const int32_t *cu_seqlens_q; /* (B + 1) row offsets into q and out; NULL: q is dense */
+  const int32_t *cu_seqlens_k; /* (B + 1) row offsets into k and v; not with page_table */
+  const int32_t *seqused_q;    /* (B) query rows in use; the rest of the sequence's rows are left untouched */
+  const int32_t *seqused_k;    /* (B) keys in use */
+  const int32_t *leftpad_k;    /* (B) keys to skip at the start of a dense or paged sequence; they count in seqused_k */
   const int32_t *kv_batch_index; /* (B) dense k, v: the batch row that holds this sequence */
   const int32_t *page_table;     /* (B, num_page_slots) page numbers; entries past a sequence's end are never read */
   int64_t page_table_stride;     /* elements from row to row, >= num_page_slots */
 
   /* Scores. */
-  float softmax_scale; /* finite, >= 0 */
-  float softcap;       /* 0: off */
+  float softmax_scale;                              /* finite, >= 0 */
+  float softcap;                                    /* 0: off */
   flashspark_scale q_descale, k_descale, v_descale; /* (B, Hkv); only read for e4m3 tensors */
   const float *output_scale;                        /* 1 element; only for e4m3 out: out is divided by it. NULL: 1 */
   const void *sinks;                                /* (Hq) logits that only enter the denominator. NULL: none */
@@ -156,10 +156,11 @@ typedef struct flashspark_attention_params {
   const int32_t *causal_per_seq; /* (B), 1: causal; replaces `causal` when given */
   int64_t window_left;           /* inclusive, counted from pos; -1: open */
   int64_t window_right;          /* inclusive; -1: open */
-  const int32_t *prefix_ranges;  /* inclusive [start, end] on the key axis: keep also every j in a range that holds pos */
-  int64_t num_prefix_ranges;     /* slots a sequence (FLASHSPARK_PREFIX_PER_SEQ) */
-  int32_t prefix_clamp_window;   /* 1: a range keeps only keys with pos - j <= window_left */
-  int32_t rswa_window;           /* > 0: keep j when j <= pos and (j < rswa_prefix_lens[b] or pos - j < rswa_window) */
+  const int32_t
+      *prefix_ranges;          /* inclusive [start, end] on the key axis: keep also every j in a range that holds pos */
+  int64_t num_prefix_ranges;   /* slots a sequence (FLASHSPARK_PREFIX_PER_SEQ) */
+  int32_t prefix_clamp_window; /* 1: a range keeps only keys with pos - j <= window_left */
+  int32_t rswa_window;         /* > 0: keep j when j <= pos and (j < rswa_prefix_lens[b] or pos - j < rswa_window) */
   const int32_t *rswa_prefix_lens; /* (B) */
 
   /* Results beside out. */
@@ -209,8 +210,8 @@ typedef struct flashspark_append_params {
   int32_t rotary_dtype;                /* f32, f16, bf16 */
   int32_t rotary_interleaved;          /* 1: pairs (0, 1), (2, 3) ..; 0: pairs (0, r/2), (1, r/2 + 1) .. */
   int64_t seqlen_rotary;
-  int64_t rotary_dim;          /* multiple of 2, <= D */
-  int32_t q_rotary_per_token;  /* 1: q row i turns by position seqlens[b] + i; 0: all rows by seqlens[b] */
+  int64_t rotary_dim;         /* multiple of 2, <= D */
+  int32_t q_rotary_per_token; /* 1: q row i turns by position seqlens[b] + i; 0: all rows by seqlens[b] */
   int32_t reserved0;
 } flashspark_append_params;
 

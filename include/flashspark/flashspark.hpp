@@ -70,8 +70,8 @@ Tensor strided(T *data, int64_t batch, int64_t tokens, int64_t heads, int64_t wi
   return {{pointer, batch_stride, token_stride, head_stride, dtype_of<T>(), 0}, batch, tokens, heads, width};
 }
 
-// A forward problem: tensors here, everything else straight in `params` (see flashspark.h). forward() and explain() copy
-// the tensors' extents into params first: dense by default, varlen with cu_seqlens_q / cu_seqlens_k, paged with
+// A forward problem: tensors here, everything else straight in `params` (see flashspark.h). forward() and explain()
+// copy the tensors' extents into params first: dense by default, varlen with cu_seqlens_q / cu_seqlens_k, paged with
 // page_table (also set num_page_slots and page_table_stride).
 class Attention {
  public:

@@ -190,7 +190,7 @@ TEST(Lists, NamesAreUniqueAndGroupsArePrefixes) {
 TEST(Lists, CountsCausalPairsExactly) {
   const Problem problem(three_guide_checks()[0]);
   EXPECT_EQ(problem.num_pairs(), 1024 * 1025 / 2);
-  EXPECT_EQ(problem.flops(), 2.0 * 16 * (1024 * 1025 / 2) * 256);
+  EXPECT_EQ(problem.flops(), 2.0 * 16 * (1024 * 1025 / 2.0) * 256);
   EXPECT_EQ(problem.bytes(), 4.0 * 1024 * 16 * 128 * 2);
 }
 

@@ -65,8 +65,9 @@ float load(int32_t dtype, const void *base, int64_t index) {
       return std::bit_cast<float>(static_cast<uint32_t>(static_cast<const uint16_t *>(base)[index]) << 16);
     case FLASHSPARK_FLOAT8_E4M3:
       return decode(kE4m3, static_cast<const uint8_t *>(base)[index]);
+    default:
+      return NAN;
   }
-  return NAN;
 }
 
 void store(int32_t dtype, void *base, int64_t index, float value) {
@@ -83,6 +84,8 @@ void store(int32_t dtype, void *base, int64_t index, float value) {
     case FLASHSPARK_FLOAT8_E4M3:
       static_cast<uint8_t *>(base)[index] = static_cast<uint8_t>(encode(kE4m3, value));
       break;
+    default:
+      break;
   }
 }
 
@@ -96,8 +99,9 @@ const char *dtype_name(int32_t dtype) {
       return "bf16";
     case FLASHSPARK_FLOAT8_E4M3:
       return "e4m3";
+    default:
+      return "none";
   }
-  return "none";
 }
 
 }  // namespace flashspark::cases

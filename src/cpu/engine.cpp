@@ -22,7 +22,9 @@ constexpr int64_t kMinSplitKeys = 256;
 // Below this many multiply-adds (some 10 us on one core) waking another thread costs more than it does.
 constexpr int64_t kSerialWork = 400'000;
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t round_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
 
 struct FreeDeleter {
   void operator()(void *pointer) const { std::free(pointer); }
@@ -140,8 +142,8 @@ void cut_into_pieces(const Params &p, Plan &plan) {
   }
 }
 
-// num_splits = 0: a tile larger than its fair share is cut until the threads can share it. deterministic: a row's result
-// must not depend on its neighbours or the threads, so only an explicit number cuts.
+// num_splits = 0: a tile larger than its fair share is cut until the threads can share it. deterministic: a row's
+// result must not depend on its neighbours or the threads, so only an explicit number cuts.
 void choose_splits(const Params &p, Plan &plan, int32_t threads) {
   int64_t total = 0;
   for (const Piece &piece : plan.pieces) total += piece.cost();
@@ -151,7 +153,7 @@ void choose_splits(const Params &p, Plan &plan, int32_t threads) {
     const int64_t most = std::max<int64_t>(1, piece.keys / kMinSplitKeys);
     if (p.num_splits > 0) {
       piece.splits = static_cast<int32_t>(std::clamp<int64_t>(piece.keys, 1, p.num_splits));
-    } else if (!p.deterministic && threads > 1 && plan.pieces.size() < static_cast<size_t>(4 * threads)) {
+    } else if (!p.deterministic && threads > 1 && plan.pieces.size() < 4 * static_cast<size_t>(threads)) {
       piece.splits = static_cast<int32_t>(std::clamp<int64_t>((piece.cost() + fair - 1) / fair, 1, most));
     }
     if (piece.splits == 1) continue;
@@ -166,13 +168,17 @@ void choose_splits(const Params &p, Plan &plan, int32_t threads) {
 // Longest first, so that the last jobs to end are short ones.
 void order_jobs(Plan &plan) {
   for (size_t n = 0; n < plan.pieces.size(); ++n) {
-    for (int32_t split = 0; split < plan.pieces[n].splits; ++split) plan.jobs.push_back({static_cast<int64_t>(n), split});
+    for (int32_t split = 0; split < plan.pieces[n].splits; ++split)
+      plan.jobs.push_back({static_cast<int64_t>(n), split});
   }
   const auto cost = [&](const Job &job) {
     const Piece &piece = plan.pieces[job.piece];
     return piece.cost() / piece.splits;
   };
-  std::stable_sort(plan.jobs.begin(), plan.jobs.end(), [&](const Job &a, const Job &b) { return cost(a) > cost(b); });
+  std::sort(plan.jobs.begin(), plan.jobs.end(), [&](const Job &a, const Job &b) {
+    const int64_t first = cost(a), second = cost(b);
+    return first != second ? first > second : a.piece != b.piece ? a.piece < b.piece : a.split < b.split;
+  });
 }
 
 void run_job(const Params &p, Plan &plan, const Job &job) {
@@ -247,7 +253,9 @@ void merge_piece(const Params &p, const Plan &plan, const Piece &piece) {
 
 }  // namespace
 
-const char *engine_target() { return kernels().target; }
+const char *engine_target() {
+  return kernels().target;
+}
 
 int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows) {
   if (packed_rows <= kStreamRows) return static_cast<int32_t>(packed_rows);
@@ -261,11 +269,13 @@ int32_t tile_heads(const Params &p, int32_t rows) {
   if (rows > kStreamRows) return 1;
   // Only heads that follow each other within a token gain; packed caches hold V's row between two of K's.
   const auto side_by_side = [](const flashspark_tensor &t, int64_t width) {
-    return t.head_stride >= width && t.head_stride <= 2 * width && t.head_stride < std::abs(t.token_stride);
+    return t.head_stride >= width && t.head_stride <= 2 * width &&
+           (t.token_stride > t.head_stride || t.token_stride < -t.head_stride);
   };
   if (!side_by_side(p.k, p.head_dim) || !side_by_side(p.v, p.head_dim_v)) return 1;
   const int64_t bytes = std::max(p.head_dim, p.head_dim_v) * static_cast<int64_t>(dtype_size(p.k.dtype));
-  return static_cast<int32_t>(std::clamp<int64_t>(kStreamBytes / bytes, 1, std::min<int64_t>(kMaxStreamHeads, p.num_heads_kv)));
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(kStreamBytes / bytes, 1, std::min<int64_t>(kMaxStreamHeads, p.num_heads_kv)));
 }
 
 size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows, int32_t num_heads) {

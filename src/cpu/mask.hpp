@@ -1,6 +1,6 @@
 // Every mask of the problem as intervals of keys. A query row keeps at most two of them: what causality and the window
-// leave, and one more that a prefix range or R-SWA adds. (Several ranges that hold the same query overlap at that query,
-// so their union is one interval.)
+// leave, and one more that a prefix range or R-SWA adds. (Several ranges that hold the same query overlap at that
+// query, so their union is one interval.)
 #pragma once
 
 #include "problem.hpp"

@@ -1,5 +1,5 @@
-// The kernel for many rows (prefill): each block of K and V is widened into panels once, then two register-blocked matrix
-// products run over them, six rows by one panel at a time, with the softmax between.
+// The kernel for many rows (prefill): each block of K and V is widened into panels once, then two register-blocked
+// matrix products run over them, six rows by one panel at a time, with the softmax between.
 #if defined(FLASHSPARK_CPU_PACKED_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_PACKED_INL_HPP_
 #undef FLASHSPARK_CPU_PACKED_INL_HPP_
@@ -16,8 +16,8 @@ using DN = hn::ScalableTag<float>;
 using VN = hn::Vec<DN>;
 constexpr int kLanes = HWY_MAX_BYTES / sizeof(float);
 
-// A panel is as wide as lets 6 rows x panel accumulators, a row of the panel and one broadcast fill the registers: 16 on
-// AVX2 (15 of 16 registers) and NEON (29 of 32), 32 on AVX-512.
+// A panel is as wide as lets 6 rows x panel accumulators, a row of the panel and one broadcast fill the registers: 16
+// on AVX2 (15 of 16 registers) and NEON (29 of 32), 32 on AVX-512.
 constexpr int kPanelVecs = kLanes >= 8 ? 2 : 4;
 constexpr int kPanel = kPanelVecs * kLanes;
 static_assert(kPackedKeys % kPanel == 0 && kPackedPad % kPanel == 0);
@@ -29,16 +29,18 @@ HWY_INLINE void transpose_four(const typename Type::Element *const rows[4], int6
   const hn::Repartition<uint64_t, decltype(d)> d64;
   const auto a = widen(d, Type{}, rows[0] + at), b = widen(d, Type{}, rows[1] + at);
   const auto c = widen(d, Type{}, rows[2] + at), e = widen(d, Type{}, rows[3] + at);
-  const auto ab_low = hn::BitCast(d64, hn::InterleaveLower(d, a, b)), ab_high = hn::BitCast(d64, hn::InterleaveUpper(d, a, b));
-  const auto ce_low = hn::BitCast(d64, hn::InterleaveLower(d, c, e)), ce_high = hn::BitCast(d64, hn::InterleaveUpper(d, c, e));
+  const auto ab_low = hn::BitCast(d64, hn::InterleaveLower(d, a, b)),
+             ab_high = hn::BitCast(d64, hn::InterleaveUpper(d, a, b));
+  const auto ce_low = hn::BitCast(d64, hn::InterleaveLower(d, c, e)),
+             ce_high = hn::BitCast(d64, hn::InterleaveUpper(d, c, e));
   hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, ab_low, ce_low)), d, to);
   hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, ab_low, ce_low)), d, to + kPanel);
   hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, ab_high, ce_high)), d, to + 2 * kPanel);
   hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, ab_high, ce_high)), d, to + 3 * kPanel);
 }
 
-// panels[key / kPanel][head_dim][kPanel] = keys, transposed. Keys past `count` up to the panel's end repeat the last one:
-// their scores are never used. `keys` has room for them.
+// panels[key / kPanel][head_dim][kPanel] = keys, transposed. Keys past `count` up to the panel's end repeat the last
+// one: their scores are never used. `keys` has room for them.
 template <class Type>
 HWY_ATTR void pack_keys(int64_t head_dim, int64_t count, const char **keys, float *panels) {
   using Element = typename Type::Element;
@@ -89,8 +91,8 @@ inline HWY_ATTR void pack_block(const Tile &t, int64_t count, const char **keys,
 
 // c[6][kPanel] (+)= a[6][depth] * b[depth][kPanel]. The one inner loop of the engine.
 template <bool kAccumulate>
-HWY_NOINLINE HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b, int64_t depth,
-                       float *HWY_RESTRICT c, int64_t c_stride) {
+HWY_NOINLINE HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b,
+                                    int64_t depth, float *HWY_RESTRICT c, int64_t c_stride) {
   const DN d;
   VN acc[kRowGroup][kPanelVecs];
   HWY_UNROLL(kRowGroup)

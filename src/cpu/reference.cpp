@@ -1,5 +1,5 @@
-// The oracle. It reads like the formula in flashspark.h and shares no arithmetic with the engine or the kernels, so that
-// an error cannot hide in both. Rows run in parallel; each row is computed by one thread in a fixed order.
+// The oracle. It reads like the formula in flashspark.h and shares no arithmetic with the engine or the kernels, so
+// that an error cannot hide in both. Rows run in parallel; each row is computed by one thread in a fixed order.
 #include "cpu/reference.hpp"
 
 #include <cmath>

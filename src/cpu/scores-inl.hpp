@@ -149,7 +149,10 @@ struct BlockCursor {
   }
   HWY_ATTR void next() {
     key += count;
-    if (key >= t->spans[span].end && ++span < t->num_spans) key = t->spans[span].begin;
+    if (key >= t->spans[span].end) {
+      ++span;
+      if (span < t->num_spans) key = t->spans[span].begin;
+    }
     clip();
   }
 
@@ -166,7 +169,7 @@ struct BlockCursor {
 inline HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tensor, const BlockCursor &block,
                                    const char **to) {
   const Params &p = *t.p;
-  const int64_t size = static_cast<int64_t>(dtype_size(tensor.dtype)), stride = tensor.token_stride * size;
+  const int64_t size = static_cast<int64_t>(dtype_size(tensor.dtype));
   for (int64_t n = 0; n < block.count;) {
     const int64_t key = block.key + n;
     int64_t run = block.count - n;
@@ -175,13 +178,15 @@ inline HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tenso
       if (left < run) run = left;
     }
     const char *row = static_cast<const char *>(tensor.data) + kv_offset(p, tensor, t.s, key, t.h_kv) * size;
-    for (int64_t m = 0; m < run; ++m, row += stride) to[n + m] = row;
+    // Multiplied by 0 only, the stride of a single row may be any number at all.
+    for (int64_t m = 0; m < run; ++m) to[n + m] = row + m * tensor.token_stride * size;
     n += run;
   }
 }
 
-// Brings the K and V rows of the next block into the cache a few lines at a time while this block is worked on: the pages
-// of a sequence lie anywhere, which no hardware prefetcher follows, and a burst would stall the loads that compute.
+// Brings the K and V rows of the next block into the cache a few lines at a time while this block is worked on: the
+// pages of a sequence lie anywhere, which no hardware prefetcher follows, and a burst would stall the loads that
+// compute.
 class Prefetcher {
  public:
   // The first head's rows of a block; `calls` is how often advance() will be called while they are wanted.
@@ -202,7 +207,9 @@ class Prefetcher {
       __builtin_prefetch(rows_[which_][row_] + 64 * line_);
       if (++line_ < lines_[which_]) continue;
       line_ = 0;
-      if ((which_ ^= 1) == 0 && ++row_ >= count_) return;  // a key's K row, then its V row
+      which_ ^= 1;  // a key's K row, then its V row
+      if (which_ == 0) ++row_;
+      if (row_ >= count_) return;
     }
   }
 

@@ -1,7 +1,7 @@
 // The kernel for few rows (decode, draft verification): K and V are read once, in place, widened in registers.
 //
-// Rows go four at a time. Scores of a block are kept as (keys, 4): a vector then holds whole rows of four, and the weight
-// of (key, row) is one broadcast away for PV.
+// Rows go four at a time. Scores of a block are kept as (keys, 4): a vector then holds whole rows of four, and the
+// weight of (key, row) is one broadcast away for PV.
 #if defined(FLASHSPARK_CPU_STREAM_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_STREAM_INL_HPP_
 #undef FLASHSPARK_CPU_STREAM_INL_HPP_
@@ -72,8 +72,7 @@ HWY_ATTR void stream_scores(const float *HWY_RESTRICT q, int64_t head_dim, const
 // o[4][width] += weights[key][4] * values, kVecs vectors of columns from `column` on.
 template <class Type, int kVecs>
 HWY_NOINLINE HWY_ATTR void stream_values(const float *HWY_RESTRICT weights, const char *const *values, int64_t count,
-                                         int64_t column, int64_t width, float *HWY_RESTRICT o,
-                                         Prefetcher &prefetcher) {
+                                         int64_t column, int64_t width, float *HWY_RESTRICT o, Prefetcher &prefetcher) {
   const D8 d;
   const int64_t step = static_cast<int64_t>(hn::Lanes(d));
   float *to[4] = {o + column, o + width + column, o + 2 * width + column, o + 3 * width + column};
@@ -127,7 +126,8 @@ inline HWY_ATTR void stream_softmax(float *scores, int64_t count, float *row_max
     row_max[r] = now;
     row_sum[r] *= alpha;
     const V8 valpha = hn::Set(d, alpha);
-    for (int64_t x = 0; x < width; x += step) hn::StoreU(hn::Mul(hn::LoadU(d, o + r * width + x), valpha), d, o + r * width + x);
+    for (int64_t x = 0; x < width; x += step)
+      hn::StoreU(hn::Mul(hn::LoadU(d, o + r * width + x), valpha), d, o + r * width + x);
   }
   const V8 vbase = hn::LoadDup128(d, base);
   V8 sum = hn::Zero(d);
@@ -196,9 +196,9 @@ HWY_ATTR void run_stream(const Tile &t) {
   const int64_t head_dim = p.head_dim, width = p.head_dim_v, step = static_cast<int64_t>(hn::Lanes(D8()));
   const int groups = (t.rows + 3) / 4, padded = groups * 4;
 
-  float *q = t.scratch;                                 // (num_heads, padded, head_dim)
-  float *o = q + t.num_heads * padded * head_dim;       // (num_heads, padded, width)
-  float *scores = o + t.num_heads * padded * width;     // (groups, kBlockKeys, 4) and a vector of padding
+  float *q = t.scratch;                              // (num_heads, padded, head_dim)
+  float *o = q + t.num_heads * padded * head_dim;    // (num_heads, padded, width)
+  float *scores = o + t.num_heads * padded * width;  // (groups, kBlockKeys, 4) and a vector of padding
   float row_max[kMaxStreamHeads][kStreamRows], row_sum[kMaxStreamHeads][kStreamRows];
   // Rows past the last stay zero, and so do their sums.
   for (int64_t n = 0; n < t.num_heads * padded * (head_dim + width); ++n) q[n] = 0;
@@ -222,7 +222,8 @@ HWY_ATTR void run_stream(const Tile &t) {
 
   // Rows of this block and of the next one, for the first head.
   const char *addresses[2][2][kBlockKeys];
-  const int64_t size = static_cast<int64_t>(sizeof(typename Type::Element)), columns = (width + 3 * step - 1) / (3 * step);
+  const int64_t size = static_cast<int64_t>(sizeof(typename Type::Element)),
+                columns = (width + 3 * step - 1) / (3 * step);
   int side = 0;
   BlockCursor block(t, kBlockKeys);
   key_addresses(t, p.k, block, addresses[0][0]);
@@ -240,7 +241,7 @@ HWY_ATTR void run_stream(const Tile &t) {
     for (int h = 0; h < t.num_heads; ++h) {
       stream_block<Type>(heads[h], key, count, keys, values, q + h * padded * head_dim, o + h * padded * width, scores,
                          row_max[h], row_sum[h], prefetcher);
-      for (int64_t n = 0; n < count; ++n) {
+      for (int64_t n = 0; h + 1 < t.num_heads && n < count; ++n) {
         keys[n] += p.k.head_stride * size;
         values[n] += p.v.head_stride * size;
       }

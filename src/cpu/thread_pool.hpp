@@ -1,5 +1,5 @@
-// A kept pool of threads. Not OpenMP: libgomp and libiomp settings of a host process (torch) must not reach us, nor ours
-// them.
+// A kept pool of threads. Not OpenMP: libgomp and libiomp settings of a host process (torch) must not reach us, nor
+// ours them.
 #pragma once
 
 #include <cstdint>

@@ -11,12 +11,14 @@ namespace flashspark::cpu {
 // Keys in one step of the online softmax of the streaming kernel: a multiple of 3 and of 16 (its steps over keys).
 constexpr int kBlockKeys = 48;
 
-// The streaming kernel takes several KV heads that lie side by side, up to so many bytes of a token: reading every other
-// half kilobyte got 8 GB/s where whole rows got 15. K and V of two blocks of 48 such tokens are 384 KB: they fit in L2.
+// The streaming kernel takes several KV heads that lie side by side, up to so many bytes of a token: reading every
+// other half kilobyte got 8 GB/s where whole rows got 15. K and V of two blocks of 48 such tokens are 384 KB: they fit
+// in L2.
 constexpr int64_t kStreamBytes = 2048;
 constexpr int kMaxStreamHeads = 16;
 
-// The same for the packed kernel. More keys a block mean fewer visits to O; 128 keys x (K + V) x 128 floats take 128 KB.
+// The same for the packed kernel. More keys a block mean fewer visits to O; 128 keys x (K + V) x 128 floats take 128
+// KB.
 constexpr int kPackedKeys = 128;
 
 // Rows that the packed kernel multiplies at once, and the widest panel of any target (AVX-512), to which V's width is
@@ -25,8 +27,8 @@ constexpr int kRowGroup = 6;
 constexpr int kPackedPad = 32;
 constexpr int kMaxTileRows = 192;
 
-// Tiles of at most so many rows stream K and V straight from memory; larger ones copy each block into panels first, which
-// pays once enough rows share the copy.
+// Tiles of at most so many rows stream K and V straight from memory; larger ones copy each block into panels first,
+// which pays once enough rows share the copy.
 constexpr int kStreamRows = 16;
 
 struct Tile {
