@@ -96,7 +96,8 @@ def draw(shown: list[Frame], title: str) -> str:
     font = "13.6px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
     css = [f"text{{font:{font};white-space:pre;fill:{COLOURS['']}}}", ".early{visibility:hidden}", *styles.values()]
     css.append("@media (prefers-reduced-motion:reduce){text{animation:none!important}}")
-    lights = "".join(f'<circle cx="{22 + 20 * i}" cy="17" r="6" fill="{c}"/>' for i, c in enumerate(("#ff5f57", "#febc2e", "#28c840")))
+    colours = ("#ff5f57", "#febc2e", "#28c840")
+    lights = "".join(f'<circle cx="{22 + 20 * i}" cy="17" r="6" fill="{c}"/>' for i, c in enumerate(colours))
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
@@ -111,7 +112,13 @@ def draw(shown: list[Frame], title: str) -> str:
 
 
 def draw_line(
-    row: int, spans: tuple[Span, ...], start: int, end: int, count: int, total: float, styles: dict[tuple[int, int], str]
+    row: int,
+    spans: tuple[Span, ...],
+    start: int,
+    end: int,
+    count: int,
+    total: float,
+    styles: dict[tuple[int, int], str],
 ) -> str:
     """One line of text, visible from frame `start` to frame `end`."""
     classes = []

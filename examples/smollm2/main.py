@@ -49,7 +49,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order in which pages are handed out")
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not run the oracle beside each call")
     parser.add_argument("--expect", action="store_true", help="exit 1 unless the answers are the known ones")
-    parser.add_argument("--dump-activations", type=Path, metavar="FILE", help="write Q, K, V of a layer to .npz, and stop")
+    parser.add_argument(
+        "--dump-activations", type=Path, metavar="FILE", help="write a layer's Q, K, V as .npz and stop"
+    )
     parser.add_argument("--layer", type=int, default=18, help="for --dump-activations (default 18)")
     return parser.parse_args()
 
@@ -117,10 +119,8 @@ def verdict(args: argparse.Namespace, attention: PagedAttention, screen: Screen)
     if not args.check:
         return "checks   off"
     good = ratio <= 1
-    text = (
-        f"checks   {calls:5} attention calls against the oracle: largest error {max(r.worst_error for r in reports):.1e}, "
-        f"{ratio:.2f} of its bound"
-    )
+    error = max(r.worst_error for r in reports)
+    text = f"checks   {calls:5} attention calls against the oracle: largest error {error:.1e}, {ratio:.2f} of its bound"
     return screen.paint(text, "32" if good else "1;31")
 
 

@@ -1,7 +1,8 @@
 """A paged KV cache for several sequences, and attention over it by flashspark.
 
-The cache of one layer is (num_pages, page_size, heads, head_dim). A sequence owns any pages, in any order; its row of the
-page table lists them. Pages are handed out in random order and start as NaN: a wrong page, or a row too many, shows.
+The cache of one layer is (num_pages, page_size, heads, head_dim). A sequence owns any pages, in any order; its row of
+the page table lists them. Pages are handed out in random order and start as NaN: a wrong page, or a row too many,
+shows.
 """
 
 import time
@@ -160,8 +161,8 @@ class PagedAttention:
 def error_bound(expected: np.ndarray, score: np.ndarray, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """How far an output of float32 arithmetic, rounded to `dtype`, may be from the exact one.
 
-    score (T, heads): |q| max |k| / sqrt(D), which no score exceeds. value (T, 1): max |v|. A score is off by a few units
-    of 2^-24 of its size, which moves every weight by that fraction; exponentials and sums add a few units more.
+    score (T, heads): |q| max |k| / sqrt(D), which no score exceeds. value (T, 1): max |v|. A score is off by a few
+    units of 2^-24 of its size, which moves every weight by that fraction; exponentials and sums add a few units more.
     """
     rounding = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype.name]
     weights = (4 * score + 16) * 2.0**-24

