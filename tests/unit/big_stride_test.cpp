@@ -110,6 +110,33 @@ TEST_P(BigStride, PageArithmeticIs64Bit) {
   for (int64_t c = 0; c < kD; ++c) ASSERT_NEAR(out[c], expected.seqs[0].out[c], 1e-5);
 }
 
+// A dimension of one row has a stride that means nothing: arrays come with any number there.
+TEST(OneRow, StridesAreNeverUsed) {
+  std::mt19937_64 rng(3);
+  Problem problem;
+  problem.d = problem.dv = kD;
+  problem.seqs = {random_sequence(rng, problem, 1, 1)};
+  const Sequence &s = problem.seqs[0];
+  for (const char *implementation : {"cpu-reference", "cpu-engine"}) {
+    for (const int64_t wild : {INT64_MAX, INT64_MIN, int64_t{0}, int64_t{-1}}) {
+      std::vector<float> q = s.q, k = s.k, v = s.v, out(kD), lse(1);
+      flashspark_attention_params p;
+      flashspark_attention_params_init(&p);
+      p.implementation = implementation;
+      p.num_seqs = p.num_heads_q = p.num_heads_kv = p.max_seqlen_q = p.max_seqlen_k = 1;
+      p.head_dim = p.head_dim_v = kD;
+      p.q = {q.data(), wild, wild, wild, FLASHSPARK_FLOAT32, 0};
+      p.k = {k.data(), wild, wild, wild, FLASHSPARK_FLOAT32, 0};
+      p.v = {v.data(), wild, wild, wild, FLASHSPARK_FLOAT32, 0};
+      p.out = {out.data(), wild, wild, wild, FLASHSPARK_FLOAT32, 0};
+      p.lse = lse.data();
+      p.lse_batch_stride = p.lse_head_stride = p.lse_token_stride = wild;
+      ASSERT_EQ(flashspark_attention_forward(&p), FLASHSPARK_OK) << flashspark_last_error();
+      EXPECT_EQ(out, s.v) << implementation << ", stride " << wild;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Implementations, BigStride, testing::Values("cpu-reference", "cpu-engine"),
                          [](const auto &info) { return std::string(info.param).substr(4); });
 

