@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -143,6 +144,9 @@ class Problem {
   flashspark_status launch(const char *implementation, int num_threads);
   void poison();
   Result result() const;  // reads out and lse back
+  // Every block of memory that params point into, and the two that are written: a copy on a GPU is made of these.
+  std::vector<std::span<std::byte>> memory();
+  std::vector<std::span<std::byte>> written_memory();
 
   // Element (row i of sequence b, head h, column d). Row 0 of k and v is the first key that is not left padding.
   float get(Role role, int64_t b, int64_t i, int64_t h, int64_t d) const;
@@ -192,17 +196,23 @@ Result reference(Problem &problem);
 
 // How far an implementation may be from the oracle. Stated in compare.cpp, with the reasons.
 struct Bound {
-  double out(double ref) const;  // for one element of out
+  double out(double ref, double magnitude = 0) const;  // for one element of out
   double lse(double ref) const;
   double unit_roundoff = 0;  // of the out dtype
   double smallest_half = 0;  // half the smallest positive number of the out dtype
   double relative = 0;       // error of one probability and of their sum
+  double probability = 0;    // roundoff of probabilities, where they are rounded
   double value_scale = 0;
 };
 Bound error_bound(const Problem &problem, int64_t b, int64_t i, int64_t h);
 
-// `got` of problem.run() against `expected` of reference(problem). Also looks at problem.untouched().
-Comparison compare(const Problem &problem, const Result &got, const Result &expected);
+// sum_j p[i,j] |v[j]| of every element of out, by the oracle: what rounding the probabilities can move, in parts.
+std::vector<float> magnitudes(const Problem &problem);
+
+// `got` of problem.run() against `expected` of reference(problem). Also looks at problem.untouched(). With `magnitudes`
+// the implementation may round probabilities to v's dtype, as tensor cores ask for.
+Comparison compare(const Problem &problem, const Result &got, const Result &expected,
+                   const std::vector<float> *magnitudes = nullptr);
 
 // B = 1, S = 1024, 16 heads, D = 128, causal, bf16; varlen GQA 16/8; a shuffled cache of 16-token pages.
 std::vector<Case> three_guide_checks();

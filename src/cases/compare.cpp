@@ -51,30 +51,40 @@ Result reference(Problem &problem) {
 // a few units and the sums over keys add rounding errors like a random walk: 4e-6 (67 u) with a slow growth in
 // sqrt(keys). A key too many or too few in a row of n moves out by about |v| / n and lse by 1 / n: far outside for n <
 // 10^5.
+//
+// Tensor cores add products in groups and cut the sum off instead of rounding it, which costs several times more.
+constexpr double kTensorCores = 4;
+
+double roundoff(int32_t dtype) {
+  switch (dtype) {
+    case FLASHSPARK_FLOAT16:
+      return 0x1p-11;
+    case FLASHSPARK_BFLOAT16:
+      return 0x1p-8;
+    case FLASHSPARK_FLOAT8_E4M3:
+      return 0x1p-4;
+    default:
+      return 0x1p-24;
+  }
+}
+
 Bound error_bound(const Problem &problem, int64_t b, int64_t i, int64_t h) {
   constexpr double u = 0x1p-24;
   Bound bound;
-  switch (problem.spec().out_dtype) {
-    case FLASHSPARK_FLOAT16:
-      bound.unit_roundoff = 0x1p-11, bound.smallest_half = 0x1p-25;
-      break;
-    case FLASHSPARK_BFLOAT16:
-      bound.unit_roundoff = 0x1p-8, bound.smallest_half = 0x1p-134;
-      break;
-    case FLASHSPARK_FLOAT8_E4M3:
-      bound.unit_roundoff = 0x1p-4, bound.smallest_half = 0x1p-10;
-      break;
-    default:
-      bound.unit_roundoff = u, bound.smallest_half = 0x1p-150;
-  }
+  const int32_t dtype = problem.spec().out_dtype;
+  bound.unit_roundoff = roundoff(dtype);
+  bound.smallest_half = dtype == FLASHSPARK_FLOAT16         ? 0x1p-25
+                        : dtype == FLASHSPARK_BFLOAT16      ? 0x1p-134
+                        : dtype == FLASHSPARK_FLOAT8_E4M3   ? 0x1p-10
+                                                            : 0x1p-150;
   const double keys = static_cast<double>(problem.seqlen_k(b));
   bound.relative = 4e-6 * (1 + std::sqrt(keys) / 64) + 4 * u * problem.score_scale(b, i, h);
   bound.value_scale = problem.value_scale(b, h / (problem.spec().heads_q / problem.spec().heads_kv));
   return bound;
 }
 
-double Bound::out(double ref) const {
-  const double before_rounding = relative * value_scale;
+double Bound::out(double ref, double magnitude) const {
+  const double before_rounding = relative * value_scale + probability * magnitude;
   return unit_roundoff * (std::fabs(ref) + before_rounding) + smallest_half + before_rounding;
 }
 
@@ -82,7 +92,21 @@ double Bound::lse(double ref) const {
   return relative + 0x1p-23 * std::fabs(ref);
 }
 
-Comparison compare(const Problem &problem, const Result &got, const Result &expected) {
+std::vector<float> magnitudes(const Problem &problem) {
+  Problem positive(problem.spec());
+  for (int64_t b = 0; b < problem.params.num_seqs; ++b) {
+    for (int64_t j = 0; j < problem.seqlen_k(b); ++j) {
+      for (int64_t h = 0; h < problem.spec().heads_kv; ++h) {
+        for (int64_t d = 0; d < problem.spec().head_dim_v; ++d)
+          positive.set(Role::kV, b, j, h, d, std::fabs(problem.get(Role::kV, b, j, h, d)));
+      }
+    }
+  }
+  return reference(positive).out;
+}
+
+Comparison compare(const Problem &problem, const Result &got, const Result &expected,
+                   const std::vector<float> *magnitudes) {
   Comparison c;
   c.untouched = problem.untouched();
   c.nonfinite_match = got.status == FLASHSPARK_OK && expected.status == FLASHSPARK_OK &&
@@ -95,7 +119,11 @@ Comparison compare(const Problem &problem, const Result &got, const Result &expe
     for (int64_t i = 0; i < problem.seqlen_q(b); ++i) {
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t row = (problem.row_begin(b) + i) * heads + h;
-        const Bound bound = error_bound(problem, b, i, h);
+        Bound bound = error_bound(problem, b, i, h);
+        if (magnitudes != nullptr) {
+          bound.probability = roundoff(problem.spec().kv_dtype);
+          bound.relative *= kTensorCores;
+        }
         for (int64_t d = 0; d < width; ++d) {
           const double ref = expected.out[row * width + d], x = got.out[row * width + d];
           // The oracle never gives NaN or infinity: if it does, it has read padding.
@@ -103,7 +131,8 @@ Comparison compare(const Problem &problem, const Result &got, const Result &expe
             c.nonfinite_match = false;
             continue;
           }
-          const double error = std::fabs(x - ref), limit = bound.out(ref);
+          const double error = std::fabs(x - ref);
+          const double limit = bound.out(ref, magnitudes != nullptr ? (*magnitudes)[row * width + d] : 0);
           c.max_error = std::max(c.max_error, error);
           squares += error * error;
           if (error / limit > worst) worst = error / limit, c.bound = limit;

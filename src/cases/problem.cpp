@@ -278,6 +278,21 @@ Result Problem::result() const {
   return r;
 }
 
+std::vector<std::span<std::byte>> Problem::memory() {
+  std::vector<std::span<std::byte>> blocks = written_memory();
+  for (const Buffer *buffer : {&q_, &k_, &v_, &sinks_, &rel_}) blocks.emplace_back(buffer->data(), buffer->size());
+  for (std::vector<int32_t> *numbers : {&cu_q_, &cu_k_, &seqused_q_, &seqused_k_, &leftpad_, &batch_index_,
+                                        &page_table_, &causal_, &prefix_, &rswa_prefix_})
+    blocks.push_back(std::as_writable_bytes(std::span(*numbers)));
+  for (std::vector<float> *numbers : {&alibi_, &q_descale_, &k_descale_, &v_descale_, &output_scale_})
+    blocks.push_back(std::as_writable_bytes(std::span(*numbers)));
+  return blocks;
+}
+
+std::vector<std::span<std::byte>> Problem::written_memory() {
+  return {{out_.data(), out_.size()}, {lse_.data(), lse_.size()}};
+}
+
 bool Problem::untouched() const {
   std::vector<unsigned char> out(out_.size()), lse(lse_.size());
   std::memcpy(out.data(), out_.data(), out.size());

@@ -1,0 +1,71 @@
+// What the host hands to the forward kernel and its merge. Plain data, one copy in the constant bank; every pointer
+// lies on the device. Fields mean what the fields of the same name in flashspark.h mean; strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace flashspark {
+
+struct Strides {
+  int64_t batch, token, head;
+};
+
+// n / d for 0 <= n < 2^31 and 1 <= d < 2^31 as a multiplication: (n * multiplier) >> 32 >> shift; multiplier 0 stands
+// for a power of two. Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
+struct Divisor {
+  uint32_t value, multiplier, shift;
+};
+
+enum class PrefixMode : int32_t { none, per_seq, per_token };
+enum class Number : int32_t { float32, float16, bfloat16 };  // of sinks and rel_logits
+
+struct ForwardArguments {
+  const void *q, *k, *v;
+  void *out;
+  float *lse;  // NULL: not wanted
+  Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
+
+  // Shape. A "row" is one (query token, query head of the group): row = token * group + head.
+  int32_t num_seqs, num_heads_kv, head_dim, head_dim_v;
+  int32_t max_seqlen_q, max_seqlen_k;
+  Divisor group;      // query heads a KV head
+  Divisor page_size;  // value 0: not paged
+
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k, *leftpad_k, *kv_batch_index, *page_table;
+  int64_t page_table_stride;
+
+  // Scores.
+  float softmax_scale;  // scores leave the product in natural units times this
+  float softcap;        // 0: off
+  const void *sinks;    // (Hq)
+  Number sinks_number, rel_number;
+  const void *rel_logits;
+  int64_t rel_token_stride, rel_head_stride;
+  int32_t rel_extent;
+  const float *alibi_slopes;
+  int64_t alibi_batch_stride;
+
+  // Mask. Windows are clamped to 2^30, open ones are 2^30.
+  int32_t causal;
+  int32_t window_left, window_right;
+  const int32_t *causal_per_seq;
+  PrefixMode prefix_mode;
+  int32_t prefix_clamp_window;
+  int32_t num_prefix_ranges;
+  const int32_t *prefix_ranges;
+  int32_t rswa_window;  // 0: off
+  const int32_t *rswa_prefix_lens;
+
+  // Work. Block x is (section, tile, unit): `units` (sequence x KV head, or KV head alone with cu_seqlens_q) of a
+  // section share the cache; tiles go from the last rows of a sequence to the first, since those see most keys.
+  int32_t tiles;          // row tiles a unit (bound)
+  int32_t units;          // all units
+  int32_t section_units;  // units a section
+  int32_t num_splits;     // y: pieces of the keys, merged by the merge kernel when > 1
+  // Pieces of a split problem: (num_splits, rows, head_dim_v) and (num_splits, rows) float, where
+  // rows = total query tokens x Hq, row = token_row * Hq + head.
+  float *partial_out, *partial_lse;
+  int64_t partial_rows;
+};
+
+}  // namespace flashspark

@@ -1,0 +1,19 @@
+// One instance a translation unit: -DFLASHSPARK_NAME=d128 -DFLASHSPARK_NUMBER=Bfloat16.
+// -DFLASHSPARK_TILES_SM120F gives every architecture the tiles of sm_120f, to time them on a stand-in.
+#include "forward/forward.cuh"
+
+namespace flashspark {
+
+#if defined(FLASHSPARK_TILES_SM120F) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
+constexpr Architecture kArchitecture = Architecture::sm_120f;
+#else
+constexpr Architecture kArchitecture = Architecture::sm_90;
+#endif
+using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_NUMBER>;
+
+}  // namespace flashspark
+
+FLASHSPARK_KERNEL(flashspark::Kernel::kThreads, flashspark::Kernel::kTile.blocks)
+flashspark_forward(FLASHSPARK_PARAMETER flashspark::ForwardArguments arguments) {
+  flashspark::forward<flashspark::Kernel>(arguments);
+}

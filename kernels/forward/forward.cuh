@@ -1,0 +1,72 @@
+// Forward attention: one block computes a tile of packed query rows (the query heads of one KV head share K and V) over
+// the keys that those rows keep, or over one piece of them (split-KV).
+#pragma once
+
+#include "forward/pipeline.cuh"
+#include "forward/results.cuh"
+
+namespace flashspark {
+
+template <class T>
+FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
+  const Work work = find_work<T::kRows>(a);
+  if (!work.found) return;  // surplus blocks have read no tensor
+  const Keys keys = find_keys(a, work.seq);
+  const Mask mask = find_mask(a, work, keys);
+  const int32_t end_row = min_of(work.first_row + T::kRows, work.end_row);
+  const Hull hull = hull_of<T::kChanged>(a, mask, work.first_row, end_row);
+  const KeyTiles tiles = tiles_of<T::kKeys>(hull);
+  const int32_t piece = ceil_div(tiles.total(), a.num_splits);
+  const int32_t begin = min_of(static_cast<int32_t>(ptx::block_y()) * piece, tiles.total());
+  const int32_t end = min_of(begin + piece, tiles.total());
+  const int32_t first_column = static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV;
+
+  const int32_t warp = ptx::uniform(static_cast<int32_t>(ptx::thread_index() / 32));
+  const int32_t warp_row = work.first_row + warp * T::kWarpRows;
+  const int32_t warp_end = min_of(warp_row + T::kWarpRows, work.end_row);
+  // A warp without rows keeps no key.
+  const Hull warp_hull = warp_row < warp_end ? hull_of<T::kChanged>(a, mask, warp_row, warp_end) : empty_hull();
+  Block<T> block{a,
+                 work,
+                 mask,
+                 make_loader<T>(a, work, keys, hull),
+                 tiles,
+                 begin,
+                 end,
+                 0,
+                 0,
+                 warp_hull,
+                 ptx::shared_memory(),
+                 lane_offsets<T>(),
+                 {},
+                 {},
+                 {},
+                 {}};
+  if constexpr (!T::kChanged) {
+    // Of a plain tile every row keeps every key, and the two tiles behind it, which are copied meanwhile, are whole.
+    const Interval whole = block.loader.whole_tiles();
+    block.plain_begin = max_of(begin, max_of(ceil_div(hull.core[0].begin, T::kKeys), whole.begin) - tiles.begin[0]);
+    block.plain_end = min_of(end - 2, min_of(hull.core[0].end / T::kKeys, whole.end - 2) - tiles.begin[0]);
+  }
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) {
+    if constexpr (T::kChanged) block.rows[n] = changed_row(a, work, mask, lane_row<T>(work, n));
+    block.state.base[n] = minus_infinity();
+  }
+  if (begin < end) {
+    copy_queries<T>(a, work, block.queries());
+    if constexpr (T::kQueriesInRegisters) ptx::cp_async_commit();  // else Q comes with the first K
+    run(block);
+  }
+  finish_rows<T>(block.state);
+  if (a.num_splits > 1) {
+    store_partial<T>(a, work, block.o, block.state, first_column);
+    if (begin < end) ptx::cp_async_wait<0>();
+    return;
+  }
+  ptx::cp_async_wait<0>();
+  ptx::block_barrier();  // all are done with K, V and Q, whose memory the rows pass through
+  store_final<T>(a, work, block.o, block.state, block.shared, first_column);
+}
+
+}  // namespace flashspark

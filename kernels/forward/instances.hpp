@@ -1,0 +1,64 @@
+// instances.def as a table for host and device, and what follows from a tile: threads and shared memory.
+#pragma once
+
+#include <cstdint>
+
+namespace flashspark {
+
+enum class Schedule : uint8_t { single, ring, ahead };
+enum class QueryPlace : uint8_t { shared, registers };
+enum class Kind : uint8_t { wide, few, changed };
+enum class Architecture : uint8_t { sm_80, sm_90, sm_120f };
+
+struct Tile {
+  int32_t warps, warp_rows, keys;
+  Schedule schedule;
+  QueryPlace queries;
+  int32_t blocks;  // resident blocks an SM that the registers must allow
+
+  constexpr int32_t rows() const { return warps * warp_rows; }
+  constexpr int32_t threads() const { return warps * 32; }
+  constexpr int32_t stages() const { return schedule == Schedule::single ? 1 : 2; }
+};
+
+struct Instance {
+  const char *name;
+  int32_t head_dim, head_dim_v;
+  Kind kind;
+  Tile sm_90, sm_120f;
+
+  constexpr const Tile &tile(Architecture arch) const { return arch == Architecture::sm_120f ? sm_120f : sm_90; }
+};
+
+#define FLASHSPARK_TILE(warps, rows, keys, schedule, queries, blocks) \
+  {warps, rows, keys, Schedule::schedule, QueryPlace::queries, blocks}
+#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, kind, tile_90, tile_120f) \
+  {#name, head_dim, head_dim_v, Kind::kind, tile_90, tile_120f},
+inline constexpr Instance kInstances[] = {
+#include "forward/instances.def"
+};
+#undef FLASHSPARK_INSTANCE
+
+enum class InstanceIndex : int32_t {
+#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, kind, tile_90, tile_120f) name,
+#include "forward/instances.def"
+#undef FLASHSPARK_INSTANCE
+};
+#undef FLASHSPARK_TILE
+
+// Shared memory of a block, bytes. Q in registers passes through memory that later holds a stage of K and V: it lies
+// behind the first stage (see tile_memory.cuh).
+constexpr int32_t query_bytes(const Instance &instance, const Tile &tile) {
+  return tile.rows() * instance.head_dim * 2;
+}
+constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile) {
+  return tile.keys * (instance.head_dim + instance.head_dim_v) * 2;
+}
+constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile) {
+  const int32_t stage = stage_bytes(instance, tile), queries = query_bytes(instance, tile);
+  const int32_t ring = stage * tile.stages();
+  if (tile.queries == QueryPlace::shared) return ring + queries;
+  return ring > stage + queries ? ring : stage + queries;
+}
+
+}  // namespace flashspark

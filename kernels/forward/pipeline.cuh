@@ -1,0 +1,216 @@
+// The loop over tiles of keys, in three schedules. All copies are asynchronous and each schedule names what a barrier
+// protects; a copy group that has nothing to copy is still committed, so that counts stay the same on the last tiles.
+#pragma once
+
+#include "forward/products.cuh"
+#include "forward/softmax.cuh"
+#include "forward/tile_memory.cuh"
+
+namespace flashspark {
+
+// What a block keeps through the loop. Tiles are numbered 0, 1, ... in the order of `tiles`.
+template <class T>
+struct Block {
+  using Number = typename T::Number;
+
+  const ForwardArguments &a;
+  const Work &work;
+  const Mask &mask;
+  KeyLoader<T> loader;
+  KeyTiles tiles;
+  int32_t begin, end;  // this split's piece
+  // Tiles [plain_begin, plain_end) need no mask and their copies look at no key: the loops run them without a question.
+  int32_t plain_begin, plain_end;
+  Hull warp_hull;
+  ptx::SharedAddress shared;
+  LaneOffsets lane;
+  LaneRow<T> rows[T::kLaneRows];
+  Queries<T> q;
+  Output<T> o;
+  LaneState<T> state;
+
+  // The first tile takes the first stage: queries on their way to registers lie in the second.
+  FLASHSPARK_DEVICE ptx::SharedAddress stage(int32_t n) const {
+    return shared + (T::kStages == 1 ? 0 : (n - begin) % 2 * T::kStageBytes);
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress queries() const { return shared + T::kQueryOffset; }
+
+  // Pages of tile n are looked up one step before they are used.
+  FLASHSPARK_DEVICE void look_up(int32_t n) {
+    if (n < end) loader.look_up(tiles.at(n));
+  }
+  FLASHSPARK_DEVICE void copy_keys(int32_t n) {
+    if (n < end) loader.template copy<false>(tiles.at(n), stage(n));
+  }
+  FLASHSPARK_DEVICE void copy_values(int32_t n) {
+    if (n < end) loader.template copy<true>(tiles.at(n), stage(n));
+  }
+
+  // Whether any of the warp's rows keeps a key of this tile.
+  FLASHSPARK_DEVICE bool meets(int32_t n) const {
+    const int32_t first = tiles.at(n) * T::kKeys;
+    bool some = first < warp_hull.hull[0].end && first + T::kKeys > warp_hull.hull[0].begin;
+    if constexpr (T::kChanged)
+      some = some || (first < warp_hull.hull[1].end && first + T::kKeys > warp_hull.hull[1].begin);
+    return some;
+  }
+  FLASHSPARK_DEVICE void scores(Scores<T> &s, int32_t n) const { multiply_keys<T>(s, q, queries(), stage(n), lane); }
+  // Softmax of the scores and their product with V; `plain` tiles need no mask.
+  template <bool plain>
+  FLASHSPARK_DEVICE void finish(Scores<T> &s, int32_t n) {
+    const float scale = T::kChanged ? 1.0f : a.softmax_scale;
+    if constexpr (!plain) {
+      const int32_t first = tiles.at(n) * T::kKeys;
+      bool full = first >= warp_hull.core[0].begin && first + T::kKeys <= warp_hull.core[0].end;
+      if constexpr (T::kChanged) {
+        full = full || (first >= warp_hull.core[1].begin && first + T::kKeys <= warp_hull.core[1].end);
+        change_scores<T>(s, rows, a, first);
+      }
+      if (!full) mask_scores<T>(s, rows, a, work, mask, first);
+    }
+    update_maximum<T>(s, o, state, scale);
+    multiply_values<T>(o, s, state, scale, stage(n) + T::kKeyBytes, lane);
+  }
+};
+
+// Where the copies of plain tiles read; they step from tile to tile.
+template <class T>
+struct PlainCopies {
+  const typename T::Number *k, *v;
+
+  FLASHSPARK_DEVICE PlainCopies(const Block<T> &block, int32_t key_tile, int32_t value_tile)
+      : k(block.loader.template from_tile<false>(block.tiles.at(key_tile))),
+        v(block.loader.template from_tile<true>(block.tiles.at(value_tile))) {}
+  FLASHSPARK_DEVICE void keys(const Block<T> &block, int32_t n) {
+    block.loader.template copy_whole<false>(block.tiles.begin[0] + n, k, block.stage(n));
+    k += T::kKeys * block.a.k_strides.token;
+  }
+  FLASHSPARK_DEVICE void values(const Block<T> &block, int32_t n) {
+    block.loader.template copy_whole<true>(block.tiles.begin[0] + n, v, block.stage(n));
+    v += T::kKeys * block.a.v_strides.token;
+  }
+};
+
+// One buffer of K and one of V. Every barrier does two things: the copy awaited before it becomes visible to all, and
+// all are done with the other buffer, which is refilled after it.
+template <class T>
+FLASHSPARK_DEVICE void run_single(Block<T> &block) {
+  block.look_up(block.begin);
+  block.copy_keys(block.begin);
+  ptx::cp_async_commit();
+  block.copy_values(block.begin);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();  // Q and the first K
+  ptx::block_barrier();
+  FLASHSPARK_NO_UNROLL
+  for (int32_t n = block.begin; n < block.end; ++n) {
+    const bool meets = block.meets(n);
+    Scores<T> s;
+    block.look_up(n + 1);
+    if (meets) block.scores(s, n);
+    ptx::cp_async_wait<0>();  // V of this tile
+    ptx::block_barrier();     // ... for all; and all are done with K
+    block.copy_keys(n + 1);
+    ptx::cp_async_commit();
+    if (meets) block.template finish<false>(s, n);
+    ptx::cp_async_wait<0>();  // K of the next tile
+    ptx::block_barrier();     // ... for all; and all are done with V
+    block.copy_values(n + 1);
+    ptx::cp_async_commit();
+  }
+}
+
+// Two buffers of each; one barrier a tile.
+template <class T>
+FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
+  block.look_up(block.begin);
+  block.copy_keys(block.begin);
+  block.copy_values(block.begin);
+  ptx::cp_async_commit();
+  block.look_up(block.begin + 1);
+  if constexpr (T::kQueriesInRegisters) {
+    ptx::cp_async_wait<1>();  // Q
+    ptx::block_barrier();
+    load_queries<T>(block.q, block.queries(), block.lane);
+  }
+  const auto step = [&block](int32_t n) {
+    ptx::cp_async_wait<0>();  // this tile
+    ptx::block_barrier();     // ... for all; and all are done with the tile before (and with Q's passage)
+    block.copy_keys(n + 1);
+    block.copy_values(n + 1);
+    ptx::cp_async_commit();
+    block.look_up(n + 2);
+    if (!block.meets(n)) return;
+    Scores<T> s;
+    block.scores(s, n);
+    block.template finish<false>(s, n);
+  };
+  int32_t n = block.begin;
+  FLASHSPARK_NO_UNROLL
+  while (n < block.end) {
+    if (n < block.plain_begin || n >= block.plain_end) {
+      step(n++);
+      continue;
+    }
+    PlainCopies<T> copies(block, n + 1, n + 1);
+    FLASHSPARK_NO_UNROLL
+    for (; n < block.plain_end; ++n) {
+      ptx::cp_async_wait<0>();  // as in step()
+      ptx::block_barrier();
+      copies.keys(block, n + 1);
+      copies.values(block, n + 1);
+      ptx::cp_async_commit();
+      block.look_up(n + 2);
+      Scores<T> s;
+      block.scores(s, n);
+      block.template finish<true>(s, n);
+    }
+  }
+}
+
+// The ring, with the scores of the next tile computed before the softmax of this one, so that the tensor cores have
+// work while the softmax runs. K runs one tile ahead of V.
+template <class T>
+FLASHSPARK_DEVICE void run_ahead(Block<T> &block) {
+  block.look_up(block.begin);
+  block.copy_keys(block.begin);
+  ptx::cp_async_commit();
+  if constexpr (T::kQueriesInRegisters) {
+    ptx::cp_async_wait<1>();  // Q
+    ptx::block_barrier();
+    load_queries<T>(block.q, block.queries(), block.lane);
+  }
+  ptx::cp_async_wait<0>();  // K of the first tile
+  ptx::block_barrier();     // ... for all; and all are done with Q's passage
+  block.copy_values(block.begin);
+  block.look_up(block.begin + 1);
+  block.copy_keys(block.begin + 1);
+  ptx::cp_async_commit();
+  const auto step = [&block](Scores<T> &s, Scores<T> &next, int32_t n) {
+    ptx::cp_async_wait<0>();   // V of this tile, K of the next
+    ptx::block_barrier();      // ... for all; and all are done with K of this tile and V of the one before
+    block.copy_values(n + 1);  // its pages were looked up for its keys
+    block.look_up(n + 2);
+    block.copy_keys(n + 2);
+    ptx::cp_async_commit();
+    if (n + 1 < block.end) block.scores(next, n + 1);
+    if (block.meets(n)) block.template finish<false>(s, n);
+  };
+  // Two steps a turn, so that scores change their names and not their registers.
+  Scores<T> even, odd;
+  block.scores(even, block.begin);
+  FLASHSPARK_NO_UNROLL
+  for (int32_t n = block.begin; n < block.end; n += 2) {
+    step(even, odd, n);
+    if (n + 1 < block.end) step(odd, even, n + 1);
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void run(Block<T> &block) {
+  if constexpr (T::kSchedule == Schedule::single) run_single(block);
+  if constexpr (T::kSchedule == Schedule::ring) run_ring(block);
+  if constexpr (T::kSchedule == Schedule::ahead) run_ahead(block);
+}
+
+}  // namespace flashspark

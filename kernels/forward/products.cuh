@@ -1,0 +1,98 @@
+// The two products of a tile on the tensor cores: S = Q K^T and O += P V.
+#pragma once
+
+#include "forward/softmax.cuh"
+
+namespace flashspark {
+
+// Where a lane's ldmatrix addresses begin, for each operand. Bytes within a tile.
+struct LaneOffsets {
+  uint32_t query, key, value;
+};
+
+// Q as A (a[0..3]: rows 0-7 | 8-15 of columns 0-7, then of columns 8-15), K as B by columns = rows of K (n8 tile 0:
+// columns 0-7 | 8-15, then n8 tile 1), V as B transposed (keys 0-7 | 8-15 of columns 0-7, then of columns 8-15).
+template <class T>
+FLASHSPARK_DEVICE LaneOffsets lane_offsets() {
+  const uint32_t lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
+  return {T::QueryLayout::offset(warp * T::kWarpRows + lane % 16, lane / 16),
+          T::KeyLayout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2), T::ValueLayout::offset(lane % 16, lane / 16)};
+}
+
+template <class T>
+FLASHSPARK_DEVICE void load_queries(Queries<T> &q, ptx::SharedAddress queries, const LaneOffsets &lane) {
+  FLASHSPARK_UNROLL
+  for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+    FLASHSPARK_UNROLL
+    for (int32_t d = 0; d < T::kDimSteps; ++d)
+      ptx::ldmatrix_x4(q.at[slab][d],
+                       queries + T::QueryLayout::step(lane.query, 2 * d) + slab * 16 * T::QueryLayout::kPitch);
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::SharedAddress queries,
+                                     ptx::SharedAddress keys, const LaneOffsets &lane) {
+  FLASHSPARK_UNROLL
+  for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < T::kKeys / 8; ++n) {
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 4; ++x) s.at[slab][n][x] = 0;
+    }
+  }
+  FLASHSPARK_UNROLL
+  for (int32_t d = 0; d < T::kDimSteps; ++d) {
+    uint32_t a[T::kSlabs][4];
+    FLASHSPARK_UNROLL
+    for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+      if constexpr (T::kQueriesInRegisters) {
+        FLASHSPARK_UNROLL
+        for (int32_t x = 0; x < 4; ++x) a[slab][x] = q.at[slab][d][x];
+      } else {
+        ptx::ldmatrix_x4(a[slab],
+                         queries + T::QueryLayout::step(lane.query, 2 * d) + slab * 16 * T::QueryLayout::kPitch);
+      }
+    }
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < T::kKeySteps; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, keys + T::KeyLayout::step(lane.key, 2 * d) + n * 16 * T::KeyLayout::kPitch);
+      FLASHSPARK_UNROLL
+      for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+        ptx::mma_m16n8k16<typename T::Number>(s.at[slab][2 * n], a[slab], b[0], b[1]);
+        ptx::mma_m16n8k16<typename T::Number>(s.at[slab][2 * n + 1], a[slab], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// O += exp2(S) V. The exponentials of 16 keys are issued between the products of the 16 keys before: they take the
+// units that the tensor cores leave idle.
+template <class T>
+FLASHSPARK_DEVICE void multiply_values(Output<T> &o, const Scores<T> &s, LaneState<T> &state, float scale,
+                                       ptx::SharedAddress values, const LaneOffsets &lane) {
+  using P = Probabilities<T>;
+  P p[2];
+  FLASHSPARK_UNROLL
+  for (int32_t piece = 0; piece < P::kPieces; ++piece) p[0].compute(piece, s, 0, state, scale);
+  FLASHSPARK_UNROLL
+  for (int32_t step = 0; step < T::kKeySteps; ++step) {
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < T::kValueSteps; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, values + T::ValueLayout::step(lane.value, 2 * n) + step * 16 * T::ValueLayout::kPitch);
+      FLASHSPARK_UNROLL
+      for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+        ptx::mma_m16n8k16<typename T::Number>(o.at[slab][2 * n], p[step % 2].at[slab], b[0], b[1]);
+        ptx::mma_m16n8k16<typename T::Number>(o.at[slab][2 * n + 1], p[step % 2].at[slab], b[2], b[3]);
+      }
+      if (step + 1 == T::kKeySteps) continue;
+      FLASHSPARK_UNROLL
+      for (int32_t piece = n * P::kPieces / T::kValueSteps; piece < (n + 1) * P::kPieces / T::kValueSteps; ++piece)
+        p[(step + 1) % 2].compute(piece, s, step + 1, state, scale);
+    }
+  }
+}
+
+}  // namespace flashspark

@@ -1,0 +1,183 @@
+// Scores to probabilities, online (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2. The running maximum
+// moves only when a tile's maximum exceeds it by more than 8: probabilities then reach 2^8 at most, which costs a
+// 16-bit number nothing, and most tiles need no rescaling of O (Dao 2025, FlashAttention-4).
+#pragma once
+
+#include <type_traits>
+
+#include "forward/row_bounds.cuh"
+#include "forward/traits.cuh"
+
+namespace flashspark {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kRescaleAbove = 8.0f;
+
+FLASHSPARK_DEVICE float minus_infinity() {
+  return -__builtin_huge_valf();
+}
+FLASHSPARK_DEVICE float larger(float a, float b) {
+  return __builtin_fmaxf(a, b);
+}
+
+// The rows of which a lane holds scores: its row n is row lane / 4 + 8 * (n % 2) of slab n / 2 of the warp.
+template <class T>
+FLASHSPARK_DEVICE int32_t lane_row(const Work &work, int32_t n) {
+  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32);
+  return work.first_row + warp * T::kWarpRows + n / 2 * 16 + n % 2 * 8 + lane / 4;
+}
+
+// What kind `changed` keeps of such a row. The others find the mask anew for the few tiles that need one: registers are
+// dearer.
+struct ChangedRow {
+  RowMask mask;  // empty for rows past the sequence
+  int32_t pos;
+  float slope;      // ALiBi, units of log2
+  const void *rel;  // bias by distance; NULL: none
+};
+struct NoRow {};
+template <class T>
+using LaneRow = std::conditional_t<T::kChanged, ChangedRow, NoRow>;
+
+template <class T>
+struct LaneState {
+  float base[T::kLaneRows];  // what the probabilities are relative to, units of log2; -inf before the first key
+  float sum[T::kLaneRows];   // of this lane's columns alone, until the end
+};
+
+FLASHSPARK_DEVICE float load_number(const void *from, int64_t n, Number number) {
+  if (number == Number::float32) return static_cast<const float *>(from)[n];
+  if (number == Number::float16) return ptx::widen(static_cast<const ptx::Float16 *>(from)[n]);
+  return ptx::widen(static_cast<const ptx::Bfloat16 *>(from)[n]);
+}
+
+FLASHSPARK_DEVICE ChangedRow changed_row(const ForwardArguments &a, const Work &work, const Mask &mask, int32_t row) {
+  ChangedRow r{};
+  if (row >= work.end_row) return r;
+  const Quotient at = divide(row, a.group);
+  const int64_t head = work.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
+  r.mask = mask_of<true>(a, mask, at.quotient);
+  r.pos = at.quotient + mask.shift;
+  if (a.alibi_slopes != nullptr) r.slope = a.alibi_slopes[work.seq * a.alibi_batch_stride + head] * kLog2E;
+  if (a.rel_logits != nullptr) {
+    const int64_t offset = (mask.token_row + at.quotient) * a.rel_token_stride + head * a.rel_head_stride;
+    r.rel = static_cast<const char *>(a.rel_logits) + offset * (a.rel_number == Number::float32 ? 4 : 2);
+  }
+  return r;
+}
+
+// Scale, softcap and biases, to units of log2.
+template <class T>
+FLASHSPARK_DEVICE void change_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLaneRows], const ForwardArguments &a,
+                                     int32_t first_key) {
+  const int32_t column = static_cast<int32_t>(ptx::thread_index() % 4) * 2;
+  const float cap = a.softcap * kLog2E, inverse_cap = a.softcap > 0 ? 2 * kLog2E / a.softcap : 0;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) {
+    FLASHSPARK_UNROLL
+    for (int32_t c = 0; c < T::kKeys / 4; ++c) {
+      float &x = s.at[n / 2][c / 2][n % 2 * 2 + c % 2];
+      x *= a.softmax_scale;
+      // tanh y = 1 - 2 / (e^2y + 1)
+      x = a.softcap > 0 ? cap - 2 * cap / (ptx::exp2_approx(x * inverse_cap) + 1) : x * kLog2E;
+      const int32_t distance = rows[n].pos - (first_key + c / 2 * 8 + column + c % 2);
+      if (rows[n].rel != nullptr && distance >= 0 && distance < a.rel_extent)
+        x += load_number(rows[n].rel, distance, a.rel_number) * kLog2E;
+      if (a.alibi_slopes != nullptr) x -= rows[n].slope * static_cast<float>(distance < 0 ? -distance : distance);
+    }
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLaneRows], const ForwardArguments &a,
+                                   const Work &work, const Mask &mask, int32_t first_key) {
+  // Relative to the lane's first key, so that every column compares with a constant.
+  const int32_t shift = first_key + static_cast<int32_t>(ptx::thread_index() % 4) * 2;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) {
+    RowMask row;
+    if constexpr (T::kChanged) {
+      row = rows[n].mask;
+    } else {
+      // Rows past the sequence keep what their position says; nobody reads them.
+      row.first = seen(a, mask, divide(lane_row<T>(work, n), a.group).quotient);
+    }
+    const Interval one{row.first.begin - shift, row.first.end - shift};
+    const Interval two{row.second.begin - shift, row.second.end - shift};
+    FLASHSPARK_UNROLL
+    for (int32_t c = 0; c < T::kKeys / 4; ++c) {
+      const int32_t key = c / 2 * 8 + c % 2;
+      bool keep = key >= one.begin && key < one.end;
+      if constexpr (T::kChanged) keep = keep || (key >= two.begin && key < two.end);
+      if (!keep) s.at[n / 2][c / 2][n % 2 * 2 + c % 2] = minus_infinity();
+    }
+  }
+}
+
+// Row n of the lane, reduced over its columns as a tree: a chain of 16 dependent operations would stall.
+template <class T, class F>
+FLASHSPARK_DEVICE float reduce_row(const Scores<T> &s, int32_t n, F &&f) {
+  float part[T::kKeys / 8];
+  FLASHSPARK_UNROLL
+  for (int32_t c = 0; c < T::kKeys / 8; ++c) part[c] = f(s.at[n / 2][c][n % 2 * 2], s.at[n / 2][c][n % 2 * 2 + 1]);
+  FLASHSPARK_UNROLL
+  for (int32_t step = 1; step < T::kKeys / 8; step *= 2) {
+    FLASHSPARK_UNROLL
+    for (int32_t c = 0; c + step < T::kKeys / 8; c += 2 * step) part[c] = f(part[c], part[c + step]);
+  }
+  return part[0];
+}
+
+// Moves the running maxima where this tile asks for it. `scale` turns scores into units of log2 (1 once
+// change_scores() has run).
+template <class T>
+FLASHSPARK_DEVICE void update_maximum(const Scores<T> &s, Output<T> &o, LaneState<T> &state, float scale) {
+  float highest[T::kLaneRows];
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) highest[n] = reduce_row<T>(s, n, larger);
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) highest[n] = larger(highest[n], ptx::shuffle_xor(highest[n], 1));
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) highest[n] = larger(highest[n], ptx::shuffle_xor(highest[n], 2));
+  bool moves = false;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest[n] * scale > state.base[n] + kRescaleAbove;
+  // One branch for all rows of the warp, not one a row.
+  if (!ptx::any(moves)) return;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) {
+    const float base = larger(state.base[n], highest[n] * scale);
+    // -inf - -inf: a row that has seen no key yet has nothing to rescale.
+    const float factor = state.base[n] == base ? 1.0f : ptx::exp2_approx(state.base[n] - base);
+    state.base[n] = base;
+    state.sum[n] *= factor;
+    FLASHSPARK_UNROLL
+    for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
+      o.at[n / 2][c][n % 2 * 2] *= factor;
+      o.at[n / 2][c][n % 2 * 2 + 1] *= factor;
+    }
+  }
+}
+
+// Probabilities of 16 keys, as the A operand of P V: D of one product is A of the next, since the same lane holds the
+// same rows, and two n8 tiles of S make one k16 step. Piece m of kPieces, so that the caller can spread the
+// exponentials between the products of the 16 keys before.
+template <class T>
+struct Probabilities {
+  uint32_t at[T::kSlabs][4];
+  static constexpr int32_t kPieces = T::kSlabs * 4;
+
+  FLASHSPARK_DEVICE void compute(int32_t piece, const Scores<T> &s, int32_t step, LaneState<T> &state, float scale) {
+    const int32_t slab = piece / 4, half = piece % 2, n = 2 * slab + half;
+    const float *x = &s.at[slab][2 * step + piece % 4 / 2][2 * half];
+    // A row that keeps no key has base -inf and only scores of -inf.
+    const float base = state.base[n] == minus_infinity() ? 0.0f : state.base[n];
+    const float low = ptx::exp2_approx(x[0] * scale - base), high = ptx::exp2_approx(x[1] * scale - base);
+    state.sum[n] += low + high;
+    at[slab][piece % 4] = ptx::pack<typename T::Number>(low, high);
+  }
+};
+
+}  // namespace flashspark

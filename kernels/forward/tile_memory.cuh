@@ -1,0 +1,190 @@
+// From global to shared memory: tiles of K and V (contiguous or through a page table), and the queries of a block.
+#pragma once
+
+#include <type_traits>
+
+#include "forward/row_bounds.cuh"
+#include "forward/traits.cuh"
+
+namespace flashspark {
+
+// Copies tiles of K and V. A whole tile (all its keys are read and all columns exist) takes few instructions beside the
+// copies themselves; others take a slow path that looks at every key.
+template <class T>
+struct KeyLoader {
+  using Number = typename T::Number;
+  // Rows of a tile lie on aligned groups of 16, and a page holds a multiple of 16: a thread's rows of one pass share a
+  // page with their group.
+  static constexpr int32_t kGroupRows = 16;
+  static_assert(T::kPassRows % kGroupRows == 0 && T::kKeys % kGroupRows == 0);
+
+  const ForwardArguments &a;
+  const Number *k, *v;   // of this KV head, at this thread's first chunk of its row of tile 0 (or of page row 0)
+  const int32_t *pages;  // NULL: contiguous
+  Interval hull[2];
+  uint32_t place;  // of this thread in a tile of K
+  // Page numbers of the next whole tile: read one tile ahead, since their latency would else stand before every copy.
+  int32_t page[T::kPasses];
+
+  // This thread's row in a pass and its first chunk of 16 bytes.
+  static FLASHSPARK_DEVICE int32_t row() { return static_cast<int32_t>(ptx::thread_index() / T::kRowThreads); }
+  static FLASHSPARK_DEVICE int32_t chunk() { return static_cast<int32_t>(ptx::thread_index() % T::kRowThreads); }
+  // Columns of K or V that this block reads.
+  template <bool values>
+  FLASHSPARK_DEVICE int32_t columns() const {
+    return values ? a.head_dim_v - static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV : a.head_dim;
+  }
+
+  FLASHSPARK_DEVICE bool reads(int32_t key) const {
+    const bool in_first = key >= hull[0].begin && key < hull[0].end;
+    if constexpr (T::kChanged) return in_first || (key >= hull[1].begin && key < hull[1].end);
+    return in_first;
+  }
+  FLASHSPARK_DEVICE bool reads_all(int32_t tile) const {
+    const int32_t begin = tile * T::kKeys, end = begin + T::kKeys;
+    const bool in_first = begin >= hull[0].begin && end <= hull[0].end;
+    if constexpr (T::kChanged) return in_first || (begin >= hull[1].begin && end <= hull[1].end);
+    return in_first;
+  }
+
+  FLASHSPARK_DEVICE int32_t group(int32_t tile, int32_t pass) const {
+    return tile * T::kKeys + pass * T::kPassRows + (T::kPassRows > kGroupRows ? row() / kGroupRows * kGroupRows : 0);
+  }
+  FLASHSPARK_DEVICE void look_up(int32_t tile) {
+    if (pages == nullptr || !reads_all(tile)) return;
+    FLASHSPARK_UNROLL
+    for (int32_t pass = 0; pass < T::kPasses; ++pass)
+      page[pass] = pages[divide(group(tile, pass), a.page_size).quotient];
+  }
+
+  // Tiles [begin, end) are whole: all their keys are read and all columns exist.
+  FLASHSPARK_DEVICE Interval whole_tiles() const {
+    if (columns<false>() < T::kHeadDim || columns<true>() < T::kHeadDimV) return {0, 0};
+    return {ceil_div(hull[0].begin, T::kKeys), hull[0].end / T::kKeys};
+  }
+
+  // Copies a tile; if it is whole, its pages were looked up last.
+  template <bool values>
+  FLASHSPARK_DEVICE void copy(int32_t tile, ptx::SharedAddress stage) const {
+    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
+    if (!reads_all(tile) || columns<values>() < Layout::kChunks * 8) {
+      copy_checked<values>(tile, target<values>(stage));
+    } else {
+      copy_whole<values>(tile, from_tile<values>(tile), stage);
+    }
+  }
+  // A whole tile; `from` is from_tile(tile), which a loop may step by kKeys * token itself.
+  template <bool values>
+  FLASHSPARK_DEVICE void copy_whole(int32_t tile, const Number *from, ptx::SharedAddress stage) const {
+    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
+    const Strides &strides = values ? a.v_strides : a.k_strides;
+    const ptx::SharedAddress to = target<values>(stage);
+    if (pages != nullptr) {
+      FLASHSPARK_UNROLL
+      for (int32_t pass = 0; pass < T::kPasses; ++pass) {
+        const int32_t slot = divide(group(tile, pass), a.page_size).remainder;
+        copy_row<Layout>(to, pass, (values ? v : k) + (page[pass] * strides.batch + slot * strides.token));
+      }
+    } else {
+      FLASHSPARK_UNROLL
+      for (int32_t pass = 0; pass < T::kPasses; ++pass, from += T::kPassRows * strides.token)
+        copy_row<Layout>(to, pass, from);
+    }
+  }
+  template <bool values>
+  FLASHSPARK_DEVICE const Number *from_tile(int32_t tile) const {
+    return (values ? v : k) + tile * (T::kKeys * (values ? a.v_strides.token : a.k_strides.token));
+  }
+
+ private:
+  // K and V of one width lie alike.
+  template <bool values>
+  FLASHSPARK_DEVICE ptx::SharedAddress target(ptx::SharedAddress stage) const {
+    if constexpr (!values) return stage + place;
+    if constexpr (T::kHeadDim == T::kHeadDimV) return stage + T::kKeyBytes + place;
+    return stage + T::kKeyBytes + T::ValueLayout::offset(row(), chunk());
+  }
+
+  template <class Layout>
+  static FLASHSPARK_DEVICE void copy_row(ptx::SharedAddress to, int32_t pass, const Number *from) {
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < Layout::kChunks / T::kRowThreads; ++n)
+      ptx::cp_async_16(to + pass * T::kPassRows * Layout::kPitch + n * T::kRowThreads * 16,
+                       from + n * T::kRowThreads * 8);
+  }
+
+  // Keys outside the hulls, and columns past the head, become 0: a probability of 0 times garbage might be NaN.
+  template <bool values>
+  FLASHSPARK_DEVICE void copy_checked(int32_t tile, ptx::SharedAddress to) const {
+    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
+    const Strides &strides = values ? a.v_strides : a.k_strides;
+    const Number *base = values ? v : k;
+    FLASHSPARK_NO_UNROLL
+    for (int32_t pass = 0; pass < T::kPasses; ++pass, to += T::kPassRows * Layout::kPitch) {
+      const int32_t first = tile * T::kKeys + pass * T::kPassRows;
+      const bool reads_key = reads(first + row());
+      const Number *from = base;
+      if (reads_key && pages != nullptr) {
+        const Quotient at = divide(group(tile, pass), a.page_size);
+        from += pages[at.quotient] * strides.batch + at.remainder * strides.token;
+      } else if (reads_key) {
+        from += first * strides.token;
+      }
+      FLASHSPARK_UNROLL
+      for (int32_t n = 0; n < Layout::kChunks / T::kRowThreads; ++n) {
+        const bool valid = reads_key && (chunk() + n * T::kRowThreads) * 8 < columns<values>();
+        ptx::cp_async_16_or_zero(to + n * T::kRowThreads * 16, valid ? from + n * T::kRowThreads * 8 : base, valid);
+      }
+    }
+  }
+};
+
+template <class T>
+FLASHSPARK_DEVICE KeyLoader<T> make_loader(const ForwardArguments &a, const Work &work, const Keys &keys,
+                                           const Hull &hull) {
+  const int32_t row = KeyLoader<T>::row(), chunk = KeyLoader<T>::chunk();
+  const int32_t first_column = static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV;
+  KeyLoader<T> loader{
+      a,
+      static_cast<const typename T::Number *>(a.k) + work.head_kv * a.k_strides.head + chunk * 8,
+      static_cast<const typename T::Number *>(a.v) + work.head_kv * a.v_strides.head + first_column + chunk * 8,
+      keys.pages,
+      {hull.hull[0], hull.hull[1]},
+      T::KeyLayout::offset(row, chunk),
+      {}};
+  if (keys.pages != nullptr) {
+    loader.k += row % KeyLoader<T>::kGroupRows * a.k_strides.token;
+    loader.v += row % KeyLoader<T>::kGroupRows * a.v_strides.token;
+  } else {
+    const int64_t batch = a.cu_seqlens_k != nullptr ? 0 : keys.batch;
+    loader.k += batch * a.k_strides.batch + (keys.row + row) * a.k_strides.token;
+    loader.v += batch * a.v_strides.batch + (keys.row + row) * a.v_strides.token;
+  }
+  return loader;
+}
+
+// Copies the block's queries; rows past the sequence and columns past the head become 0.
+template <class T>
+FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const Work &work, ptx::SharedAddress to) {
+  const int32_t thread = static_cast<int32_t>(ptx::thread_index());
+  const int32_t row = thread / T::kRowThreads, chunk = thread % T::kRowThreads;
+  const auto *q = static_cast<const typename T::Number *>(a.q);
+  if (a.cu_seqlens_q == nullptr) q += work.seq * a.q_strides.batch;
+  FLASHSPARK_UNROLL
+  for (int32_t pass = 0; pass < T::kRows / T::kPassRows; ++pass) {
+    const int32_t tile_row = pass * T::kPassRows + row;
+    const bool in_use = work.first_row + tile_row < work.end_row;
+    const Quotient at = divide(in_use ? work.first_row + tile_row : 0, a.group);
+    const int64_t head = work.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
+    const auto *from = q + (work.q_row + at.quotient) * a.q_strides.token + head * a.q_strides.head + chunk * 8;
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < T::QueryLayout::kChunks / T::kRowThreads; ++n) {
+      const bool valid = in_use && (chunk + n * T::kRowThreads) * 8 < a.head_dim;
+      ptx::cp_async_16_or_zero(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kRowThreads * 16,
+                               valid ? from + n * T::kRowThreads * 8 : static_cast<const typename T::Number *>(a.q),
+                               valid);
+    }
+  }
+}
+
+}  // namespace flashspark

@@ -1,0 +1,95 @@
+// Everything about an instance that the compiler knows: its tile on this architecture and the shapes that follow.
+#pragma once
+
+#include "forward/instances.hpp"
+#include "ptx/ptx.cuh"
+
+namespace flashspark {
+
+// A tile of 16-bit numbers in shared memory, rows of `columns`. The 16-byte chunks of a row are permuted by XOR so that
+// eight neighbouring rows at one chunk lie in different banks: ldmatrix then runs without conflicts. Rows of a multiple
+// of 128 bytes permute eight chunks by the row; rows of 192 bytes alternate between two halves of the banks by
+// themselves and permute four chunks by half the row.
+template <int32_t columns>
+struct TileLayout {
+  static constexpr int32_t kPitch = columns * 2;  // bytes
+  static constexpr int32_t kChunks = columns / 8;
+  static constexpr int32_t kGroup = kChunks % 8 == 0 ? 8 : 4;
+  static_assert(columns % 32 == 0);
+
+  static FLASHSPARK_DEVICE uint32_t swizzle(uint32_t row) { return kGroup == 8 ? row & 7 : row >> 1 & 3; }
+
+  // Byte offset of a chunk < kGroup of a row. step() leads on to the other chunks.
+  static FLASHSPARK_DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
+    return row * kPitch + ((chunk ^ swizzle(row)) << 4);
+  }
+  // From offset(row, c) to the offset of chunk c + chunks, where c < kGroup and the bits of c and chunks are disjoint.
+  // Bits 4 to 6 (or 5) of an offset are the permuted chunk alone, since pitches leave them 0.
+  static FLASHSPARK_DEVICE uint32_t step(uint32_t offset, uint32_t chunks) {
+    return (offset ^ (chunks % kGroup << 4)) + chunks / kGroup * (kGroup * 16);
+  }
+};
+
+template <InstanceIndex index, Architecture arch, class NumberType>
+struct Traits {
+  using Number = NumberType;
+  static constexpr Instance kInstance = kInstances[static_cast<int32_t>(index)];
+#if defined(TUNE_WARPS)  // bench/gpu/tune.cu tries others
+  static constexpr Tile kTile{TUNE_WARPS, TUNE_ROWS, TUNE_KEYS, Schedule::TUNE_SCHEDULE, QueryPlace::TUNE_QUERIES,
+                              TUNE_BLOCKS};
+#else
+  static constexpr Tile kTile = kInstance.tile(arch);
+#endif
+  static constexpr bool kChanged = kInstance.kind == Kind::changed;
+  static constexpr Schedule kSchedule = kTile.schedule;
+  static constexpr int32_t kStages = kTile.stages();
+  static constexpr bool kQueriesInRegisters = kTile.queries == QueryPlace::registers;
+
+  static constexpr int32_t kHeadDim = kInstance.head_dim;
+  static constexpr int32_t kHeadDimV = kInstance.head_dim_v;
+  static constexpr int32_t kThreads = kTile.threads();
+  static constexpr int32_t kRows = kTile.rows();
+  static constexpr int32_t kKeys = kTile.keys;
+  static constexpr int32_t kWarpRows = kTile.warp_rows;
+  static constexpr int32_t kSlabs = kWarpRows / 16;       // 16-row pieces of a warp
+  static constexpr int32_t kLaneRows = 2 * kSlabs;        // rows of which a lane holds scores
+  static constexpr int32_t kKeySteps = kKeys / 16;        // k16 steps of P V
+  static constexpr int32_t kDimSteps = kHeadDim / 16;     // k16 steps of Q K^T
+  static constexpr int32_t kValueSteps = kHeadDimV / 16;  // pairs of n8 columns of P V
+
+  using QueryLayout = TileLayout<kHeadDim>;
+  using KeyLayout = TileLayout<kHeadDim>;
+  using ValueLayout = TileLayout<kHeadDimV>;
+
+  // Shared memory: stages of (K, V); Q behind the first stage where it moves on to registers, else behind all.
+  static constexpr uint32_t kKeyBytes = kKeys * KeyLayout::kPitch;
+  static constexpr uint32_t kStageBytes = stage_bytes(kInstance, kTile);
+  static constexpr uint32_t kQueryOffset = kStageBytes * (kQueriesInRegisters ? 1 : kTile.stages());
+  static constexpr uint32_t kSharedBytes = shared_bytes(kInstance, kTile);
+  static_assert(kSharedBytes <= 99 * 1024, "an SM12x block has 99 KB");
+  static_assert(kWarpRows == 16 || kWarpRows == 32);
+  static_assert(!kQueriesInRegisters || kSchedule != Schedule::single, "single has no stage that Q could pass through");
+
+  // Copies: 8 (or 4) neighbouring threads read one row, 128 (or 64) contiguous bytes an instruction.
+  static constexpr int32_t kRowThreads =
+      KeyLayout::kGroup < ValueLayout::kGroup ? KeyLayout::kGroup : ValueLayout::kGroup;
+  static constexpr int32_t kPassRows = kThreads / kRowThreads;
+  static constexpr int32_t kPasses = kKeys / kPassRows;
+  static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0);
+};
+
+// What a lane holds, in the layouts of mma_m16n8k16: scores and output as D, Q as A.
+template <class T>
+struct Scores {
+  float at[T::kSlabs][T::kKeys / 8][4];
+};
+template <class T>
+struct Output {
+  float at[T::kSlabs][T::kHeadDimV / 8][4];
+};
+template <class T>
+struct Queries {
+  uint32_t at[T::kSlabs][T::kQueriesInRegisters ? T::kDimSteps : 1][4];
+};
+
+}  // namespace flashspark

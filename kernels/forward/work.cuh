@@ -1,0 +1,128 @@
+// Which rows and keys a block works on. Metadata is read for sequences that have query rows, and for nothing else:
+// padded rows of a captured batch carry stale lengths and page numbers.
+#pragma once
+
+#include "forward/arguments.hpp"
+#include "ptx/ptx.cuh"
+
+namespace flashspark {
+
+FLASHSPARK_DEVICE int32_t min_of(int32_t a, int32_t b) {
+  return a < b ? a : b;
+}
+FLASHSPARK_DEVICE int32_t max_of(int32_t a, int32_t b) {
+  return a > b ? a : b;
+}
+FLASHSPARK_DEVICE int32_t ceil_div(int32_t a, int32_t b) {
+  return (a + b - 1) / b;
+}
+
+struct Quotient {
+  int32_t quotient, remainder;
+};
+FLASHSPARK_DEVICE Quotient divide(int32_t n, const Divisor &d) {
+  const uint32_t q = d.multiplier == 0 ? static_cast<uint32_t>(n) >> d.shift
+                                       : ptx::multiply_high(static_cast<uint32_t>(n), d.multiplier) >> d.shift;
+  return {static_cast<int32_t>(q), n - static_cast<int32_t>(q * d.value)};
+}
+
+struct Work {
+  bool found;   // false: a surplus block
+  int32_t seq;  // b
+  int32_t head_kv;
+  int32_t seqlen_q;   // query tokens in use
+  int32_t q_row;      // varlen: first token row in q and out; dense: 0
+  int32_t first_row;  // of the tile, in packed rows
+  int32_t end_row;    // packed rows of the sequence
+};
+
+// Query tokens of sequence b that are in use.
+FLASHSPARK_DEVICE int32_t tokens_of(const ForwardArguments &a, int32_t b) {
+  if (a.seqused_q != nullptr) return a.seqused_q[b];
+  return a.cu_seqlens_q != nullptr ? a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b] : a.max_seqlen_q;
+}
+
+// Varlen: walks the sequences from the last to the first, 32 at a time, until `rank` tiles are passed. Tiles of a
+// sequence also count from the last, so the rows that see most keys start first.
+template <int32_t rows>
+FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank) {
+  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  Work work{};
+  for (int32_t base = a.num_seqs - 1; base >= 0; base -= 32) {
+    const int32_t b = base - lane;
+    const int32_t tokens = b >= 0 ? tokens_of(a, b) : 0;
+    const int32_t tiles = ceil_div(tokens * static_cast<int32_t>(a.group.value), rows);
+    int32_t passed = tiles;  // tiles of this lane's sequence and of those before it
+    FLASHSPARK_UNROLL
+    for (uint32_t delta = 1; delta < 32; delta *= 2) {
+      const int32_t other = ptx::shuffle_up(passed, delta);
+      if (lane >= static_cast<int32_t>(delta)) passed += other;
+    }
+    const uint32_t beyond = ptx::ballot(passed > rank);
+    if (beyond == 0) {
+      rank -= ptx::shuffle(passed, 31);
+      continue;
+    }
+    const uint32_t winner = ptx::lowest_bit(beyond);
+    work.found = true;
+    work.seq = ptx::uniform(base - static_cast<int32_t>(winner));
+    work.seqlen_q = ptx::uniform(ptx::shuffle(tokens, winner));
+    work.q_row = a.cu_seqlens_q[work.seq];
+    work.first_row = ptx::uniform((ptx::shuffle(passed, winner) - 1 - rank) * rows);
+    return work;
+  }
+  return work;
+}
+
+// The tile of block x; `rows` packed rows a tile.
+template <int32_t rows>
+FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a) {
+  const int32_t block = static_cast<int32_t>(ptx::block_x());
+  const int32_t section = block / (a.tiles * a.section_units);
+  const int32_t first_unit = section * a.section_units;
+  const int32_t units = min_of(a.section_units, a.units - first_unit);
+  const int32_t inside = block - section * a.tiles * a.section_units;
+  const int32_t rank = inside / units;
+  const int32_t unit = first_unit + inside % units;
+
+  Work work{};
+  if (a.cu_seqlens_q != nullptr) {
+    work = find_varlen<rows>(a, rank);
+    work.head_kv = unit;
+  } else {
+    work.seq = unit / a.num_heads_kv;
+    work.head_kv = unit % a.num_heads_kv;
+    work.seqlen_q = tokens_of(a, work.seq);
+    work.first_row = (a.tiles - 1 - rank) * rows;
+    work.found = work.first_row < work.seqlen_q * static_cast<int32_t>(a.group.value);
+  }
+  work.end_row = work.seqlen_q * static_cast<int32_t>(a.group.value);
+  return work;
+}
+
+// The keys of a sequence, counted in rows of its cache: left padding comes first, so that a key's page follows from its
+// number alone and a tile of keys begins where a page may.
+struct Keys {
+  int32_t begin, end;    // keys in use
+  int64_t row;           // varlen: row of k and v where the sequence begins
+  int64_t batch;         // dense: which sequence of the cache
+  const int32_t *pages;  // this sequence's row of the page table
+};
+
+FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
+  Keys keys{};
+  keys.end = a.max_seqlen_k;
+  if (a.cu_seqlens_k != nullptr) {
+    keys.row = a.cu_seqlens_k[seq];
+    keys.end = a.cu_seqlens_k[seq + 1] - static_cast<int32_t>(keys.row);
+  } else {
+    keys.batch = a.kv_batch_index != nullptr ? a.kv_batch_index[seq] : seq;
+  }
+  if (a.seqused_k != nullptr) keys.end = a.seqused_k[seq];
+  if (a.leftpad_k != nullptr) keys.begin = a.leftpad_k[seq];
+  keys.end = max_of(keys.begin, keys.end);
+  if (a.page_table != nullptr) keys.pages = a.page_table + seq * a.page_table_stride;
+  return keys;
+}
+
+}  // namespace flashspark

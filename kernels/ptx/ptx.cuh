@@ -1,0 +1,231 @@
+// One function per PTX instruction, and the project's only inline assembly. tests/emulator/ptx/ptx.cuh declares the
+// same functions for the host; whichever folder comes first on the include path decides where a kernel runs.
+//
+// Names: lane = thread_index() % 32. A "fragment" is what one lane holds of a matrix, packed two 16-bit numbers to a
+// register, lower column (or row, for B) in the lower half. Layouts below are those of the PTX ISA manual, section
+// "Matrix multiply-accumulate operation using mma".
+#pragma once
+
+#include <cstdint>
+
+#define FLASHSPARK_DEVICE __device__ __forceinline__
+#define FLASHSPARK_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define FLASHSPARK_PARAMETER __grid_constant__ const
+#define FLASHSPARK_UNROLL _Pragma("unroll")
+#define FLASHSPARK_NO_UNROLL _Pragma("unroll 1")
+
+namespace flashspark::ptx {
+
+// Numbers of 16 bits are their bits; only the instructions below know what they mean.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// A byte address in the shared window of the block.
+using SharedAddress = uint32_t;
+
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+
+// Where am I. Blocks and threads have x only, but for the grid's y and z.
+FLASHSPARK_DEVICE uint32_t thread_index() {
+  return threadIdx.x;
+}
+FLASHSPARK_DEVICE uint32_t block_x() {
+  return blockIdx.x;
+}
+FLASHSPARK_DEVICE uint32_t block_y() {
+  return blockIdx.y;
+}
+FLASHSPARK_DEVICE uint32_t block_z() {
+  return blockIdx.z;
+}
+
+// bar.sync 0: all threads of the block meet; shared memory written before is visible after.
+FLASHSPARK_DEVICE void block_barrier() {
+  __syncthreads();
+}
+// bar.warp.sync: the same for a warp.
+FLASHSPARK_DEVICE void warp_barrier() {
+  __syncwarp();
+}
+
+// The block's dynamic shared memory, aligned to 1024 bytes.
+FLASHSPARK_DEVICE SharedAddress shared_memory() {
+  extern __shared__ __align__(1024) unsigned char flashspark_shared[];
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(flashspark_shared));
+}
+
+// cp.async.cg: 16 bytes from global to shared memory past L1; both aligned to 16. They may land at any time until the
+// wait for their group. With valid = false nothing is read and 16 zero bytes land.
+FLASHSPARK_DEVICE void cp_async_16(SharedAddress to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+FLASHSPARK_DEVICE void cp_async_16_or_zero(SharedAddress to, const void *from, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(bytes)
+               : "memory");
+}
+// Ends this thread's group of copies; an empty group counts too.
+FLASHSPARK_DEVICE void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most `pending` of this thread's newest groups are still in flight.
+template <int pending>
+FLASHSPARK_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ldmatrix.x4: four 8x8 matrices of 16-bit numbers. Lane l gives the address of row l % 8 (16 bytes) of matrix l / 8
+// and receives, of matrix m in part[m], the numbers (row l / 4, columns 2 * (l % 4) and + 1).
+FLASHSPARK_DEVICE void ldmatrix_x4(uint32_t (&part)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(part[0]), "=r"(part[1]), "=r"(part[2]), "=r"(part[3])
+               : "r"(row)
+               : "memory");
+}
+// The same, each matrix transposed: part[m] holds (rows 2 * (l % 4) and + 1, column l / 4).
+FLASHSPARK_DEVICE void ldmatrix_x4_trans(uint32_t (&part)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(part[0]), "=r"(part[1]), "=r"(part[2]), "=r"(part[3])
+               : "r"(row)
+               : "memory");
+}
+
+// ld.shared / st.shared.
+FLASHSPARK_DEVICE Vector16 load_shared_16(SharedAddress from) {
+  Vector16 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "r"(from)
+               : "memory");
+  return v;
+}
+FLASHSPARK_DEVICE void store_shared_16(SharedAddress to, Vector16 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
+               "r"(v.word[3])
+               : "memory");
+}
+FLASHSPARK_DEVICE uint32_t load_shared_4(SharedAddress from) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
+  return word;
+}
+FLASHSPARK_DEVICE void store_shared_4(SharedAddress to, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
+FLASHSPARK_DEVICE float as_float(uint32_t word) {
+  return __uint_as_float(word);
+}
+FLASHSPARK_DEVICE uint32_t as_word(float x) {
+  return __float_as_uint(x);
+}
+
+// mma.sync.m16n8k16, D += A * B with A (16 x 16) by rows, B (16 x 8) by columns, D (16 x 8) in float. Lane l holds
+//   a[0]: row l / 4, columns 2 * (l % 4) and + 1;  a[1]: row + 8;  a[2]: columns + 8;  a[3]: both
+//   b0: rows 2 * (l % 4) and + 1, column l / 4;    b1: rows + 8
+//   d[0], d[1]: row l / 4, columns 2 * (l % 4) and + 1;  d[2], d[3]: row + 8
+template <class Number>
+FLASHSPARK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+FLASHSPARK_DEVICE void mma_m16n8k16<Bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+FLASHSPARK_DEVICE void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// cvt.rn: two floats to one register of 16-bit numbers, `low` in the lower half.
+template <class Number>
+FLASHSPARK_DEVICE uint32_t pack(float low, float high);
+template <>
+FLASHSPARK_DEVICE uint32_t pack<Bfloat16>(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+template <>
+FLASHSPARK_DEVICE uint32_t pack<Float16>(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+// A 16-bit number as a float, exactly.
+template <class Number>
+FLASHSPARK_DEVICE float widen(Number x);
+template <>
+FLASHSPARK_DEVICE float widen<Bfloat16>(Bfloat16 x) {
+  return __uint_as_float(uint32_t{x.bits} << 16);
+}
+template <>
+FLASHSPARK_DEVICE float widen<Float16>(Float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+// ex2.approx.ftz: 2^x within 2 ulp; 2^-inf = 0. lg2.approx.ftz: log2 x.
+FLASHSPARK_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FLASHSPARK_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// shfl.sync over the whole warp: the value of lane ^ mask; of lane `from`; of lane - delta (own value where there is
+// none).
+FLASHSPARK_DEVICE float shuffle_xor(float x, uint32_t mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+FLASHSPARK_DEVICE int32_t shuffle(int32_t x, uint32_t from) {
+  return __shfl_sync(0xffffffffu, x, from);
+}
+FLASHSPARK_DEVICE int32_t shuffle_up(int32_t x, uint32_t delta) {
+  return __shfl_up_sync(0xffffffffu, x, delta);
+}
+// vote.sync: a bit per lane whose x holds; whether any does.
+FLASHSPARK_DEVICE uint32_t ballot(bool x) {
+  return __ballot_sync(0xffffffffu, x);
+}
+FLASHSPARK_DEVICE bool any(bool x) {
+  return __any_sync(0xffffffffu, x);
+}
+// redux.sync: the smallest and the largest of the warp.
+FLASHSPARK_DEVICE int32_t reduce_min(int32_t x) {
+  return __reduce_min_sync(0xffffffffu, x);
+}
+FLASHSPARK_DEVICE int32_t reduce_max(int32_t x) {
+  return __reduce_max_sync(0xffffffffu, x);
+}
+// The same x of every lane, once more: redux.sync gives its result in a uniform register, and the compiler then knows
+// that what follows from it does not diverge.
+FLASHSPARK_DEVICE int32_t uniform(int32_t x) {
+  return __reduce_max_sync(0xffffffffu, x);
+}
+
+// mul.hi: the upper half of the 64-bit product.
+FLASHSPARK_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return __umulhi(a, b);
+}
+// ffs - 1: place of the lowest set bit; x != 0.
+FLASHSPARK_DEVICE uint32_t lowest_bit(uint32_t x) {
+  return __ffs(static_cast<int>(x)) - 1;
+}
+
+}  // namespace flashspark::ptx

@@ -1,0 +1,289 @@
+#include "cuda/plan.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "dtype.hpp"
+
+namespace flashspark::cuda {
+namespace {
+
+#if defined(FLASHSPARK_TILES_SM120F)
+constexpr bool kTilesOfSm120f = true;
+#else
+constexpr bool kTilesOfSm120f = false;
+#endif
+
+// Rows and keys are counted in 32 bits on the device. Windows that reach further than any sequence are open.
+constexpr int64_t kMost = int64_t{1} << 30;
+
+// Keys below which a piece of a split problem does not pay: the merge costs about what 256 keys cost.
+constexpr int64_t kFewestSplitKeys = 256;
+constexpr int64_t kMostSplits = 128;
+// Rows of a block of the merge kernel: one a warp (kMergeWarps in merge.cuh).
+constexpr int32_t kMergeRows = 4;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+bool is_changed(const Params &p) {
+  return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr || p.rswa_window > 0 ||
+         p.prefix_mode != FLASHSPARK_PREFIX_NONE;
+}
+
+// cp.async moves 16 aligned bytes: eight numbers.
+std::string misaligned(const char *name, const flashspark_tensor &t, bool batches, int64_t tokens, int64_t heads) {
+  const auto text = [&](const char *what, int64_t value) {
+    return std::string(name) + " " + what + " " + std::to_string(value);
+  };
+  if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0)
+    return text("address % 16 =", static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) % 16)) +
+           " (the kernels copy 16 aligned bytes)";
+  const char *rule = " is not a multiple of 8 elements (the kernels copy 16 aligned bytes)";
+  if (batches && t.batch_stride % 8 != 0) return text("batch_stride", t.batch_stride) + rule;
+  if (tokens > 1 && t.token_stride % 8 != 0) return text("token_stride", t.token_stride) + rule;
+  if (heads > 1 && t.head_stride % 8 != 0) return text("head_stride", t.head_stride) + rule;
+  return {};
+}
+
+Number number_of(int32_t dtype) {
+  return dtype == FLASHSPARK_FLOAT32 ? Number::float32
+                                     : (dtype == FLASHSPARK_FLOAT16 ? Number::float16 : Number::bfloat16);
+}
+
+const Instance *find(const Params &p, Kind kind) {
+  for (const Instance &instance : kInstances) {
+    if (instance.kind == kind && instance.head_dim >= p.head_dim) {
+      // A value wider than the instance's is computed in several blocks, each of which computes the scores anew: where
+      // the next width holds it in one, that is less work.
+      const bool narrow = instance.head_dim_v < p.head_dim_v;
+      const bool wider_follows = instance.head_dim < 256;
+      if (!narrow || !wider_follows) return &instance;
+    }
+  }
+  return nullptr;
+}
+
+Architecture tiles_of(const Machine &machine) {
+  return kTilesOfSm120f ? Architecture::sm_120f : machine.arch;
+}
+
+// Blocks an SM holds of a tile.
+int64_t residency(const Instance &instance, const Tile &tile, const Machine &machine) {
+  constexpr int64_t kReserved = 1024;  // bytes of shared memory that the driver takes a block
+  const int64_t by_memory = machine.shared_bytes_per_sm / (shared_bytes(instance, tile) + kReserved);
+  return std::max<int64_t>(1, std::min<int64_t>(by_memory, tile.blocks));
+}
+
+struct Sizes {
+  int64_t group, rows, units, tokens;  // rows: packed rows of the longest sequence; tokens: rows of all sequences
+};
+Sizes sizes_of(const Params &p) {
+  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  const bool varlen = is_varlen_q(p);
+  return {group, p.max_seqlen_q * group, varlen ? p.num_heads_kv : p.num_seqs * p.num_heads_kv,
+          varlen ? p.total_q : p.num_seqs * p.max_seqlen_q};
+}
+
+// Row tiles a unit: of one sequence, or of all with cu_seqlens_q (each sequence wastes less than one tile).
+int64_t tiles_per_unit(const Params &p, const Sizes &sizes, int64_t tile_rows) {
+  const int64_t of_one = ceil_div(sizes.rows, tile_rows);
+  if (!is_varlen_q(p)) return of_one;
+  const int64_t of_all = sizes.tokens * sizes.group / tile_rows + p.num_seqs;
+  return std::min(of_one * p.num_seqs, of_all);
+}
+
+int64_t value_tiles(const Params &p, const Instance &instance) {
+  return ceil_div(p.head_dim_v, instance.head_dim_v);
+}
+
+const Instance &choose_instance(const Params &p, const Sizes &sizes, const Machine &machine) {
+  if (is_changed(p)) return *find(p, Kind::changed);
+  const Instance &few = *find(p, Kind::few);
+  const Instance *wide = find(p, Kind::wide);
+  if (wide == nullptr || wide->head_dim > few.head_dim) return few;
+  const Tile &wide_tile = wide->tile(tiles_of(machine)), &few_tile = few.tile(tiles_of(machine));
+  if (sizes.rows <= few_tile.rows()) return few;
+  // A grid of large tiles that leaves SMs idle takes as long as one that fills them.
+  const int64_t blocks = tiles_per_unit(p, sizes, wide_tile.rows()) * sizes.units * value_tiles(p, *wide);
+  const int64_t slots = residency(*wide, wide_tile, machine) * machine.sm_count;
+  return blocks < slots ? few : *wide;
+}
+
+// The longest stretch of keys that one row tile can visit.
+int64_t visible_keys(const Params &p, int64_t tile_tokens) {
+  if (p.window_left < 0 || (p.window_right < 0 && p.causal == 0) || p.prefix_mode != FLASHSPARK_PREFIX_NONE)
+    return p.max_seqlen_k;
+  const int64_t right = p.causal != 0 ? 0 : p.window_right;
+  return std::min(p.max_seqlen_k, std::min(p.window_left, kMost) + right + tile_tokens);
+}
+
+int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &instance, const Machine &machine) {
+  const Tile &tile = instance.tile(tiles_of(machine));
+  const int64_t keys = std::max<int64_t>(1, visible_keys(p, ceil_div(tile.rows(), sizes.group)));
+  const int64_t most = ceil_div(keys, tile.keys);
+  if (p.num_splits > 0) return std::min<int64_t>({p.num_splits, most, kMostSplits});
+  if (p.deterministic != 0) return 1;  // a sequence must not depend on its neighbours, whose number sets the splits
+  const int64_t blocks = tiles_per_unit(p, sizes, tile.rows()) * sizes.units * value_tiles(p, instance);
+  const int64_t slots = residency(instance, tile, machine) * machine.sm_count;
+  if (blocks * 2 > slots) return 1;
+  return std::clamp<int64_t>(slots / blocks, 1, std::min({kMostSplits, most, ceil_div(keys, kFewestSplitKeys)}));
+}
+
+int32_t window_of(int64_t window) {
+  return static_cast<int32_t>(window < 0 ? kMost : std::min(window, kMost));
+}
+
+Strides strides_of(const flashspark_tensor &t) {
+  return {t.batch_stride, t.token_stride, t.head_stride};
+}
+
+ForwardArguments arguments_of(const Params &p, const Sizes &sizes, const Instance &instance) {
+  ForwardArguments a{};
+  a.q = p.q.data;
+  a.k = p.k.data;
+  a.v = p.v.data;
+  a.out = p.out.data;
+  a.lse = p.lse;
+  a.q_strides = strides_of(p.q);
+  a.k_strides = strides_of(p.k);
+  a.v_strides = strides_of(p.v);
+  a.out_strides = strides_of(p.out);
+  a.lse_strides = {p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride};
+  a.num_seqs = static_cast<int32_t>(p.num_seqs);
+  a.num_heads_kv = static_cast<int32_t>(p.num_heads_kv);
+  a.head_dim = static_cast<int32_t>(p.head_dim);
+  a.head_dim_v = static_cast<int32_t>(p.head_dim_v);
+  a.max_seqlen_q = static_cast<int32_t>(p.max_seqlen_q);
+  a.max_seqlen_k = static_cast<int32_t>(p.max_seqlen_k);
+  a.group = make_divisor(static_cast<uint32_t>(sizes.group));
+  if (is_paged(p)) a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
+  a.cu_seqlens_q = p.cu_seqlens_q;
+  a.cu_seqlens_k = p.cu_seqlens_k;
+  a.seqused_q = p.seqused_q;
+  a.seqused_k = p.seqused_k;
+  a.leftpad_k = p.leftpad_k;
+  a.kv_batch_index = p.kv_batch_index;
+  a.page_table = p.page_table;
+  a.page_table_stride = p.page_table_stride;
+  // Masked scores are -inf, and 0 * -inf is NaN. With 1e-30 every other score still is 0 to the last bit of the result.
+  const float scale = std::max(p.softmax_scale, 1e-30f);
+  // Instances of kind `changed` turn to units of log2 themselves, after what asks for natural ones.
+  a.softmax_scale = instance.kind == Kind::changed ? scale : scale * 1.4426950408889634f;
+  a.softcap = p.softcap;
+  a.sinks = p.sinks;
+  a.sinks_number = number_of(p.sinks_dtype);
+  a.rel_number = number_of(p.rel_dtype);
+  a.rel_logits = p.rel_logits;
+  a.rel_token_stride = p.rel_token_stride;
+  a.rel_head_stride = p.rel_head_stride;
+  a.rel_extent = static_cast<int32_t>(std::min(p.rel_extent, kMost));
+  a.alibi_slopes = p.alibi_slopes;
+  a.alibi_batch_stride = p.alibi_batch_stride;
+  a.causal = p.causal;
+  a.window_left = window_of(p.window_left);
+  a.window_right = window_of(p.window_right);
+  a.causal_per_seq = p.causal_per_seq;
+  a.prefix_mode = static_cast<PrefixMode>(p.prefix_mode);
+  a.prefix_clamp_window = p.prefix_clamp_window;
+  a.num_prefix_ranges = static_cast<int32_t>(p.num_prefix_ranges);
+  a.prefix_ranges = p.prefix_ranges;
+  a.rswa_window = p.rswa_window;
+  a.rswa_prefix_lens = p.rswa_prefix_lens;
+  return a;
+}
+
+// Units that share the L2: their K and V fit in half of it, so that the tiles of a section find them there. At least
+// one wave of blocks, or the sections themselves would leave SMs idle.
+int64_t section_units(const Params &p, const Sizes &sizes, int64_t tiles, int64_t slots, const Machine &machine) {
+  const int64_t bytes = std::max<int64_t>(1, p.max_seqlen_k * (p.head_dim + p.head_dim_v) * 2);
+  const int64_t fit = machine.l2_bytes / 2 / bytes;
+  return std::clamp<int64_t>(std::max(fit, ceil_div(slots, std::max<int64_t>(1, tiles))), 1, sizes.units);
+}
+
+}  // namespace
+
+Divisor make_divisor(uint32_t d) {
+  Divisor result{d, 0, 0};
+  while ((uint64_t{1} << result.shift) < d) ++result.shift;
+  if ((uint64_t{1} << result.shift) == d) return result;  // a power of two: a shift alone
+  // m = ceil(2^(31 + shift) / d) < 2^32; n < 2^31 makes floor(n m / 2^(31 + shift)) exact.
+  result.multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + result.shift)) + d - 1) / d);
+  --result.shift;
+  return result;
+}
+
+std::string unsupported(const Params &p) {
+  std::string text;
+  const auto add = [&](const std::string &what) {
+    if (!what.empty()) text += (text.empty() ? "" : "; ") + what;
+  };
+  add(misaligned("q", p.q, !is_varlen_q(p) && p.num_seqs > 1, is_varlen_q(p) ? p.total_q : p.max_seqlen_q,
+                 p.num_heads_q));
+  const int64_t rows_k = is_paged(p) ? p.page_size : (is_varlen_k(p) ? p.total_k : p.max_seqlen_k);
+  const bool batches_k = !is_varlen_k(p) && (is_paged(p) ? p.num_pages : num_kv_seqs(p)) > 1;
+  add(misaligned("k", p.k, batches_k, rows_k, p.num_heads_kv));
+  add(misaligned("v", p.v, batches_k, rows_k, p.num_heads_kv));
+  const Sizes sizes = sizes_of(p);
+  const auto limit = [&](const char *what, int64_t value) {
+    if (value > kMost) add(std::string(what) + " " + std::to_string(value) + " > 2^30");
+  };
+  limit("max_seqlen_q x group", sizes.rows);
+  limit("total_q x group", sizes.tokens * sizes.group);
+  limit("max_seqlen_k", p.max_seqlen_k);
+  limit("page_size", p.page_size);
+  limit("num_seqs x num_heads_kv", p.num_seqs * p.num_heads_kv);
+  return text;
+}
+
+bool fits(const Instance &instance, const Params &p) {
+  return instance.head_dim >= p.head_dim && (instance.kind == Kind::changed || !is_changed(p));
+}
+
+Plan make_plan(const Params &p, const Machine &machine, void *workspace, const Instance *instance) {
+  Plan plan;
+  const Sizes sizes = sizes_of(p);
+  if (sizes.tokens == 0 || p.num_seqs == 0) return plan;
+  plan.instance = instance != nullptr ? instance : &choose_instance(p, sizes, machine);
+  const Tile &tile = plan.instance->tile(tiles_of(machine));
+  const int64_t slots = residency(*plan.instance, tile, machine) * machine.sm_count;
+
+  const auto lay_out = [&](ForwardArguments &a, Launch &launch, int64_t tile_rows) {
+    const int64_t tiles = tiles_per_unit(p, sizes, tile_rows);
+    a.tiles = static_cast<int32_t>(tiles);
+    a.units = static_cast<int32_t>(sizes.units);
+    a.section_units = static_cast<int32_t>(section_units(p, sizes, tiles, slots, machine));
+    launch.grid[0] = static_cast<uint32_t>(tiles * sizes.units);
+    launch.grid[1] = launch.grid[2] = 1;
+  };
+  ForwardArguments &a = plan.arguments = arguments_of(p, sizes, *plan.instance);
+  lay_out(a, plan.forward, tile.rows());
+  a.num_splits = static_cast<int32_t>(choose_splits(p, sizes, *plan.instance, machine));
+  plan.forward.grid[1] = static_cast<uint32_t>(a.num_splits);
+  plan.forward.grid[2] = static_cast<uint32_t>(value_tiles(p, *plan.instance));
+  plan.forward.threads = static_cast<uint32_t>(tile.threads());
+  plan.forward.shared_bytes = static_cast<uint32_t>(shared_bytes(*plan.instance, tile));
+  if (kTilesOfSm120f) {
+    // As many blocks an SM as an SM12x SM of 100 KB would hold, by shared memory that nobody uses.
+    const Machine sm120{Architecture::sm_120f, machine.sm_count, machine.l2_bytes, 100 * 1024};
+    const int64_t blocks = residency(*plan.instance, tile, sm120);
+    const int64_t share = machine.shared_bytes_per_sm / (blocks + 1);
+    plan.forward.shared_bytes = static_cast<uint32_t>(std::max<int64_t>(plan.forward.shared_bytes, share));
+  }
+  if (a.num_splits == 1) return plan;
+
+  a.partial_rows = sizes.tokens * p.num_heads_q;
+  const size_t outs = sizeof(float) * static_cast<size_t>(a.num_splits * a.partial_rows * p.head_dim_v);
+  const size_t lses = sizeof(float) * static_cast<size_t>(a.num_splits * a.partial_rows);
+  plan.workspace = outs + lses;
+  a.partial_out = static_cast<float *>(workspace);
+  a.partial_lse = workspace == nullptr ? nullptr : a.partial_out + outs / sizeof(float);
+  plan.merge_arguments = a;
+  lay_out(plan.merge_arguments, plan.merge, kMergeRows);
+  plan.merge.threads = kMergeRows * 32;
+  return plan;
+}
+
+}  // namespace flashspark::cuda

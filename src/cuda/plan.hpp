@@ -1,0 +1,50 @@
+// From a problem to launches: which instance, how many blocks, how the keys are split. Pure arithmetic on what the host
+// knows; no device memory is read, so a captured graph replays right at other lengths within the bounds.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "forward/arguments.hpp"
+#include "forward/instances.hpp"
+#include "problem.hpp"
+
+namespace flashspark::cuda {
+
+// What a plan needs to know of a GPU.
+struct Machine {
+  Architecture arch;
+  int32_t sm_count;
+  int64_t l2_bytes;
+  int32_t shared_bytes_per_sm;
+};
+
+struct Launch {
+  uint32_t grid[3] = {0, 0, 0};  // grid[0] == 0: nothing to launch
+  uint32_t threads = 0;
+  uint32_t shared_bytes = 0;
+};
+
+struct Plan {
+  const Instance *instance = nullptr;  // its fatbin is "<name>_bf16" or "<name>_fp16", its function flashspark_forward
+  Launch forward;
+  ForwardArguments arguments{};
+  Launch merge;                        // fatbin "merge_bf16" or "merge_fp16", function flashspark_merge
+  ForwardArguments merge_arguments{};  // the same problem in tiles of the merge kernel
+  size_t workspace = 0;                // bytes that arguments.partial_out and partial_lse lie in
+};
+
+// Exact for every n < 2^31; 1 <= d <= 2^30.
+Divisor make_divisor(uint32_t d);
+
+// What the kernels lack for this problem, in words; empty if nothing.
+std::string unsupported(const Params &p);
+
+// Whether an instance can run the problem at all; make_plan() chooses among those that do.
+bool fits(const Instance &instance, const Params &p);
+
+// p has passed validate() and unsupported(). The plan's partial pointers are set from `workspace`, which may be NULL
+// when only the size is wanted. `instance`: NULL, or one that fits and is to be taken.
+Plan make_plan(const Params &p, const Machine &machine, void *workspace, const Instance *instance = nullptr);
+
+}  // namespace flashspark::cuda

@@ -1,0 +1,101 @@
+// Every kernel on every problem of the feature matrix that it fits, and what the rules promise besides right numbers.
+#include <gtest/gtest.h>
+
+#include "attention/harness.hpp"
+
+namespace flashspark::emulator {
+namespace {
+
+class EveryKernel : public testing::TestWithParam<Kernel> {};
+
+// The matrix holds over a hundred problems a kernel, some of them long: each kernel takes every kernels().size()-th of
+// the plain ones, from another start, and all of those that are about its own head_dim.
+TEST_P(EveryKernel, RunsTheFeatureMatrix) {
+  const Kernel &kernel = GetParam();
+  const std::vector<cases::Case> matrix = cases::feature_matrix();
+  int ran = 0;
+  size_t place = static_cast<size_t>(&kernel - kernels().data());
+  for (size_t n = 0; n < kernels().size(); ++n) {
+    if (name_of(kernels()[n]) == name_of(kernel)) place = n;
+  }
+  for (size_t n = 0; n < matrix.size(); ++n) {
+    cases::Case spec = matrix[n];
+    if (spec.group != "head-dim" && n % 4 != place % 4) continue;
+    spec.q_dtype = spec.kv_dtype = spec.out_dtype = kernel.dtype;
+    spec.output_scale = 0;
+    // The kernel's own width, so that it is not always half zeros; its neighbour's too where that leaves a tail.
+    if (spec.group != "head-dim") {
+      spec.head_dim = kernel.instance->head_dim - (n % 8 == 0 ? 8 : 0);
+      spec.head_dim_v = kernel.instance->head_dim_v - (n % 8 == 4 ? 24 : 0);
+    }
+    int64_t keys = 0;
+    for (const cases::SeqLen &len : spec.lens) keys += len.k * std::max<int64_t>(1, len.q / 64);
+    if (keys > 2500) continue;  // "long-splits": fuzzed with fewer keys
+    const cases::Problem problem(spec);
+    if (!can_run(kernel, problem)) continue;
+    EXPECT_EQ(check(spec, &kernel, 1 + n), "");
+    ++ran;
+  }
+  EXPECT_GE(ran, 10);
+}
+
+std::vector<Kernel> all() {
+  return {kernels().begin(), kernels().end()};
+}
+INSTANTIATE_TEST_SUITE_P(Forward, EveryKernel, testing::ValuesIn(all()),
+                         [](const auto &kernel) { return name_of(kernel.param); });
+
+TEST(Forward, EveryInstanceIsLinkedIn) {
+  for (const Instance &instance : kInstances) {
+    for (const Architecture tiles : {Architecture::sm_90, Architecture::sm_120f}) {
+      const Tile &a = instance.tile(tiles), &b = instance.sm_120f;
+      const bool same = a.warps == b.warps && a.warp_rows == b.warp_rows && a.keys == b.keys &&
+                        a.schedule == b.schedule && a.queries == b.queries;
+      bool found = false;
+      for (const Kernel &kernel : kernels())
+        found |= kernel.instance == &instance && (kernel.tiles == tiles || same) && kernel.dtype == FLASHSPARK_BFLOAT16;
+      EXPECT_TRUE(found) << instance.name;
+    }
+  }
+}
+
+cases::Case plain(std::vector<cases::SeqLen> lens) {
+  cases::Case c;
+  c.name = "plain";
+  c.lens = std::move(lens);
+  c.heads_q = 2, c.heads_kv = 1;
+  return c;
+}
+
+// A mask costs nothing where a tile is full, and a tile without a kept key costs nothing at all.
+TEST(Forward, WorkIsWhatTheMaskKeeps) {
+  const auto mma = [](const cases::Case &spec) {
+    cases::Problem problem(spec);
+    return run(problem, nullptr, 4).counters.mma;  // seed 4: tiles of sm_90, and no split
+  };
+  cases::Case c = plain({{256, 256}});
+  c.num_splits = 1;
+  const uint64_t full = mma(c);
+  c.causal = true;
+  const uint64_t causal = mma(c);
+  EXPECT_LT(causal, full * 7 / 10);
+  c.window_left = 10;
+  EXPECT_LT(mma(c), causal * 7 / 10);
+}
+
+// Metadata of sequences without query rows is never read: page numbers and lengths of padded rows are stale.
+TEST(Forward, PaddedRowsReadNothing) {
+  cases::Case c = plain({{3, 100}, {1, 40}, {0, 30}, {0, 20}});
+  c.kv_layout = cases::Layout::kPaged;
+  cases::Problem problem(c);
+  auto *used = const_cast<int32_t *>(problem.params.seqused_k);
+  auto *pages = const_cast<int32_t *>(problem.params.page_table);
+  for (int64_t b = 2; b < 4; ++b) {
+    used[b] = 1 << 28;
+    for (int64_t n = 0; n < problem.params.num_page_slots; ++n) pages[b * problem.params.page_table_stride + n] = -7;
+  }
+  EXPECT_NO_THROW(run(problem, nullptr, 3));
+}
+
+}  // namespace
+}  // namespace flashspark::emulator

@@ -1,0 +1,216 @@
+// kernels/ptx/ptx.cuh for the host: the same names, types and macros, run by the emulator. See there for what each
+// function does; a last, defaulted argument tells the emulator the kernel's line.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+
+#include "operations.hpp"
+
+#define FLASHSPARK_DEVICE inline
+#define FLASHSPARK_KERNEL(threads, blocks) void
+#define FLASHSPARK_PARAMETER const
+#define FLASHSPARK_UNROLL
+#define FLASHSPARK_NO_UNROLL
+
+// Evaluated where the function is called, since it stands in a default argument.
+#define FLASHSPARK_CALLER ::flashspark::emulator::Site site = {__builtin_LINE(), __builtin_FILE()}
+
+namespace flashspark::ptx {
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+using SharedAddress = uint32_t;
+
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+
+inline uint32_t thread_index() {
+  return emulator::position.thread;
+}
+inline uint32_t block_x() {
+  return emulator::position.block[0];
+}
+inline uint32_t block_y() {
+  return emulator::position.block[1];
+}
+inline uint32_t block_z() {
+  return emulator::position.block[2];
+}
+
+inline void block_barrier(FLASHSPARK_CALLER) {
+  emulator::barrier(emulator::Operation::block_barrier, site);
+}
+inline void warp_barrier(FLASHSPARK_CALLER) {
+  emulator::barrier(emulator::Operation::warp_barrier, site);
+}
+
+inline SharedAddress shared_memory() {
+  return emulator::kSharedBase;
+}
+
+inline void cp_async_16(SharedAddress to, const void *from, FLASHSPARK_CALLER) {
+  emulator::copy_async(to, from, true, site);
+}
+inline void cp_async_16_or_zero(SharedAddress to, const void *from, bool valid, FLASHSPARK_CALLER) {
+  emulator::copy_async(to, from, valid, site);
+}
+inline void cp_async_commit(FLASHSPARK_CALLER) {
+  emulator::copy_commit(site);
+}
+template <int pending>
+inline void cp_async_wait(FLASHSPARK_CALLER) {
+  static_assert(pending >= 0);
+  emulator::copy_wait(pending, site);
+}
+
+inline void ldmatrix_x4(uint32_t (&part)[4], SharedAddress row, FLASHSPARK_CALLER) {
+  emulator::load_matrices(emulator::Operation::ldmatrix, part, row, site);
+}
+inline void ldmatrix_x4_trans(uint32_t (&part)[4], SharedAddress row, FLASHSPARK_CALLER) {
+  emulator::load_matrices(emulator::Operation::ldmatrix_trans, part, row, site);
+}
+
+inline Vector16 load_shared_16(SharedAddress from, FLASHSPARK_CALLER) {
+  Vector16 v;
+  emulator::load_shared(&v, from, 16, site);
+  return v;
+}
+inline void store_shared_16(SharedAddress to, Vector16 v, FLASHSPARK_CALLER) {
+  emulator::store_shared(to, &v, 16, site);
+}
+inline uint32_t load_shared_4(SharedAddress from, FLASHSPARK_CALLER) {
+  uint32_t word;
+  emulator::load_shared(&word, from, 4, site);
+  return word;
+}
+inline void store_shared_4(SharedAddress to, uint32_t word, FLASHSPARK_CALLER) {
+  emulator::store_shared(to, &word, 4, site);
+}
+inline float as_float(uint32_t word) {
+  return std::bit_cast<float>(word);
+}
+inline uint32_t as_word(float x) {
+  return std::bit_cast<uint32_t>(x);
+}
+
+template <class Number>
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FLASHSPARK_CALLER);
+template <>
+inline void mma_m16n8k16<Bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   emulator::Site site) {
+  emulator::multiply(emulator::Operation::mma_bfloat16, d, a, b0, b1, site);
+}
+template <>
+inline void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                  emulator::Site site) {
+  emulator::multiply(emulator::Operation::mma_float16, d, a, b0, b1, site);
+}
+
+namespace detail {
+// Round to nearest even; every NaN becomes the one that the conversion gives.
+inline uint32_t round_bfloat16(float x) {
+  if (x != x) return 0x7fff;
+  const uint32_t word = std::bit_cast<uint32_t>(x);
+  return (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+inline uint32_t round_float16(float x) {
+  if (x != x) return 0x7fff;
+  const uint32_t word = std::bit_cast<uint32_t>(x);
+  const uint32_t sign = word >> 16 & 0x8000;
+  const uint32_t magnitude = word & 0x7fffffff;
+  // 2^-14 is the smallest normal number; below it the adder rounds for us: 0.5 has steps of 2^-24 above it.
+  if (magnitude < 0x38800000) {
+    return sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000);
+  }
+  if (magnitude >= 0x47800000) return sign | 0x7c00;  // 2^16 and more
+  return sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+}  // namespace detail
+
+template <class Number>
+inline uint32_t pack(float low, float high);
+template <>
+inline uint32_t pack<Bfloat16>(float low, float high) {
+  return detail::round_bfloat16(low) | detail::round_bfloat16(high) << 16;
+}
+template <>
+inline uint32_t pack<Float16>(float low, float high) {
+  return detail::round_float16(low) | detail::round_float16(high) << 16;
+}
+template <class Number>
+inline float widen(Number x);
+template <>
+inline float widen<Bfloat16>(Bfloat16 x) {
+  return std::bit_cast<float>(uint32_t{x.bits} << 16);
+}
+template <>
+inline float widen<Float16>(Float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // The bits in their places of a float stand for the number times 2^-112, subnormals too.
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f));
+}
+
+namespace detail {
+// .ftz: a subnormal is a zero of its sign.
+inline float flush(float x) {
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
+}  // namespace detail
+
+inline float exp2_approx(float x) {
+  return detail::flush(std::exp2(detail::flush(x)));
+}
+inline float log2_approx(float x) {
+  return detail::flush(std::log2(detail::flush(x)));
+}
+
+inline float shuffle_xor(float x, uint32_t mask, FLASHSPARK_CALLER) {
+  return as_float(emulator::exchange(emulator::Operation::shuffle_xor, as_word(x), mask, site));
+}
+inline int32_t shuffle(int32_t x, uint32_t from, FLASHSPARK_CALLER) {
+  return static_cast<int32_t>(emulator::exchange(emulator::Operation::shuffle, static_cast<uint32_t>(x), from, site));
+}
+inline int32_t shuffle_up(int32_t x, uint32_t delta, FLASHSPARK_CALLER) {
+  return static_cast<int32_t>(
+      emulator::exchange(emulator::Operation::shuffle_up, static_cast<uint32_t>(x), delta, site));
+}
+inline uint32_t ballot(bool x, FLASHSPARK_CALLER) {
+  return emulator::exchange(emulator::Operation::ballot, x, 0, site);
+}
+inline bool any(bool x, FLASHSPARK_CALLER) {
+  return emulator::exchange(emulator::Operation::any, x, 0, site) != 0;
+}
+inline int32_t reduce_min(int32_t x, FLASHSPARK_CALLER) {
+  return static_cast<int32_t>(emulator::exchange(emulator::Operation::reduce_min, static_cast<uint32_t>(x), 0, site));
+}
+inline int32_t reduce_max(int32_t x, FLASHSPARK_CALLER) {
+  return static_cast<int32_t>(emulator::exchange(emulator::Operation::reduce_max, static_cast<uint32_t>(x), 0, site));
+}
+// A lane that holds another value is a fault of the kernel.
+inline int32_t uniform(int32_t x, FLASHSPARK_CALLER) {
+  return static_cast<int32_t>(emulator::exchange(emulator::Operation::uniform, static_cast<uint32_t>(x), 0, site));
+}
+
+inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+inline uint32_t lowest_bit(uint32_t x, FLASHSPARK_CALLER) {
+  if (x == 0) emulator::fail("lowest_bit of 0", site);
+  return static_cast<uint32_t>(std::countr_zero(x));
+}
+
+}  // namespace flashspark::ptx
+
+#undef FLASHSPARK_CALLER

@@ -1,0 +1,230 @@
+// Fibers, who runs next, and where lanes and warps meet.
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "machine.hpp"
+
+namespace flashspark::emulator {
+
+Position position{};
+
+// Leaked: fibers may be abandoned in mid-kernel, and nothing of them needs an end.
+Machine &machine() {
+  static Machine *const instance = new Machine;
+  return *instance;
+}
+
+void Machine::fail(const std::string &text, uint32_t place) {
+  throw Fault("block (" + std::to_string(position.block[0]) + ", " + std::to_string(position.block[1]) + ", " +
+              std::to_string(position.block[2]) + ") thread " + std::to_string(position.thread) + " " +
+              shared_.places.text(place) + ": " + text);
+}
+
+// ---- fibers
+
+void Machine::run_fiber() {
+  Machine &m = machine();
+  for (;;) m.run_thread();
+}
+
+void Machine::run_thread() {
+  const uint32_t self = position.thread;
+  try {
+    (*kernel_)();
+    leave();
+  } catch (...) {
+    error_ = std::current_exception();
+  }
+  Thread &thread = *threads_[self];
+  if (error_ != nullptr || alive_ == 0) {
+    thread.fiber.switch_to(launcher_);
+  } else {
+    switch_to(thread.fiber, next_thread());
+  }
+}
+
+void Machine::leave() {
+  const uint32_t self = position.thread;
+  Warp &warp = warps_[self / kLanes];
+  if (const uint32_t *copy = shared_.unfinished(self)) fail("exits with a copy in flight", *copy);
+  if (warp.waiting != 0) {
+    fail(std::string("exits while other lanes of its warp wait at ") + name(warp.meeting.operation),
+         warp.meeting.place);
+  }
+  if (arrived_warps_ != 0) fail("exits while other warps wait at block_barrier", block_meeting_.place);
+  const uint32_t bit = 1u << self % kLanes;
+  warp.ready &= ~bit;
+  warp.exited |= bit;
+  if (warp.ready == 0) ready_warps_ &= ~(1u << self / kLanes);
+  if (warp.exited == kAll) counters_.bank_conflicts += warp.banks.take();
+  alive_--;
+}
+
+// ---- who runs next
+
+// There is always a ready warp while a thread lives: whoever a meeting lacks is ready, or waits elsewhere, or has
+// exited, and the latter two are faults. So a deadlock shows as one of those.
+uint32_t Machine::pick_warp() {
+  if (policy_ == Policy::random) {
+    uint32_t left = random_.below(static_cast<uint32_t>(std::popcount(ready_warps_)));
+    uint32_t warps = ready_warps_;
+    for (; left > 0; left--) warps &= warps - 1;
+    return static_cast<uint32_t>(std::countr_zero(warps));
+  }
+  if (policy_ == Policy::priority_with_swaps && random_.below(32) == 0) {
+    const auto warps = static_cast<uint32_t>(priority_.size());
+    std::swap(priority_[random_.below(warps)], priority_[random_.below(warps)]);
+  }
+  return *std::find_if(priority_.begin(), priority_.end(), [&](uint32_t warp) { return ready_warps_ >> warp & 1; });
+}
+
+uint32_t Machine::pick_lane(const Warp &warp) const {
+  const uint32_t turned = std::rotr(warp.ready, static_cast<int>(warp.rotation));
+  const auto at = static_cast<uint32_t>(warp.backwards ? 31 - std::countl_zero(turned) : std::countr_zero(turned));
+  return (at + warp.rotation) % kLanes;
+}
+
+// Lanes of a warp run one after another to their next meeting; other warps come in there, and now and then between.
+uint32_t Machine::next_thread() {
+  uint32_t warp = position.thread / kLanes;
+  const bool stay = warps_[warp].ready != 0 && (policy_ == Policy::priority || random_.next() % 128 != 0);
+  if (!stay) warp = pick_warp();
+  return warp * kLanes + pick_lane(warps_[warp]);
+}
+
+// ---- meetings
+
+// This lane waits for `operation`; returns who runs next, which is itself if all have come and its warp goes on.
+uint32_t Machine::arrive(Operation operation, Site site) {
+  const uint32_t self = position.thread;
+  const uint32_t warp_index = self / kLanes;
+  Warp &warp = warps_[warp_index];
+  const uint32_t here = place(site);
+  if (warp.exited != 0) {
+    fail(std::string(name(operation)) + " without lane " + std::to_string(std::countr_zero(warp.exited)) +
+             ", which has exited",
+         here);
+  }
+  if (warp.waiting == 0) {
+    warp.meeting = {operation, here};
+  } else if (warp.meeting.operation != operation || warp.meeting.place != here) {
+    fail(std::string("divergence: ") + name(operation) + " while lane " +
+             std::to_string(std::countr_zero(warp.waiting)) + " waits at " + name(warp.meeting.operation) + ", " +
+             shared_.places.text(warp.meeting.place),
+         here);
+  }
+  const uint32_t bit = 1u << self % kLanes;
+  warp.waiting |= bit;
+  warp.ready &= ~bit;
+  if (warp.waiting != kAll) {
+    if (warp.ready == 0) ready_warps_ &= ~(1u << warp_index);
+    return next_thread();
+  }
+  complete(warp_index);
+  const uint32_t chosen = pick_warp();
+  return chosen == warp_index ? self : chosen * kLanes + pick_lane(warps_[chosen]);
+}
+
+// All lanes of the warp have arrived.
+void Machine::complete(uint32_t warp_index) {
+  Warp &warp = warps_[warp_index];
+  counters_.bank_conflicts += warp.banks.take();
+  if (warp.meeting.operation == Operation::block_barrier) {
+    meet_block(warp_index);
+  } else {
+    perform(warp_index);
+    release(warp_index);
+  }
+}
+
+void Machine::release(uint32_t warp_index) {
+  Warp &warp = warps_[warp_index];
+  warp.waiting = 0;
+  warp.ready = kAll;
+  ready_warps_ |= 1u << warp_index;
+  const uint32_t choice = random_.next();
+  warp.rotation = choice % kLanes;
+  warp.backwards = (choice >> 8 & 1) != 0;
+}
+
+void Machine::meet_block(uint32_t warp_index) {
+  const Meeting &meeting = warps_[warp_index].meeting;
+  const auto warps = static_cast<uint32_t>(warps_.size());
+  if (alive_ != count_) fail("block_barrier after threads have exited", meeting.place);
+  if (arrived_warps_ == 0) {
+    block_meeting_ = meeting;
+  } else if (block_meeting_.place != meeting.place) {
+    fail("divergence: block_barrier while other warps wait at that of " + shared_.places.text(block_meeting_.place),
+         meeting.place);
+  }
+  arrived_warps_++;
+  ready_warps_ &= ~(1u << warp_index);
+  if (arrived_warps_ < warps) return;
+  arrived_warps_ = 0;
+  counters_.barriers++;
+  shared_.join(0, count_);
+  for (uint32_t w = 0; w < warps; w++) release(w);
+}
+
+// ---- launch
+
+void Machine::run_block(const LaunchOptions &options, const uint32_t (&block)[3]) {
+  std::memcpy(position.block, block, sizeof block);
+  policy_ = static_cast<Policy>(random_.below(3));
+  random_.shuffle(priority_);
+  shared_.reset(options.shared_bytes, options.threads);
+  ready_warps_ = 0;
+  arrived_warps_ = 0;
+  alive_ = options.threads;
+  for (uint32_t w = 0; w < warps_.size(); w++) {
+    warps_[w].exited = 0;
+    warps_[w].banks.take();
+    release(w);
+  }
+  const uint32_t first = pick_warp();
+  switch_to(launcher_, first * kLanes + pick_lane(warps_[first]));
+}
+
+Counters Machine::launch(const LaunchOptions &options, const std::function<void()> &kernel) {
+  const uint64_t blocks = uint64_t{options.grid[0]} * options.grid[1] * options.grid[2];
+  if (options.threads == 0 || options.threads % kLanes != 0 || options.threads > kMaxThreads) {
+    throw std::invalid_argument("launch: threads");
+  }
+  if (blocks == 0 || blocks > 0xffffffff) throw std::invalid_argument("launch: grid");
+  random_ = Random(options.seed);
+  sum_order_ = SumOrder(random_);
+  kernel_ = &kernel;
+  counters_ = {};
+  count_ = options.threads;
+  while (threads_.size() < count_) threads_.push_back(std::make_unique<Thread>(run_fiber));
+  const uint32_t warps = count_ / kLanes;
+  warps_.resize(warps);
+  priority_.resize(warps);
+  for (uint32_t w = 0; w < warps; w++) {
+    priority_[w] = w;
+    for (uint32_t l = 0; l < kLanes; l++) warps_[w].lane[l] = &threads_[w * kLanes + l]->registers;
+  }
+  std::vector<uint32_t> order(blocks);
+  for (uint32_t i = 0; i < blocks; i++) order[i] = i;
+  random_.shuffle(order);
+  for (const uint32_t index : order) {
+    run_block(options, {index % options.grid[0], index / options.grid[0] % options.grid[1],
+                        index / options.grid[0] / options.grid[1]});
+    if (error_ != nullptr) {
+      // The other fibers stand somewhere in the kernel, for good.
+      threads_.clear();
+      warps_.clear();
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
+  }
+  return counters_;
+}
+
+Counters launch(const LaunchOptions &options, const std::function<void()> &kernel) {
+  return machine().launch(options, kernel);
+}
+
+}  // namespace flashspark::emulator
