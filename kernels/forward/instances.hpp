@@ -5,7 +5,7 @@
 
 namespace flashspark {
 
-enum class Schedule : uint8_t { single, ring, ahead };
+enum class Schedule : uint8_t { single, ring };
 enum class QueryPlace : uint8_t { shared, registers };
 enum class Kind : uint8_t { wide, few, changed };
 enum class Architecture : uint8_t { sm_80, sm_90, sm_120f };

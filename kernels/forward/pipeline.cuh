@@ -1,4 +1,4 @@
-// The loop over tiles of keys, in three schedules. All copies are asynchronous and each schedule names what a barrier
+// The loop over tiles of keys, in two schedules. All copies are asynchronous and each schedule names what a barrier
 // protects; a copy group that has nothing to copy is still committed, so that counts stay the same on the last tiles.
 #pragma once
 
@@ -55,21 +55,25 @@ struct Block {
     return some;
   }
   FLASHSPARK_DEVICE void scores(Scores<T> &s, int32_t n) const { multiply_keys<T>(s, q, queries(), stage(n), lane); }
-  // Softmax of the scores and their product with V; `plain` tiles need no mask.
-  template <bool plain>
-  FLASHSPARK_DEVICE void finish(Scores<T> &s, int32_t n) {
-    const float scale = T::kChanged ? 1.0f : a.softmax_scale;
-    if constexpr (!plain) {
-      const int32_t first = tiles.at(n) * T::kKeys;
-      bool full = first >= warp_hull.core[0].begin && first + T::kKeys <= warp_hull.core[0].end;
-      if constexpr (T::kChanged) {
-        full = full || (first >= warp_hull.core[1].begin && first + T::kKeys <= warp_hull.core[1].end);
-        change_scores<T>(s, rows, a, first);
-      }
-      if (!full) mask_scores<T>(s, rows, a, work, mask, first);
+  FLASHSPARK_DEVICE float scale() const { return T::kChanged ? 1.0f : a.softmax_scale; }
+  // What a tile that is not plain asks for: scale, caps and biases, and the mask where some row drops a key.
+  FLASHSPARK_DEVICE void change_and_mask(Scores<T> &s, int32_t n) {
+    const int32_t first = tiles.at(n) * T::kKeys;
+    bool full = first >= warp_hull.core[0].begin && first + T::kKeys <= warp_hull.core[0].end;
+    if constexpr (T::kChanged) {
+      full = full || (first >= warp_hull.core[1].begin && first + T::kKeys <= warp_hull.core[1].end);
+      change_scores<T>(s, rows, a, first);
     }
-    update_maximum<T>(s, o, state, scale);
-    multiply_values<T>(o, s, state, scale, stage(n) + T::kKeyBytes, lane);
+    if (!full) mask_scores<T>(s, rows, a, work, mask, first);
+  }
+  // Softmax and product with V.
+  FLASHSPARK_DEVICE void finish(const Scores<T> &s, const RowMaxima<T> &highest, int32_t n) {
+    move_maxima<T>(highest, o, state, scale());
+    multiply_values<T>(o, s, state, scale(), stage(n) + T::kKeyBytes, lane);
+  }
+  FLASHSPARK_DEVICE void change_and_finish(Scores<T> &s, int32_t n) {
+    change_and_mask(s, n);
+    finish(s, row_maxima<T>(s), n);
   }
 };
 
@@ -112,7 +116,7 @@ FLASHSPARK_DEVICE void run_single(Block<T> &block) {
     ptx::block_barrier();     // ... for all; and all are done with K
     block.copy_keys(n + 1);
     ptx::cp_async_commit();
-    if (meets) block.template finish<false>(s, n);
+    if (meets) block.change_and_finish(s, n);
     ptx::cp_async_wait<0>();  // K of the next tile
     ptx::block_barrier();     // ... for all; and all are done with V
     block.copy_values(n + 1);
@@ -143,7 +147,7 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
     if (!block.meets(n)) return;
     Scores<T> s;
     block.scores(s, n);
-    block.template finish<false>(s, n);
+    block.change_and_finish(s, n);
   };
   int32_t n = block.begin;
   FLASHSPARK_NO_UNROLL
@@ -163,46 +167,8 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
       block.look_up(n + 2);
       Scores<T> s;
       block.scores(s, n);
-      block.template finish<true>(s, n);
+      block.finish(s, row_maxima<T>(s), n);
     }
-  }
-}
-
-// The ring, with the scores of the next tile computed before the softmax of this one, so that the tensor cores have
-// work while the softmax runs. K runs one tile ahead of V.
-template <class T>
-FLASHSPARK_DEVICE void run_ahead(Block<T> &block) {
-  block.look_up(block.begin);
-  block.copy_keys(block.begin);
-  ptx::cp_async_commit();
-  if constexpr (T::kQueriesInRegisters) {
-    ptx::cp_async_wait<1>();  // Q
-    ptx::block_barrier();
-    load_queries<T>(block.q, block.queries(), block.lane);
-  }
-  ptx::cp_async_wait<0>();  // K of the first tile
-  ptx::block_barrier();     // ... for all; and all are done with Q's passage
-  block.copy_values(block.begin);
-  block.look_up(block.begin + 1);
-  block.copy_keys(block.begin + 1);
-  ptx::cp_async_commit();
-  const auto step = [&block](Scores<T> &s, Scores<T> &next, int32_t n) {
-    ptx::cp_async_wait<0>();   // V of this tile, K of the next
-    ptx::block_barrier();      // ... for all; and all are done with K of this tile and V of the one before
-    block.copy_values(n + 1);  // its pages were looked up for its keys
-    block.look_up(n + 2);
-    block.copy_keys(n + 2);
-    ptx::cp_async_commit();
-    if (n + 1 < block.end) block.scores(next, n + 1);
-    if (block.meets(n)) block.template finish<false>(s, n);
-  };
-  // Two steps a turn, so that scores change their names and not their registers.
-  Scores<T> even, odd;
-  block.scores(even, block.begin);
-  FLASHSPARK_NO_UNROLL
-  for (int32_t n = block.begin; n < block.end; n += 2) {
-    step(even, odd, n);
-    if (n + 1 < block.end) step(odd, even, n + 1);
   }
 }
 
@@ -210,7 +176,6 @@ template <class T>
 FLASHSPARK_DEVICE void run(Block<T> &block) {
   if constexpr (T::kSchedule == Schedule::single) run_single(block);
   if constexpr (T::kSchedule == Schedule::ring) run_ring(block);
-  if constexpr (T::kSchedule == Schedule::ahead) run_ahead(block);
 }
 
 }  // namespace flashspark

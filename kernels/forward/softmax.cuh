@@ -130,25 +130,37 @@ FLASHSPARK_DEVICE float reduce_row(const Scores<T> &s, int32_t n, F &&f) {
   return part[0];
 }
 
+// Largest score of each of the lane's rows, before the scale.
+template <class T>
+struct RowMaxima {
+  float at[T::kLaneRows];
+};
+template <class T>
+FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
+  RowMaxima<T> highest;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = reduce_row<T>(s, n, larger);
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n)
+    highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n)
+    highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
+  return highest;
+}
+
 // Moves the running maxima where this tile asks for it. `scale` turns scores into units of log2 (1 once
 // change_scores() has run).
 template <class T>
-FLASHSPARK_DEVICE void update_maximum(const Scores<T> &s, Output<T> &o, LaneState<T> &state, float scale) {
-  float highest[T::kLaneRows];
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) highest[n] = reduce_row<T>(s, n, larger);
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) highest[n] = larger(highest[n], ptx::shuffle_xor(highest[n], 1));
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) highest[n] = larger(highest[n], ptx::shuffle_xor(highest[n], 2));
+FLASHSPARK_DEVICE void move_maxima(const RowMaxima<T> &highest, Output<T> &o, LaneState<T> &state, float scale) {
   bool moves = false;
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest[n] * scale > state.base[n] + kRescaleAbove;
+  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest.at[n] * scale > state.base[n] + kRescaleAbove;
   // One branch for all rows of the warp, not one a row.
   if (!ptx::any(moves)) return;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const float base = larger(state.base[n], highest[n] * scale);
+    const float base = larger(state.base[n], highest.at[n] * scale);
     // -inf - -inf: a row that has seen no key yet has nothing to rescale.
     const float factor = state.base[n] == base ? 1.0f : ptx::exp2_approx(state.base[n] - base);
     state.base[n] = base;
