@@ -155,7 +155,10 @@ template <class T>
 FLASHSPARK_DEVICE void move_maxima(const RowMaxima<T> &highest, Output<T> &o, LaneState<T> &state, float scale) {
   bool moves = false;
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest.at[n] * scale > state.base[n] + kRescaleAbove;
+  for (int32_t n = 0; n < T::kLaneRows; ++n) {
+    const float delta = highest.at[n] * scale - state.base[n];
+    moves = moves || (delta > 0 && (delta > kRescaleAbove || ptx::exp2_approx(delta) > state.sum[n]));
+  }
   // One branch for all rows of the warp, not one a row.
   if (!ptx::any(moves)) return;
   FLASHSPARK_UNROLL

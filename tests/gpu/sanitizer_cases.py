@@ -1,0 +1,86 @@
+"""One small case of each kernel, for compute-sanitizer. Each is checked against the oracle, on the CPU.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitizer_cases.py [NAME ...]
+
+Names are those of kernels/forward/instances.def; merge stands for split keys. With PYTORCH_NO_CUDA_MEMORY_CACHING=1
+every tensor is an allocation of its own, so that memcheck sees what lies outside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from oracle import failures, poison_unseen
+from problem import Problem, Spec, build
+
+INSTANCES = Path(__file__).resolve().parents[2] / "kernels/forward/instances.def"
+PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+),", re.M)
+
+WIDE = Spec([200, 65, 0, 300], [330, 65, 9, 300], (4, 2))
+FEW = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
+CHANGED = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
+
+
+def cases() -> dict[str, Spec]:
+    """The kind of a kernel decides what makes the host choose it: many rows, few, or features that need it."""
+    found: dict[str, Spec] = {}
+    for name, dim, dim_v, kind in PATTERN.findall(INSTANCES.read_text(encoding="utf-8")):
+        shape = WIDE if kind == "wide" else FEW
+        spec = replace(shape, dims=(int(dim), int(dim_v)), num_splits=1)
+        if kind == "changed":
+            spec = replace(spec, **CHANGED)
+        found[name] = spec
+    found["merge"] = replace(FEW, dims=(128, 128), num_splits=3, k_lens=[700, 300, 9, 400])
+    found["contiguous"] = replace(FEW, dims=(128, 128), layout="varlen")
+    found["dense"] = replace(WIDE, dims=(128, 128), layout="dense", causal=False, sinks=torch.float32)
+    found["rswa"] = replace(FEW, rswa=30)
+    return found
+
+
+def to_device(problem: Problem, device: torch.device) -> Problem:
+    """The same problem on the GPU, by copies alone: none of torch's kernels runs under the sanitizer."""
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().to(device)
+
+    options = {name: copy(x) if isinstance(x, torch.Tensor) else x for name, x in problem.options.items()}
+    lists = {name: torch.from_numpy(values).to(device) for name, values in problem.host.items()}
+    return replace(
+        problem, q=copy(problem.q), k=copy(problem.k), v=copy(problem.v), options=options, device=lists
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    table = cases()
+    if args.list:
+        print("\n".join(table))
+        return 0
+    wrong = 0
+    for name in args.names or table:
+        spec = table[name]
+        problem = build(spec, 1, "cpu")
+        poison_unseen(problem)
+        results = problem.empty_results()
+        moved = to_device(problem, torch.device(args.device))
+        on_device = [x.to(args.device) for x in results]
+        moved.run(*on_device)
+        found = failures(problem, *(x.cpu() for x in on_device))
+        wrong += bool(found)
+        print(f"{name:14} {'wrong: ' + str(found) if found else 'right'}", flush=True)
+        chosen = [line for line in moved.explain().splitlines() if "chosen" in line]
+        print(f"               {' '.join(chosen)}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
