@@ -6,10 +6,10 @@ COLOURS = ("#0b7285", "#adb5bd", "#e8590c", "#5f3dc4")
 STYLE = "text{font:13px system-ui,sans-serif;fill:#343a40}.title{font-weight:600;font-size:15px}"
 
 
-def bar_chart(title: str, groups: dict[str, dict[str, float]]) -> str:
+def bar_chart(title: str, groups: dict[str, dict[str, float]], left: int = 130) -> str:
     """`groups` maps the label of a group of bars to the series' values: {"S = 128": {"ours": 30.0, "theirs": 20.0}}."""
     series = list(dict.fromkeys(name for bars in groups.values() for name in bars))
-    top, left, bar, gap, span = 64, 130, 15, 12, 480
+    top, bar, gap, span = 64, 15, 12, 480
     step = len(series) * bar + gap
     largest = max(value for bars in groups.values() for value in bars.values())
     height = top + step * len(groups)

@@ -53,6 +53,9 @@ class Reader {
 // Sets tvm-ffi's error of this thread; returns the status that an export then gives.
 int raise(const char *kind, const char *message) noexcept;
 
+// Thrown where tvm-ffi has set its error already.
+struct AlreadyRaised {};
+
 // Runs the body of an export; no exception leaves it. Returns tvm-ffi's status: 0, or -1 with the error raised.
 template <typename Body>
 int guarded(Body &&body) noexcept {
@@ -61,6 +64,8 @@ int guarded(Body &&body) noexcept {
     return 0;
   } catch (const CallError &error) {
     return raise(error.kind, error.message.c_str());
+  } catch (const AlreadyRaised &) {
+    return -1;
   } catch (const std::bad_alloc &) {
     return raise("MemoryError", "out of memory");
   } catch (const std::exception &error) {

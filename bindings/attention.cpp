@@ -236,6 +236,38 @@ void require_ok(flashspark_status status, Face face) {
   throw CallError{error_kind(status), in_callers_words(flashspark_last_error(), kAttentionNames, face)};
 }
 
+// Scratch memory from the allocator of the caller's framework, where it has lent one for the call: torch's knows the
+// stream and graph captures, and it is quicker than the driver's, which serves where there is none.
+class Scratch {
+ public:
+  explicit Scratch(Call &call) {
+    flashspark_attention_params &p = call.params;
+    // Only a split problem needs any, and these are never split.
+    if (p.device != FLASHSPARK_CUDA || p.num_splits == 1 || TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr)
+      return;
+    size_t bytes = 0;
+    require_ok(flashspark_attention_workspace_size(&p, &bytes), call.face);
+    if (bytes == 0) return;
+    int64_t shape[] = {static_cast<int64_t>(bytes)};
+    DLTensor prototype{};
+    prototype.device = {kDLCUDA, p.device_index};
+    prototype.ndim = 1;
+    prototype.dtype = {kDLUInt, 8, 1};
+    prototype.shape = shape;
+    if (TVMFFIEnvTensorAlloc(&prototype, &tensor_) != 0) throw AlreadyRaised{};
+    p.workspace = TVMFFITensorGetDLTensorPtr(tensor_)->data;
+    p.workspace_size = bytes;
+  }
+  ~Scratch() {
+    if (tensor_ != nullptr) TVMFFIObjectDecRef(tensor_);  // the allocator hands it out again in the stream's order
+  }
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+
+ private:
+  TVMFFIObjectHandle tensor_ = nullptr;
+};
+
 }  // namespace
 
 const char *error_kind(flashspark_status status) {
@@ -256,6 +288,7 @@ const char *error_kind(flashspark_status status) {
 void attention_forward(Reader &args) {
   Call call;
   read_call(args, call);
+  const Scratch scratch(call);
   require_ok(flashspark_attention_forward(&call.params), call.face);
 }
 

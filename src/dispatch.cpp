@@ -1,11 +1,15 @@
 #include "dispatch.hpp"
 
+#include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <string_view>
 
 #include "cpu/engine.hpp"
 #include "cpu/reference.hpp"
 #include "cpu/thread_pool.hpp"
+#include "cuda/forward.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
 
@@ -55,6 +59,16 @@ constexpr size_t kNumFeatures = std::size(kFeatures);
 static_assert(kNumFeatures < 64);
 constexpr FeatureSet kAllFeatures = (FeatureSet{1} << kNumFeatures) - 1;
 
+constexpr FeatureSet without(std::initializer_list<std::string_view> left_out) {
+  FeatureSet set = kAllFeatures;
+  for (size_t n = 0; n < kNumFeatures; ++n) {
+    for (const std::string_view name : left_out) set &= ~(FeatureSet{name == kFeatures[n].name} << n);
+  }
+  return set;
+}
+constexpr FeatureSet kCudaFeatures = without({"float32", "fp8 q", "fp8 kv", "fp8 out", "out dtype other than q's"});
+static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 5);
+
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;
   for (size_t n = 0; n < kNumFeatures; ++n) set |= FeatureSet{kFeatures[n].required(p)} << n;
@@ -73,21 +87,26 @@ std::string device_name(const Params &p) {
   return p.device == FLASHSPARK_CPU ? "the CPU" : "CUDA device " + std::to_string(p.device_index);
 }
 
-std::string engine_detail() {
+std::string engine_detail(const Params &) {
   return std::string(cpu::engine_target()) + ", " + std::to_string(cpu::default_threads()) + " threads";
 }
-std::string reference_detail() {
+std::string reference_detail(const Params &) {
   return "double precision, " + std::to_string(cpu::default_threads()) + " threads";
 }
 size_t no_workspace(const Params &) {
   return 0;
 }
+std::string always_available(const Params &) {
+  return {};
+}
 
 constexpr Implementation kImplementations[] = {
+    {"cuda", "mma.sync FlashAttention kernels, built ahead of time", FLASHSPARK_CUDA, kCudaFeatures, 512, cuda::detail,
+     cuda::forward, cuda::workspace, cuda::unavailable},
     {"cpu-engine", "tiled online softmax in SIMD on all cores", FLASHSPARK_CPU, kAllFeatures, 512, engine_detail,
-     cpu::engine_forward, no_workspace},
+     cpu::engine_forward, no_workspace, always_available},
     {"cpu-reference", "the oracle: the formula, one score at a time", FLASHSPARK_CPU, kAllFeatures, 512,
-     reference_detail, cpu::reference_forward, no_workspace},
+     reference_detail, cpu::reference_forward, no_workspace, always_available},
 };
 
 // What keeps an implementation from a problem; empty if nothing.
@@ -100,6 +119,9 @@ std::string lacks(const Implementation &candidate, const Params &p) {
   const int64_t widest = std::max(p.head_dim, p.head_dim_v);
   if (widest > candidate.max_head_dim)
     add("head_dim " + std::to_string(widest) + " > " + std::to_string(candidate.max_head_dim));
+  if (candidate.device == p.device) {
+    if (const std::string why = candidate.unavailable(p); !why.empty()) add(why);
+  }
   return text;
 }
 
@@ -150,7 +172,7 @@ std::string explain(const Params &p) {
   std::string text = problem_text(p);
   for (const Implementation &candidate : kImplementations) {
     const std::string missing = lacks(candidate, p);
-    text += std::string(candidate.name) + " (" + candidate.detail() + "): ";
+    text += std::string(candidate.name) + " (" + candidate.detail(p) + "): ";
     if (&candidate == chosen) {
       text += forced ? "chosen, as asked for\n" : "chosen\n";
     } else {

@@ -17,9 +17,10 @@ struct Implementation {
   flashspark_device device;
   FeatureSet features;
   int64_t max_head_dim;
-  std::string (*detail)();           // what it runs on here: "AVX2, 2 threads"
-  void (*forward)(const Params &p);  // params have passed validate()
-  size_t (*workspace)(const Params &p);
+  std::string (*detail)(const Params &p);       // what it runs on here: "AVX2, 2 threads"
+  void (*forward)(const Params &p);             // params have passed validate()
+  size_t (*workspace)(const Params &p);         // bytes
+  std::string (*unavailable)(const Params &p);  // what this machine or build lacks, of a problem of its own device
 };
 
 // Best first.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tune.sh FILE: each line of FILE is "name warps rows keys schedule queries blocks [held KB]"; builds all, then times them.
-# Columns: TFLOP/s of B4 32/8 S4096 full, causal; B1 16/8 S1024, S8192 causal; B1 64/8 chunk of 1024 over 32k.
+# TUNE_KERNELS: another copy of kernels/; TUNE_OUT: where the programs go; TUNE_FLAGS: more flags. Columns: TFLOP/s of B4 32/8 S4096 full, causal; B1 16/8 S1024, S8192 causal; B1 64/8 chunk of 1024 over 32k.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${TUNE_OUT:-/tmp/tune}
@@ -9,7 +9,7 @@ nvcc -std=c++20 -O3 -c -Ikernels -Iinclude -Isrc src/cuda/plan.cpp -o "$out/plan
 build() {
   set -- $1
   exe=$out/$(tr ' ' _ <<<"${*:1:7}")
-  [[ -x $exe ]] || nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -Iinclude -Isrc -DFLASHSPARK_NAME="$1" -DTUNE_WARPS="$2" \
+  [[ -x $exe ]] || nvcc -std=c++20 -O3 -arch=sm_90 -I"${TUNE_KERNELS:-kernels}" -Iinclude -Isrc -DFLASHSPARK_NAME="$1" -DTUNE_WARPS="$2" \
     -DTUNE_ROWS="$3" -DTUNE_KEYS="$4" -DTUNE_SCHEDULE="$5" -DTUNE_QUERIES="$6" -DTUNE_BLOCKS="$7" ${TUNE_FLAGS:-} \
     bench/gpu/tune.cu "$out/plan.o" -o "$exe" || echo "does not build: $*"
 }

@@ -49,6 +49,11 @@ def is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_cupy(x: object) -> bool:
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
 def stored(x: Array, place: int, name: str) -> tuple[Array, int]:
     """`x` in a type that DLPack knows, and its four bits of the `stored_as` argument."""
     if isinstance(x, np.ndarray):
@@ -81,14 +86,21 @@ def empty_like(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         return np.empty(shape, dtype)
     if is_torch(x):
         return x.new_empty(shape, dtype=dtype)
+    if is_cupy(x):
+        with x.device:
+            return sys.modules["cupy"].empty(shape, dtype)
     raise TypeError(
-        f"q = {type(x).__name__}: results are allocated for NumPy arrays and torch tensors; give out= (and lse=)"
+        f"q = {type(x).__name__}: results are allocated for NumPy and CuPy arrays and torch tensors; "
+        "give out= (and lse=)"
     )
 
 
 def int32_full(x: Array, count: int, value: int) -> Array:
     if is_torch(x):
         return x.new_full((count,), value, dtype=sys.modules["torch"].int32)
+    if is_cupy(x):
+        with x.device:
+            return sys.modules["cupy"].full(count, value, np.int32)
     return np.full(count, value, np.int32)
 
 
@@ -106,7 +118,7 @@ def out_dtype(q: Array, output_scale: Array | None) -> Any:
 
 
 def empty_out(q: Array, v: Array, output_scale: Array | None) -> Array:
-    if not isinstance(q, np.ndarray) and not is_torch(q):
+    if not isinstance(q, np.ndarray) and not is_torch(q) and not is_cupy(q):
         empty_like(q, (), None)  # raises, naming q
     if not hasattr(v, "shape"):
         raise TypeError(f"v = {type(v).__name__}: must be a NumPy array, a torch tensor or another DLPack tensor")
@@ -124,6 +136,11 @@ def empty_lse(q: Array, varlen: bool) -> Array | None:
 
 def call(function: Callable[..., Any], names: tuple[str, ...], args: tuple[Any, ...]) -> Any:
     """One native call. NumPy refuses to export some arrays at first; those are sorted out only then."""
+    # tvm-ffi asks torch for its current stream, but not CuPy.
+    if "cupy" in sys.modules and (array := next(filter(is_cupy, args), None)) is not None:
+        stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+        with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", array.device.id), stream):
+            return function(*args)
     try:
         return function(*args)
     except BufferError:
@@ -145,6 +162,28 @@ def _export(name: str, x: Any) -> Any:
     if x.dtype.isnative and x.dtype.kind in "fiub" and x.dtype.num <= _LAST_NUMPY_TYPE:
         raise ValueError(text)
     raise TypeError(text)
+
+
+def _is_plain(tensor: type, q: Array, k: Array, v: Array, out: Array | None, tail: tuple[Any, ...]) -> bool:
+    """Whether torch tensors can be passed as they are: one 16- or 32-bit type, no gradients."""
+    if type(q) is not tensor or type(k) is not tensor or type(v) is not tensor:
+        return False
+    dtype = q.dtype
+    if k.dtype is not dtype or dtype.itemsize < 2:
+        return False
+    if not (q.is_cuda and k.is_cuda and v.is_cuda) and not (q.is_cpu and k.is_cpu and v.is_cpu):
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return False
+    if out is not None and (
+        type(out) is not tensor or out.dtype is not dtype or out.device != q.device or out.requires_grad
+    ):
+        return False
+    return not tail or (tail[OUTPUT_SCALE] is None and _no_grad(tail[SINKS]) and _no_grad(tail[REL_LOGITS]))
+
+
+def _no_grad(x: Array | None) -> bool:
+    return x is None or not getattr(x, "requires_grad", False)
 
 
 def attend(
@@ -171,6 +210,20 @@ def attend(
             lse = empty_lse(q, False)
         try:
             function(face, 0, q, k, v, out, lse, *head)
+            return out, lse
+        except BufferError:
+            pass
+    elif (
+        not explain and (torch := sys.modules.get("torch")) is not None and _is_plain(torch.Tensor, q, k, v, out, tail)
+    ):
+        # The same for torch, where a call on a GPU takes as long as a small kernel runs.
+        if out is None:
+            same = q.is_contiguous() and v.dim() > 0 and v.size(-1) == q.size(-1)
+            out = torch.empty_like(q) if same else empty_out(q, v, None)
+        if want_lse and lse is None:
+            lse = empty_lse(q, bool(tail) and tail[CU_SEQLENS_Q] is not None)
+        try:
+            function(face, 0, q, k, v, out, lse, *head, *tail)
             return out, lse
         except BufferError:
             pass

@@ -42,7 +42,7 @@ def test_names():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = flashspark.no_such_name
     assert flashspark.native_version() == flashspark.__version__ == importlib.metadata.version("flashspark")
-    assert list(flashspark.implementations()) == ["cpu-engine", "cpu-reference"]
+    assert list(flashspark.implementations()) == ["cuda", "cpu-engine", "cpu-reference"]
     assert all(flashspark.implementations().values())
     assert flashspark.cpu_threads() >= 1
     assert flashspark.cpu_target()

@@ -80,7 +80,7 @@ TEST(Abi, NamesAreStable) {
     names.emplace_back(flashspark_implementation_name(n));
     EXPECT_STRNE(flashspark_implementation_description(n), "");
   }
-  EXPECT_EQ(names, (std::vector<std::string>{"cpu-engine", "cpu-reference"}));
+  EXPECT_EQ(names, (std::vector<std::string>{"cuda", "cpu-engine", "cpu-reference"}));
   for (const int32_t beyond : {-1, static_cast<int32_t>(names.size()), INT32_MAX, INT32_MIN}) {
     EXPECT_EQ(flashspark_implementation_name(beyond), nullptr);
     EXPECT_EQ(flashspark_implementation_description(beyond), nullptr);

@@ -1,6 +1,8 @@
 // The choice of an implementation, and how it explains itself.
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -112,8 +114,31 @@ TEST(Dispatch, CudaProblemsSayWhatEachImplementationLacks) {
   EXPECT_TRUE(contains(text, "CUDA device 2")) << text;
   EXPECT_TRUE(contains(line_of(text, "cpu-engine"), "runs on the CPU only")) << text;
   EXPECT_TRUE(contains(line_of(text, "cpu-reference"), "runs on the CPU only")) << text;
+  EXPECT_TRUE(contains(line_of(text, "cuda"), "lacks float32")) << text;
   EXPECT_EQ(t.explain(FLASHSPARK_UNSUPPORTED).find("problem:"), 0u);
   EXPECT_EQ(t.out[0], 0.0f);
+}
+
+TEST(Dispatch, WithoutAGpuTheCudaLineSaysWhatIsMissing) {
+  Tiny t;
+  t.p.device = FLASHSPARK_CUDA;
+  t.p.device_index = 1000;  // nobody has as many
+  for (flashspark_tensor *tensor : {&t.p.q, &t.p.k, &t.p.v, &t.p.out}) tensor->dtype = FLASHSPARK_BFLOAT16;
+  const std::string line = line_of(t.explain(FLASHSPARK_UNSUPPORTED), "cuda");
+  const char *const reasons[] = {"built without CUDA kernels", "libcuda.so.1 is not found", "no GPU",
+                                 "there is no CUDA device 1000"};
+  EXPECT_TRUE(std::any_of(std::begin(reasons), std::end(reasons), [&](const char *r) { return contains(line, r); }))
+      << line;
+  EXPECT_FALSE(contains(line, "lacks")) << line;
+}
+
+TEST(Dispatch, CpuProblemsHearOfTheKernelsWithoutLoadingTheDriver) {
+  const auto loaded = [] { return dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD) != nullptr; };
+  const bool before = loaded();  // by another test
+  const std::string line = line_of(Tiny().explain(FLASHSPARK_OK), "cuda");
+  EXPECT_EQ(loaded(), before);
+  EXPECT_TRUE(contains(line, "runs on CUDA only")) << line;
+  EXPECT_TRUE(contains(line, "kernels for sm_") || contains(line, "built without CUDA kernels")) << line;
 }
 
 TEST(Dispatch, ExplainRespectsTheBuffer) {

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <functional>
 
 #include "cli/cli.hpp"
+#include "cli/gpu_run.hpp"
 #include "cli/json.hpp"
 #include "cli/measure.hpp"
 #include "cli/plot.hpp"
@@ -20,7 +22,8 @@ constexpr size_t kFewestCalls = 5, kMostCalls = 2000;
 
 struct Timing {
   const cases::Case *spec = nullptr;
-  std::string error;  // not empty: could not run
+  std::string error;         // not empty: could not run
+  bool unsupported = false;  // because no implementation there offers it
   std::string implementation;
   std::vector<double> seconds;  // sorted
   Work work;
@@ -28,6 +31,36 @@ struct Timing {
   double at(double quantile) const { return seconds[static_cast<size_t>(quantile * (seconds.size() - 1))]; }
   double median() const { return at(0.5); }
 };
+
+void take_times(Timing &t, double seconds, const std::function<double(size_t)> &call) {
+  double spent = 0;
+  while ((spent < seconds || t.seconds.size() < kFewestCalls) && t.seconds.size() < kMostCalls) {
+    t.seconds.push_back(call(t.seconds.size()));
+    spent += t.seconds.back();
+  }
+  std::sort(t.seconds.begin(), t.seconds.end());
+}
+
+// On the GPU one set of values does: between the calls L2 is written over.
+Timing measure_on(GpuSession &gpu, const cases::Case &spec, const BenchOptions &options) {
+  Timing t;
+  t.spec = &spec;
+  cases::Problem problem(spec);
+  t.work = work(problem);
+  t.roof = roofline(t.work, gpu.limits());
+  GpuProblem copy(problem, 0);
+  const char *name = options.implementation.empty() ? nullptr : options.implementation.c_str();
+  flashspark_status status = FLASHSPARK_OK;
+  for (int n = 0; n < 3 && status == FLASHSPARK_OK; ++n) gpu.time(copy, name, status);
+  if (status != FLASHSPARK_OK) {
+    t.error = flashspark_last_error();
+    t.unsupported = status == FLASHSPARK_UNSUPPORTED;
+    return t;
+  }
+  t.implementation = choose(copy.params()).name;
+  take_times(t, options.seconds, [&](size_t) { return gpu.time(copy, name, status); });
+  return t;
+}
 
 Timing measure(const cases::Case &spec, const BenchOptions &options, const Limits &limits) {
   Timing t;
@@ -51,12 +84,8 @@ Timing measure(const cases::Case &spec, const BenchOptions &options, const Limit
     }
   }
   if (t.implementation.empty()) t.implementation = choose(problems[0].params).name;
-  double spent = 0;
-  while ((spent < options.seconds || t.seconds.size() < kFewestCalls) && t.seconds.size() < kMostCalls) {
-    t.seconds.push_back(time_call(problems[t.seconds.size() % kCopies], name, options.threads, status));
-    spent += t.seconds.back();
-  }
-  std::sort(t.seconds.begin(), t.seconds.end());
+  take_times(t, options.seconds,
+             [&](size_t n) { return time_call(problems[n % kCopies], name, options.threads, status); });
   return t;
 }
 
@@ -94,26 +123,42 @@ int bench(const BenchOptions &options) {
     for (cases::Case &c : cases::feature_matrix()) all.push_back(std::move(c));
   }
   all = select(std::move(all), options.filter, options.seed);
-  if (!options.implementation.empty()) select_implementations(options.implementation);
   if (options.list) return print_list(all, options.json), kOk;
+  // An implementation of the CPU asked for by name is timed there.
+  const bool wants_cpu = !options.implementation.empty() && options.implementation != kGpuImplementation;
+  const std::unique_ptr<GpuSession> gpu = open_gpu(options.cpu || wants_cpu);
+  select_implementations(options.implementation, gpu != nullptr);
 
   const Machine facts = machine();
   const int threads = options.threads > 0 ? options.threads : facts.threads;
-  const Limits limits = measure_limits(threads);
+  const Limits limits = gpu ? gpu->limits() : measure_limits(threads);
+  const std::string where =
+      gpu ? gpu->text()
+          : fmt::format(
+                "{}, {}, {} threads; limits measured here: {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy",
+                facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9);
   std::vector<Timing> timings;
   {
     Progress progress(all.size());
     for (const cases::Case &spec : all) {
       progress.step(spec.name);
-      timings.push_back(measure(spec, options, limits));
+      timings.push_back(gpu ? measure_on(*gpu, spec, options) : measure(spec, options, limits));
     }
   }
-  const bool failed = std::any_of(timings.begin(), timings.end(), [](const Timing &t) { return !t.error.empty(); });
+  // Without a name a case that nothing there offers is no failure.
+  const auto is_failure = [&](const Timing &t) {
+    return !t.error.empty() && !(t.unsupported && options.implementation.empty());
+  };
+  const bool failed = std::any_of(timings.begin(), timings.end(), is_failure);
 
   if (options.json) {
     Json report = report_header();
-    report["threads"] = threads;
-    report["limits"] = to_json(limits);
+    if (gpu) {
+      report["gpu"] = to_json(*gpu);
+    } else {
+      report["threads"] = threads;
+      report["limits"] = to_json(limits);
+    }
     Json &results = report["results"] = Json::array();
     for (const Timing &t : timings) results.push_back(timing_json(t));
     print_json(report);
@@ -121,7 +166,8 @@ int bench(const BenchOptions &options) {
     Table table({"case", "implementation", ">median", ">fastest", ">calls", ">GFLOP/s", ">GB/s", ">of limit", "limit"});
     for (const Timing &t : timings) {
       if (!t.error.empty()) {
-        table.row({t.spec->name, "failed"}, Colour::kRed);
+        is_failure(t) ? table.row({t.spec->name, "failed"}, Colour::kRed)
+                      : table.row({t.spec->name, "not offered"}, Colour::kYellow);
         continue;
       }
       table.row({t.spec->name, t.implementation, seconds_text(t.median()), seconds_text(t.seconds.front()),
@@ -131,12 +177,9 @@ int bench(const BenchOptions &options) {
     }
     table.print();
     for (const Timing &t : timings) {
-      if (!t.error.empty()) fmt::print("\n  {}: {}\n", paint(Colour::kRed, t.spec->name), t.error);
+      if (is_failure(t)) fmt::print("\n  {}: {}\n", paint(Colour::kRed, t.spec->name), t.error);
     }
-    fmt::print("\n{}\n", paint(Colour::kDim,
-                               fmt::format("{}, {}, {} threads; limits measured here: {:.0f} GFLOP/s float32 "
-                                           "multiply-add, {:.1f} GB/s copy",
-                                           facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9)));
+    fmt::print("\n{}\n", paint(Colour::kDim, where));
   }
   if (!options.plot.empty()) {
     std::vector<Bar> bars;
@@ -145,10 +188,7 @@ int bench(const BenchOptions &options) {
       bars.push_back({t.spec->name, seconds_text(t.median()) + " · " + rate_text(t), t.roof.seconds / t.median(),
                       t.roof.memory_bound});
     }
-    write_bars(options.plot, "flashspark " + facts.version + ": share of the machine's limit",
-               fmt::format("{}, {}, {} threads; limits {:.0f} GFLOP/s and {:.1f} GB/s measured in the same run",
-                           facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9),
-               bars);
+    write_bars(options.plot, "flashspark " + facts.version + ": share of the machine's limit", where, bars);
     if (!options.json) fmt::print("plot: {}\n", options.plot);
   }
   return failed ? kFailed : kOk;

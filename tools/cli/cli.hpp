@@ -24,6 +24,7 @@ struct DoctorOptions {
 
 struct VerifyOptions {
   bool json = false;
+  bool cpu = false;  // not on the GPU
   bool list = false;
   bool verbose = false;  // a line for every case
   std::string filter;
@@ -35,6 +36,7 @@ struct VerifyOptions {
 
 struct BenchOptions {
   bool json = false;
+  bool cpu = false;  // not on the GPU
   bool list = false;
   bool matrix = false;  // the feature matrix too
   std::string filter;

@@ -10,9 +10,11 @@ import tempfile
 import unittest
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import ClassVar
 
 PROGRAM = ""
 LAUNCHER: list[str] = []  # e.g. an emulator and its options
+FAKE_CUDA = os.environ.get("FLASHSPARK_FAKE_CUDA", "")  # folder of a libcuda.so.1 without a GPU
 
 
 def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -95,7 +97,7 @@ class Doctor(unittest.TestCase):
             report = FakeVenv(Path(folder)).doctor()
         self.assertGreaterEqual(report["machine"]["cores"], 1)
         self.assertTrue(report["machine"]["simd"])
-        self.assertEqual([i["name"] for i in report["implementations"]], ["cpu-engine", "cpu-reference"])
+        self.assertEqual([i["name"] for i in report["implementations"]], ["cuda", "cpu-engine", "cpu-reference"])
         self.assertGreaterEqual(len(report["problems"]), 10)
         for problem in report["problems"]:
             self.assertEqual(problem["implementation"], "cpu-engine")
@@ -184,6 +186,43 @@ class Bench(unittest.TestCase):
             self.assertGreaterEqual(result["calls"], 5)
             self.assertLessEqual(result["fastest_seconds"], result["median_seconds"])
             self.assertLess(result["of_limit"], 1.5)
+
+
+@unittest.skipUnless(FAKE_CUDA, "built without CUDA kernels")
+class Gpu(unittest.TestCase):
+    """Beside a driver whose GPU computes nothing: what runs where, and that wrong results are seen."""
+
+    ENVIRONMENT: ClassVar[dict[str, str]] = {"LD_LIBRARY_PATH": FAKE_CUDA}
+
+    def test_doctor(self) -> None:
+        self.assertIn("the GPU takes sm_120f", run("doctor", **self.ENVIRONMENT).stdout)
+        problems = json.loads(run("doctor", "--json", **self.ENVIRONMENT).stdout)["problems"]
+        on_gpu = {problem["problem"]: problem["gpu_implementation"] for problem in problems}
+        self.assertEqual(on_gpu["decode, paged, bf16"], "cuda")
+        self.assertIsNone(on_gpu["prefill, f32"])
+        self.assertEqual({problem["implementation"] for problem in problems}, {"cpu-engine"})
+
+    def test_verify_sees_that_nothing_was_computed(self) -> None:
+        arguments = ["verify", "--filter", "guide/varlen", "--json"]
+        report = json.loads(run(*arguments, status=1, **self.ENVIRONMENT).stdout)
+        results = {result["implementation"]: result["result"] for result in report["results"]}
+        self.assertEqual(results, {"cuda": "FAIL", "cpu-engine": "pass", "cpu-reference": "pass"})
+        self.assertEqual(report["gpu"]["kernels"], "sm_120f")
+        report = json.loads(run(*arguments, "--cpu", **self.ENVIRONMENT).stdout)
+        self.assertNotIn("cuda", {result["implementation"] for result in report["results"]})
+
+    def test_bench(self) -> None:
+        arguments = ["bench", "--filter", "prefill/S128", "--seconds", "0.01", "--json"]
+        results = json.loads(run(*arguments, **self.ENVIRONMENT).stdout)["results"]
+        self.assertEqual([result.get("implementation") for result in results], ["cuda", None])
+        self.assertIn("lacks float32", results[1]["error"])
+        self.assertAlmostEqual(results[0]["median_seconds"], 1e-3)
+        results = json.loads(run(*arguments, "--implementation", "cpu-engine", **self.ENVIRONMENT).stdout)["results"]
+        self.assertEqual({result["implementation"] for result in results}, {"cpu-engine"})
+
+    def test_only_for_a_gpu_without_one(self) -> None:
+        text = run("verify", "--implementation", "cuda", "--cpu", status=2, **self.ENVIRONMENT).stderr
+        self.assertIn("cuda cannot run here: --cpu", text)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@
 
 #include "cases/cases.hpp"
 #include "cli/cli.hpp"
+#include "cli/gpu_run.hpp"
 #include "cli/json.hpp"
 #include "cli/machine.hpp"
 #include "cli/python_env.hpp"
 #include "cli/terminal.hpp"
+#include "cuda/fatbins.hpp"
 #include "dispatch.hpp"
 
 namespace flashspark::cli {
@@ -31,6 +33,8 @@ struct Choice {
   std::string implementation;  // empty: none
   std::string reason;          // the line of the chosen one, or why none fits
   std::string explanation;     // all of it
+  std::string on_gpu;          // the implementation if the problem lay in GPU memory; empty: none
+  std::string gpu_explanation;
 };
 
 // Small problems of every common kind; dispatch looks at kinds, not at sizes.
@@ -66,7 +70,16 @@ std::vector<cases::Case> common_problems() {
   return list;
 }
 
-std::vector<Choice> choices() {
+// What a problem in GPU memory would get: the choice looks at no pointer.
+void choose_on_gpu(flashspark_attention_params params, Choice &choice) {
+  params.device = FLASHSPARK_CUDA;
+  std::string text(4096, '\0');
+  if (flashspark_attention_explain(&params, text.data(), text.size()) == FLASHSPARK_OK)
+    choice.on_gpu = choose(params).name;
+  choice.gpu_explanation = text.c_str();
+}
+
+std::vector<Choice> choices(bool gpu) {
   std::vector<Choice> list;
   for (const cases::Case &spec : common_problems()) {
     cases::Problem problem(spec);
@@ -91,6 +104,7 @@ std::vector<Choice> choices() {
     } else {
       choice.reason = flashspark_last_error();
     }
+    if (gpu) choose_on_gpu(problem.params, choice);
     list.push_back(std::move(choice));
   }
   return list;
@@ -109,9 +123,10 @@ void look_at_machine(const Machine &m, const GpuFacts &gpu, std::vector<Finding>
           "in a container, start it with --gpus all; else install the driver's user libraries");
     }
     add(Finding::kNote, "no GPU: everything runs on the CPU", "");
-  } else {
-    add(Finding::kNote,
-        "this release has no GPU implementation: problems in GPU memory are refused, the CPU serves the rest", "");
+  } else if (const std::string lack = gpu_lack(); !lack.empty()) {
+    add(Finding::kWarning, "problems in GPU memory are refused: " + lack,
+        cuda::fatbins().empty() ? "build with nvcc 12.9 or newer, or install a wheel that has the kernels"
+                                : "a driver that offers CUDA 12.0 or newer, and a GPU that the kernels serve");
   }
   if (m.simd == "SCALAR" || m.simd == "SSE2" || m.simd == "EMU128") {
     add(Finding::kWarning, "the SIMD target is " + m.simd + ": slow",
@@ -197,6 +212,9 @@ Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env
                         {"implementation", c.implementation.empty() ? Json() : Json(c.implementation)},
                         {"reason", c.reason},
                         {"explanation", c.explanation}});
+    if (c.gpu_explanation.empty()) continue;
+    problems.back()["gpu_implementation"] = c.on_gpu.empty() ? Json() : Json(c.on_gpu);
+    problems.back()["gpu_explanation"] = c.gpu_explanation;
   }
   Json packages = Json::object();
   for (const auto &[name, package] : env.packages) packages[name] = package.version;
@@ -234,6 +252,11 @@ void print_machine(const Machine &m, const GpuFacts &gpu, const Limits *limits) 
     line("driver", fmt::format("{}, CUDA {}.{}", gpu.driver.empty() ? "unknown version" : gpu.driver,
                                gpu.cuda_version / 1000, gpu.cuda_version % 1000 / 10));
   }
+  std::string kernels = "this build has none";
+  if (!cuda::fatbins().empty()) kernels = fmt::format("for {}", cuda::fatbin_architectures());
+  if (!gpu.gpus.empty() && gpu_lack().empty())
+    kernels += fmt::format("; the GPU takes {}", cuda::architecture_name(cuda::device_facts(0).machine.arch));
+  line("kernels", kernels);
   line("toolkit", gpu.toolkit.empty() ? "none (not needed to run)" : gpu.toolkit + " " + gpu.toolkit_version);
 }
 
@@ -252,7 +275,8 @@ int doctor(const DoctorOptions &options) {
   const Machine facts = machine();
   const GpuFacts gpu = gpu_facts();
   const PythonEnvironment env = python_environment();
-  const std::vector<Choice> chosen = choices();
+  const bool gpu_runs = !gpu.gpus.empty() && gpu_lack().empty();
+  const std::vector<Choice> chosen = choices(gpu_runs);
   Limits measured;
   if (options.bandwidth) measured = measure_limits(facts.threads);
   const Limits *limits = options.bandwidth ? &measured : nullptr;
@@ -276,15 +300,19 @@ int doctor(const DoctorOptions &options) {
   print_machine(facts, gpu, limits);
   print_python(env);
   fmt::print("\n");
-  Table table({"problem", "runs on", "because"});
+  std::vector<std::string> headers{"problem", "runs on", "because"};
+  if (gpu_runs) headers.insert(headers.begin() + 1, "in GPU memory");
+  Table table(headers);
   for (const Choice &c : chosen) {
-    table.row({c.problem, c.implementation.empty() ? "nothing" : c.implementation,
-               c.implementation.empty() ? "see below" : c.reason},
-              c.implementation.empty() ? Colour::kRed : Colour::kPlain);
+    std::vector<std::string> cells{c.problem, c.implementation.empty() ? "nothing" : c.implementation,
+                                   c.implementation.empty() ? "see below" : c.reason};
+    if (gpu_runs) cells.insert(cells.begin() + 1, c.on_gpu.empty() ? "not offered" : c.on_gpu);
+    table.row(cells, c.implementation.empty() ? Colour::kRed : Colour::kPlain);
   }
   table.print();
   if (options.verbose) {
-    for (const Choice &c : chosen) fmt::print("\n{}\n{}", paint(Colour::kBold, c.problem), c.explanation);
+    for (const Choice &c : chosen)
+      fmt::print("\n{}\n{}", paint(Colour::kBold, c.problem), c.gpu_explanation + c.explanation);
   }
   fmt::print("\n");
   for (const Finding &f : findings) {

@@ -1,5 +1,4 @@
-// The GPUs, asked through the driver's own library if there is one; nothing is linked or initialised beyond cuInit().
-#include <dlfcn.h>
+// The GPUs, the driver and the toolkit.
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -10,50 +9,22 @@
 #include <sstream>
 
 #include "cli/machine.hpp"
+#include "cuda/device.hpp"
 
 namespace flashspark::cli {
 namespace {
 
-// The part of the CUDA driver API that is used here; CUresult, CUdevice and CUdevice_attribute are ints.
-constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;
-constexpr int kNoDevice = 100;
-
-template <class F>
-F *symbol(void *library, const char *name) {
-  return reinterpret_cast<F *>(dlsym(library, name));
-}
-
 void ask_driver(GpuFacts &facts) {
-  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return;
-  const auto init = symbol<int(unsigned)>(library, "cuInit");
-  const auto driver_version = symbol<int(int *)>(library, "cuDriverGetVersion");
-  const auto count_devices = symbol<int(int *)>(library, "cuDeviceGetCount");
-  const auto device_name = symbol<int(char *, int, int)>(library, "cuDeviceGetName");
-  const auto attribute = symbol<int(int *, int, int)>(library, "cuDeviceGetAttribute");
-  const auto total_memory = symbol<int(size_t *, int)>(library, "cuDeviceTotalMem_v2");
-  if (!init || !driver_version || !count_devices || !device_name || !attribute || !total_memory) {
-    facts.error = "libcuda.so.1 lacks functions that every driver has";
-    return;
-  }
-  driver_version(&facts.cuda_version);
-  if (const int result = init(0)) {
-    if (result != kNoDevice) facts.error = fmt::format("cuInit() failed with CUDA error {}", result);
-    return;
-  }
-  int count = 0;
-  count_devices(&count);
-  for (int device = 0; device < count; ++device) {
-    Gpu gpu;
-    char name[256] = "";
+  const cuda::Driver &d = cuda::driver();
+  facts.cuda_version = d.version;
+  if (d.found && d.init_result != cuda::kNoDevice) facts.error = d.lack;
+  for (int index = 0; d.lack.empty() && index < d.device_count; ++index) {
+    cuda::Device device = 0;
     size_t bytes = 0;
-    device_name(name, sizeof name, device);
-    attribute(&gpu.major, kComputeCapabilityMajor, device);
-    attribute(&gpu.minor, kComputeCapabilityMinor, device);
-    total_memory(&bytes, device);
-    gpu.name = name;
-    gpu.memory_gib = static_cast<double>(bytes) / (1 << 30);
-    facts.gpus.push_back(gpu);
+    FLASHSPARK_CUDA_CALL(d, cuDeviceGet, &device, index);
+    FLASHSPARK_CUDA_CALL(d, cuDeviceTotalMem, &bytes, device);
+    const cuda::DeviceFacts &found = cuda::device_facts(index);
+    facts.gpus.push_back({found.name, found.major, found.minor, static_cast<double>(bytes) / (1 << 30)});
   }
 }
 

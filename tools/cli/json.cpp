@@ -5,6 +5,8 @@
 #include <fstream>
 #include <stdexcept>
 
+#include "cli/gpu_run.hpp"
+
 namespace flashspark::cli {
 
 Json to_json(const Machine &m) {
@@ -38,6 +40,13 @@ Json to_json(const GpuFacts &facts) {
           {"driver_error", text(facts.error)},
           {"toolkit", text(facts.toolkit)},
           {"toolkit_version", text(facts.toolkit_version)}};
+}
+
+Json to_json(GpuSession &gpu) {
+  return {{"name", gpu.facts().name},
+          {"kernels", cuda::architecture_name(gpu.facts().machine.arch)},
+          {"bf16_mma_tflops", gpu.limits().flops / 1e12},
+          {"copy_gb_per_s", gpu.limits().bytes / 1e9}};
 }
 
 Json to_json(const cases::Case &c) {

@@ -9,10 +9,12 @@
 namespace flashspark::cli {
 
 using Json = nlohmann::ordered_json;
+class GpuSession;
 
 Json to_json(const Machine &machine);
 Json to_json(const Limits &limits);
 Json to_json(const GpuFacts &facts);
+Json to_json(GpuSession &gpu);          // the one in use, and its limits
 Json to_json(const cases::Case &spec);  // enough to rebuild the case
 Json report_header();                   // version, time (UTC), machine, GPUs
 

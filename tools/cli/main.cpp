@@ -30,9 +30,11 @@ void add_doctor(CLI::App &app, DoctorOptions &o) {
 }
 
 void add_verify(CLI::App &app, VerifyOptions &o) {
-  auto *sub = app.add_subcommand("verify", "Three guide checks and the feature matrix, each against the oracle");
+  auto *sub = app.add_subcommand("verify",
+                                 "Three guide checks and the feature matrix, each against the oracle, on GPU and CPU");
   sub->add_option("--filter", o.filter, "Only cases whose name contains TEXT")->type_name("TEXT");
   sub->add_option("--implementation", o.implementation, "Only this implementation")->type_name("NAME");
+  sub->add_flag("--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
   sub->add_option("--threads", o.threads, "CPU threads, up to 1024 (0: all)")
       ->check(CLI::Range(0, 1024).description(""))
       ->type_name("N");
@@ -49,9 +51,11 @@ void add_verify(CLI::App &app, VerifyOptions &o) {
 }
 
 void add_bench(CLI::App &app, BenchOptions &o) {
-  auto *sub = app.add_subcommand("bench", "Times the guide checks, prefill and decode against the machine's limits");
+  auto *sub = app.add_subcommand(
+      "bench", "Times the guide checks, prefill and decode, on the GPU if there is one, against limits");
   sub->add_option("--filter", o.filter, "Only cases whose name contains TEXT")->type_name("TEXT");
   sub->add_option("--implementation", o.implementation, "This one instead of dispatch's choice")->type_name("NAME");
+  sub->add_flag("--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
   sub->add_option("--threads", o.threads, "CPU threads, up to 1024 (0: all)")
       ->check(CLI::Range(0, 1024).description(""))
       ->type_name("N");

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "cli/cli.hpp"
+#include "cli/gpu_run.hpp"
 #include "cli/json.hpp"
 
 namespace flashspark::cli {
@@ -18,10 +19,17 @@ std::vector<cases::Case> select(std::vector<cases::Case> all, const std::string 
   return all;
 }
 
-std::vector<std::string> select_implementations(const std::string &name) {
+std::vector<std::string> select_implementations(const std::string &name, bool gpu) {
+  if (name == kGpuImplementation && !gpu) {
+    const std::string lack = gpu_lack();
+    throw UsageError(fmt::format("--implementation: {} cannot run here: {}", name, lack.empty() ? "--cpu" : lack));
+  }
   std::vector<std::string> names;
   for (int n = 0; const char *each = flashspark_implementation_name(n); ++n) names.push_back(each);
-  if (name.empty()) return names;
+  if (name.empty()) {
+    if (!gpu) std::erase(names, kGpuImplementation);
+    return names;
+  }
   if (std::find(names.begin(), names.end(), name) != names.end()) return {name};
   throw UsageError(
       fmt::format("--implementation: \"{}\" is not in this build; there are {}", name, fmt::join(names, ", ")));

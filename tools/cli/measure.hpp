@@ -12,8 +12,9 @@ namespace flashspark::cli {
 // Cases whose name contains `filter`; throws UsageError if there is none.
 std::vector<cases::Case> select(std::vector<cases::Case> all, const std::string &filter, uint64_t seed);
 
-// Names of this build's implementations, or the one asked for; throws UsageError for an unknown name.
-std::vector<std::string> select_implementations(const std::string &name);
+// Names of this build's implementations that can run here, or the one asked for; throws UsageError for an unknown name,
+// and for the GPU's without a GPU.
+std::vector<std::string> select_implementations(const std::string &name, bool gpu);
 
 void print_list(const std::vector<cases::Case> &all, bool json);
 

@@ -7,6 +7,7 @@
 #include <map>
 
 #include "cli/cli.hpp"
+#include "cli/gpu_run.hpp"
 #include "cli/json.hpp"
 #include "cli/measure.hpp"
 #include "cli/terminal.hpp"
@@ -36,12 +37,28 @@ std::string why_failed(const cases::Comparison &c) {
   return text;
 }
 
-Outcome check(cases::Problem &problem, const cases::Result &expected, const std::string &name, int threads) {
+// Runs the problem on the GPU; its results come to the problem's own memory.
+flashspark_status run_on(GpuSession &gpu, cases::Problem &problem, const std::string &name, double &seconds) {
+  GpuProblem copy(problem, 0);
+  flashspark_status status = copy.launch(name.c_str());  // loads the kernel
+  if (status != FLASHSPARK_OK) return status;
+  seconds = gpu.time(copy, name.c_str(), status);
+  copy.copy_results_back();
+  return status;
+}
+
+Outcome check(cases::Problem &problem, const cases::Result &expected, const std::string &name, int threads,
+              GpuSession *gpu) {
   Outcome o;
   o.implementation = name;
   flashspark_status status = FLASHSPARK_OK;
   problem.poison();
-  o.seconds = time_call(problem, name.c_str(), threads, status);
+  const bool on_gpu = name == kGpuImplementation;
+  if (on_gpu) {
+    status = run_on(*gpu, problem, name, o.seconds);
+  } else {
+    o.seconds = time_call(problem, name.c_str(), threads, status);
+  }
   if (status == FLASHSPARK_UNSUPPORTED) {
     o.state = Outcome::kSkipped;
     o.reason = flashspark_last_error();
@@ -49,7 +66,9 @@ Outcome check(cases::Problem &problem, const cases::Result &expected, const std:
     o.state = Outcome::kFailed;
     o.reason = flashspark_last_error();
   } else {
-    o.comparison = cases::compare(problem, problem.result(), expected);
+    std::vector<float> magnitudes;  // tensor cores take probabilities in 16 bits
+    if (on_gpu) magnitudes = cases::magnitudes(problem);
+    o.comparison = cases::compare(problem, problem.result(), expected, on_gpu ? &magnitudes : nullptr);
     o.reason = why_failed(o.comparison);
     if (!o.comparison.passed()) o.state = Outcome::kFailed;
   }
@@ -172,8 +191,9 @@ int verify(const VerifyOptions &options) {
   std::vector<cases::Case> all = cases::three_guide_checks();
   for (cases::Case &c : cases::feature_matrix()) all.push_back(std::move(c));
   all = select(std::move(all), options.filter, options.seed);
-  const std::vector<std::string> implementations = select_implementations(options.implementation);
   if (options.list) return print_list(all, options.json), kOk;
+  const std::unique_ptr<GpuSession> gpu = open_gpu(options.cpu);
+  const std::vector<std::string> implementations = select_implementations(options.implementation, gpu != nullptr);
 
   const auto start = std::chrono::steady_clock::now();
   const Limits limits = measure_limits(options.threads);
@@ -185,14 +205,14 @@ int verify(const VerifyOptions &options) {
       cases::Problem problem(spec);
       const cases::Result expected = cases::reference(problem);
       for (const std::string &name : implementations) {
-        Outcome o = check(problem, expected, name, options.threads);
+        Outcome o = check(problem, expected, name, options.threads, gpu.get());
         if (expected.status != FLASHSPARK_OK) {
           o.state = Outcome::kFailed;
           o.reason = "the oracle: " + expected.error;
         }
         o.spec = &spec;
         o.work = work(problem);
-        const Roofline roof = roofline(o.work, limits);
+        const Roofline roof = roofline(o.work, name == kGpuImplementation ? gpu->limits() : limits);
         // A call of microseconds says nothing about limits.
         if (roof.seconds > 20e-6 && o.state == Outcome::kPassed) o.of_limit = roof.seconds / o.seconds;
         outcomes.push_back(std::move(o));
@@ -211,6 +231,7 @@ int verify(const VerifyOptions &options) {
   if (options.json || !options.report.empty()) {
     Json report = report_header();
     report["limits"] = to_json(limits);
+    if (gpu) report["gpu"] = to_json(*gpu);
     report["summary"] = {{"cases", all.size()}, {"passed", passed},   {"failed", failed},
                          {"skipped", skipped},  {"seconds", seconds}, {"worst_error_over_bound", worst}};
     report["implementations"] = implementations;
@@ -245,6 +266,7 @@ int verify(const VerifyOptions &options) {
     fmt::print("{}\n", paint(Colour::kDim,
                              fmt::format("limits measured here: {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy",
                                          limits.flops / 1e9, limits.bytes / 1e9)));
+    if (gpu) fmt::print("{}\n", paint(Colour::kDim, gpu->text()));
     if (!options.report.empty()) fmt::print("report: {}\n", options.report);
   }
   return failed ? kFailed : kOk;

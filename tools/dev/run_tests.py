@@ -114,7 +114,12 @@ def ruff(log: Log) -> None:
 
 
 def unit(log: Log) -> None:
-    log.gtest(log.preset("ci") / "tests/unit_tests")
+    tests = log.preset("ci") / "tests"
+    log.gtest(tests / "unit_tests")
+    if (tests / "cuda_tests").exists():  # built where nvcc is
+        log.gtest(tests / "cuda_tests")
+    else:
+        log.skipped += 1
 
 
 def properties(log: Log) -> None:
@@ -175,7 +180,8 @@ def built_wheel(machine: str) -> Path:
 def inspect_wheel(log: Log, wheel: Path, machine: str) -> None:
     """Tag, contents, linked libraries and size."""
     log.check(f"-py3-none-linux_{machine}.whl" in wheel.name, f"{wheel.name}: tag is not py3-none-linux_{machine}")
-    log.check(wheel.stat().st_size < 8 << 20, f"{wheel.name}: {wheel.stat().st_size} bytes, more than 8 MiB")
+    # The kernels of three GPU architectures take most of it.
+    log.check(wheel.stat().st_size < 40 << 20, f"{wheel.name}: {wheel.stat().st_size} bytes, more than 40 MiB")
     folder = BUILD / f"wheel-{machine}"
     shutil.rmtree(folder, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:

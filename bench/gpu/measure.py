@@ -1,0 +1,156 @@
+"""Times of calls on the GPU and of the host, and the machine's ceilings."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+REPLAY_S = 0.012  # aim of one graph's length: launch gaps do not count, and clocks settle
+
+
+def event_seconds(run: Call) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def warm(calls: list[Call]) -> float:
+    """Runs some of them; returns a rough time of one."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    several = (calls * 4)[:4]
+    return max(event_seconds(lambda: [call() for call in several]) / 4, 1e-6)
+
+
+def captured(calls: list[Call], once: float) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph that goes through the sets in turn, and how many calls it holds."""
+    rounds = max(1, min(round(REPLAY_S / once / len(calls)), 2000 // len(calls)))
+    # Long calls need not see every set in one replay.
+    chosen = calls * rounds if once * len(calls) < 4 * REPLAY_S else calls[: max(2, int(4 * REPLAY_S / once))]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chosen[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in chosen:
+            call()
+    return graph, len(chosen)
+
+
+def take_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], budget_s: float) -> dict[str, list[float]]:
+    """Seconds a call. All graphs are replayed in turn, so that a drift of the clocks reaches all alike."""
+    once = {name: event_seconds(graph.replay) for name, (graph, _) in graphs.items()}
+    rounds = max(5, min(40, int(budget_s / sum(once.values()))))
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    order = list(graphs)
+    for turn in range(rounds):
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            graph, count = graphs[name]
+            times[name].append(event_seconds(graph.replay) / count)
+    return times
+
+
+def eager_seconds(calls: list[Call], once: float) -> float:
+    """One call as Python makes it, one after the other: the device's time, or the host's where that is longer."""
+    count = max(4, min(64, int(0.01 / once)))
+    chosen = [calls[i % len(calls)] for i in range(count)]
+
+    def run() -> None:
+        for call in chosen:
+            call()
+
+    return statistics.median(event_seconds(run) / count for _ in range(5))
+
+
+def host_call_us(call: Call) -> float:
+    """Microseconds until a call returns; the device works meanwhile."""
+    times: list[float] = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        for _ in range(100):  # far fewer than a stream can hold
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(times)
+
+
+FIRST_CALL = """
+import time, torch
+x = torch.randn(1, 64, 16, 128, device="cuda").bfloat16()
+out = torch.empty_like(x)
+torch.cuda.synchronize()
+start = time.perf_counter()
+import flashspark
+function = flashspark.flash_attn_func
+imported = time.perf_counter()
+function(x, x, x, causal=True, out=out)
+torch.cuda.synchronize()
+print(imported - start, time.perf_counter() - imported)
+"""
+
+
+def first_call_ms() -> tuple[float, float]:
+    """Milliseconds of the import, and of the first call until its result is there, in a new process with a context."""
+    runs = [
+        subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, check=True, text=True) for _ in range(2)
+    ]
+    pairs = [[1e3 * float(word) for word in run.stdout.split()] for run in runs]
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+
+def copy_gb_per_s() -> float:
+    """Bytes read plus bytes written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() / statistics.median(event_seconds(lambda: target.copy_(source)) for _ in range(20)) / 1e9
+
+
+def mma_peak_tflops() -> float | None:
+    """mma.sync in registers, by a small program that nvcc builds here. None: no nvcc, or it failed."""
+    major, minor = torch.cuda.get_device_capability()
+    source = Path(__file__).with_name("peak.cu")
+    with tempfile.TemporaryDirectory() as folder:
+        program = os.path.join(folder, "peak")
+        compiler = [os.environ.get("NVCC", "nvcc"), "-O3", f"-arch=sm_{major}{minor}", "-o", program, str(source)]
+        try:
+            subprocess.run(compiler, check=True, capture_output=True, text=True)
+            return float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no mma.sync ceiling: {getattr(error, 'stderr', '') or error}", flush=True)
+            return None
+
+
+def gpu_facts() -> dict[str, Any]:
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True,
+        ).stdout.splitlines()[0]  # fmt: skip
+        facts: dict[str, Any] = dict(zip(fields, (x.strip() for x in answer.split(","))))
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        facts = {}
+    device = torch.cuda.get_device_properties(0)
+    return facts | {
+        **{"name": device.name, "sms": device.multi_processor_count, "l2_bytes": device.L2_cache_size},
+        **{"torch": torch.__version__, "cuda": torch.version.cuda},
+    }

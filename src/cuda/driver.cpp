@@ -1,0 +1,91 @@
+#include "cuda/driver.hpp"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <type_traits>
+
+#include "error.hpp"
+
+namespace flashspark::cuda {
+namespace {
+
+std::atomic<bool> forked{false};
+
+template <class F>
+bool take(Result (*get_address)(const char *, void **, int, uint64_t, int *), const char *name, F &function) {
+  void *address = nullptr;
+  constexpr uint64_t kDefaultFlags = 0;
+  if (get_address(name, &address, kDriverVersion, kDefaultFlags, nullptr) != kSuccess || address == nullptr)
+    return false;
+  function = reinterpret_cast<F>(address);
+  return true;
+}
+
+void load(Driver &d) {
+  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    d.lack = "no NVIDIA driver: libcuda.so.1 is not found";
+    return;
+  }
+  d.found = true;
+  using GetAddress = Result (*)(const char *, void **, int, uint64_t, int *);
+  const auto get_address = reinterpret_cast<GetAddress>(dlsym(library, "cuGetProcAddress_v2"));
+  if (get_address == nullptr) {
+    d.lack = "the NVIDIA driver is older than CUDA 12.0";
+    return;
+  }
+#define FLASHSPARK_DRIVER_TAKE(name, ...)                                   \
+  if (!take(get_address, #name, d.name)) {                                  \
+    d.lack = "the NVIDIA driver has no " #name "; it must offer CUDA 12.0"; \
+    return;                                                                 \
+  }
+  FLASHSPARK_DRIVER_FUNCTIONS(FLASHSPARK_DRIVER_TAKE)
+#undef FLASHSPARK_DRIVER_TAKE
+  d.cuDriverGetVersion(&d.version);
+  Result result = d.init_result = d.cuInit(0);
+  if (result == kNoDevice) {
+    d.lack = "no GPU: the NVIDIA driver finds none";
+    return;
+  }
+  if (result == kSuccess) result = d.cuDeviceGetCount(&d.device_count);
+  if (result == kSuccess) {
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+    return;
+  }
+  d.lack = error_text(d, "cuInit", result);
+  // What the driver says in a child whose parent had used it, through torch for instance.
+  if (result == kNotInitialized) d.lack += ": was CUDA initialised before fork()? Then start processes by spawn";
+}
+
+}  // namespace
+
+const Driver &driver() {
+  static const Driver instance = [] {
+    Driver d;
+    load(d);
+    return d;
+  }();
+  if (forked.load(std::memory_order_relaxed)) {
+    throw Error(FLASHSPARK_DEVICE_ERROR,
+                "CUDA was initialised before fork(), and the driver does not work in the child: start processes by "
+                "spawn, or fork before the first CUDA call");
+  }
+  return instance;
+}
+
+std::string error_text(const Driver &d, const char *function, Result result) {
+  const char *name = nullptr;
+  if (d.cuGetErrorName == nullptr || d.cuGetErrorName(result, &name) != kSuccess || name == nullptr)
+    name = "unknown error";
+  return std::string(function) + ": " + name + " (" + std::to_string(result) + ")";
+}
+
+void require(Result result, const char *function) {
+  if (result == kSuccess) return;
+  throw Error(result == kOutOfMemory ? FLASHSPARK_OUT_OF_MEMORY : FLASHSPARK_DEVICE_ERROR,
+              error_text(driver(), function, result));
+}
+
+}  // namespace flashspark::cuda

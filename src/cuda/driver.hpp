@@ -1,0 +1,94 @@
+// The CUDA driver API, taken from libcuda.so.1 when it is first needed: the library is built and loaded on machines
+// that have none. The few declarations used are written out here, so building needs no toolkit either.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace flashspark::cuda {
+
+// CUresult, CUdevice and the enums are ints; handles are pointers to what only the driver knows; CUdeviceptr is an
+// address.
+using Result = int;
+using Device = int;
+using Context = struct ContextObject *;
+using Stream = struct StreamObject *;
+using Event = struct EventObject *;
+using Library = struct LibraryObject *;
+using Kernel = struct KernelObject *;
+using Function = struct FunctionObject *;
+using Address = uint64_t;
+
+constexpr Result kSuccess = 0, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice = 100;
+
+// CUdevice_attribute.
+constexpr int kSmCount = 16, kL2Bytes = 38, kMajor = 75, kMinor = 76, kSharedBytesPerSm = 81, kSharedBytesPerBlock = 97;
+// CUfunction_attribute.
+constexpr int kMaxDynamicSharedBytes = 8;
+// CUstreamCaptureMode.
+constexpr int kCaptureRelaxed = 2;
+
+// One line a function: its name, and its prototype. cuGetProcAddress gives the newest version not above
+// kDriverVersion, which these prototypes are of.
+constexpr int kDriverVersion = 12000;
+#define FLASHSPARK_DRIVER_FUNCTIONS(F)                                                                                \
+  F(cuInit, Result(unsigned))                                                                                         \
+  F(cuDriverGetVersion, Result(int *))                                                                                \
+  F(cuDeviceGetCount, Result(int *))                                                                                  \
+  F(cuDeviceGet, Result(Device *, int))                                                                               \
+  F(cuDeviceGetName, Result(char *, int, Device))                                                                     \
+  F(cuDeviceTotalMem, Result(size_t *, Device))                                                                       \
+  F(cuDeviceGetAttribute, Result(int *, int, Device))                                                                 \
+  F(cuDevicePrimaryCtxRetain, Result(Context *, Device))                                                              \
+  F(cuCtxGetCurrent, Result(Context *))                                                                               \
+  F(cuCtxGetDevice, Result(Device *))                                                                                 \
+  F(cuCtxPushCurrent, Result(Context))                                                                                \
+  F(cuCtxPopCurrent, Result(Context *))                                                                               \
+  F(cuCtxSynchronize, Result())                                                                                       \
+  F(cuThreadExchangeStreamCaptureMode, Result(int *))                                                                 \
+  F(cuLibraryLoadData, Result(Library *, const void *, int *, void **, unsigned, int *, void **, unsigned))           \
+  F(cuLibraryGetKernel, Result(Kernel *, Library, const char *))                                                      \
+  F(cuKernelGetFunction, Result(Function *, Kernel))                                                                  \
+  F(cuKernelSetAttribute, Result(int, int, Kernel, Device))                                                           \
+  F(cuLaunchKernel,                                                                                                   \
+    Result(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void **, void **)) \
+  F(cuMemAllocAsync, Result(Address *, size_t, Stream))                                                               \
+  F(cuMemFreeAsync, Result(Address, Stream))                                                                          \
+  F(cuMemAlloc, Result(Address *, size_t))                                                                            \
+  F(cuMemFree, Result(Address))                                                                                       \
+  F(cuMemcpyHtoD, Result(Address, const void *, size_t))                                                              \
+  F(cuMemcpyDtoH, Result(void *, Address, size_t))                                                                    \
+  F(cuMemcpyDtoDAsync, Result(Address, Address, size_t, Stream))                                                      \
+  F(cuMemsetD8Async, Result(Address, unsigned char, size_t, Stream))                                                  \
+  F(cuEventCreate, Result(Event *, unsigned))                                                                         \
+  F(cuEventDestroy, Result(Event))                                                                                    \
+  F(cuEventRecord, Result(Event, Stream))                                                                             \
+  F(cuEventSynchronize, Result(Event))                                                                                \
+  F(cuEventElapsedTime, Result(float *, Event, Event))                                                                \
+  F(cuGetErrorName, Result(Result, const char **))
+
+struct Driver {
+  std::string lack;               // why there is none, in words; the functions may be NULL then
+  bool found = false;             // libcuda.so.1 is there
+  Result init_result = kSuccess;  // of cuInit
+  int version = 0;                // 13000: CUDA 13.0
+  int device_count = 0;
+#define FLASHSPARK_DRIVER_POINTER(name, ...) std::add_pointer_t<__VA_ARGS__> name = nullptr;
+  FLASHSPARK_DRIVER_FUNCTIONS(FLASHSPARK_DRIVER_POINTER)
+#undef FLASHSPARK_DRIVER_POINTER
+};
+
+// Loaded and initialised by the first call. Throws Error (DEVICE_ERROR) in a child that was forked after that: the
+// driver does not survive a fork.
+const Driver &driver();
+
+// "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS (700)"
+std::string error_text(const Driver &driver, const char *function, Result result);
+
+// Throws Error: OUT_OF_MEMORY, or DEVICE_ERROR.
+void require(Result result, const char *function);
+#define FLASHSPARK_CUDA_CALL(driver, function, ...) \
+  ::flashspark::cuda::require((driver).function(__VA_ARGS__), #function)
+
+}  // namespace flashspark::cuda

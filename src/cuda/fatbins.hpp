@@ -1,0 +1,20 @@
+// The compiled kernels, embedded in the library by cmake/Fatbin.cmake.
+#pragma once
+
+#include <iterator>
+#include <span>
+
+namespace flashspark::cuda {
+
+struct Fatbin {
+  const char *name;  // "d128_few_bf16", "merge_fp16", "peak"
+  const unsigned char *begin, *end;
+};
+
+// Empty in a build without nvcc.
+std::span<const Fatbin> fatbins();
+
+// What they were compiled for: "sm_80, sm_90, sm_120f"; "" when there are none.
+const char *fatbin_architectures();
+
+}  // namespace flashspark::cuda

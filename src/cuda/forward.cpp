@@ -1,0 +1,97 @@
+#include "cuda/forward.hpp"
+
+#include <bit>
+
+#include "cuda/device.hpp"
+#include "cuda/fatbins.hpp"
+#include "cuda/module.hpp"
+#include "error.hpp"
+
+namespace flashspark::cuda {
+namespace {
+
+// Scratch memory of one call: the caller's, or taken and given back in the order of the stream.
+class Workspace {
+ public:
+  Workspace(const Params &p, size_t bytes) : stream_(static_cast<Stream>(p.stream)) {
+    if (bytes == 0) return;
+    if (p.workspace != nullptr) {
+      if (p.workspace_size < bytes)
+        fail("workspace_size", std::to_string(p.workspace_size),
+             "must be at least " + std::to_string(bytes) + " bytes for this problem, or workspace NULL");
+      if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0)
+        fail("workspace", std::string("misaligned"), "must be aligned to 16 bytes");
+      data_ = p.workspace;
+      return;
+    }
+    FLASHSPARK_CUDA_CALL(driver(), cuMemAllocAsync, &own_, bytes, stream_);
+    data_ = std::bit_cast<void *>(own_);
+  }
+  ~Workspace() {
+    if (own_ != 0) driver().cuMemFreeAsync(own_, stream_);
+  }
+  Workspace(const Workspace &) = delete;
+  Workspace &operator=(const Workspace &) = delete;
+
+  void *data() const { return data_; }
+
+ private:
+  Stream stream_;
+  Address own_ = 0;
+  void *data_ = nullptr;
+};
+
+void launch(Kernel kernel, const Launch &shape, const ForwardArguments &arguments, Stream stream) {
+  void *parameters[] = {const_cast<ForwardArguments *>(&arguments)};
+  // The driver takes a kernel for a function, and runs it in the stream's context.
+  FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernel, reinterpret_cast<Function>(kernel), shape.grid[0], shape.grid[1],
+                       shape.grid[2], shape.threads, 1, 1, shape.shared_bytes, stream, parameters, nullptr);
+}
+
+}  // namespace
+
+void forward(const Params &p) {
+  const DeviceFacts &device = device_facts(p.device_index);
+  Plan plan = make_plan(p, device.machine, p.workspace);
+  if (plan.forward.grid[0] == 0) return;  // nothing to compute
+  if (plan.forward.shared_bytes > device.shared_bytes_per_block) {
+    throw Error(FLASHSPARK_UNSUPPORTED, std::string("kernel ") + plan.instance->name + " needs " +
+                                            std::to_string(plan.forward.shared_bytes) + " bytes of shared memory, " +
+                                            device.name + " has " + std::to_string(device.shared_bytes_per_block));
+  }
+  const CurrentDevice current(p.device_index);
+  const NumberType number = p.q.dtype == FLASHSPARK_BFLOAT16 ? NumberType::bf16 : NumberType::fp16;
+  const auto stream = static_cast<Stream>(p.stream);
+  const Kernel kernel = forward_kernel(*plan.instance, number, p.device_index, plan.forward.shared_bytes);
+  const bool merged = plan.merge.grid[0] > 0;
+  const Kernel merge = merged ? merge_kernel(number, p.device_index) : nullptr;
+  const Workspace memory(p, plan.workspace);
+  if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
+  launch(kernel, plan.forward, plan.arguments, stream);
+  if (merged) launch(merge, plan.merge, plan.merge_arguments, stream);
+}
+
+size_t workspace(const Params &p) {
+  return make_plan(p, device_facts(p.device_index).machine, nullptr).workspace;
+}
+
+std::string detail(const Params &p) {
+  if (fatbins().empty()) return "built without CUDA kernels";
+  if (p.device != FLASHSPARK_CUDA) return std::string("kernels for ") + fatbin_architectures();
+  if (const std::string lack = device_lack(p.device_index); !lack.empty()) return "not here";
+  const DeviceFacts &device = device_facts(p.device_index);
+  std::string text = device.name + ", " + architecture_name(device.machine.arch) + " kernels";
+  if (!unsupported(p).empty()) return text;
+  const Plan plan = make_plan(p, device.machine, nullptr);
+  if (plan.instance == nullptr) return text;  // no rows
+  text += std::string(", ") + plan.instance->name;
+  if (plan.forward.grid[1] > 1) text += ", " + std::to_string(plan.forward.grid[1]) + " splits";
+  return text;
+}
+
+std::string unavailable(const Params &p) {
+  std::string lack = device_lack(p.device_index);
+  return lack.empty() ? unsupported(p) : lack;
+}
+
+}  // namespace flashspark::cuda

@@ -1,0 +1,24 @@
+// The CUDA implementation of attention, as the table of implementations sees it.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "problem.hpp"
+
+namespace flashspark::cuda {
+
+// Puts the problem on its stream and returns: no synchronisation, and no byte of device memory is read, so a call may
+// be captured into a graph. params have passed validate() and unavailable().
+void forward(const Params &p);
+
+// Bytes that forward() takes on the stream when the caller gives none.
+size_t workspace(const Params &p);
+
+// What runs it. Does not load the driver for a problem of the CPU.
+std::string detail(const Params &p);
+
+// Why this problem cannot run, in words; empty if it can.
+std::string unavailable(const Params &p);
+
+}  // namespace flashspark::cuda

@@ -1,0 +1,274 @@
+#include "cuda/fake_cuda.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <map>
+
+using namespace flashspark::cuda;
+using fake_cuda::state;
+
+namespace flashspark::cuda {
+struct ContextObject {
+  int device;
+};
+struct LibraryObject {
+  const void *image;
+};
+struct KernelObject {
+  const void *image;
+  std::string function;
+  std::map<int, int> shared_bytes;  // by device
+};
+}  // namespace flashspark::cuda
+
+namespace {
+
+constexpr Result kInvalidValue = 1, kInvalidDevice = 101, kInvalidContext = 201, kCaptureUnsupported = 900;
+constexpr int kAlwaysAllowed = 48 << 10;
+
+thread_local std::vector<ContextObject *> contexts;
+thread_local int capture_mode = 0;  // global, the strictest
+
+bool known(int device) {
+  return device >= 0 && device < static_cast<int>(state().devices.size());
+}
+
+ContextObject *context_of(int device) {
+  static std::map<int, ContextObject> all;
+  return &all.try_emplace(device, ContextObject{device}).first->second;
+}
+
+Result fakeInit(unsigned) {
+  return state().init_result;
+}
+Result fakeDriverGetVersion(int *version) {
+  *version = 13000;
+  return kSuccess;
+}
+Result fakeDeviceGetCount(int *count) {
+  *count = static_cast<int>(state().devices.size());
+  return kSuccess;
+}
+Result fakeDeviceGet(Device *device, int index) {
+  *device = index;
+  return known(index) ? kSuccess : kInvalidDevice;
+}
+Result fakeDeviceGetName(char *name, int size, Device device) {
+  std::strncpy(name, state().devices[device].name.c_str(), size);
+  return kSuccess;
+}
+Result fakeDeviceTotalMem(size_t *bytes, Device) {
+  *bytes = size_t{16} << 30;
+  return kSuccess;
+}
+Result fakeDeviceGetAttribute(int *value, int which, Device device) {
+  const fake_cuda::Device &d = state().devices[device];
+  const std::map<int, int> values{
+      {kSmCount, d.sm_count}, {kL2Bytes, 24 << 20},           {kMajor, d.major},
+      {kMinor, d.minor},      {kSharedBytesPerSm, 100 << 10}, {kSharedBytesPerBlock, 99 << 10}};
+  const auto found = values.find(which);
+  if (found == values.end()) return kInvalidValue;
+  *value = found->second;
+  return kSuccess;
+}
+Result fakeDevicePrimaryCtxRetain(Context *context, Device device) {
+  const std::lock_guard lock(state().mutex);
+  *context = context_of(device);
+  return kSuccess;
+}
+Result fakeCtxGetCurrent(Context *context) {
+  *context = contexts.empty() ? nullptr : contexts.back();
+  return kSuccess;
+}
+Result fakeCtxGetDevice(Device *device) {
+  if (contexts.empty()) return kInvalidContext;
+  *device = contexts.back()->device;
+  return kSuccess;
+}
+Result fakeCtxPushCurrent(Context context) {
+  contexts.push_back(context);
+  const std::lock_guard lock(state().mutex);
+  ++state().pushes;
+  return kSuccess;
+}
+Result fakeCtxPopCurrent(Context *context) {
+  if (contexts.empty()) return kInvalidContext;
+  *context = contexts.back();
+  contexts.pop_back();
+  const std::lock_guard lock(state().mutex);
+  ++state().pops;
+  return kSuccess;
+}
+Result fakeThreadExchangeStreamCaptureMode(int *mode) {
+  std::swap(*mode, capture_mode);
+  return kSuccess;
+}
+bool forbidden() {
+  return contexts.empty() || (state().capturing && capture_mode != kCaptureRelaxed);
+}
+Result fakeLibraryLoadData(Library *library, const void *image, int *, void **, unsigned, int *, void **, unsigned) {
+  const std::lock_guard lock(state().mutex);
+  if (forbidden()) return kCaptureUnsupported;
+  state().loads.push_back(image);
+  static std::list<LibraryObject> loaded;
+  *library = &loaded.emplace_back(LibraryObject{image});
+  return kSuccess;
+}
+Result fakeLibraryGetKernel(Kernel *kernel, Library library, const char *name) {
+  static std::list<KernelObject> kernels;
+  const std::lock_guard lock(state().mutex);
+  *kernel = &kernels.emplace_back(KernelObject{library->image, name, {}});
+  return kSuccess;
+}
+Result fakeKernelGetFunction(Function *function, Kernel kernel) {
+  const std::lock_guard lock(state().mutex);
+  if (forbidden()) return kCaptureUnsupported;
+  *function = reinterpret_cast<Function>(kernel);
+  return kSuccess;
+}
+Result fakeKernelSetAttribute(int which, int value, Kernel kernel, Device device) {
+  if (which != kMaxDynamicSharedBytes) return kInvalidValue;
+  kernel->shared_bytes[device] = value;
+  return kSuccess;
+}
+Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
+                        unsigned shared_bytes, Stream stream, void **parameters, void **) {
+  if (contexts.empty()) return kInvalidContext;
+  auto *kernel = reinterpret_cast<KernelObject *>(function);
+  const std::lock_guard lock(state().mutex);
+  const int device = contexts.back()->device;
+  const auto allowed = kernel->shared_bytes.find(device);
+  const int limit = allowed == kernel->shared_bytes.end() ? kAlwaysAllowed : allowed->second;
+  if (static_cast<int>(shared_bytes) > limit || x == 0 || y == 0 || z == 0) return kInvalidValue;
+  if (state().launch_result != kSuccess) return state().launch_result;
+  fake_cuda::Launch launch{kernel->image, kernel->function, device, {x, y, z}, threads, shared_bytes, stream, {}};
+  if (kernel->function != "flashspark_peak") std::memcpy(&launch.arguments, parameters[0], sizeof launch.arguments);
+  state().launches.push_back(launch);
+  state().order.push_back(kernel->function);
+  return kSuccess;
+}
+Result fakeMemAllocAsync(Address *address, size_t bytes, Stream) {
+  const std::lock_guard lock(state().mutex);
+  if (contexts.empty()) return kInvalidContext;
+  if (state().allocate_result != kSuccess) return state().allocate_result;
+  *address = 0x7000'0000;
+  state().order.push_back("alloc " + std::to_string(bytes));
+  return kSuccess;
+}
+Result fakeMemFreeAsync(Address address, Stream) {
+  const std::lock_guard lock(state().mutex);
+  state().order.push_back("free");
+  return address == 0x7000'0000 ? kSuccess : kInvalidValue;
+}
+// Memory of the fake's GPUs is the host's; no kernel ever writes there.
+Result fakeMemAlloc(Address *address, size_t bytes) {
+  *address = reinterpret_cast<Address>(std::malloc(bytes));
+  return contexts.empty() ? kInvalidContext : kSuccess;
+}
+Result fakeMemFree(Address address) {
+  std::free(reinterpret_cast<void *>(address));
+  return kSuccess;
+}
+Result fakeMemcpyHtoD(Address to, const void *from, size_t bytes) {
+  std::memcpy(reinterpret_cast<void *>(to), from, bytes);
+  return kSuccess;
+}
+Result fakeMemcpyDtoH(void *to, Address from, size_t bytes) {
+  std::memcpy(to, reinterpret_cast<const void *>(from), bytes);
+  return kSuccess;
+}
+Result fakeMemcpyDtoDAsync(Address, Address, size_t, Stream) {
+  return kSuccess;
+}
+Result fakeMemsetD8Async(Address, unsigned char, size_t, Stream) {
+  return kSuccess;
+}
+Result fakeEventCreate(Event *event, unsigned) {
+  *event = nullptr;
+  return kSuccess;
+}
+Result fakeEventDestroy(Event) {
+  return kSuccess;
+}
+Result fakeEventRecord(Event, Stream) {
+  return kSuccess;
+}
+Result fakeEventSynchronize(Event) {
+  return kSuccess;
+}
+Result fakeEventElapsedTime(float *milliseconds, Event, Event) {
+  *milliseconds = 1;
+  return kSuccess;
+}
+Result fakeGetErrorName(Result result, const char **name) {
+  static const std::map<Result, const char *> names{{2, "CUDA_ERROR_OUT_OF_MEMORY"},
+                                                    {3, "CUDA_ERROR_NOT_INITIALIZED"},
+                                                    {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+                                                    {999, "CUDA_ERROR_UNKNOWN"}};
+  const auto found = names.find(result);
+  if (found == names.end()) return kInvalidValue;
+  *name = found->second;
+  return kSuccess;
+}
+// Of functions that no test here may reach.
+Result unreachable() {
+  return kInvalidValue;
+}
+
+}  // namespace
+
+fake_cuda::State &fake_cuda::state() {
+  static State &instance = *new State;  // never destroyed: buffers are freed as late as a process ends
+  return instance;
+}
+
+int fake_cuda::current_device() {
+  return contexts.empty() ? -1 : contexts.back()->device;
+}
+
+void fake_cuda::set_current_device(int n) {
+  contexts.clear();
+  if (n >= 0) contexts.push_back(context_of(n));
+}
+
+extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char *symbol, void **address, int,
+                                                                          uint64_t, int *) {
+#define FAKE(name) {"cu" #name, reinterpret_cast<void *>(fake##name)}
+  static const std::map<std::string, void *> table{FAKE(Init),
+                                                   FAKE(DriverGetVersion),
+                                                   FAKE(DeviceGetCount),
+                                                   FAKE(DeviceGet),
+                                                   FAKE(DeviceGetName),
+                                                   FAKE(DeviceGetAttribute),
+                                                   FAKE(DeviceTotalMem),
+                                                   FAKE(DevicePrimaryCtxRetain),
+                                                   FAKE(CtxGetCurrent),
+                                                   FAKE(CtxGetDevice),
+                                                   FAKE(CtxPushCurrent),
+                                                   FAKE(CtxPopCurrent),
+                                                   FAKE(ThreadExchangeStreamCaptureMode),
+                                                   FAKE(LibraryLoadData),
+                                                   FAKE(LibraryGetKernel),
+                                                   FAKE(KernelGetFunction),
+                                                   FAKE(KernelSetAttribute),
+                                                   FAKE(LaunchKernel),
+                                                   FAKE(MemAllocAsync),
+                                                   FAKE(MemFreeAsync),
+                                                   FAKE(MemAlloc),
+                                                   FAKE(MemFree),
+                                                   FAKE(MemcpyHtoD),
+                                                   FAKE(MemcpyDtoH),
+                                                   FAKE(MemcpyDtoDAsync),
+                                                   FAKE(MemsetD8Async),
+                                                   FAKE(EventCreate),
+                                                   FAKE(EventDestroy),
+                                                   FAKE(EventRecord),
+                                                   FAKE(EventSynchronize),
+                                                   FAKE(EventElapsedTime),
+                                                   FAKE(GetErrorName)};
+#undef FAKE
+  const auto found = table.find(symbol);
+  *address = found == table.end() ? reinterpret_cast<void *>(unreachable) : found->second;
+  return kSuccess;
+}

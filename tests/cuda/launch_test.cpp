@@ -1,0 +1,321 @@
+// From the C interface to the driver, with a driver that has no GPU: which kernels are launched and how, contexts,
+// captures, scratch memory, threads, fork, and what is said where something is missing.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <thread>
+
+#include "cuda/device.hpp"
+#include "cuda/fake_cuda.hpp"
+#include "cuda/fatbins.hpp"
+#include "cuda/plan.hpp"
+#include "flashspark/flashspark.h"
+
+namespace flashspark::cuda {
+namespace {
+
+constexpr int kOld = 2, kDatacenter = 3, kHopper = 4;  // of the fake's devices; 0 and 1 are SM12x
+
+void *address(uintptr_t n) {
+  return reinterpret_cast<void *>(n << 20);
+}
+
+// Decode over a paged cache: device memory that is never looked at.
+Params decode(int64_t keys = 256, int64_t width = 128) {
+  Params p;
+  flashspark_attention_params_init(&p);
+  p.device = FLASHSPARK_CUDA;
+  p.stream = address(99);
+  p.num_seqs = 4, p.num_heads_q = 16, p.num_heads_kv = 4, p.head_dim = p.head_dim_v = width;
+  p.max_seqlen_q = 1, p.max_seqlen_k = keys;
+  p.num_pages = 1000, p.page_size = 16, p.num_page_slots = p.page_table_stride = (keys + 15) / 16;
+  const auto tensor = [&](uintptr_t n, int64_t tokens, int64_t heads) {
+    return flashspark_tensor{address(n), tokens * heads * width, heads * width, width, FLASHSPARK_BFLOAT16, 0};
+  };
+  p.q = tensor(1, 1, 16);
+  p.k = tensor(2, 16, 4);
+  p.v = tensor(3, 16, 4);
+  p.out = tensor(4, 1, 16);
+  p.seqused_k = static_cast<int32_t *>(address(5));
+  p.page_table = static_cast<int32_t *>(address(6));
+  p.causal = 1;
+  p.num_splits = 1;
+  return p;
+}
+
+Params split(int pieces) {
+  Params p = decode(65536);
+  p.num_splits = pieces;
+  return p;
+}
+
+const char *name_of(const void *image) {
+  for (const Fatbin &fatbin : fatbins()) {
+    if (fatbin.begin == image) return fatbin.name;
+  }
+  return "no fatbin";
+}
+
+std::string explain(const Params &p, flashspark_status expected) {
+  std::string text(8192, '\0');
+  EXPECT_EQ(flashspark_attention_explain(&p, text.data(), text.size()), expected) << flashspark_last_error();
+  return text.c_str();
+}
+
+bool contains(const std::string &text, const std::string &part) {
+  return text.find(part) != std::string::npos;
+}
+
+class Cuda : public testing::Test {
+ protected:
+  void SetUp() override {
+    fake_cuda::State &s = fake_cuda::state();
+    s.launches.clear(), s.order.clear(), s.loads.clear();
+    s.pushes = s.pops = 0;
+    s.launch_result = s.allocate_result = 0;
+    s.capturing = false;
+    fake_cuda::set_current_device(0);
+  }
+  static void run(const Params &p) {
+    ASSERT_EQ(flashspark_attention_forward(&p), FLASHSPARK_OK) << flashspark_last_error();
+  }
+  fake_cuda::State &fake = fake_cuda::state();
+};
+using CudaDeath = Cuda;  // tests that start a process of their own
+
+TEST(Fatbins, EveryInstanceIsThere) {
+  std::vector<std::string> expected;
+  for (const char *suffix : {"_bf16", "_fp16"}) {
+    for (const Instance &instance : kInstances) expected.push_back(instance.name + std::string(suffix));
+    expected.push_back(std::string("merge") + suffix);
+  }
+  expected.push_back("peak");
+  std::vector<std::string> found;
+  for (const Fatbin &fatbin : fatbins()) {
+    found.push_back(fatbin.name);
+    ASSERT_GT(fatbin.end - fatbin.begin, 1000) << fatbin.name;
+    uint32_t magic = 0;
+    std::memcpy(&magic, fatbin.begin, sizeof magic);
+    EXPECT_EQ(magic, 0xba55ed50u) << fatbin.name << " is no fatbin";
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(fatbin.begin) % 8, 0u);
+  }
+  EXPECT_EQ(found, expected);
+}
+
+TEST_F(Cuda, LaunchesWhatThePlanSays) {
+  for (const int32_t dtype : {FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16}) {
+    Params p = decode();
+    p.q.dtype = p.k.dtype = p.v.dtype = p.out.dtype = dtype;
+    fake.launches.clear();
+    run(p);
+    const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+    ASSERT_EQ(fake.launches.size(), 1u);
+    const fake_cuda::Launch &launch = fake.launches[0];
+    EXPECT_EQ(name_of(launch.image),
+              plan.instance->name + std::string(dtype == FLASHSPARK_BFLOAT16 ? "_bf16" : "_fp16"));
+    EXPECT_EQ(launch.function, "flashspark_forward");
+    for (int n = 0; n < 3; ++n) EXPECT_EQ(launch.grid[n], plan.forward.grid[n]);
+    EXPECT_EQ(launch.threads, plan.forward.threads);
+    EXPECT_EQ(launch.shared_bytes, plan.forward.shared_bytes);
+    EXPECT_EQ(launch.stream, p.stream);
+    EXPECT_EQ(launch.arguments.q, p.q.data);
+    EXPECT_EQ(launch.arguments.page_table, p.page_table);
+  }
+  EXPECT_EQ(fake.pushes, 0) << "the caller's context is of this device";
+}
+
+TEST_F(Cuda, LoadsOnceADeviceAndKernel) {
+  Params p = decode(256, 64);
+  p.softcap = 5;
+  for (int n = 0; n < 3; ++n) run(p);
+  EXPECT_EQ(fake.loads.size(), 1u);
+  p.device_index = 1;
+  run(p);  // the limit of shared memory is set a device: without it the launch would fail
+  EXPECT_EQ(fake.loads.size(), 1u);
+  EXPECT_EQ(fake.launches.back().device, 1);
+}
+
+TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
+  Params p = split(4);
+  size_t bytes = 0;
+  ASSERT_EQ(flashspark_attention_workspace_size(&p, &bytes), FLASHSPARK_OK) << flashspark_last_error();
+  ASSERT_EQ(bytes, 4u * 4 * 16 * (128 + 1) * sizeof(float));
+  p.workspace = address(7);
+  p.workspace_size = bytes;
+  run(p);
+  ASSERT_EQ(fake.order, (std::vector<std::string>{"flashspark_forward", "flashspark_merge"}));
+  EXPECT_STREQ(name_of(fake.launches[1].image), "merge_bf16");
+  for (const fake_cuda::Launch &launch : fake.launches) {
+    EXPECT_EQ(launch.arguments.partial_out, p.workspace);
+    EXPECT_EQ(launch.arguments.partial_lse, launch.arguments.partial_out + 4 * 4 * 16 * 128);
+    EXPECT_EQ(launch.arguments.num_splits, 4);
+  }
+  p.workspace_size = bytes - 1;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "workspace_size = " + std::to_string(bytes - 1)))
+      << flashspark_last_error();
+  p.workspace_size = bytes;
+  p.workspace = static_cast<char *>(p.workspace) + 8;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(fake.launches.size(), 2u);
+}
+
+TEST_F(Cuda, SplitsTakeMemoryOfTheStreamWhereNoneIsGiven) {
+  const Params p = split(3);
+  run(p);
+  const size_t bytes = 3u * 4 * 16 * (128 + 1) * sizeof(float);
+  ASSERT_EQ(fake.order, (std::vector<std::string>{"alloc " + std::to_string(bytes), "flashspark_forward",
+                                                  "flashspark_merge", "free"}));
+  for (const fake_cuda::Launch &launch : fake.launches)
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(launch.arguments.partial_out), 0x70000000u);
+  fake.order.clear();
+  fake.launch_result = 700;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_DEVICE_ERROR);
+  EXPECT_EQ(fake.order.back(), "free");
+  fake.allocate_result = 2;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_OUT_OF_MEMORY);
+  EXPECT_STREQ(flashspark_last_error(), "cuMemAllocAsync: CUDA_ERROR_OUT_OF_MEMORY (2)");
+}
+
+TEST_F(Cuda, NothingToComputeLaunchesNothing) {
+  Params p = decode();
+  p.num_seqs = 0;
+  run(p);
+  EXPECT_TRUE(fake.launches.empty());
+}
+
+TEST_F(Cuda, TheFirstCallMayBeCaptured) {
+  fake.capturing = true;
+  Params p = split(2);
+  p.head_dim = p.head_dim_v = 96;  // a kernel that no other test here loads
+  run(p);
+  EXPECT_GE(fake.loads.size(), 1u);
+  EXPECT_EQ(fake.launches.size(), 2u);
+}
+
+TEST_F(Cuda, TheProblemsDeviceIsCurrentDuringTheCallOnly) {
+  Params p = decode();
+  for (const int current : {-1, 0, 1}) {
+    for (const int wanted : {0, 1}) {
+      for (const int result : {0, 700}) {
+        fake_cuda::set_current_device(current);
+        p.device_index = wanted;
+        fake.pushes = fake.pops = 0;
+        fake.launch_result = result;
+        EXPECT_EQ(flashspark_attention_forward(&p), result == 0 ? FLASHSPARK_OK : FLASHSPARK_DEVICE_ERROR);
+        EXPECT_EQ(fake.pushes, current == wanted ? 0 : 1);
+        EXPECT_EQ(fake.pops, fake.pushes);
+        EXPECT_EQ(fake_cuda::current_device(), current);
+        if (result == 0) {
+          EXPECT_EQ(fake.launches.back().device, wanted);
+        }
+      }
+    }
+  }
+  EXPECT_STREQ(flashspark_last_error(), "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS (700)");
+}
+
+TEST_F(Cuda, ManyThreadsLoadAKernelOnce) {
+  const Params p = decode(256, 256);
+  std::vector<std::thread> threads;
+  std::atomic<int> failed{0};
+  for (int n = 0; n < 16; ++n) {
+    threads.emplace_back([&] {
+      for (int call = 0; call < 20; ++call) failed += flashspark_attention_forward(&p) != FLASHSPARK_OK;
+    });
+  }
+  for (std::thread &thread : threads) thread.join();
+  EXPECT_EQ(failed, 0);
+  EXPECT_EQ(fake.loads.size(), 1u);
+  EXPECT_EQ(fake.launches.size(), 320u);
+}
+
+TEST_F(Cuda, ExplainNamesTheGpuTheKernelsAndTheSplits) {
+  const std::string text = explain(split(4), FLASHSPARK_OK);
+  EXPECT_TRUE(contains(text, "cuda (NVIDIA Imagined, sm_120f kernels, d128_few, 4 splits): chosen")) << text;
+  EXPECT_TRUE(contains(text, "cpu-engine (")) << text;
+  EXPECT_TRUE(fake.launches.empty());
+}
+
+TEST_F(Cuda, AnotherGpuTakesItsOwnKernelsIfTheyAreBuilt) {
+  Params p = decode();
+  p.device_index = kHopper;
+  if (contains(fatbin_architectures(), "sm_90")) {
+    EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), "NVIDIA Hopper, sm_90 kernels"));
+  } else {
+    EXPECT_TRUE(contains(explain(p, FLASHSPARK_UNSUPPORTED), "NVIDIA Hopper needs sm_90 kernels; this build has"));
+  }
+}
+
+TEST_F(Cuda, DevicesWithoutKernelsAreRefusedByName) {
+  Params p = decode();
+  for (const auto &[index, capability] : {std::pair{kOld, "7.5"}, {kDatacenter, "10.0"}}) {
+    p.device_index = index;
+    EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_UNSUPPORTED);
+    const std::string text = flashspark_last_error();
+    EXPECT_TRUE(contains(text, std::string("has compute capability ") + capability)) << text;
+    EXPECT_TRUE(contains(text, "8.x, 9.0 and 12.x")) << text;
+  }
+  p.device_index = 17;
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_UNSUPPORTED), "there is no CUDA device 17: the driver has 5"));
+}
+
+TEST(Capabilities, ACubinServesLaterMinorsOfItsMajor) {
+  Architecture arch{};
+  for (const auto &[major, minor, name] : {std::tuple{8, 0, "sm_80"},
+                                           {8, 6, "sm_80"},
+                                           {8, 9, "sm_80"},
+                                           {9, 0, "sm_90"},
+                                           {12, 0, "sm_120f"},
+                                           {12, 1, "sm_120f"}}) {
+    ASSERT_TRUE(architecture_of(major, minor, arch)) << major << "." << minor;
+    EXPECT_STREQ(architecture_name(arch), name);
+  }
+  for (const auto &[major, minor] : {std::pair{7, 5}, {10, 0}, {10, 3}, {11, 0}, {13, 0}})
+    EXPECT_FALSE(architecture_of(major, minor, arch)) << major << "." << minor;
+}
+
+TEST_F(Cuda, OtherTypesAreLackedByName) {
+  Params p = decode();
+  p.out.dtype = FLASHSPARK_FLOAT32;
+  const std::string text = explain(p, FLASHSPARK_UNSUPPORTED);
+  EXPECT_TRUE(contains(text, "lacks float32, out dtype other than q's")) << text;
+}
+
+TEST_F(Cuda, AForkedChildIsToldWhatToDo) {
+  run(decode());
+  const pid_t child = fork();
+  if (child == 0) {
+    const Params p = decode();
+    const bool refused = flashspark_attention_forward(&p) == FLASHSPARK_DEVICE_ERROR &&
+                         contains(flashspark_last_error(), "before fork()") &&
+                         contains(flashspark_last_error(), "spawn");
+    _exit(refused ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0);
+  run(decode());  // the parent goes on
+}
+
+// The driver is asked once a process, so these have one of their own.
+[[noreturn]] void first_call_with(int init_result, const char *part) {
+  fake_cuda::state().init_result = init_result;
+  const Params p = decode();
+  const flashspark_status status = flashspark_attention_forward(&p);
+  std::fputs(flashspark_last_error(), stderr);
+  std::_Exit(status == FLASHSPARK_UNSUPPORTED && contains(flashspark_last_error(), part) ? 0 : 1);
+}
+
+TEST_F(CudaDeath, WhatTheDriverSaysAtFirstIsReported) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(first_call_with(100, "no GPU: the NVIDIA driver finds none"), testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(first_call_with(999, "cuInit: CUDA_ERROR_UNKNOWN (999)"), testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(first_call_with(3, "CUDA_ERROR_NOT_INITIALIZED (3): was CUDA initialised before fork()?"),
+              testing::ExitedWithCode(0), "");
+}
+
+}  // namespace
+}  // namespace flashspark::cuda

@@ -1,0 +1,161 @@
+#include "cli/gpu_run.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <functional>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda/module.hpp"
+
+namespace flashspark::cli {
+namespace {
+
+using cuda::driver;
+
+template <class T>
+T *at(cuda::Address address) {
+  return reinterpret_cast<T *>(address);
+}
+
+}  // namespace
+
+DeviceMemory::DeviceMemory(size_t bytes) {
+  FLASHSPARK_CUDA_CALL(driver(), cuMemAlloc, &address_, std::max<size_t>(bytes, 16));
+}
+DeviceMemory::~DeviceMemory() {
+  if (address_ != 0) driver().cuMemFree(address_);
+}
+DeviceMemory::DeviceMemory(DeviceMemory &&other) noexcept : address_(std::exchange(other.address_, 0)) {}
+
+GpuProblem::GpuProblem(cases::Problem &host, int device) : host_(host), params_(host.params) {
+  for (const std::span<std::byte> block : host.memory()) {
+    if (block.data() == nullptr) continue;
+    blocks_.push_back({block, DeviceMemory(block.size())});
+    if (!block.empty())
+      FLASHSPARK_CUDA_CALL(driver(), cuMemcpyHtoD, blocks_.back().device.address(), block.data(), block.size());
+  }
+  params_.device = FLASHSPARK_CUDA;
+  params_.device_index = device;
+  params_.workspace = nullptr;
+  params_.workspace_size = 0;
+  const auto move = [&]<class T>(T *&pointer) {
+    if (pointer == nullptr) return;
+    const Block *block = find(pointer);
+    if (block == nullptr) throw std::logic_error("params point outside the problem's memory");
+    pointer = at<T>(block->device.address() + (reinterpret_cast<const std::byte *>(pointer) - block->host.data()));
+  };
+  flashspark_attention_params &p = params_;
+  for (flashspark_tensor *tensor : {&p.q, &p.k, &p.v, &p.out}) move(tensor->data);
+  for (flashspark_scale *scale : {&p.q_descale, &p.k_descale, &p.v_descale}) move(scale->data);
+  for (const int32_t **numbers :
+       {&p.cu_seqlens_q, &p.cu_seqlens_k, &p.seqused_q, &p.seqused_k, &p.leftpad_k, &p.kv_batch_index, &p.page_table,
+        &p.causal_per_seq, &p.prefix_ranges, &p.rswa_prefix_lens})
+    move(*numbers);
+  move(p.output_scale), move(p.sinks), move(p.rel_logits), move(p.alibi_slopes), move(p.lse);
+}
+
+const GpuProblem::Block *GpuProblem::find(const void *address) const {
+  const auto *byte = static_cast<const std::byte *>(address);
+  for (const Block &block : blocks_) {  // an empty block has no bytes inside, only a beginning
+    if (byte == block.host.data()) return &block;
+  }
+  for (const Block &block : blocks_) {
+    if (byte > block.host.data() && byte < block.host.data() + block.host.size()) return &block;
+  }
+  return nullptr;
+}
+
+flashspark_status GpuProblem::launch(const char *implementation) {
+  params_.implementation = implementation;
+  return flashspark_attention_forward(&params_);
+}
+
+void GpuProblem::copy_results_back() {
+  for (const std::span<std::byte> block : host_.written_memory()) {
+    if (!block.empty())
+      FLASHSPARK_CUDA_CALL(driver(), cuMemcpyDtoH, block.data(), find(block.data())->device.address(), block.size());
+  }
+}
+
+GpuSession::GpuSession() {
+  FLASHSPARK_CUDA_CALL(driver(), cuEventCreate, &start_, 0);
+  FLASHSPARK_CUDA_CALL(driver(), cuEventCreate, &end_, 0);
+  // What is written last stays in L2: twice its size leaves nothing of a problem there. The time of the writing also
+  // hides that of the launch.
+  flush_bytes_ = std::max<size_t>(2 * static_cast<size_t>(facts().machine.l2_bytes), size_t{64} << 20);
+  flush_.emplace(flush_bytes_);
+}
+
+GpuSession::~GpuSession() {
+  driver().cuEventDestroy(start_);
+  driver().cuEventDestroy(end_);
+}
+
+float GpuSession::elapsed(const std::function<void()> &work) {
+  FLASHSPARK_CUDA_CALL(driver(), cuEventRecord, start_, nullptr);
+  work();
+  FLASHSPARK_CUDA_CALL(driver(), cuEventRecord, end_, nullptr);
+  FLASHSPARK_CUDA_CALL(driver(), cuEventSynchronize, end_);
+  float milliseconds = 0;
+  FLASHSPARK_CUDA_CALL(driver(), cuEventElapsedTime, &milliseconds, start_, end_);
+  return milliseconds;
+}
+
+double GpuSession::time(GpuProblem &problem, const char *implementation, flashspark_status &status) {
+  FLASHSPARK_CUDA_CALL(driver(), cuMemsetD8Async, flush_->address(), 0, flush_bytes_, nullptr);
+  return 1e-3 * elapsed([&] { status = problem.launch(implementation); });
+}
+
+double GpuSession::peak_flops() {
+  // As kernels/peak.cu has them.
+  constexpr unsigned kThreads = 256, kBlocksPerSm = 2;
+  constexpr double kChains = 8, kFlopsPerProduct = 2 * 16 * 8 * 16;
+  const cuda::Kernel kernel = cuda::named_kernel("peak", "flashspark_peak");
+  const unsigned blocks = kBlocksPerSm * facts().machine.sm_count;
+  const DeviceMemory out(kThreads * sizeof(float));
+  cuda::Address address = out.address();
+  int32_t rounds = 1 << 13;
+  void *parameters[] = {&address, &rounds};
+  const auto run = [&] {
+    FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernel, reinterpret_cast<cuda::Function>(kernel), blocks, 1, 1, kThreads, 1,
+                         1, 0, nullptr, parameters, nullptr);
+  };
+  float best = elapsed(run);
+  for (int n = 0; n < 20; ++n) best = std::min(best, elapsed(run));
+  return blocks * (kThreads / 32) * rounds * kChains * kFlopsPerProduct / (1e-3 * best);
+}
+
+double GpuSession::copy_bytes_per_second() {
+  const size_t bytes = std::max<size_t>(size_t{256} << 20, 8 * static_cast<size_t>(facts().machine.l2_bytes));
+  const DeviceMemory from(bytes), to(bytes);
+  const auto run = [&] {
+    FLASHSPARK_CUDA_CALL(driver(), cuMemcpyDtoDAsync, to.address(), from.address(), bytes, nullptr);
+  };
+  float best = elapsed(run);
+  for (int n = 0; n < 10; ++n) best = std::min(best, elapsed(run));
+  return 2 * static_cast<double>(bytes) / (1e-3 * best);
+}
+
+const Limits &GpuSession::limits() {
+  if (!limits_) limits_ = {peak_flops(), copy_bytes_per_second()};
+  return *limits_;
+}
+
+std::string GpuSession::text() {
+  return fmt::format("{}, {} kernels; limits measured here: {:.0f} TFLOP/s bf16 mma.sync, {:.0f} GB/s copy",
+                     facts().name, cuda::architecture_name(facts().machine.arch), limits().flops / 1e12,
+                     limits().bytes / 1e9);
+}
+
+std::string gpu_lack() {
+  return cuda::device_lack(0);
+}
+
+std::unique_ptr<GpuSession> open_gpu(bool cpu_only) {
+  if (cpu_only || !gpu_lack().empty()) return nullptr;
+  return std::make_unique<GpuSession>();
+}
+
+}  // namespace flashspark::cli

