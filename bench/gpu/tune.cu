@@ -122,7 +122,7 @@ int main(int argc, char **argv) {
     std::vector<float> times;
     cudaEvent_t from, to;
     cudaEventCreate(&from), cudaEventCreate(&to);
-    // Half a second first: until then the clock is higher than the power limit will have it.
+    // A quarter of a second first: until then the clock is higher than the power limit will have it.
     const auto time = [&](int launches) {
       float ms = 0;
       cudaEventRecord(from);
@@ -130,7 +130,7 @@ int main(int argc, char **argv) {
       cudaEventRecord(to), cudaEventSynchronize(to), cudaEventElapsedTime(&ms, from, to);
       return ms / static_cast<float>(launches);
     };
-    time(static_cast<int>(std::clamp(500 / time(1), 1.0f, 20000.0f)));
+    time(static_cast<int>(std::clamp(250 / time(1), 1.0f, 20000.0f)));
     for (int n = 0; n < 11; ++n) times.push_back(time(8));
     std::sort(times.begin(), times.end());
     const double kept = x.causal ? static_cast<double>(x.q) * (x.k - x.q) + x.q * (x.q + 1.0) / 2

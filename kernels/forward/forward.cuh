@@ -51,7 +51,7 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     if constexpr (T::kChanged) block.rows[n] = changed_row(a, work, mask, lane_row<T>(work, n));
-    block.state.base[n] = minus_infinity();
+    block.state.base[n] = block.state.limit[n] = minus_infinity();
   }
   if (begin < end) {
     copy_queries<T>(a, work, block.queries());

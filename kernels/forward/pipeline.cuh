@@ -70,6 +70,7 @@ struct Block {
   FLASHSPARK_DEVICE void finish(const Scores<T> &s, const RowMaxima<T> &highest, int32_t n) {
     move_maxima<T>(highest, o, state, scale());
     multiply_values<T>(o, s, state, scale(), stage(n) + T::kKeyBytes, lane);
+    set_limits<T>(state);
   }
   FLASHSPARK_DEVICE void change_and_finish(Scores<T> &s, int32_t n) {
     change_and_mask(s, n);

@@ -45,6 +45,7 @@ template <class T>
 struct LaneState {
   float base[T::kLaneRows];  // what the probabilities are relative to, units of log2; -inf before the first key
   float sum[T::kLaneRows];   // of this lane's columns alone, until the end
+  float limit[T::kLaneRows];  // a maximum above it moves the base
 };
 
 FLASHSPARK_DEVICE float load_number(const void *from, int64_t n, Number number) {
@@ -156,8 +157,7 @@ FLASHSPARK_DEVICE void move_maxima(const RowMaxima<T> &highest, Output<T> &o, La
   bool moves = false;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const float delta = highest.at[n] * scale - state.base[n];
-    moves = moves || (delta > 0 && (delta > kRescaleAbove || ptx::exp2_approx(delta) > state.sum[n]));
+    moves = moves || highest.at[n] * scale > state.limit[n];
   }
   // One branch for all rows of the warp, not one a row.
   if (!ptx::any(moves)) return;
@@ -174,6 +174,15 @@ FLASHSPARK_DEVICE void move_maxima(const RowMaxima<T> &highest, Output<T> &o, La
       o.at[n / 2][c][n % 2 * 2 + 1] *= factor;
     }
   }
+}
+
+// After a tile, off the way of the next one's scores.
+template <class T>
+FLASHSPARK_DEVICE void set_limits(LaneState<T> &state) {
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n)
+    state.limit[n] =
+        state.base[n] + __builtin_fminf(larger(ptx::log2_approx(state.sum[n]), 0.0f), kRescaleAbove);
 }
 
 // Probabilities of 16 keys, as the A operand of P V: D of one product is A of the next, since the same lane holds the

@@ -18,8 +18,8 @@ constexpr bool kTilesOfSm120f = false;
 // Rows and keys are counted in 32 bits on the device. Windows that reach further than any sequence are open.
 constexpr int64_t kMost = int64_t{1} << 30;
 
-// Keys below which a piece of a split problem does not pay: the merge costs about what 256 keys cost.
-constexpr int64_t kFewestSplitKeys = 256;
+// Keys below which a piece of a split problem does not pay: the second launch costs about what 512 keys cost.
+constexpr int64_t kFewestSplitKeys = 512;
 constexpr int64_t kMostSplits = 128;
 // Rows of a block of the merge kernel: one a warp (kMergeWarps in merge.cuh).
 constexpr int32_t kMergeRows = 4;
