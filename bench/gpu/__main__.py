@@ -45,6 +45,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--implementation", metavar="NAME", help="one of flashspark.implementations(), by force")
     parser.add_argument("--num-splits", type=int, default=0)
     parser.add_argument("--label", default="flashspark", help="name of our column")
+    parser.add_argument(
+        "--leave-out", action="append", default=[], metavar="PEER", help="a peer not to time; repeatable"
+    )
     parser.add_argument("--budget", type=float, default=0.5, help="seconds of graph replays a workload (default 0.5)")
     parser.add_argument("--commit", default="", help="of the source, for the report; default: git's")
     parser.add_argument("--merge", type=Path, nargs=2, metavar="JSON")
@@ -102,6 +105,7 @@ def measure_workload(work: Workload, makers: Makers, args: argparse.Namespace) -
     left_out: dict[str, str] = {}
     graphs, entries, expected = {}, {}, None
     for name, maker in makers.items():
+        begin = time.monotonic()
         try:
             calls = [maker(x) for x in sets]
             got = result_of(calls[0], sets[0]).float()
@@ -113,6 +117,8 @@ def measure_workload(work: Workload, makers: Makers, args: argparse.Namespace) -
             once = measure.warm(calls)
             entries[name] = {"eager_s": measure.eager_seconds(calls, once)}
             graphs[name] = measure.captured(calls, once)
+            if time.monotonic() - begin > 5:  # a peer that loads or compiles its kernels
+                print(f"        {name}, {work.name}: {time.monotonic() - begin:.0f} s to begin", flush=True)
         except peers.NotOffered:
             continue
         except Exception as error:
@@ -198,6 +204,7 @@ def main() -> int:
     makers: Makers = {args.label: own}
     if not args.no_peers:
         makers |= peers.load(args.peers, args.flashinfer)
+        makers = {name: maker for name, maker in makers.items() if name not in args.leave_out}
     machine = measure.gpu_facts()
     document: dict[str, Any] = {
         **{"machine": machine, "flashspark": flashspark.native_version(), "ours": [args.label]},
@@ -206,15 +213,18 @@ def main() -> int:
         **{"mma_peak_tflops": measure.mma_peak_tflops(), "copy_gb_per_s": measure.copy_gb_per_s()},
         **{"rows": [], "left_out": {}},
     }
-    for work in works:
-        # A workload against our own contiguous call needs no peers.
-        chosen = {args.label: own} if work.own else makers
-        row, left_out = measure_workload(work, chosen, args)
-        document["rows"].append(row)
-        document["left_out"] |= left_out
-        spent = {name: f"{1e6 * entry['graph_s']:.1f}" for name, entry in row["times"].items()}
-        print(f"{time.monotonic() - start:6.1f} s  {work.name}: {spent} us", flush=True)
-        torch.cuda.empty_cache()
+    try:
+        for work in works:
+            # A workload against our own contiguous call needs no peers.
+            chosen = {args.label: own} if work.own else makers
+            row, left_out = measure_workload(work, chosen, args)
+            document["rows"].append(row)
+            document["left_out"] |= left_out
+            spent = {name: f"{1e6 * entry['graph_s']:.1f}" for name, entry in row["times"].items()}
+            print(f"{time.monotonic() - start:6.1f} s  {work.name}: {spent} us", flush=True)
+            torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print("stopped: the rows so far follow", flush=True)
     document["host_call_us"] = host_calls(makers)
     document["first_call_ms"] = measure.first_call_ms()
     document["machine"] |= {f"{key} after": measure.gpu_facts().get(key) for key in ("clocks.sm", "temperature.gpu")}

@@ -154,8 +154,13 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (G, Tq, Hq, Dv) and lse (G, Tq, Hq) with sums in `dtype` and probabilities rounded to `round_to`."""
     q = as_4d(p.q)[g.q_at].to(dtype)
-    # Zeros where no row looks: what lies there is poison, and zero times NaN is NaN.
-    k, v = (as_4d(x)[g.k_at].to(dtype).masked_fill_(~kept[..., None, None], 0) for x in (p.k, p.v))
+    # Zeros where no row looks: what lies there is poison, and zero times NaN is NaN. A cache may hold no row at all.
+    k, v = (
+        as_4d(x)[g.k_at].to(dtype).masked_fill_(~kept[..., None, None], 0)
+        if x.numel() > 0
+        else torch.zeros(*kept.shape, *x.shape[-2:], dtype=dtype, device=x.device)
+        for x in (p.k, p.v)
+    )
     s = _scores(p, g, q.nan_to_num(), k)
     count, hkv, packed, tq, tk = s.shape
     top = s.amax(-1, keepdim=True)

@@ -119,6 +119,10 @@ def test_serving_batches(chunk, device):
             raise AssertionError(f"seed {seed}: {error!r}\n{spec}") from error
         if found:
             problems.append(f"seed {seed}: {found}\n  {spec}")
+        # Sizes differ from case to case, and several processes share the GPU.
+        if device.type == "cuda" and torch.cuda.memory_reserved() > 8 << 30:
+            del problem, out, lse
+            torch.cuda.empty_cache()
     assert not problems, f"{len(problems)} of {CASES // CHUNKS}:\n" + "\n".join(problems[:5])
 
 

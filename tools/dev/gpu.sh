@@ -48,7 +48,7 @@ keep() {
   mkdir -p "$state/in" "$out"
   local folder
   for folder in .gpu/*/; do
-    if [[ -d $folder ]]; then cp -rn "$folder" "$state/in/"; fi
+    if [[ -d $folder ]]; then cp -r --update=none "$folder" "$state/in/" 2>/dev/null || cp -rn "$folder" "$state/in/"; fi
   done
   # Unpacking takes a while on one core: it goes on beside the tests.
   if [[ -d $state/in/peers-1 && -d $state/in/peers-2 && ! -d $state/peers.part ]]; then
@@ -141,7 +141,7 @@ run_bench() {
     # Without kernels compiled before, FlashInfer takes a minute; --flashinfer among the arguments asks for that.
     if compgen -G "$state/in/flashinfer/*.so" >/dev/null; then arguments+=(--flashinfer); fi
   fi
-  timeout "${BENCH_LIMIT:-300}" "$python" bench/gpu "${arguments[@]}" "$@"
+  timeout -s INT "${BENCH_LIMIT:-300}" "$python" bench/gpu "${arguments[@]}" "$@"
 }
 
 # Tools run beside each other; each case is small.
