@@ -87,8 +87,11 @@ int main(int argc, char **argv) {
   const struct {
     int64_t batch, heads_q, heads_kv, q, k;
     bool causal;
-  } problems[] = {{4, 32, 8, 4096, 4096, false}, {4, 32, 8, 4096, 4096, true}, {1, 16, 8, 1024, 1024, true},
-                  {1, 16, 8, 8192, 8192, true},  {1, 64, 8, 1024, 32768, true}};
+  } problems[] = {{4, 32, 8, 4096, 4096, false},
+                  {4, 32, 8, 4096, 4096, true},
+                  {1, 16, 8, 1024, 1024, true},
+                  {1, 16, 8, 8192, 8192, true},
+                  {1, 64, 8, 1024, 32768, true}};
   const int64_t dim = Kernel::kHeadDim, dim_v = Kernel::kHeadDimV;
   float *worst;
   cudaMalloc(&worst, 4);
@@ -133,8 +136,8 @@ int main(int argc, char **argv) {
     time(static_cast<int>(std::clamp(250 / time(1), 1.0f, 20000.0f)));
     for (int n = 0; n < 11; ++n) times.push_back(time(8));
     std::sort(times.begin(), times.end());
-    const double kept = x.causal ? static_cast<double>(x.q) * (x.k - x.q) + x.q * (x.q + 1.0) / 2
-                                 : static_cast<double>(x.q) * x.k;
+    const double kept =
+        x.causal ? static_cast<double>(x.q) * (x.k - x.q) + x.q * (x.q + 1.0) / 2 : static_cast<double>(x.q) * x.k;
     const double flop = 2.0 * (dim + dim_v) * x.heads_q * x.batch * kept;
     const float ms = times[times.size() / 2];
     std::printf(" %5.0f%s", flop / ms * 1e-9, error < 0.02f ? "" : "!WRONG");

@@ -43,8 +43,8 @@ using LaneRow = std::conditional_t<T::kChanged, ChangedRow, NoRow>;
 
 template <class T>
 struct LaneState {
-  float base[T::kLaneRows];  // what the probabilities are relative to, units of log2; -inf before the first key
-  float sum[T::kLaneRows];   // of this lane's columns alone, until the end
+  float base[T::kLaneRows];   // what the probabilities are relative to, units of log2; -inf before the first key
+  float sum[T::kLaneRows];    // of this lane's columns alone, until the end
   float limit[T::kLaneRows];  // a maximum above it moves the base
 };
 
@@ -142,11 +142,9 @@ FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = reduce_row<T>(s, n, larger);
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n)
-    highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
+  for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n)
-    highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
+  for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
   return highest;
 }
 
@@ -181,8 +179,7 @@ template <class T>
 FLASHSPARK_DEVICE void set_limits(LaneState<T> &state) {
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n)
-    state.limit[n] =
-        state.base[n] + __builtin_fminf(larger(ptx::log2_approx(state.sum[n]), 0.0f), kRescaleAbove);
+    state.limit[n] = state.base[n] + __builtin_fminf(larger(ptx::log2_approx(state.sum[n]), 0.0f), kRescaleAbove);
 }
 
 // Probabilities of 16 keys, as the A operand of P V: D of one product is A of the next, since the same lane holds the

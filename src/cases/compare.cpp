@@ -73,10 +73,10 @@ Bound error_bound(const Problem &problem, int64_t b, int64_t i, int64_t h) {
   Bound bound;
   const int32_t dtype = problem.spec().out_dtype;
   bound.unit_roundoff = roundoff(dtype);
-  bound.smallest_half = dtype == FLASHSPARK_FLOAT16         ? 0x1p-25
-                        : dtype == FLASHSPARK_BFLOAT16      ? 0x1p-134
-                        : dtype == FLASHSPARK_FLOAT8_E4M3   ? 0x1p-10
-                                                            : 0x1p-150;
+  bound.smallest_half = dtype == FLASHSPARK_FLOAT16       ? 0x1p-25
+                        : dtype == FLASHSPARK_BFLOAT16    ? 0x1p-134
+                        : dtype == FLASHSPARK_FLOAT8_E4M3 ? 0x1p-10
+                                                          : 0x1p-150;
   const double keys = static_cast<double>(problem.seqlen_k(b));
   bound.relative = 4e-6 * (1 + std::sqrt(keys) / 64) + 4 * u * problem.score_scale(b, i, h);
   bound.value_scale = problem.value_scale(b, h / (problem.spec().heads_q / problem.spec().heads_kv));
