@@ -326,6 +326,20 @@ def aarch64(log: Log) -> None:
     )
 
 
+def budgets(log: Log) -> None:
+    """Registers, spills, shared memory and instructions of the sm_120f kernels."""
+    out = log.run(BIN / "python", "tools/dev/budgets.py", "--check", check=False)
+    if out.startswith("skipped:"):
+        log.skipped += 1
+        return
+    summary = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
+    if not summary:
+        raise Failed("budgets.py did not finish")
+    log.passed += int(summary[1])
+    log.failed += int(summary[2])
+    log.failures += re.findall(r"^FAILED (.*)", out, re.M)
+
+
 STAGES: dict[str, Callable[[Log], None]] = {
     "clang-format": clang_format,
     "ruff": ruff,
@@ -333,6 +347,7 @@ STAGES: dict[str, Callable[[Log], None]] = {
     "properties": properties,
     "cli": cli,
     "clang-tidy": clang_tidy,
+    "budgets": budgets,
     "wheel": wheel,
     "pytest": pytest,
     "torch": torch,

@@ -1,18 +1,17 @@
-"""Reads the machine code of a kernel: its instructions, the loop over key tiles, and the path through it."""
+"""Reads the machine code of a kernel: its instructions, the loop over key tiles, and the way through it."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
-INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x([0-9a-f]{16}) \*/")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[T\d]+) +)?(.*?)\s*;\s+/\* 0x([0-9a-f]{16}) \*/")
 UPPER_HALF = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"^(\.L_\w+):")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
-NO_BARRIER = 7
+SPILLS = ("LDL", "STL")
 
 
 class NotUnderstood(Exception):
@@ -24,33 +23,26 @@ class Instruction:
     text: str  # without its predicate
     predicate: str  # "", "@P0", "@!UP1", ...
     stall: int  # clocks until the warp's next instruction
-    write_barrier: int  # scoreboard freed when the result is there; 7: none
-    read_barrier: int  # scoreboard freed when the operands have been read
+    write_barrier: int  # scoreboard that is free once the result is there; 7: none
+    read_barrier: int  # scoreboard that is free once the operands have been read; 7: none
     waits: int  # bits: scoreboards that must be free
+    target: int | None = None  # where a branch leads
 
-    @property
+    @cached_property
     def opcode(self) -> str:
         return self.text.split()[0]
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.opcode.split(".")[0]
 
     @property
-    def never(self) -> bool:
-        return self.predicate == "@!PT"
+    def works(self) -> bool:
+        return self.predicate != "@!PT"  # ptxas puts such loads in front of copies; they only take a slot
 
-
-@dataclass
-class Code:
-    instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-
-    def target(self, at: int) -> int | None:
-        """Where the branch at this place leads; None if it is no branch."""
-        instruction = self.instructions[at]
-        label = TARGET.search(instruction.text)
-        return self.labels.get(label[1]) if instruction.name == "BRA" and label else None
+    @property
+    def always_branches(self) -> bool:
+        return self.name == "BRA" and not self.predicate and self.text.startswith("BRA `")
 
 
 @dataclass
@@ -58,27 +50,83 @@ class Loop:
     first: int
     last: int
     path: list[Instruction]  # one turn: every HMMA, no rescaling, no mask, contiguous keys
-    instructions: int  # in all, the rarely taken ones too
+    instructions: list[Instruction]  # all of it, the rarely taken ones too
+
+    def count(self, *names: str) -> int:
+        return sum(1 for i in self.path if i.name in names and i.works)
+
+    @property
+    def spills(self) -> int:
+        return sum(1 for i in self.instructions if i.name in SPILLS)
 
 
-def read(nvdisasm: Path, cubin: Path) -> Code:
-    text = subprocess.run([nvdisasm, "-c", "-hex", cubin], check=True, capture_output=True, text=True).stdout
-    code = Code()
-    lines = iter(text.splitlines())
+def read(listing: str) -> list[Instruction]:
+    """What `nvdisasm -c -hex` shows."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    lines = iter(listing.splitlines())
     for line in lines:
         if label := LABEL.match(line):
-            code.labels[label[1]] = len(code.instructions)
+            labels[label[1]] = len(code)
         elif found := INSTRUCTION.match(line):
             upper = UPPER_HALF.match(next(lines))
             if not upper:
-                raise NotUnderstood(f"no second half of {found[2]}")
-            control = int(upper[1], 16) >> 41
-            predicate, _, text = found[2].rpartition(" ") if False else split_predicate(found[2])
-            code.instructions.append(
+                raise NotUnderstood(f"no second half of {found[3]}")
+            control = int(upper[1], 16) >> 41  # stall, yield, write barrier, read barrier, wait mask, reuse
+            code.append(
                 Instruction(
-                    text, predicate, control & 15, control >> 5 & 7, control >> 8 & 7, control >> 11 & 63
+                    found[3], found[2] or "", control & 15, control >> 5 & 7, control >> 8 & 7, control >> 11 & 63
                 )
             )
-    if not code.instructions:
-        raise NotUnderstood("nvdisasm shows no instruction")
+    for instruction in code:
+        label = TARGET.search(instruction.text)
+        if instruction.name == "BRA" and label:
+            instruction.target = labels[label[1]]
+    if not code:
+        raise NotUnderstood("no instructions")
     return code
+
+
+def tensor_work(instructions: list[Instruction]) -> int:
+    return sum(1 for i in instructions if i.name == "HMMA")
+
+
+def path(code: list[Instruction], first: int, last: int) -> list[Instruction]:
+    """The way from `first` to a branch back to it: the most HMMA, then the most copies, then the least of all else."""
+    best: dict[int, tuple[int, int, int, int]] = {}  # from this place on: HMMA, copies, - instructions, the next place
+    for at in range(last, first - 1, -1):
+        here = code[at]
+        nexts = [] if here.always_branches or (here.name in ("EXIT", "RET") and not here.predicate) else [at + 1]
+        if here.target is not None:
+            nexts.append(here.target)
+        ways = [(*best[n][:3], n) for n in nexts if n > at and n in best]
+        if here.target == first:
+            ways.append((0, 0, 0, -1))
+        if ways:
+            tensor, copies, length, following = max(ways)
+            best[at] = (tensor + (here.name == "HMMA"), copies + (here.name == "LDGSTS"), length - 1, following)
+    if first not in best:
+        raise NotUnderstood(f"no way through the loop at instruction {first}")
+    way, at = [], first
+    while at != -1:
+        way.append(code[at])
+        at = best[at][3]
+    return way
+
+
+def hot_loop(code: list[Instruction]) -> Loop:
+    """Of the innermost loops with tensor work the one with most of it: the tiles that need no mask."""
+    ends: Counter[int] = Counter()
+    for at, instruction in enumerate(code):
+        if instruction.target is not None and instruction.target <= at:
+            ends[instruction.target] = max(ends[instruction.target], at)
+    loops = [(first, last) for first, last in ends.items() if tensor_work(code[first : last + 1])]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    if not inner:
+        raise NotUnderstood("no loop with tensor work")
+    first, last = max(inner, key=lambda loop: tensor_work(code[loop[0] : loop[1] + 1]))
+    whole = code[first : last + 1]
+    way = path(code, first, last)
+    if tensor_work(way) != tensor_work(whole):
+        raise NotUnderstood(f"a turn takes {tensor_work(way)} of the {tensor_work(whole)} HMMA of its loop")
+    return Loop(first, last, way, whole)

@@ -1,0 +1,326 @@
+"""Compile budgets of the sm_120f kernels: registers, spills, shared memory and the instructions of the inner loop.
+
+usage: budgets.py --check             against tests/budgets.json; what grows fails
+       budgets.py --update [--only INSTANCE ...] [--reason TEXT]
+                                      writes new values; those that grow, and spills, need the reason
+       budgets.py --table             writes bench/results/budgets-sm120f.md
+
+Needs nvcc 12.9 or newer and PyPI's nvidia-cuda-nvdisasm (packaging/requirements-dev.txt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import sass
+from budgets_table import table
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGETS = ROOT / "tests/budgets.json"
+TABLE = ROOT / "bench/results/budgets-sm120f.md"
+CACHE = ROOT / "build/budgets"
+NUMBERS = {"bf16": "Bfloat16", "fp16": "Float16"}
+SHARED_OF_BLOCK = 99 * 1024
+SHARED_OF_SM, SHARED_RESERVED = 100 * 1024, 1024
+REGISTERS_OF_SM, REGISTERS_OF_THREAD, WARPS_OF_SM = 65536, 255, 48
+MERGE_THREADS, MERGE_BLOCKS = 128, 8  # launch bounds of merge.cu
+
+USED: set[Path] = set()  # of the cache, by this run
+
+# Prints kInstances with the tiles of sm_120f.
+FACTS = r"""
+#include "forward/instances.hpp"
+#include <cstdio>
+using namespace flashspark;
+int main() {
+  for (const Instance &i : kInstances) {
+    const Tile &t = i.tile(Architecture::sm_120f);
+    std::printf("%s %d %d %d %d %d %d %d %d %d\n", i.name, i.head_dim, i.head_dim_v, t.warps, t.warp_rows, t.keys,
+                t.schedule == Schedule::single, t.queries == QueryPlace::shared, t.blocks, shared_bytes(i, t));
+  }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Instance:
+    name: str
+    head_dim: int
+    head_dim_v: int
+    warps: int
+    warp_rows: int
+    keys: int
+    single: int
+    queries_shared: int
+    blocks: int
+    shared_bytes: int
+
+    @property
+    def hmma_of_tile(self) -> int:
+        """One warp's products with a tile of keys: S = Q K^T and O += P V."""
+        scores = self.keys // 8 * (self.head_dim // 16)
+        output = self.keys // 16 * (self.head_dim_v // 8)
+        return self.warp_rows // 16 * (scores + output)
+
+    def resident(self, registers: int) -> int:
+        """Blocks an SM holds."""
+        by_registers = REGISTERS_OF_SM // (self.warps * 32 * (-(-registers // 8) * 8))
+        by_shared = SHARED_OF_SM // (self.shared_bytes + SHARED_RESERVED)
+        return min(by_registers, by_shared, WARPS_OF_SM // self.warps)
+
+
+@dataclass
+class Measured:
+    instance: Instance | None  # None: merge
+    number: str
+    values: dict[str, int | float]
+    loop: sass.Loop | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.instance.name if self.instance else 'merge'} {self.number}"
+
+    @property
+    def allowed_registers(self) -> int:
+        threads = self.instance.warps * 32 if self.instance else MERGE_THREADS
+        blocks = self.instance.blocks if self.instance else MERGE_BLOCKS
+        return min(REGISTERS_OF_THREAD, REGISTERS_OF_SM // (threads * blocks) // 8 * 8)
+
+
+def find_nvcc() -> tuple[Path, str] | None:
+    """nvcc and its version, if it knows sm_120f."""
+    folders = [
+        os.environ.get("CUDA_HOME", "") + "/bin",
+        os.environ.get("CUDA_PATH", "") + "/bin",
+        "/usr/local/cuda/bin",
+    ]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=":".join(folders))
+    if not nvcc:
+        return None
+    version = re.search(r"V(\d+)\.(\d+)\.\d+", subprocess.check_output([nvcc, "--version"], text=True))
+    if not version or (int(version[1]), int(version[2])) < (12, 9):
+        return None
+    return Path(nvcc), version[0][1:]
+
+
+def find_nvdisasm() -> Path:
+    for folder in sys.path:
+        for found in sorted(Path(folder).glob("nvidia/cu*/bin/nvdisasm")):
+            return found
+    if found := shutil.which("nvdisasm"):
+        return Path(found)
+    sys.exit("nvdisasm is missing: pip install -r packaging/requirements-dev.txt")
+
+
+def sources() -> bytes:
+    files = sorted(p for folder in ("forward", "ptx") for p in (ROOT / "kernels" / folder).iterdir())
+    return b"".join(p.name.encode() + b"\0" + p.read_bytes() for p in files)
+
+
+def cached(command: list[str], contents: bytes, suffix: str, to_stdout: bool = False) -> tuple[Path, str]:
+    """Runs a command that writes one file, unless it ran before: the file, and what the command said beside it."""
+    key = hashlib.sha256("\0".join(command).encode() + contents).hexdigest()[:24]
+    result, said = CACHE / f"{key}.{suffix}", CACHE / f"{key}.{suffix}.said"
+    USED.update((result, said))
+    if not (result.exists() and said.exists()):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = CACHE / f"{key}.{os.getpid()}.partial"
+        full = ["nice", "-n", "10", *command, *([] if to_stdout else ["-o", str(partial)])]
+        ran = subprocess.run(full, capture_output=True, text=True)
+        if ran.returncode:
+            sys.exit(f"{' '.join(command)}\n{ran.stderr}")
+        if to_stdout:
+            partial.write_text(ran.stdout)
+        said.write_text(ran.stderr)
+        partial.rename(result)
+    return result, said.read_text()
+
+
+def instances() -> list[Instance]:
+    program = CACHE / "facts.cpp"
+    USED.add(program)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    program.write_text(FACTS)
+    command = ["c++", "-std=c++20", "-I", str(ROOT / "kernels"), str(program)]
+    executable, _ = cached(command, sources() + FACTS.encode(), "facts")
+    lines = subprocess.check_output([executable], text=True).splitlines()
+    return [Instance(name, *map(int, rest)) for name, *rest in map(str.split, lines)]
+
+
+def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, number: str) -> Measured:
+    name = [f"-DFLASHSPARK_NAME={instance.name}"] if instance else []
+    source = ROOT / "kernels/forward" / ("forward.cu" if instance else "merge.cu")
+    command = [
+        str(nvcc[0]),
+        "-cubin",
+        "-arch=sm_120f",
+        "-std=c++20",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        "-I",
+        str(ROOT / "kernels"),
+    ]
+    command += [*name, f"-DFLASHSPARK_NUMBER={NUMBERS[number]}", str(source)]
+    cubin, said = cached(command, sources() + nvcc[1].encode(), "cubin")
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    if not registers or not spills:
+        sys.exit(f"ptxas did not say what it used:\n{said}")
+    static = re.search(r"(\d+) bytes smem", said)
+    values: dict[str, int | float] = {
+        "registers": int(registers[1]),
+        "spill_bytes": max(int(spills[1]), int(spills[2])),
+        "shared_bytes": (instance.shared_bytes if instance else 0) + (int(static[1]) if static else 0),
+    }
+    listing, _ = cached([str(nvdisasm), "-c", "-hex", str(cubin)], b"", "sass", to_stdout=True)
+    code = sass.read(listing.read_text())
+    if not instance:
+        values["code"] = len(code)
+        return Measured(None, number, values, None)
+    try:
+        loop = sass.hot_loop(code)
+    except sass.NotUnderstood as error:
+        sys.exit(f"{instance.name} {number}: {error}")
+    tiles, rest = divmod(loop.count("HMMA"), instance.hmma_of_tile)
+    if rest or not tiles:
+        sys.exit(f"{instance.name}: {loop.count('HMMA')} HMMA in a turn, but {instance.hmma_of_tile} in a tile of keys")
+    counted = {"hmma": ["HMMA"], "ldsm": ["LDSM"], "mufu": ["MUFU"], "ldgsts": ["LDGSTS"]}
+    per_turn = {key: loop.count(*names) for key, names in counted.items()}
+    per_turn["other"] = len(loop.path) - sum(per_turn.values())
+    per_turn["loop"] = len(loop.instructions)
+    values |= {
+        key: count // tiles if count % tiles == 0 else round(count / tiles, 2) for key, count in per_turn.items()
+    }
+    values["loop_spills"] = loop.spills
+    return Measured(instance, number, values, loop)
+
+
+def measure_all(nvcc: tuple[Path, str], only: list[str] | None = None) -> list[Measured]:
+    nvdisasm = find_nvdisasm()
+    wanted = [i for i in [*instances(), None] if not only or (i.name if i else "merge") in only]
+    if only and len(wanted) != len(set(only)):
+        sys.exit(f"--only: not all of {' '.join(only)} are instances")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(measure, nvcc, nvdisasm, i, number) for i in wanted for number in NUMBERS]
+        measured = [job.result() for job in jobs]
+    if not only:
+        for stale in set(CACHE.iterdir()) - USED:
+            stale.unlink()
+    return measured
+
+
+def growth(values: dict[str, int | float], committed: dict[str, int | float | str]) -> list[str]:
+    return [
+        f"{key} {committed.get(key, 0)} -> {value}" for key, value in values.items() if value > committed.get(key, 0)
+    ]
+
+
+def check(nvcc: tuple[Path, str]) -> int:
+    committed = json.loads(BUDGETS.read_text())
+    kernels = committed["kernels"]
+    same_compiler = nvcc[1] == committed["nvcc"]
+    if not same_compiler:
+        print(
+            f"counts are of nvcc {committed['nvcc']}, this is {nvcc[1]}: only spills, registers and shared memory count"
+        )
+    passed, failures, lower = 0, [], []
+
+    def expect(holds: bool, what: str) -> None:
+        nonlocal passed
+        passed += holds
+        if not holds:
+            failures.append(what)
+
+    measured = measure_all(nvcc)
+    for kernel in measured:
+        name, values = kernel.name, kernel.values
+        limit = kernels.get(name, {})
+        expect(name in kernels, f"{name}: has no line in {BUDGETS.relative_to(ROOT)}")
+        expect(values.get("loop_spills", 0) == 0, f"{name}: {values.get('loop_spills')} spills in the inner loop")
+        spills = values["spill_bytes"]
+        expect(
+            spills == 0 or (spills <= limit.get("spill_bytes", 0) and bool(limit.get("reason"))),
+            f"{name}: {spills} bytes of spills",
+        )
+        expect(
+            values["registers"] <= kernel.allowed_registers,
+            f"{name}: {values['registers']} registers, the plan allows {kernel.allowed_registers}",
+        )
+        expect(values["shared_bytes"] <= SHARED_OF_BLOCK, f"{name}: {values['shared_bytes']} bytes of shared memory")
+        if kernel.instance:
+            resident = kernel.instance.resident(int(values["registers"]))
+            expect(
+                resident >= kernel.instance.blocks,
+                f"{name}: an SM holds {resident} blocks, not {kernel.instance.blocks}",
+            )
+        if same_compiler and name in kernels:
+            grown = growth(values, limit)
+            expect(not grown, f"{name}: grew: {', '.join(grown)}")
+            if any(value < limit.get(key, 0) for key, value in values.items()):
+                lower.append(name)
+    gone = sorted(set(kernels) - {k.name for k in measured})
+    expect(not gone, f"{BUDGETS.relative_to(ROOT)} has lines of no kernel: {', '.join(gone)}")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    if lower:
+        print(f"below their budget, --update would lower it: {', '.join(lower)}")
+    print(f"{passed} passed, {len(failures)} failed")
+    return 1 if failures else 0
+
+
+def update(nvcc: tuple[Path, str], only: list[str] | None, reason: str | None) -> int:
+    old = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"kernels": {}}
+    measured = measure_all(nvcc, only)
+    kernels = dict(old["kernels"]) if only else {}
+    unexplained = []
+    for kernel in measured:
+        before = old["kernels"].get(kernel.name)
+        grown = growth(kernel.values, before or kernel.values | {"spill_bytes": 0})
+        if grown and not reason:
+            unexplained.append(f"{kernel.name}: {', '.join(grown)}")
+        why = reason if grown else (before or {}).get("reason")
+        kernels[kernel.name] = kernel.values | ({"reason": why} if why else {})
+    if unexplained:
+        print("these grew; say why with --reason:", *unexplained, sep="\n  ")
+        return 1
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in kernels.items())
+    BUDGETS.write_text(f'{{\n  "nvcc": "{nvcc[1]}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+    print(f"{BUDGETS.relative_to(ROOT)}: {len(measured)} kernels")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true")
+    what.add_argument("--update", action="store_true")
+    what.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="INSTANCE")
+    parser.add_argument("--reason")
+    arguments = parser.parse_args()
+    nvcc = find_nvcc()
+    if not nvcc:
+        print("skipped: no nvcc 12.9 or newer")
+        return 0
+    if arguments.check:
+        return check(nvcc)
+    if arguments.update:
+        return update(nvcc, arguments.only, arguments.reason)
+    TABLE.write_text(table(measure_all(nvcc), nvcc[1]))
+    print(TABLE.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
