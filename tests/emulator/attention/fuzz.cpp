@@ -1,6 +1,7 @@
-// Random serving-shaped batches through the kernels that the plan chooses, or any other that fits.
-//   emulator_fuzz [--count 1000] [--seed 1] [--seconds 600]
-// A failure prints its seed; --seed S --count 1 runs it again.
+// Random serving-shaped batches through the kernels that the plan chooses, and through each of the others.
+//   emulator_fuzz [--count 1000] [--seed 1] [--seconds 600] [--failures 10] [--kernel d64_few_bf16_sm_120f ...]
+// A failure prints its seed; --seed S --count 1 (and the same --kernel) runs it again.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +10,10 @@
 #include <random>
 
 #include "attention/harness.hpp"
+#include "guarded.hpp"
+#if defined(FLASHSPARK_EMULATOR_POISON)
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 namespace flashspark::emulator {
 namespace {
@@ -27,29 +32,75 @@ class Draw {
   std::mt19937_64 rng_;
 };
 
+// What a case is drawn for: any that the plan may choose (NULL), or one kernel.
+struct Limits {
+  const Kernel *kernel;
+  bool changed() const { return kernel == nullptr || kernel->instance->kind == Kind::changed; }
+};
+
+void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
+  const int64_t group = draw.of<int64_t>({1, 1, 2, 3, 4, 7, 8, 16});
+  c.heads_kv = draw.from(1, 2);
+  c.heads_q = group * c.heads_kv;
+  int32_t dtype = FLASHSPARK_BFLOAT16;
+  if (limits.kernel == nullptr) {
+    c.head_dim = draw.of<int64_t>({64, 64, 80, 96, 128, 128, 128, 192, 256, 512, 8 * draw.from(1, 40)});
+    c.head_dim_v = c.head_dim == 192 ? 128 : c.head_dim;
+  } else {
+    // Mostly the kernel's own width, or just so much less that its last columns are zero fill.
+    const Instance &instance = *limits.kernel->instance;
+    c.head_dim = instance.head_dim - (draw.one_in(4) ? 8 * draw.from(1, instance.head_dim / 8 - 1) : 0);
+    c.head_dim_v = instance.head_dim_v - (draw.one_in(4) ? 8 * draw.from(1, instance.head_dim_v / 8 - 1) : 0);
+    dtype = limits.kernel->dtype;
+  }
+  if (draw.one_in(12)) c.head_dim_v = 8 * draw.from(1, 40);
+  c.q_dtype = c.kv_dtype = c.out_dtype = dtype;
+}
+
 // Decode, verify, chunk, prefill and padded rows; short enough for the emulator.
-std::vector<cases::SeqLen> lengths(Draw &draw) {
-  std::vector<cases::SeqLen> lens(draw.from(1, draw.one_in(8) ? 40 : 5));
-  int64_t budget = 260;  // query rows x keys / 256
-  for (cases::SeqLen &len : lens) {
+void choose_lengths(Draw &draw, cases::Case &c) {
+  c.lens.resize(draw.from(1, draw.one_in(8) ? 40 : 5));
+  // Pieces of 16 rows x 16 keys x 64 columns of K and of V; ten thousand take about a second.
+  constexpr int64_t kBudget = 2000;
+  int64_t budget = kBudget;
+  const int64_t group = c.heads_q / c.heads_kv;
+  const auto cost = [&](const cases::SeqLen &len) {
+    const int64_t columns = (c.head_dim + c.head_dim_v + 127) / 128;
+    return c.heads_kv * ((len.q * group + 15) / 16) * (len.k / 16 + 1) * columns;
+  };
+  for (cases::SeqLen &len : c.lens) {
     const int64_t kind = draw.from(0, 9);
     len.q = kind == 0 ? 0 : kind < 4 ? 1 : kind < 6 ? draw.from(2, 16) : draw.from(1, 150);
     len.k = draw.one_in(6) ? len.q : draw.one_in(12) ? draw.from(0, 20) : draw.from(1, 400);
-    const int64_t cost = (len.q / 16 + 1) * (len.k / 16 + 1);
-    if (cost > budget) len.q = std::min<int64_t>(len.q, 1), len.k = std::min<int64_t>(len.k, 60);
-    budget = std::max<int64_t>(0, budget - cost);
+    // Too much work: fewer rows over as many keys, then fewer keys.
+    while (cost(len) > budget && len.q > 1) len.q /= 2;
+    while (cost(len) > budget && len.k > 8) len.k /= 2;
+    budget = std::max<int64_t>(kBudget / 16, budget - cost(len));
   }
-  return lens;
 }
 
-void choose_mask(Draw &draw, cases::Case &c) {
+void choose_cache(Draw &draw, cases::Case &c) {
+  using cases::Layout;
+  c.q_layout = draw.one_in(4) ? Layout::kDense : Layout::kVarlen;
+  c.kv_layout = draw.of({Layout::kPaged, Layout::kPaged, Layout::kPaged, Layout::kVarlen, Layout::kDense});
+  c.page_size = draw.of<int64_t>({16, 16, 32, 48, 64, 256, 784});
+  c.cache_order = draw.of({cases::CacheOrder::kPageTokenHead, cases::CacheOrder::kPageHeadToken});
+  c.packed_kv = draw.one_in(4);
+  c.strided = draw.one_in(4);
+  c.seqused_q = draw.one_in(4);
+  c.seqused_k = draw.one_in(4);
+  c.kv_batch_index = c.kv_layout == Layout::kDense && draw.one_in(2);
+  if (c.kv_layout != Layout::kVarlen && draw.one_in(6)) c.leftpad = draw.from(1, 20);
+}
+
+void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
   c.causal = !draw.one_in(3);
   c.causal_per_seq = draw.one_in(8);
   if (draw.one_in(4)) c.window_left = draw.from(0, draw.one_in(2) ? 20 : 200);
   if (draw.one_in(6)) c.window_right = draw.from(0, 60);
   c.sinks = draw.one_in(4);
   c.sinks_dtype = draw.of({FLASHSPARK_FLOAT32, FLASHSPARK_FLOAT16, FLASHSPARK_BFLOAT16});
-  if (!draw.one_in(4)) return;
+  if (!limits.changed() || draw.one_in(4) == (limits.kernel != nullptr)) return;
   switch (draw.from(0, 5)) {
     case 0:
       c.softcap = static_cast<float>(draw.from(1, 50));
@@ -67,81 +118,79 @@ void choose_mask(Draw &draw, cases::Case &c) {
       break;
     default:
       c.prefix_mode = draw.of<int32_t>({FLASHSPARK_PREFIX_PER_SEQ, FLASHSPARK_PREFIX_PER_TOKEN});
-      c.prefix_clamp = draw.one_in(3);
       c.causal = true;
+      // Without a window there is nothing to clamp to.
+      c.prefix_clamp = draw.one_in(3);
+      if (c.prefix_clamp && c.window_left < 0) c.window_left = draw.from(0, 40);
   }
 }
 
-cases::Case random_case(uint64_t seed) {
+cases::Case random_case(uint64_t seed, const Limits &limits) {
   Draw draw(seed);
   cases::Case c;
   c.name = "seed " + std::to_string(seed);
   c.seed = seed;
-  c.lens = lengths(draw);
-  const int64_t group = draw.of<int64_t>({1, 1, 2, 3, 4, 7, 8, 16});
-  c.heads_kv = draw.from(1, 2);
-  c.heads_q = group * c.heads_kv;
-  if (group > 4) {
-    for (cases::SeqLen &len : c.lens) len.q = std::min<int64_t>(len.q, 40);
-  }
-  c.head_dim = draw.of<int64_t>({64, 64, 80, 96, 128, 128, 128, 192, 256, 512, 8 * draw.from(1, 40)});
-  c.head_dim_v = c.head_dim == 192 ? 128 : draw.one_in(8) ? 8 * draw.from(1, 32) : c.head_dim;
-  // Of the kernels in fp16 a few are linked in, none for 512.
-  const int32_t dtype = c.head_dim <= 256 && draw.one_in(4) ? FLASHSPARK_FLOAT16 : FLASHSPARK_BFLOAT16;
-  c.q_dtype = c.kv_dtype = c.out_dtype = dtype;
-  c.q_layout = draw.one_in(4) ? cases::Layout::kDense : cases::Layout::kVarlen;
-  c.kv_layout = draw.of({cases::Layout::kPaged, cases::Layout::kPaged, cases::Layout::kPaged, cases::Layout::kVarlen,
-                         cases::Layout::kDense});
-  c.page_size = draw.of<int64_t>({16, 16, 32, 48, 64, 256, 784});
-  c.cache_order = draw.of({cases::CacheOrder::kPageTokenHead, cases::CacheOrder::kPageHeadToken});
-  c.packed_kv = draw.one_in(4);
-  c.strided = draw.one_in(4);
-  c.seqused_q = draw.one_in(4);
-  c.seqused_k = draw.one_in(4);
-  c.kv_batch_index = c.kv_layout == cases::Layout::kDense && draw.one_in(3);
-  if (c.kv_layout != cases::Layout::kVarlen && draw.one_in(6)) c.leftpad = draw.from(1, 20);
-  choose_mask(draw, c);
+  choose_heads(draw, limits, c);
+  choose_lengths(draw, c);
+  choose_cache(draw, c);
+  choose_mask(draw, limits, c);
   c.num_splits = draw.of({0, 0, 1, 2, 3, 5});
   c.lse = !draw.one_in(4);
   c.input = draw.one_in(4) ? cases::Input::kPeaked : cases::Input::kNormal;
   return c;
 }
 
-// The plan's choice in half of the cases in bf16, else one of those that fit.
-const Kernel *random_kernel(const cases::Problem &problem, uint64_t seed) {
-  const bool bf16 = problem.params.q.dtype == FLASHSPARK_BFLOAT16;
-  if (seed % 2 == 0 && bf16) return nullptr;
-  std::vector<const Kernel *> fitting;
-  for (const Kernel &kernel : kernels()) {
-    // A head of 64 in a kernel of 512 tells nothing that one of 128 does not, at four times the cost.
-    if (can_run(kernel, problem) && (!bf16 || kernel.instance->head_dim <= 2 * problem.params.head_dim + 64))
-      fitting.push_back(&kernel);
-  }
-  return fitting.at(seed / 2 % fitting.size());
+struct Options {
+  uint64_t seed = 1;
+  int64_t count = 1000;
+  double seconds = 600;
+  int64_t failures = 10;                // after which it stops
+  std::vector<const Kernel *> kernels;  // empty: the plan's choice and every kernel in turn
+};
+
+uint64_t running_seed = 0;
+
+// A sanitizer's report ends the process.
+void print_seed_at_death() {
+#if defined(FLASHSPARK_EMULATOR_POISON)
+  __sanitizer_set_death_callback([] {
+    std::printf("FAILED seed %llu: a sanitizer's report\n", static_cast<unsigned long long>(running_seed));
+    std::fflush(stdout);
+  });
+#endif
 }
 
-int fuzz(uint64_t first, int64_t count, double seconds) {
+std::string check_case(const cases::Case &spec, const Kernel *kernel) {
+  try {
+    return check(spec, kernel, spec.seed);
+  } catch (const std::exception &error) {
+    return spec.name + ": " + error.what();
+  }
+}
+
+int fuzz(const Options &options) {
+  print_seed_at_death();
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   std::map<std::string, int> ran;
   int64_t done = 0, failed = 0;
-  for (; done < count && elapsed() < seconds; ++done) {
-    const uint64_t seed = first + static_cast<uint64_t>(done);
-    const cases::Case spec = random_case(seed);
-    const cases::Problem problem(spec);
-    if (!can_run(problem)) {
-      std::printf("seed %llu is not a problem for the kernels\n", static_cast<unsigned long long>(seed));
-      ++failed;
-      continue;
+  for (; done < options.count && elapsed() < options.seconds; ++done) {
+    const uint64_t seed = options.seed + static_cast<uint64_t>(done);
+    Limits limits{nullptr};
+    if (!options.kernels.empty()) {
+      limits.kernel = options.kernels[seed % options.kernels.size()];
+    } else if (seed % 2 != 0) {
+      limits.kernel = &kernels()[seed / 2 % kernels().size()];
     }
-    const Kernel *kernel = random_kernel(problem, seed);
-    const std::string text = check(spec, kernel, seed);
+    const cases::Case spec = random_case(seed, limits);
+    running_seed = seed;
+    const std::string text = check_case(spec, limits.kernel);
     if (!text.empty()) {
       std::printf("FAILED %s\n", text.c_str());
       std::fflush(stdout);
-      if (++failed == 10) break;
+      if (++failed == options.failures) break;
     }
-    ran[kernel != nullptr ? name_of(*kernel) : "the plan's choice"] += 1;
+    ran[limits.kernel != nullptr ? name_of(*limits.kernel) : "the plan's choice"] += 1;
   }
   for (const auto &[name, times] : ran) std::printf("%6d  %s\n", times, name.c_str());
   std::printf("%lld cases, %lld failed, %.1f s\n", static_cast<long long>(done), static_cast<long long>(failed),
@@ -153,13 +202,29 @@ int fuzz(uint64_t first, int64_t count, double seconds) {
 }  // namespace flashspark::emulator
 
 int main(int argc, char **argv) {
-  uint64_t seed = 1;
-  int64_t count = 1000;
-  double seconds = 600;
-  for (int n = 1; n + 1 < argc; n += 2) {
-    if (std::strcmp(argv[n], "--count") == 0) count = std::atoll(argv[n + 1]);
-    if (std::strcmp(argv[n], "--seed") == 0) seed = std::strtoull(argv[n + 1], nullptr, 10);
-    if (std::strcmp(argv[n], "--seconds") == 0) seconds = std::atof(argv[n + 1]);
+  using namespace flashspark::emulator;
+  Options options;
+  for (int n = 1; n < argc; n += 2) {
+    const std::string_view name = argv[n];
+    const char *value = n + 1 < argc ? argv[n + 1] : "";
+    if (name == "--count") {
+      options.count = std::atoll(value);
+    } else if (name == "--seed") {
+      options.seed = std::strtoull(value, nullptr, 10);
+    } else if (name == "--seconds") {
+      options.seconds = std::atof(value);
+    } else if (name == "--failures") {
+      options.failures = std::atoll(value);
+    } else {
+      const size_t before = options.kernels.size();
+      for (const Kernel &kernel : kernels()) {
+        if (name == "--kernel" && name_of(kernel) == value) options.kernels.push_back(&kernel);
+      }
+      if (options.kernels.size() == before) {
+        std::printf("no such option or kernel: %s %s\n", argv[n], value);
+        return 2;
+      }
+    }
   }
-  return flashspark::emulator::fuzz(seed, count, seconds);
+  return fuzz(options);
 }

@@ -32,6 +32,14 @@ using SharedAddress = uint32_t;
 
 struct alignas(16) Vector16 {
   uint32_t word[4];
+
+  Vector16() = default;
+  Vector16(const Vector16 &) = default;
+  // Not the compiler's own: of this one UBSan asks whether the address that is assigned to is aligned.
+  Vector16 &operator=(const Vector16 &other) {
+    for (int n = 0; n < 4; ++n) word[n] = other.word[n];
+    return *this;
+  }
 };
 
 inline uint32_t thread_index() {
