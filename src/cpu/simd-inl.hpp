@@ -76,9 +76,8 @@ HWY_INLINE V exp2_nonpositive(D d, V x) {
   y = hn::MulAdd(y, f, hn::Set(d, 2.402264791e-1f));
   y = hn::MulAdd(y, f, hn::Set(d, 6.931472029e-1f));
   y = hn::MulAdd(y, f, hn::Set(d, 1.0f));
-  const V scaled = hn::BitCast(d, hn::Add(hn::BitCast(di, y), hn::ShiftLeft<23>(hn::ConvertTo(di, whole))));
-  // Below 2^-126 the exponent field runs out: such weights are 0.
-  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0f)), scaled);
+  // A product, not a sum of exponents: whatever a NaN becomes as an integer, y is still NaN. At -127 the factor is 0.
+  return hn::Mul(y, hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 127)))));
 }
 
 template <class D>

@@ -261,3 +261,17 @@ def test_explain(normal):
     out = np.full(q.shape, 7, np.float32)
     assert flash_attn_func(q, k, v, out=out, explain=True, implementation="cpu-reference").count("cpu-reference")
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 8, 40])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_shows(name: str, seqlen_q: int) -> None:
+    """NaN in what a head reads is NaN in what it gives, and in no other head."""
+    rng = np.random.default_rng(7)
+    q = rng.standard_normal((1, seqlen_q, 2, 64)).astype(np.float32)
+    k, v = (rng.standard_normal((1, 200, 2, 64)).astype(np.float32) for _ in range(2))
+    {"q": q, "k": k, "v": v}[name][:, :, 0, 3] = np.nan
+    out = flashspark.flash_attn_func(q, k, v)
+    assert np.isnan(out[:, :, 0, 3]).all()
+    assert np.isnan(out[:, :, 0]).all() or name == "v"
+    assert np.isfinite(out[:, :, 1]).all()
