@@ -306,7 +306,9 @@ TEST(Shared, LoadsAndStores) {
     const uint32_t lane = lane_index();
     const ptx::SharedAddress at = ptx::shared_memory() + 16 * lane;
     EXPECT_EQ(ptx::shared_memory() % 1024, 0u);
-    ptx::store_shared_16(at, {{lane, lane + 1, lane + 2, lane + 3}});
+    ptx::Vector16 words;
+    for (uint32_t n = 0; n < 4; ++n) words.word[n] = lane + n;
+    ptx::store_shared_16(at, words);
     ptx::store_shared_4(at + 8, 77);
     ptx::block_barrier();
     const ptx::Vector16 next = ptx::load_shared_16(ptx::shared_memory() + 16 * ((lane + 1) % 32));
