@@ -16,6 +16,12 @@ struct Divisor {
   uint32_t value, multiplier, shift;
 };
 
+// Strides of a paged cache in units of so many bytes, a power of two that divides both: the place of a page's rows is
+// then a product of 32 bits and one of 64, where strides in elements take five.
+struct PageSteps {
+  int32_t page, slot, unit;
+};
+
 enum class PrefixMode : int32_t { none, per_seq, per_token };
 enum class Number : int32_t { float32, float16, bfloat16 };  // of sinks and rel_logits
 
@@ -33,6 +39,7 @@ struct ForwardArguments {
 
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k, *leftpad_k, *kv_batch_index, *page_table;
   int64_t page_table_stride;
+  PageSteps k_pages, v_pages;
 
   // Scores.
   float softmax_scale;  // scores leave the product in natural units times this

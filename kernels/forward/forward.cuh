@@ -9,9 +9,14 @@ namespace flashspark {
 
 template <class T>
 FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
+  ptx::grid_dependency_wait();  // every block, or the next kernel might start before the one before this has ended
+  ptx::grid_dependency_launch();
   const Work work = find_work<T::kRows>(a);
   if (!work.found) return;  // surplus blocks have read no tensor
   const Keys keys = find_keys(a, work.seq);
+  // Q is on its way while the masks are worked out.
+  copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
+  ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
   const Mask mask = find_mask(a, work, keys);
   const int32_t end_row = min_of(work.first_row + T::kRows, work.end_row);
   const Hull hull = hull_of<T::kChanged>(a, mask, work.first_row, end_row);
@@ -21,8 +26,7 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   const int32_t end = min_of(begin + piece, tiles.total());
   const int32_t first_column = static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV;
 
-  const int32_t warp = ptx::uniform(static_cast<int32_t>(ptx::thread_index() / 32));
-  const int32_t warp_row = work.first_row + warp * T::kWarpRows;
+  const int32_t warp_row = work.first_row + ptx::uniform(first_warp_row<T>());
   const int32_t warp_end = min_of(warp_row + T::kWarpRows, work.end_row);
   // A warp without rows keeps no key.
   const Hull warp_hull = warp_row < warp_end ? hull_of<T::kChanged>(a, mask, warp_row, warp_end) : empty_hull();
@@ -51,22 +55,21 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     if constexpr (T::kChanged) block.rows[n] = changed_row(a, work, mask, lane_row<T>(work, n));
-    block.state.base[n] = block.state.limit[n] = minus_infinity();
+    block.state.base[n] = block.state.limit[n] = kLowest;
   }
-  if (begin < end) {
-    copy_queries<T>(a, work, block.queries());
-    if constexpr (T::kQueriesInRegisters) ptx::cp_async_commit();  // else Q comes with the first K
-    run(block);
-  }
+  if (begin < end) run(block);
   finish_rows<T>(block.state);
+  ptx::cp_async_wait<0>();
+  if (T::kKeyGroups > 1 || a.num_splits == 1)
+    ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through
+  if constexpr (T::kKeyGroups > 1) {
+    if (!join_groups<T>(block.o, block.state, block.shared)) return;
+  }
   if (a.num_splits > 1) {
     store_partial<T>(a, work, block.o, block.state, first_column);
-    if (begin < end) ptx::cp_async_wait<0>();
-    return;
+  } else {
+    store_final<T>(a, work, block.o, block.state, block.shared, first_column);
   }
-  ptx::cp_async_wait<0>();
-  ptx::block_barrier();  // all are done with K, V and Q, whose memory the rows pass through
-  store_final<T>(a, work, block.o, block.state, block.shared, first_column);
 }
 
 }  // namespace flashspark

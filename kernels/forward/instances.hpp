@@ -12,11 +12,14 @@ enum class Architecture : uint8_t { sm_80, sm_90, sm_120f };
 
 struct Tile {
   int32_t warps, warp_rows, keys;
+  int32_t score_keys;  // of the keys, those whose scores a warp holds at once
+  int32_t key_groups;  // groups of warps that share the keys of every tile among them; joined at the end
   Schedule schedule;
   QueryPlace queries;
   int32_t blocks;  // resident blocks an SM that the registers must allow
 
-  constexpr int32_t rows() const { return warps * warp_rows; }
+  bool operator==(const Tile &) const = default;
+  constexpr int32_t rows() const { return warps / key_groups * warp_rows; }
   constexpr int32_t threads() const { return warps * 32; }
   constexpr int32_t stages() const { return schedule == Schedule::single ? 1 : 2; }
 };
@@ -30,8 +33,8 @@ struct Instance {
   constexpr const Tile &tile(Architecture arch) const { return arch == Architecture::sm_120f ? sm_120f : sm_90; }
 };
 
-#define FLASHSPARK_TILE(warps, rows, keys, schedule, queries, blocks) \
-  {warps, rows, keys, Schedule::schedule, QueryPlace::queries, blocks}
+#define FLASHSPARK_TILE(warps, rows, keys, score_keys, key_groups, schedule, queries, blocks) \
+  {warps, rows, keys, score_keys, key_groups, Schedule::schedule, QueryPlace::queries, blocks}
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, kind, tile_90, tile_120f) \
   {#name, head_dim, head_dim_v, Kind::kind, tile_90, tile_120f},
 inline constexpr Instance kInstances[] = {
@@ -57,8 +60,12 @@ constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile) {
 constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile) {
   const int32_t stage = stage_bytes(instance, tile), queries = query_bytes(instance, tile);
   const int32_t ring = stage * tile.stages();
-  if (tile.queries == QueryPlace::shared) return ring + queries;
-  return ring > stage + queries ? ring : stage + queries;
+  // At the end: rows of the result, and beside them what the other key groups hand to the first (see join_groups).
+  const int32_t joined =
+      tile.rows() * (instance.head_dim_v * 2 + (tile.key_groups - 1) * (instance.head_dim_v + 8) * 4);
+  const int32_t loop =
+      tile.queries == QueryPlace::shared ? ring + queries : (ring > stage + queries ? ring : stage + queries);
+  return loop > joined ? loop : joined;
 }
 
 }  // namespace flashspark

@@ -9,6 +9,8 @@ constexpr int32_t kMergeWarps = 4;
 
 template <class Number>
 FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
+  ptx::grid_dependency_wait();  // as in forward()
+  ptx::grid_dependency_launch();
   const Work work = find_work<kMergeWarps>(a);
   if (!work.found) return;
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);

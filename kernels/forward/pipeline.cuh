@@ -46,53 +46,38 @@ struct Block {
     if (n < end) loader.template copy<true>(tiles.at(n), stage(n));
   }
 
-  // Whether any of the warp's rows keeps a key of this tile.
-  FLASHSPARK_DEVICE bool meets(int32_t n) const {
-    const int32_t first = tiles.at(n) * T::kKeys;
-    bool some = first < warp_hull.hull[0].end && first + T::kKeys > warp_hull.hull[0].begin;
+  // A warp goes through its key group's part of a tile in pieces of kScoreKeys keys: piece 0, 1, ... kPieces - 1.
+  static constexpr int32_t kPieces = T::kKeys / (T::kScoreKeys * T::kKeyGroups);
+  static FLASHSPARK_DEVICE int32_t row_of(int32_t piece) {
+    return ((T::kKeyGroups > 1 ? key_group<T>() * kPieces : 0) + piece) * T::kScoreKeys;
+  }
+  FLASHSPARK_DEVICE int32_t first_key(int32_t n, int32_t piece) const { return tiles.at(n) * T::kKeys + row_of(piece); }
+
+  // Whether any of the warp's rows keeps a key of this piece.
+  FLASHSPARK_DEVICE bool meets(int32_t first) const {
+    bool some = first < warp_hull.hull[0].end && first + T::kScoreKeys > warp_hull.hull[0].begin;
     if constexpr (T::kChanged)
-      some = some || (first < warp_hull.hull[1].end && first + T::kKeys > warp_hull.hull[1].begin);
+      some = some || (first < warp_hull.hull[1].end && first + T::kScoreKeys > warp_hull.hull[1].begin);
     return some;
   }
-  FLASHSPARK_DEVICE void scores(Scores<T> &s, int32_t n) const { multiply_keys<T>(s, q, queries(), stage(n), lane); }
+  FLASHSPARK_DEVICE void scores(Scores<T> &s, int32_t n, int32_t piece) const {
+    multiply_keys<T>(s, q, queries(), stage(n) + row_of(piece) * T::KeyLayout::kPitch, lane);
+  }
   FLASHSPARK_DEVICE float scale() const { return T::kChanged ? 1.0f : a.softmax_scale; }
-  // What a tile that is not plain asks for: scale, caps and biases, and the mask where some row drops a key.
-  FLASHSPARK_DEVICE void change_and_mask(Scores<T> &s, int32_t n) {
-    const int32_t first = tiles.at(n) * T::kKeys;
-    bool full = first >= warp_hull.core[0].begin && first + T::kKeys <= warp_hull.core[0].end;
+  // What a piece of a tile that is not plain asks for: scale, caps and biases, and the mask where some row drops a key.
+  FLASHSPARK_DEVICE void change_and_mask(Scores<T> &s, int32_t first) {
+    bool full = first >= warp_hull.core[0].begin && first + T::kScoreKeys <= warp_hull.core[0].end;
     if constexpr (T::kChanged) {
-      full = full || (first >= warp_hull.core[1].begin && first + T::kKeys <= warp_hull.core[1].end);
+      full = full || (first >= warp_hull.core[1].begin && first + T::kScoreKeys <= warp_hull.core[1].end);
       change_scores<T>(s, rows, a, first);
     }
     if (!full) mask_scores<T>(s, rows, a, work, mask, first);
   }
   // Softmax and product with V.
-  FLASHSPARK_DEVICE void finish(const Scores<T> &s, const RowMaxima<T> &highest, int32_t n) {
-    move_maxima<T>(highest, o, state, scale());
-    multiply_values<T>(o, s, state, scale(), stage(n) + T::kKeyBytes, lane);
+  FLASHSPARK_DEVICE void finish(const Scores<T> &s, int32_t n, int32_t piece) {
+    move_maxima<T>(row_maxima<T>(s), o, state, scale());
+    multiply_values<T>(o, s, state, scale(), stage(n) + T::kKeyBytes + row_of(piece) * T::ValueLayout::kPitch, lane);
     set_limits<T>(state);
-  }
-  FLASHSPARK_DEVICE void change_and_finish(Scores<T> &s, int32_t n) {
-    change_and_mask(s, n);
-    finish(s, row_maxima<T>(s), n);
-  }
-};
-
-// Where the copies of plain tiles read; they step from tile to tile.
-template <class T>
-struct PlainCopies {
-  const typename T::Number *k, *v;
-
-  FLASHSPARK_DEVICE PlainCopies(const Block<T> &block, int32_t key_tile, int32_t value_tile)
-      : k(block.loader.template from_tile<false>(block.tiles.at(key_tile))),
-        v(block.loader.template from_tile<true>(block.tiles.at(value_tile))) {}
-  FLASHSPARK_DEVICE void keys(const Block<T> &block, int32_t n) {
-    block.loader.template copy_whole<false>(block.tiles.begin[0] + n, k, block.stage(n));
-    k += T::kKeys * block.a.k_strides.token;
-  }
-  FLASHSPARK_DEVICE void values(const Block<T> &block, int32_t n) {
-    block.loader.template copy_whole<true>(block.tiles.begin[0] + n, v, block.stage(n));
-    v += T::kKeys * block.a.v_strides.token;
   }
 };
 
@@ -107,17 +92,22 @@ FLASHSPARK_DEVICE void run_single(Block<T> &block) {
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();  // Q and the first K
   ptx::block_barrier();
+  static_assert(T::kSchedule != Schedule::single || Block<T>::kPieces == 1, "K is gone when V is used");
   FLASHSPARK_NO_UNROLL
   for (int32_t n = block.begin; n < block.end; ++n) {
-    const bool meets = block.meets(n);
+    const int32_t first = block.first_key(n, 0);
+    const bool meets = block.meets(first);
     Scores<T> s;
     block.look_up(n + 1);
-    if (meets) block.scores(s, n);
+    if (meets) block.scores(s, n, 0);
     ptx::cp_async_wait<0>();  // V of this tile
     ptx::block_barrier();     // ... for all; and all are done with K
     block.copy_keys(n + 1);
     ptx::cp_async_commit();
-    if (meets) block.change_and_finish(s, n);
+    if (meets) {
+      block.change_and_mask(s, first);
+      block.finish(s, n, 0);
+    }
     ptx::cp_async_wait<0>();  // K of the next tile
     ptx::block_barrier();     // ... for all; and all are done with V
     block.copy_values(n + 1);
@@ -145,10 +135,15 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
     block.copy_values(n + 1);
     ptx::cp_async_commit();
     block.look_up(n + 2);
-    if (!block.meets(n)) return;
-    Scores<T> s;
-    block.scores(s, n);
-    block.change_and_finish(s, n);
+    FLASHSPARK_NO_UNROLL
+    for (int32_t piece = 0; piece < Block<T>::kPieces; ++piece) {
+      const int32_t first = block.first_key(n, piece);
+      if (!block.meets(first)) continue;
+      Scores<T> s;
+      block.scores(s, n, piece);
+      block.change_and_mask(s, first);
+      block.finish(s, n, piece);
+    }
   };
   int32_t n = block.begin;
   FLASHSPARK_NO_UNROLL
@@ -157,19 +152,27 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
       step(n++);
       continue;
     }
-    PlainCopies<T> copies(block, n + 1, n + 1);
+    block.loader.step(block.tiles.begin[0] + n + 1);
     FLASHSPARK_NO_UNROLL
     for (; n < block.plain_end; ++n) {
       ptx::cp_async_wait<0>();  // as in step()
       ptx::block_barrier();
-      copies.keys(block, n + 1);
-      copies.values(block, n + 1);
-      ptx::cp_async_commit();
-      block.look_up(n + 2);
-      Scores<T> s;
-      block.scores(s, n);
-      block.finish(s, row_maxima<T>(s), n);
+      FLASHSPARK_NO_UNROLL
+      for (int32_t piece = 0; piece < Block<T>::kPieces; ++piece) {
+        Scores<T> s;
+        block.scores(s, n, piece);
+        if (piece == 0) {  // not before the first products: all warps would work out addresses at once
+          const int32_t next = block.tiles.begin[0] + n + 1;
+          block.loader.template copy_whole<false>(next, block.loader.k, block.stage(n + 1));
+          block.loader.template copy_whole<true>(next, block.loader.v, block.stage(n + 1));
+          block.loader.step(1);
+          ptx::cp_async_commit();
+          block.loader.look_up_whole(next + 1);
+        }
+        block.finish(s, n, piece);
+      }
     }
+    block.loader.step(-(block.tiles.begin[0] + n + 1));
   }
 }
 

@@ -14,9 +14,13 @@ struct LaneOffsets {
 // columns 0-7 | 8-15, then n8 tile 1), V as B transposed (keys 0-7 | 8-15 of columns 0-7, then of columns 8-15).
 template <class T>
 FLASHSPARK_DEVICE LaneOffsets lane_offsets() {
-  const uint32_t lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
-  return {T::QueryLayout::offset(warp * T::kWarpRows + lane % 16, lane / 16),
-          T::KeyLayout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2), T::ValueLayout::offset(lane % 16, lane / 16)};
+  const uint32_t lane = ptx::thread_index() % 32;
+  // What has passed through a shuffle the compiler keeps; otherwise it finds these anew for every tile, from the number
+  // of the thread, while the first ldmatrix waits.
+  const auto keep = [lane](uint32_t x) { return static_cast<uint32_t>(ptx::shuffle(static_cast<int32_t>(x), lane)); };
+  return {keep(T::QueryLayout::offset(static_cast<uint32_t>(first_warp_row<T>()) + lane % 16, lane / 16)),
+          keep(T::KeyLayout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
+          keep(T::ValueLayout::offset(lane % 16, lane / 16))};
 }
 
 template <class T>
@@ -36,7 +40,7 @@ FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::Sha
   FLASHSPARK_UNROLL
   for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < T::kKeys / 8; ++n) {
+    for (int32_t n = 0; n < T::kScoreKeys / 8; ++n) {
       FLASHSPARK_UNROLL
       for (int32_t x = 0; x < 4; ++x) s.at[slab][n][x] = 0;
     }

@@ -65,6 +65,7 @@ FLASHSPARK_DEVICE void store_8(Number *to, ptx::Vector16 v) {
   for (int32_t n = 0; n < 8; ++n) to[n].bits = static_cast<uint16_t>(v.word[n / 2] >> n % 2 * 16);
 }
 
+// Sums of whole rows.
 template <class T>
 FLASHSPARK_DEVICE void finish_rows(LaneState<T> &state) {
   FLASHSPARK_UNROLL
@@ -73,16 +74,72 @@ FLASHSPARK_DEVICE void finish_rows(LaneState<T> &state) {
   for (int32_t n = 0; n < T::kLaneRows; ++n) state.sum[n] += ptx::shuffle_xor(state.sum[n], 2);
 }
 
+FLASHSPARK_DEVICE void store_4(ptx::SharedAddress to, const float (&x)[4]) {
+  ptx::Vector16 v;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 4; ++n) v.word[n] = ptx::as_word(x[n]);
+  ptx::store_shared_16(to, v);
+}
+
+// The first key group gets the sum of all, the others are done. Memory: behind the rows of the result, for each of the
+// other groups vectors of four floats of every lane, those of one number of vector side by side.
+template <class T>
+FLASHSPARK_DEVICE bool join_groups(Output<T> &o, LaneState<T> &state, ptx::SharedAddress shared) {
+  constexpr uint32_t kColumns = T::kHeadDimV / 8, kVectors = T::kSlabs * (kColumns + 1);
+  constexpr uint32_t kLanes = T::kRowWarps * 32;
+  const auto group = static_cast<uint32_t>(key_group<T>());
+  const uint32_t at = shared + T::kRows * T::ValueLayout::kPitch + ptx::thread_index() % kLanes * 16;
+  const auto place = [at](uint32_t other, uint32_t slab, uint32_t c) {
+    return at + (((other - 1) * kVectors + slab * (kColumns + 1) + c) * kLanes << 4);
+  };
+  if (group > 0) {
+    FLASHSPARK_UNROLL
+    for (uint32_t slab = 0; slab < T::kSlabs; ++slab) {
+      const float ends[4] = {state.base[2 * slab], state.base[2 * slab + 1], state.sum[2 * slab],
+                             state.sum[2 * slab + 1]};
+      store_4(place(group, slab, kColumns), ends);
+      FLASHSPARK_UNROLL
+      for (uint32_t c = 0; c < kColumns; ++c) store_4(place(group, slab, c), o.at[slab][c]);
+    }
+  }
+  ptx::block_barrier();  // the first group reads what the others have written
+  if (group > 0) return false;
+  FLASHSPARK_UNROLL
+  for (uint32_t other = 1; other < T::kKeyGroups; ++other) {
+    FLASHSPARK_UNROLL
+    for (uint32_t slab = 0; slab < T::kSlabs; ++slab) {
+      const ptx::Vector16 ends = ptx::load_shared_16(place(other, slab, kColumns));
+      float own[2], theirs[2];
+      FLASHSPARK_UNROLL
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t n = 2 * slab + half;
+        const float base = larger(state.base[n], ptx::as_float(ends.word[half]));
+        own[half] = ptx::exp2_approx(state.base[n] - base);
+        theirs[half] = ptx::exp2_approx(ptx::as_float(ends.word[half]) - base);
+        state.base[n] = base;
+        state.sum[n] = state.sum[n] * own[half] + ptx::as_float(ends.word[2 + half]) * theirs[half];
+      }
+      FLASHSPARK_UNROLL
+      for (uint32_t c = 0; c < kColumns; ++c) {
+        const ptx::Vector16 x = ptx::load_shared_16(place(other, slab, c));
+        FLASHSPARK_UNROLL
+        for (uint32_t i = 0; i < 4; ++i)
+          o.at[slab][c][i] = o.at[slab][c][i] * own[i / 2] + ptx::as_float(x.word[i]) * theirs[i / 2];
+      }
+    }
+  }
+  return true;
+}
+
 // One piece of a split problem: out / sum in float and the lse of the piece; -inf and nothing else if it saw no key.
 template <class T>
 FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work, const Output<T> &o,
                                      const LaneState<T> &state, int32_t first_column) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32);
   const int64_t split = ptx::block_y();
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const ResultRow r = result_row(a, work, work.first_row + warp * T::kWarpRows + n / 2 * 16 + n % 2 * 8 + lane / 4);
+    const ResultRow r = result_row(a, work, lane_row<T>(work, n));
     if (!r.in_use) continue;
     const int64_t row = split * a.partial_rows + partial_row(a, r);
     const float lse = lse_of(state.base[n], state.sum[n]);
@@ -105,9 +162,8 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
                                    const LaneState<T> &state, ptx::SharedAddress staging, int32_t first_column) {
   using Layout = typename T::ValueLayout;
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32);
-  const int32_t first_row = work.first_row + warp * T::kWarpRows;
-  staging += warp * T::kWarpRows * Layout::kPitch;
+  const int32_t first_row = work.first_row + first_warp_row<T>();
+  staging += first_warp_row<T>() * Layout::kPitch;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     const int32_t tile_row = n / 2 * 16 + n % 2 * 8 + lane / 4;

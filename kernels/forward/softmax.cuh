@@ -1,6 +1,6 @@
 // Scores to probabilities, online (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2. The running maximum
-// moves only when a tile's maximum exceeds it by more than 8: probabilities then reach 2^8 at most, which costs a
-// 16-bit number nothing, and most tiles need no rescaling of O (Dao 2025, FlashAttention-4).
+// moves only when a maximum exceeds it by more than 8: probabilities then reach 2^8 at most, which costs a 16-bit
+// number nothing, and most tiles need no rescaling of O (Dao 2025, FlashAttention-4).
 #pragma once
 
 #include <type_traits>
@@ -13,6 +13,8 @@ namespace flashspark {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kRescaleAbove = 8.0f;
+// The lowest finite number: a masked score, -inf, minus it is -inf, where -inf minus itself would be NaN.
+constexpr float kLowest = -3.4028234663852886e38f;
 
 FLASHSPARK_DEVICE float minus_infinity() {
   return -__builtin_huge_valf();
@@ -25,8 +27,7 @@ FLASHSPARK_DEVICE float larger(float a, float b) {
 template <class T>
 FLASHSPARK_DEVICE int32_t lane_row(const Work &work, int32_t n) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32);
-  return work.first_row + warp * T::kWarpRows + n / 2 * 16 + n % 2 * 8 + lane / 4;
+  return work.first_row + first_warp_row<T>() + n / 2 * 16 + n % 2 * 8 + lane / 4;
 }
 
 // What kind `changed` keeps of such a row. The others find the mask anew for the few tiles that need one: registers are
@@ -43,7 +44,7 @@ using LaneRow = std::conditional_t<T::kChanged, ChangedRow, NoRow>;
 
 template <class T>
 struct LaneState {
-  float base[T::kLaneRows];   // what the probabilities are relative to, units of log2; -inf before the first key
+  float base[T::kLaneRows];   // what the probabilities are relative to, units of log2; kLowest before the first key
   float sum[T::kLaneRows];    // of this lane's columns alone, until the end
   float limit[T::kLaneRows];  // a maximum above it moves the base
 };
@@ -78,7 +79,7 @@ FLASHSPARK_DEVICE void change_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::k
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     FLASHSPARK_UNROLL
-    for (int32_t c = 0; c < T::kKeys / 4; ++c) {
+    for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       float &x = s.at[n / 2][c / 2][n % 2 * 2 + c % 2];
       x *= a.softmax_scale;
       // tanh y = 1 - 2 / (e^2y + 1)
@@ -108,7 +109,7 @@ FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLa
     const Interval one{row.first.begin - shift, row.first.end - shift};
     const Interval two{row.second.begin - shift, row.second.end - shift};
     FLASHSPARK_UNROLL
-    for (int32_t c = 0; c < T::kKeys / 4; ++c) {
+    for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       const int32_t key = c / 2 * 8 + c % 2;
       bool keep = key >= one.begin && key < one.end;
       if constexpr (T::kChanged) keep = keep || (key >= two.begin && key < two.end);
@@ -120,18 +121,18 @@ FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLa
 // Row n of the lane, reduced over its columns as a tree: a chain of 16 dependent operations would stall.
 template <class T, class F>
 FLASHSPARK_DEVICE float reduce_row(const Scores<T> &s, int32_t n, F &&f) {
-  float part[T::kKeys / 8];
+  float part[T::kScoreKeys / 8];
   FLASHSPARK_UNROLL
-  for (int32_t c = 0; c < T::kKeys / 8; ++c) part[c] = f(s.at[n / 2][c][n % 2 * 2], s.at[n / 2][c][n % 2 * 2 + 1]);
+  for (int32_t c = 0; c < T::kScoreKeys / 8; ++c) part[c] = f(s.at[n / 2][c][n % 2 * 2], s.at[n / 2][c][n % 2 * 2 + 1]);
   FLASHSPARK_UNROLL
-  for (int32_t step = 1; step < T::kKeys / 8; step *= 2) {
+  for (int32_t step = 1; step < T::kScoreKeys / 8; step *= 2) {
     FLASHSPARK_UNROLL
-    for (int32_t c = 0; c + step < T::kKeys / 8; c += 2 * step) part[c] = f(part[c], part[c + step]);
+    for (int32_t c = 0; c + step < T::kScoreKeys / 8; c += 2 * step) part[c] = f(part[c], part[c + step]);
   }
   return part[0];
 }
 
-// Largest score of each of the lane's rows, before the scale.
+// Largest score of each of the lane's rows among the lane's own columns, before the scale.
 template <class T>
 struct RowMaxima {
   float at[T::kLaneRows];
@@ -141,29 +142,26 @@ FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
   RowMaxima<T> highest;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = reduce_row<T>(s, n, larger);
+  return highest;
+}
+
+// Moves the running maxima where these scores ask for it. `scale` turns scores into units of log2 (1 once
+// change_scores() has run).
+template <class T>
+FLASHSPARK_DEVICE void move_maxima(RowMaxima<T> highest, Output<T> &o, LaneState<T> &state, float scale) {
+  bool moves = false;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest.at[n] * scale > state.limit[n];
+  // One branch for all rows of the warp, not one a row. The four lanes of a row compare theirs behind it alone.
+  if (!ptx::any(moves)) return;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
-  return highest;
-}
-
-// Moves the running maxima where this tile asks for it. `scale` turns scores into units of log2 (1 once
-// change_scores() has run).
-template <class T>
-FLASHSPARK_DEVICE void move_maxima(const RowMaxima<T> &highest, Output<T> &o, LaneState<T> &state, float scale) {
-  bool moves = false;
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    moves = moves || highest.at[n] * scale > state.limit[n];
-  }
-  // One branch for all rows of the warp, not one a row.
-  if (!ptx::any(moves)) return;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     const float base = larger(state.base[n], highest.at[n] * scale);
-    // -inf - -inf: a row that has seen no key yet has nothing to rescale.
-    const float factor = state.base[n] == base ? 1.0f : ptx::exp2_approx(state.base[n] - base);
+    const float factor = ptx::exp2_approx(state.base[n] - base);
     state.base[n] = base;
     state.sum[n] *= factor;
     FLASHSPARK_UNROLL
@@ -174,7 +172,7 @@ FLASHSPARK_DEVICE void move_maxima(const RowMaxima<T> &highest, Output<T> &o, La
   }
 }
 
-// After a tile, off the way of the next one's scores.
+// After a product with V, off the way of the next scores.
 template <class T>
 FLASHSPARK_DEVICE void set_limits(LaneState<T> &state) {
   FLASHSPARK_UNROLL
@@ -193,9 +191,8 @@ struct Probabilities {
   FLASHSPARK_DEVICE void compute(int32_t piece, const Scores<T> &s, int32_t step, LaneState<T> &state, float scale) {
     const int32_t slab = piece / 4, half = piece % 2, n = 2 * slab + half;
     const float *x = &s.at[slab][2 * step + piece % 4 / 2][2 * half];
-    // A row that keeps no key has base -inf and only scores of -inf.
-    const float base = state.base[n] == minus_infinity() ? 0.0f : state.base[n];
-    const float low = ptx::exp2_approx(x[0] * scale - base), high = ptx::exp2_approx(x[1] * scale - base);
+    const float low = ptx::exp2_approx(x[0] * scale - state.base[n]);
+    const float high = ptx::exp2_approx(x[1] * scale - state.base[n]);
     state.sum[n] += low + high;
     at[slab][piece % 4] = ptx::pack<typename T::Number>(low, high);
   }

@@ -35,8 +35,9 @@ struct Traits {
   using Number = NumberType;
   static constexpr Instance kInstance = kInstances[static_cast<int32_t>(index)];
 #if defined(TUNE_WARPS)  // bench/gpu/tune.cu tries others
-  static constexpr Tile kTile{TUNE_WARPS, TUNE_ROWS, TUNE_KEYS, Schedule::TUNE_SCHEDULE, QueryPlace::TUNE_QUERIES,
-                              TUNE_BLOCKS};
+  static constexpr Tile kTile{
+      TUNE_WARPS, TUNE_ROWS, TUNE_KEYS, TUNE_SCORES, TUNE_GROUPS, Schedule::TUNE_SCHEDULE, QueryPlace::TUNE_QUERIES,
+      TUNE_BLOCKS};
 #else
   static constexpr Tile kTile = kInstance.tile(arch);
 #endif
@@ -51,9 +52,12 @@ struct Traits {
   static constexpr int32_t kRows = kTile.rows();
   static constexpr int32_t kKeys = kTile.keys;
   static constexpr int32_t kWarpRows = kTile.warp_rows;
-  static constexpr int32_t kSlabs = kWarpRows / 16;       // 16-row pieces of a warp
-  static constexpr int32_t kLaneRows = 2 * kSlabs;        // rows of which a lane holds scores
-  static constexpr int32_t kKeySteps = kKeys / 16;        // k16 steps of P V
+  static constexpr int32_t kSlabs = kWarpRows / 16;  // 16-row pieces of a warp
+  static constexpr int32_t kLaneRows = 2 * kSlabs;   // rows of which a lane holds scores
+  static constexpr int32_t kKeyGroups = kTile.key_groups;
+  static constexpr int32_t kRowWarps = kTile.warps / kKeyGroups;
+  static constexpr int32_t kScoreKeys = kTile.score_keys;
+  static constexpr int32_t kKeySteps = kScoreKeys / 16;   // k16 steps of P V
   static constexpr int32_t kDimSteps = kHeadDim / 16;     // k16 steps of Q K^T
   static constexpr int32_t kValueSteps = kHeadDimV / 16;  // pairs of n8 columns of P V
 
@@ -67,7 +71,8 @@ struct Traits {
   static constexpr uint32_t kQueryOffset = kStageBytes * (kQueriesInRegisters ? 1 : kTile.stages());
   static constexpr uint32_t kSharedBytes = shared_bytes(kInstance, kTile);
   static_assert(kSharedBytes <= 99 * 1024, "an SM12x block has 99 KB");
-  static_assert(kWarpRows == 16 || kWarpRows == 32);
+  static_assert(kWarpRows % 16 == 0 && kTile.warps % kKeyGroups == 0);
+  static_assert(kScoreKeys % 16 == 0 && kKeys % (kScoreKeys * kKeyGroups) == 0);
   static_assert(!kQueriesInRegisters || kSchedule != Schedule::single, "single has no stage that Q could pass through");
 
   // Copies: 8 (or 4) neighbouring threads read one row, 128 (or 64) contiguous bytes an instruction.
@@ -78,10 +83,21 @@ struct Traits {
   static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0);
 };
 
+// Warps w, w + kRowWarps, ... hold the same rows and are in different key groups.
+template <class T>
+FLASHSPARK_DEVICE int32_t key_group() {
+  return static_cast<int32_t>(ptx::thread_index() / 32) / T::kRowWarps;
+}
+// First row of the warp within the block's tile.
+template <class T>
+FLASHSPARK_DEVICE int32_t first_warp_row() {
+  return static_cast<int32_t>(ptx::thread_index() / 32) % T::kRowWarps * T::kWarpRows;
+}
+
 // What a lane holds, in the layouts of mma_m16n8k16: scores and output as D, Q as A.
 template <class T>
 struct Scores {
-  float at[T::kSlabs][T::kKeys / 8][4];
+  float at[T::kSlabs][T::kScoreKeys / 8][4];
 };
 template <class T>
 struct Output {

@@ -67,7 +67,7 @@ FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank) {
     work.found = true;
     work.seq = ptx::uniform(base - static_cast<int32_t>(winner));
     work.seqlen_q = ptx::uniform(ptx::shuffle(tokens, winner));
-    work.q_row = a.cu_seqlens_q[work.seq];
+    work.q_row = ptx::uniform(a.cu_seqlens_q[work.seq]);
     work.first_row = ptx::uniform((ptx::shuffle(passed, winner) - 1 - rank) * rows);
     return work;
   }
@@ -120,7 +120,10 @@ FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
   }
   if (a.seqused_k != nullptr) keys.end = a.seqused_k[seq];
   if (a.leftpad_k != nullptr) keys.begin = a.leftpad_k[seq];
-  keys.end = max_of(keys.begin, keys.end);
+  // What is read from memory the compiler takes to differ between lanes, and keeps in registers of which none is to
+  // spare.
+  keys.begin = ptx::uniform(keys.begin);
+  keys.end = ptx::uniform(max_of(keys.begin, keys.end));
   if (a.page_table != nullptr) keys.pages = a.page_table + seq * a.page_table_stride;
   return keys;
 }

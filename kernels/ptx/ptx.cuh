@@ -54,6 +54,20 @@ FLASHSPARK_DEVICE void warp_barrier() {
   __syncwarp();
 }
 
+// griddepcontrol.wait: until the kernel before in the stream has ended and what it wrote is visible, where this kernel
+// was launched before that (programmatic dependent launch); else at once. griddepcontrol.launch_dependents: the next
+// kernel of that kind may be brought in. Devices before 9.0 know neither, and launch no kernel early.
+FLASHSPARK_DEVICE void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+FLASHSPARK_DEVICE void grid_dependency_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The block's dynamic shared memory, aligned to 1024 bytes.
 FLASHSPARK_DEVICE SharedAddress shared_memory() {
   extern __shared__ __align__(1024) unsigned char flashspark_shared[];

@@ -26,8 +26,24 @@ constexpr Result kSuccess = 0, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice 
 constexpr int kSmCount = 16, kL2Bytes = 38, kMajor = 75, kMinor = 76, kSharedBytesPerSm = 81, kSharedBytesPerBlock = 97;
 // CUfunction_attribute.
 constexpr int kMaxDynamicSharedBytes = 8;
+// CUlaunchAttributeID.
+constexpr int kProgrammaticStreamSerialization = 6;
 // CUstreamCaptureMode.
 constexpr int kCaptureRelaxed = 2;
+
+// CUlaunchAttribute: the values are a union of 64 bytes, which begins with the number that we set.
+struct alignas(8) LaunchAttribute {
+  int id;
+  int padding;
+  int value[16];
+};
+// CUlaunchConfig.
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared_bytes;
+  Stream stream;
+  LaunchAttribute *attributes;
+  unsigned num_attributes;
+};
 
 // One line a function: its name, and its prototype. cuGetProcAddress gives the newest version not above
 // kDriverVersion, which these prototypes are of.
@@ -53,6 +69,7 @@ constexpr int kDriverVersion = 12000;
   F(cuKernelSetAttribute, Result(int, int, Kernel, Device))                                                           \
   F(cuLaunchKernel,                                                                                                   \
     Result(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void **, void **)) \
+  F(cuLaunchKernelEx, Result(const LaunchConfig *, Function, void **, void **))                                       \
   F(cuMemAllocAsync, Result(Address *, size_t, Stream))                                                               \
   F(cuMemFreeAsync, Result(Address, Stream))                                                                          \
   F(cuMemAlloc, Result(Address *, size_t))                                                                            \

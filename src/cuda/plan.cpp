@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "dtype.hpp"
 
@@ -18,7 +19,8 @@ constexpr bool kTilesOfSm120f = false;
 // Rows and keys are counted in 32 bits on the device. Windows that reach further than any sequence are open.
 constexpr int64_t kMost = int64_t{1} << 30;
 
-// Keys below which a piece of a split problem does not pay: the second launch costs about what 512 keys cost.
+// Keys below which a piece of a split problem does not pay, and of the whole below which splitting does not: the second
+// launch costs about what 512 keys cost a block without key groups.
 constexpr int64_t kFewestSplitKeys = 512;
 constexpr int64_t kMostSplits = 128;
 // Rows of a block of the merge kernel: one a warp (kMergeWarps in merge.cuh).
@@ -99,19 +101,6 @@ int64_t value_tiles(const Params &p, const Instance &instance) {
   return ceil_div(p.head_dim_v, instance.head_dim_v);
 }
 
-const Instance &choose_instance(const Params &p, const Sizes &sizes, const Machine &machine) {
-  if (is_changed(p)) return *find(p, Kind::changed);
-  const Instance &few = *find(p, Kind::few);
-  const Instance *wide = find(p, Kind::wide);
-  if (wide == nullptr || wide->head_dim > few.head_dim) return few;
-  const Tile &wide_tile = wide->tile(tiles_of(machine)), &few_tile = few.tile(tiles_of(machine));
-  if (sizes.rows <= few_tile.rows()) return few;
-  // A grid of large tiles that leaves SMs idle takes as long as one that fills them.
-  const int64_t blocks = tiles_per_unit(p, sizes, wide_tile.rows()) * sizes.units * value_tiles(p, *wide);
-  const int64_t slots = residency(*wide, wide_tile, machine) * machine.sm_count;
-  return blocks < slots ? few : *wide;
-}
-
 // The longest stretch of keys that one row tile can visit.
 int64_t visible_keys(const Params &p, int64_t tile_tokens) {
   if (p.window_left < 0 || (p.window_right < 0 && p.causal == 0) || p.prefix_mode != FLASHSPARK_PREFIX_NONE)
@@ -128,12 +117,53 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
   if (p.deterministic != 0) return 1;  // a sequence must not depend on its neighbours, whose number sets the splits
   const int64_t blocks = tiles_per_unit(p, sizes, tile.rows()) * sizes.units * value_tiles(p, instance);
   const int64_t slots = residency(instance, tile, machine) * machine.sm_count;
-  if (blocks * 2 > slots) return 1;
+  if (blocks * 2 > slots || keys <= kFewestSplitKeys * tile.key_groups) return 1;
   return std::clamp<int64_t>(slots / blocks, 1, std::min({kMostSplits, most, ceil_div(keys, kFewestSplitKeys)}));
+}
+
+// Measured on an H100 in full grids: warps of 16 rows, which read K and V for half as many rows as those of 32, are 15%
+// slower a row, and key groups, of which all but one idle at the end, another 20%.
+double slowness(const Tile &tile) {
+  return (tile.warp_rows == 16 ? 1.15 : 1.0) * (tile.key_groups > 1 ? 1.2 : 1.0);
+}
+
+// What a choice costs, in rows times keys that an SM with all its blocks works on: the longest block, which shares its
+// SM with others, or all of them over all SMs.
+double cost(const Params &p, const Sizes &sizes, const Instance &instance, const Machine &machine) {
+  const Tile &tile = instance.tile(tiles_of(machine));
+  const auto splits = static_cast<double>(choose_splits(p, sizes, instance, machine));
+  const auto keys = static_cast<double>(std::max<int64_t>(1, visible_keys(p, ceil_div(tile.rows(), sizes.group))));
+  const bool triangle = p.causal != 0 && p.window_left < 0;
+  const double kept = triangle ? 1 - static_cast<double>(std::min(p.max_seqlen_q, p.max_seqlen_k)) / 2 / keys : 1;
+  const auto blocks =
+      static_cast<double>(tiles_per_unit(p, sizes, tile.rows()) * sizes.units * value_tiles(p, instance));
+  const auto resident = static_cast<double>(residency(instance, tile, machine));
+  return tile.rows() * keys * slowness(tile) * std::max(resident / splits, blocks * kept / machine.sm_count);
+}
+
+const Instance &choose_instance(const Params &p, const Sizes &sizes, const Machine &machine) {
+  if (is_changed(p)) return *find(p, Kind::changed);
+  const Instance &few = *find(p, Kind::few);
+  const Instance *wide = find(p, Kind::wide);
+  if (wide == nullptr || wide->head_dim > few.head_dim) return few;
+  if (sizes.rows <= few.tile(tiles_of(machine)).rows()) return few;
+  return cost(p, sizes, *wide, machine) < cost(p, sizes, few, machine) ? *wide : few;
 }
 
 int32_t window_of(int64_t window) {
   return static_cast<int32_t>(window < 0 ? kMost : std::min(window, kMost));
+}
+
+// None: some page lies further off than 31 bits of units reach, with strides of whole rows terabytes away.
+std::optional<PageSteps> page_steps(const Params &p, const flashspark_tensor &t) {
+  constexpr int64_t kBytes = 2;  // an element
+  const int64_t page = p.num_pages > 1 ? t.batch_stride * kBytes : 0, slot = t.token_stride * kBytes;
+  const int64_t both = page | slot;
+  const int64_t unit = both == 0 ? 1 : std::min<int64_t>(both & -both, int64_t{1} << 30);
+  const int64_t furthest =
+      std::abs(page / unit) * std::max<int64_t>(p.num_pages - 1, 0) + std::abs(slot / unit) * p.page_size;
+  if (std::max(furthest, std::abs(page / unit)) > std::numeric_limits<int32_t>::max()) return std::nullopt;
+  return PageSteps{static_cast<int32_t>(page / unit), static_cast<int32_t>(slot / unit), static_cast<int32_t>(unit)};
 }
 
 Strides strides_of(const flashspark_tensor &t) {
@@ -159,7 +189,11 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, const Instanc
   a.max_seqlen_q = static_cast<int32_t>(p.max_seqlen_q);
   a.max_seqlen_k = static_cast<int32_t>(p.max_seqlen_k);
   a.group = make_divisor(static_cast<uint32_t>(sizes.group));
-  if (is_paged(p)) a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
+  if (is_paged(p)) {
+    a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
+    a.k_pages = page_steps(p, p.k).value_or(PageSteps{});
+    a.v_pages = page_steps(p, p.v).value_or(PageSteps{});
+  }
   a.cu_seqlens_q = p.cu_seqlens_q;
   a.cu_seqlens_k = p.cu_seqlens_k;
   a.seqused_q = p.seqused_q;
@@ -226,6 +260,8 @@ std::string unsupported(const Params &p) {
   const bool batches_k = !is_varlen_k(p) && (is_paged(p) ? p.num_pages : num_kv_seqs(p)) > 1;
   add(misaligned("k", p.k, batches_k, rows_k, p.num_heads_kv));
   add(misaligned("v", p.v, batches_k, rows_k, p.num_heads_kv));
+  if (is_paged(p) && (!page_steps(p, p.k) || !page_steps(p, p.v)))
+    add("k and v must lie within 2^31 units of the largest power of two that divides their strides");
   const Sizes sizes = sizes_of(p);
   const auto limit = [&](const char *what, int64_t value) {
     if (value > kMost) add(std::string(what) + " " + std::to_string(value) + " > 2^30");

@@ -142,11 +142,21 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
   const int limit = allowed == kernel->shared_bytes.end() ? kAlwaysAllowed : allowed->second;
   if (static_cast<int>(shared_bytes) > limit || x == 0 || y == 0 || z == 0) return kInvalidValue;
   if (state().launch_result != kSuccess) return state().launch_result;
-  fake_cuda::Launch launch{kernel->image, kernel->function, device, {x, y, z}, threads, shared_bytes, stream, {}};
+  fake_cuda::Launch launch{kernel->image, kernel->function, device, {x, y, z}, threads,
+                           shared_bytes,  stream,           {},     false};
   if (kernel->function != "flashspark_peak") std::memcpy(&launch.arguments, parameters[0], sizeof launch.arguments);
   state().launches.push_back(launch);
   state().order.push_back(kernel->function);
   return kSuccess;
+}
+Result fakeLaunchKernelEx(const LaunchConfig *config, Function function, void **parameters, void **extra) {
+  const auto &[grid, block, shared_bytes, stream, attributes, num_attributes] = *config;
+  const Result result = fakeLaunchKernel(function, grid[0], grid[1], grid[2], block[0], block[1], block[2],
+                                         shared_bytes, stream, parameters, extra);
+  const std::lock_guard lock(state().mutex);
+  if (result == kSuccess && num_attributes == 1)
+    state().launches.back().early = attributes->id == kProgrammaticStreamSerialization && attributes->value[0] == 1;
+  return result;
 }
 Result fakeMemAllocAsync(Address *address, size_t bytes, Stream) {
   const std::lock_guard lock(state().mutex);
@@ -253,6 +263,7 @@ extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const 
                                                    FAKE(KernelGetFunction),
                                                    FAKE(KernelSetAttribute),
                                                    FAKE(LaunchKernel),
+                                                   FAKE(LaunchKernelEx),
                                                    FAKE(MemAllocAsync),
                                                    FAKE(MemFreeAsync),
                                                    FAKE(MemAlloc),

@@ -25,6 +25,7 @@ struct Launch {
   unsigned grid[3] = {}, threads = 0, shared_bytes = 0;
   void *stream = nullptr;
   flashspark::ForwardArguments arguments{};
+  bool early = false;  // programmatic dependent launch
 };
 
 struct State {

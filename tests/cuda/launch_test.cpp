@@ -119,11 +119,40 @@ TEST_F(Cuda, LaunchesWhatThePlanSays) {
     for (int n = 0; n < 3; ++n) EXPECT_EQ(launch.grid[n], plan.forward.grid[n]);
     EXPECT_EQ(launch.threads, plan.forward.threads);
     EXPECT_EQ(launch.shared_bytes, plan.forward.shared_bytes);
+    EXPECT_TRUE(launch.early);
     EXPECT_EQ(launch.stream, p.stream);
     EXPECT_EQ(launch.arguments.q, p.q.data);
     EXPECT_EQ(launch.arguments.page_table, p.page_table);
   }
   EXPECT_EQ(fake.pushes, 0) << "the caller's context is of this device";
+}
+
+TEST_F(Cuda, RowsOfPagesAreFoundInSteps) {
+  Params p = decode();
+  p.v.batch_stride = -3 * p.v.batch_stride;  // a cache that runs backwards
+  run(p);
+  const ForwardArguments &a = fake.launches[0].arguments;
+  for (const auto &[steps, tensor] : {std::pair{a.k_pages, p.k}, std::pair{a.v_pages, p.v}}) {
+    EXPECT_EQ(int64_t{steps.page} * steps.unit, tensor.batch_stride * 2);
+    EXPECT_EQ(int64_t{steps.slot} * steps.unit, tensor.token_stride * 2);
+    EXPECT_GE(steps.unit, 16);
+  }
+  p.k.batch_stride = (int64_t{1} << 40) + 8;  // in units of 16 bytes: further than 31 bits reach
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_UNSUPPORTED), "within 2^31 units"));
+}
+
+// Few rows go to key groups, grids that fill the GPU to the tiles that read K and V least often.
+TEST_F(Cuda, TheChoiceOfKernelFollowsTheGrid) {
+  const Machine machine = device_facts(0).machine;
+  Params p = decode(4096);
+  p.page_table = nullptr, p.seqused_k = nullptr, p.num_pages = p.page_size = p.num_page_slots = 0;
+  const auto kind_of = [&](int64_t num_seqs, int64_t rows) {
+    p.num_seqs = num_seqs, p.max_seqlen_q = p.max_seqlen_k = rows;
+    return make_plan(p, machine, nullptr).instance->kind;
+  };
+  EXPECT_EQ(kind_of(1, 16), Kind::few);
+  EXPECT_EQ(kind_of(1, 512), Kind::few);
+  EXPECT_EQ(kind_of(64, 4096), Kind::wide);
 }
 
 TEST_F(Cuda, LoadsOnceADeviceAndKernel) {
@@ -151,6 +180,7 @@ TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
     EXPECT_EQ(launch.arguments.partial_out, p.workspace);
     EXPECT_EQ(launch.arguments.partial_lse, launch.arguments.partial_out + 4 * 4 * 16 * 128);
     EXPECT_EQ(launch.arguments.num_splits, 4);
+    EXPECT_TRUE(launch.early);
   }
   p.workspace_size = bytes - 1;
   EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
@@ -214,7 +244,7 @@ TEST_F(Cuda, TheProblemsDeviceIsCurrentDuringTheCallOnly) {
       }
     }
   }
-  EXPECT_STREQ(flashspark_last_error(), "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS (700)");
+  EXPECT_STREQ(flashspark_last_error(), "cuLaunchKernelEx: CUDA_ERROR_ILLEGAL_ADDRESS (700)");
 }
 
 TEST_F(Cuda, ManyThreadsLoadAKernelOnce) {

@@ -45,8 +45,10 @@ using namespace flashspark;
 int main() {
   for (const Instance &i : kInstances) {
     const Tile &t = i.tile(Architecture::sm_120f);
-    std::printf("%s %d %d %d %d %d %d %d %d %d\n", i.name, i.head_dim, i.head_dim_v, t.warps, t.warp_rows, t.keys,
-                t.schedule == Schedule::single, t.queries == QueryPlace::shared, t.blocks, shared_bytes(i, t));
+    std::printf("%s %d %d %d %d %d %d %d", i.name, i.head_dim, i.head_dim_v, t.warps, t.warp_rows, t.keys, t.score_keys,
+                t.key_groups);
+    std::printf(" %d %d %d %d\n", t.schedule == Schedule::single, t.queries == QueryPlace::shared, t.blocks,
+                shared_bytes(i, t));
   }
 }
 """
@@ -60,16 +62,18 @@ class Instance:
     warps: int
     warp_rows: int
     keys: int
+    score_keys: int
+    key_groups: int
     single: int
     queries_shared: int
     blocks: int
     shared_bytes: int
 
     @property
-    def hmma_of_tile(self) -> int:
-        """One warp's products with a tile of keys: S = Q K^T and O += P V."""
-        scores = self.keys // 8 * (self.head_dim // 16)
-        output = self.keys // 16 * (self.head_dim_v // 8)
+    def hmma_of_turn(self) -> int:
+        """One warp's products with the keys that it takes at once: S = Q K^T and O += P V."""
+        scores = self.score_keys // 8 * (self.head_dim // 16)
+        output = self.score_keys // 16 * (self.head_dim_v // 8)
         return self.warp_rows // 16 * (scores + output)
 
     def resident(self, registers: int) -> int:
@@ -192,9 +196,11 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, n
         loop = sass.hot_loop(code)
     except sass.NotUnderstood as error:
         sys.exit(f"{instance.name} {number}: {error}")
-    tiles, rest = divmod(loop.count("HMMA"), instance.hmma_of_tile)
+    tiles, rest = divmod(loop.count("HMMA"), instance.hmma_of_turn)
     if rest or not tiles:
-        sys.exit(f"{instance.name}: {loop.count('HMMA')} HMMA in a turn, but {instance.hmma_of_tile} in a tile of keys")
+        sys.exit(
+            f"{instance.name}: {loop.count('HMMA')} HMMA in a turn, but {instance.hmma_of_turn} for the keys of one"
+        )
     counted = {"hmma": ["HMMA"], "ldsm": ["LDSM"], "mufu": ["MUFU"], "ldgsts": ["LDGSTS"]}
     per_turn = {key: loop.count(*names) for key, names in counted.items()}
     per_turn["other"] = len(loop.path) - sum(per_turn.values())

@@ -17,10 +17,13 @@ measurements: none of this ran on an SM12x GPU.**
 
 {table}
 
-- *tile*: warps x rows a warp x keys; 1 or 2 buffers of K and V; Q in registers (r) or shared memory (s).
+- *tile*: warps x rows a warp x keys, of which two key groups (g2) take half each, in pieces of so many keys (/16)
+  where a warp does not hold all scores at once; 1 or 2 buffers of K and V; Q in registers (r) or shared memory (s).
 - *blocks*: resident on an SM, by registers, shared memory (100 KB, 1 KB of it reserved a block) and 48 warps.
-- *HMMA ... other*: instructions of one warp a tile of keys, on the way that most tiles take: contiguous keys that need
-  no mask, running maximum unmoved, options of `changed` off. *loop* counts the ways not taken as well.
+- *HMMA ... other*: instructions of one warp for the keys that it takes at once, on the way that most tiles take:
+  contiguous keys that need no mask, running maximum unmoved, options of `changed` off. *loop* counts the ways not taken
+  as well. Of a tile in pieces it is the loop over the pieces, without the tile's barrier and copies: its share is
+  flattered.
 - *next unit*: the busiest unit beside the tensor pipe on a full-rate part; its time as a share of the tensor pipe's.
 - *full rate*, *GeForce*: predicted share of time in which the tensor pipe works, in the inner loop, with these blocks.
 
@@ -62,7 +65,9 @@ def row(kernel: Measured) -> list[str]:
     way = kernel.loop.path
     blocks = instance.resident(int(values["registers"]))
     unit, share = units(way, FULL_RATE).busiest_beside_tensor()
-    tile = f"{instance.warps}x{instance.warp_rows}x{instance.keys}, {1 if instance.single else 2}"
+    groups = f" g{instance.key_groups}" if instance.key_groups > 1 else ""
+    pieces = f"/{instance.score_keys}" if instance.score_keys * instance.key_groups < instance.keys else ""
+    tile = f"{instance.warps}x{instance.warp_rows}x{instance.keys}{pieces}{groups}, {1 if instance.single else 2}"
     return [
         instance.name,
         tile + (" s" if instance.queries_shared else " r"),

@@ -151,7 +151,7 @@ run_sanitizers() {
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
   [[ -n $sanitizer ]] || { echo "sanitize: no compute-sanitizer on this machine"; return 1; }
   for tool in "${tools[@]}"; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZE_LIMIT:-280}" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+    PYTHONPATH=$PYTHONPATH:$root/tests/gpu PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZE_LIMIT:-280}" "$sanitizer" --tool "$tool" --error-exitcode 9 \
       --print-limit 20 "$python" -P tests/gpu/sanitizer_cases.py >"$out/$tool.log" 2>&1 &
     pids+=($!)
   done

@@ -30,6 +30,10 @@ struct Float16 {
 
 using SharedAddress = uint32_t;
 
+// Kernels of a test run one after the other.
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
+
 struct alignas(16) Vector16 {
   uint32_t word[4];
 
