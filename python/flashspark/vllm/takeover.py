@@ -1,0 +1,110 @@
+"""Decides whether this process's vLLM is taken over, and does it. Every door leads here, and each may come again."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from flashspark import _hook
+
+from . import features, probe, replace, report, sites
+
+BACKEND = "flashspark.vllm.backend.FlashSparkBackend"
+SHIM = "fa4_sm120_shim"  # of the community's guide
+
+
+class State:
+    """Of this process."""
+
+    decided = False
+    active = False
+    reason = "vLLM's attention has not been imported"  # why not active
+
+
+def module_loaded(name: str) -> None:
+    """The hook's call, after a module of _hook.WATCHED has run. Never raises."""
+    try:
+        start()
+        if State.active and name == _hook.FLASH_ATTN and (lack := probe.classes(sys.modules[name])):
+            withdraw(f"this vLLM is unknown: {lack}")
+    except Exception:
+        report.exception(f"after the import of {name}; vLLM keeps its own attention")
+        withdraw("an error, see above")
+
+
+def start() -> None:
+    """Take over what is loaded. Does nothing while vLLM's fa_utils is not, and nothing twice."""
+    if (
+        _hook.FA_UTILS not in sys.modules
+        or getattr(sys.modules[_hook.FA_UTILS], "get_flash_attn_version", None) is None
+    ):
+        return
+    if not State.decided:
+        State.decided = True
+        State.reason = _why_not()
+        if State.reason:
+            report.info(f"vLLM keeps its own attention: {State.reason}")
+            return
+        State.active = True
+        _register()
+        if importlib.util.find_spec(SHIM):
+            report.warning(
+                f"the community shim {SHIM} is installed as well; its functions are replaced by flashspark's. "
+                f"Remove it: {importlib.util.find_spec(SHIM).origin}"
+            )
+    if State.active:
+        for record, thief in replace.stolen():
+            report.warning(f"{record.name} had been taken by {thief.__module__}; flashspark steps in front of it")
+        sites.apply()
+
+
+def withdraw(reason: str) -> None:
+    """Leave vLLM as it was."""
+    if State.active:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        AttentionBackendEnum.FLASH_ATTN.clear_override()
+        replace.restore()
+        report.warning(f"vLLM keeps its own attention: {reason}")
+    State.decided, State.active, State.reason = True, False, reason
+
+
+def _why_not() -> str:
+    """The reason to leave vLLM alone; "" to take over."""
+    if switch := _hook.switched_off():
+        return f"{switch} is set"
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return "its platform is not CUDA"
+    capability = current_platform.get_device_capability()
+    if capability is None:
+        return "it sees no GPU"
+    if not features.wants_capability(capability.major, capability.minor):
+        wanted = ", ".join(f"{m}.{'x' if n is None else n}" for m, n in features.capabilities())
+        return f"compute capability {capability.major}.{capability.minor} is not {wanted}"
+    if lack := probe.functions():
+        return f"this vLLM is unknown: {lack}"
+    return _library_lack()
+
+
+def _library_lack() -> str:
+    try:
+        import flashspark
+
+        found = flashspark.implementations()
+    except Exception as error:  # missing, truncated, for another glibc
+        return f"flashspark's library does not load: {type(error).__name__}: {error}"
+    return "" if "cuda" in found else "flashspark's library has no GPU implementation"
+
+
+def _register() -> None:
+    """Put our class on the FLASH_ATTN slot, and forget selections that were made before."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.FLASH_ATTN, BACKEND)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").endswith("attention.selector"):
+            clear = getattr(getattr(module, "_cached_get_attn_backend", None), "cache_clear", None)
+            if clear:
+                clear()
