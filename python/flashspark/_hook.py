@@ -13,11 +13,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+SELECTOR = "vllm.v1.attention.selector"
 FA_UTILS = "vllm.v1.attention.backends.fa_utils"
 FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
 CUTE = "vllm.vllm_flash_attn.cute.interface"
 INKLING = "vllm.models.inkling.nvidia.ops.fa4_rel_attention"
-WATCHED = frozenset({FA_UTILS, FLASH_ATTN, CUTE, INKLING})
+WATCHED = frozenset({SELECTOR, FA_UTILS, FLASH_ATTN, CUTE, INKLING})
 
 
 def switched_off() -> str:

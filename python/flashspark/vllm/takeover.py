@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 
@@ -10,6 +11,8 @@ from flashspark import _hook
 from . import features, probe, replace, report, sites
 
 BACKEND = "flashspark.vllm.backend.FlashSparkBackend"
+# Functions that remember which class a slot gave.
+CACHED = ((_hook.SELECTOR, "_cached_get_attn_backend"), ("vllm.platforms.cuda", "_get_attn_backend_class"))
 SHIM = "fa4_sm120_shim"  # of the community's guide
 
 
@@ -33,11 +36,8 @@ def module_loaded(name: str) -> None:
 
 
 def start() -> None:
-    """Take over what is loaded. Does nothing while vLLM's fa_utils is not, and nothing twice."""
-    if (
-        _hook.FA_UTILS not in sys.modules
-        or getattr(sys.modules[_hook.FA_UTILS], "get_flash_attn_version", None) is None
-    ):
+    """Take over what is loaded. Does nothing while vLLM's attention is not, and nothing twice."""
+    if not _ready():
         return
     if not State.decided:
         State.decided = True
@@ -47,15 +47,22 @@ def start() -> None:
             return
         State.active = True
         _register()
-        if importlib.util.find_spec(SHIM):
-            report.warning(
-                f"the community shim {SHIM} is installed as well; its functions are replaced by flashspark's. "
-                f"Remove it: {importlib.util.find_spec(SHIM).origin}"
-            )
+        if shim := importlib.util.find_spec(SHIM):
+            report.warning(f"the community shim is installed, too, and replaced; remove it: {shim.origin}")
     if State.active:
         for record, thief in replace.stolen():
             report.warning(f"{record.name} had been taken by {thief.__module__}; flashspark steps in front of it")
         sites.apply()
+
+
+def _ready() -> bool:
+    """Whether vLLM has loaded the functions that choose attention; those that choose a backend bring the others."""
+    if _hook.FA_UTILS not in sys.modules and _hook.SELECTOR in sys.modules and not _hook.switched_off():
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cuda():
+            importlib.import_module(_hook.FA_UTILS)
+    return hasattr(sys.modules.get(_hook.FA_UTILS), "get_flash_attn_version")
 
 
 def withdraw(reason: str) -> None:
@@ -103,8 +110,7 @@ def _register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.FLASH_ATTN, BACKEND)
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").endswith("attention.selector"):
-            clear = getattr(getattr(module, "_cached_get_attn_backend", None), "cache_clear", None)
-            if clear:
-                clear()
+    for module, name in CACHED:
+        function = getattr(sys.modules.get(module), name, None)
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
