@@ -23,7 +23,12 @@ VERSION = 4
 Function = Callable[..., Any]
 
 # Arguments of the attention calls that change nothing for us at any value: knobs of other kernels.
-_IGNORED = frozenset({"scheduler_metadata", "deterministic", "aux_tensor_leading_dims", "cp_rank", "fa_version"})
+_IGNORED = frozenset(
+    {
+        *("scheduler_metadata", "deterministic", "aux_tensor_leading_dims", "cp_rank", "fa_version", "min_seqlen_k"),
+        *("pack_gqa", "seqlen_k_per_split", "disable_scheduler_metadata", "score_mod_bwd"),
+    }
+)
 # Arguments that must have this value; any other one would change the result.
 _FIXED = {"cp_world_size": 1, "dropout_p": 0.0}
 # What _attend takes.
@@ -86,8 +91,7 @@ def cute_varlen(stock: Function) -> Function:
             return stock(*args, **kwargs)
         given = {renamed.get(name, name): value for name, value in given.items()}
         lse = given.pop("return_lse", False)
-        for name in ("max_seqlen_q", "max_seqlen_k"):
-            given.setdefault(name, None)
+        given = {"cu_seqlens_q": None, "max_seqlen_q": None, "max_seqlen_k": None} | given
         return _attend(want_lse=lse, **given)
 
     return flash_attn_varlen_func
@@ -107,6 +111,7 @@ def _attend(
     max_seqlen_k: int | None,
     want_lse: bool,
     cu_seqlens_k: Any = None,
+    seqused_q: Any = None,
     seqused_k: Any = None,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -146,6 +151,7 @@ def _attend(
     arguments = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": None if block_table is not None else cu_seqlens_k,
+        "seqused_q": seqused_q,
         "seqused_k": seqused_k,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
