@@ -252,11 +252,11 @@ def override() -> str | None:
 
 
 def version_supported(stock: Function) -> Function:
-    """fa_utils.is_fa_version_supported: version 4 is flashspark."""
+    """fa_utils.is_fa_version_supported: version 4 is flashspark, unless the user wants another one."""
 
     @functools.wraps(stock)
     def is_fa_version_supported(fa_version: int) -> bool:
-        return fa_version == VERSION or stock(fa_version)
+        return (fa_version == VERSION and override() is None) or stock(fa_version)
 
     return is_fa_version_supported
 

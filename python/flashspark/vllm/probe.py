@@ -1,4 +1,4 @@
-"""Whether the installed vLLM has the shape that the takeover relies on: its functions say so, not its version number."""
+"""Whether the installed vLLM has the shape that the takeover relies on: its functions say so, not its version."""
 
 from __future__ import annotations
 

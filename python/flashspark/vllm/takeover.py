@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import struct
 import sys
+from pathlib import Path
 
 from flashspark import _hook
 
@@ -96,13 +98,28 @@ def _why_not() -> str:
 
 
 def _library_lack() -> str:
-    try:
-        import flashspark
+    import flashspark
 
+    try:
+        for folder in flashspark.__path__:
+            for path in Path(folder).glob("*.so"):
+                if _cut_short(path):
+                    return f"flashspark's library is cut short: {path}"
         found = flashspark.implementations()
     except Exception as error:  # missing, truncated, for another glibc
         return f"flashspark's library does not load: {type(error).__name__}: {error}"
     return "" if "cuda" in found else "flashspark's library has no GPU implementation"
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its section headers, which linkers put last: loading it would crash."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64:
+        return True
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < offset + size * count
 
 
 def _register() -> None:
