@@ -187,4 +187,35 @@ def inkling(c: Context) -> str:
     return "call, model"
 
 
-FORWARD = (forward, inkling)
+def verify(c: Context) -> str:
+    """What `flashspark verify --vllm` runs on a GPU, on CPU tensors; and it sees a wrong result."""
+    import random
+
+    from flashspark.vllm import verify as module
+
+    assert module.prepare("cpu") == ""
+    done = 0
+    for seed in range(20):
+        layer = module.random_layer(random.Random(seed))
+        if layer.longest_q * layer.longest_k * layer.slots > 30_000 or not module.supported(layer):
+            continue  # minutes with the oracle
+        wrong = module.check(layer, "cpu", seed, 0)
+        assert not wrong, f"{layer}: {wrong}"
+        done += 1
+    real, module.Batch.wrong = module.Batch.wrong, _spoilt(module.Batch.wrong)
+    try:
+        assert module.check(layer, "cpu", 1, 0).startswith("error is")
+    finally:
+        module.Batch.wrong = real
+    return f"{done} layers"
+
+
+def _spoilt(wrong: Any) -> Any:
+    def spoilt(batch: Any) -> str:
+        batch.out[0, 0, 0] += 1
+        return wrong(batch)
+
+    return spoilt
+
+
+FORWARD = (forward, inkling, verify)

@@ -65,7 +65,7 @@ def measured() -> Release:
         wrapper=len(probe.parameters(sys.modules[INTERFACE].flash_attn_varlen_func)),
         version=len(probe.parameters(utils.get_flash_attn_version)),
         fp8_gate=gates[0] if gates else "class",
-        cache=_cache(backend.FlashAttentionBackend),
+        cache=cache_split(backend.FlashAttentionBackend),
         mm_prefix=" ".join(probe.parameters(factory)) if factory else "-",
         rswa=hasattr(backend, "_make_rswa_mask_mod"),
         graphs=probe.graph_support(backend).name,
@@ -73,7 +73,8 @@ def measured() -> Release:
     )
 
 
-def _cache(backend: Any) -> str:
+def cache_split(backend: Any) -> str:
+    """How forward splits the cache into keys and values: "unbind 0", "unbind 1" or "packed"."""
     blocks, page, heads, dim = 7, 16, 3, 64
     shape = getattr(backend, "get_kv_cache_shape", None)
     sizes = tuple(shape(blocks, page, heads, dim)) if shape else (blocks, heads, page, 2 * dim)
