@@ -229,8 +229,8 @@ def doctor(c: Context) -> None:
     names = {row["name"]: row["holder"] for row in report["names"]}
     assert names[f"{FA_UTILS}.get_flash_attn_version"] == "flashspark", names
     assert report["active"] and report["capability"] == "12.0", report
-    assert report["backends"]["head_dim 128, auto"] == "flashspark.vllm.backend.FlashSparkBackend", report["backends"]
-    assert not report["backends"]["head_dim 128, fp8"].startswith("flashspark"), report["backends"]
+    assert report["backends"]["128, auto"] == "flashspark.vllm.backend.FlashSparkBackend", report["backends"]
+    assert not report["backends"]["128, fp8"].startswith("flashspark"), report["backends"]
 
 
 TAKEN = (slot, importers, version, predicates, graphs, release, masks, doctor)

@@ -35,8 +35,10 @@ def inspect_process() -> dict[str, Any]:
     import vllm.v1.attention.selector
     from vllm.platforms import current_platform
 
-    importlib.import_module(_hook.FLASH_ATTN)
     from . import register
+
+    importlib.import_module(_hook.FLASH_ATTN)
+    armed = any(isinstance(finder, _hook.Finder) for finder in sys.meta_path)
 
     register()  # what vLLM's plug-in loader does
     capability = current_platform.get_device_capability()
@@ -44,6 +46,7 @@ def inspect_process() -> dict[str, Any]:
     return {
         "vllm": vllm.__version__,
         "capability": f"{capability.major}.{capability.minor}" if capability is not None else None,
+        "armed": armed,
         "active": state.active,
         "reason": state.reason,
         "names": _names(),
@@ -58,7 +61,7 @@ def _names() -> list[dict[str, str]]:
     rows = []
     for site in sites.SITES:
         held = getattr(sys.modules.get(site.module), site.name, None)
-        if held is None:
+        if held is None or not site.wanted:
             continue
         mine = any(held is record.ours for record in replace.records)
         rows.append({"name": f"{site.module}.{site.name}", "holder": "flashspark" if mine else held.__module__})
@@ -83,7 +86,7 @@ def _backends() -> dict[str, str]:
             answer = f"{cls.__module__}.{cls.__qualname__}"
         except Exception as error:
             answer = f"none: {type(error).__name__}: {error}".splitlines()[0][:160]
-        found[f"head_dim {head_size}, {dtype}"] = answer
+        found[f"{head_size}, {dtype}"] = answer
     return found
 
 
@@ -101,6 +104,12 @@ def _findings(report: dict[str, Any]) -> list[dict[str, str]]:
     if not report["hook"]:
         text = "vLLM: no start-up hook (flashspark.pth) in a folder that Python reads: the plug-in alone takes over"
         add("warning", text, "install flashspark into the environment itself, not with --target or PYTHONPATH")
+    elif not report.get("armed", True) and not _hook.switched_off():
+        add(
+            "warning",
+            "vLLM: the start-up hook's file is there, but Python did not run it",
+            "do not start Python with -S or -I; look for another flashspark.pth, or an import of vLLM in an earlier .pth",
+        )
     if not report["plugin"]:
         add(
             "warning",
@@ -141,10 +150,15 @@ def report() -> dict[str, Any]:
         ("vLLM", f"{result.get('vllm', 'unknown')}, attention: {state}"),
         ("hook", ", ".join(result["hook"]) or "none"),
         ("plug-ins", ", ".join(plugins) or "none"),
-        *((row["name"].rpartition(".")[2], row["holder"]) for row in result.get("names", [])),
-        *result.get("backends", {}).items(),
+        ("functions", ", ".join(f"{n} by {holder}" for holder, n in _count(result.get("names", [])).items()) or "none"),
+        *((f"D {layer}", cls) for layer, cls in result.get("backends", {}).items()),
     ]
     return result
+
+
+def _count(rows: list[dict[str, str]]) -> dict[str, int]:
+    holders = [row["holder"] for row in rows]
+    return {holder: holders.count(holder) for holder in dict.fromkeys(holders)}
 
 
 if __name__ == "__main__":
