@@ -158,6 +158,15 @@ def broken_library() -> Results:
         shutil.rmtree(folder)
 
 
+def no_kernels() -> Results:
+    """A package that was built without nvcc."""
+    from flashspark.vllm import takeover
+
+    os.environ.pop("FAKE_KERNELS", None)
+    takeover.NO_KERNELS = "cpu-engine"  # which every explanation names
+    return stays_stock("built without GPU kernels")
+
+
 def unknown_vllm() -> Results:
     """A release whose attention function requires an argument that we do not know."""
     importlib.import_module("vllm.platforms").current_platform.is_cuda()
@@ -280,6 +289,6 @@ def workers() -> Results:
 
 SCENARIOS: tuple[Callable[[], Results], ...] = (
     *(hook, plugin, hopper, off_flashspark, off_shim_switch, other_gpu, override, bad_switch, broken_library),
-    *(unknown_vllm, community_shim, workers),
+    *(no_kernels, unknown_vllm, community_shim, workers),
 )
 BY_NAME: dict[str, Callable[[], Results]] = {s.__name__: s for s in SCENARIOS}

@@ -108,7 +108,7 @@ def _findings(report: dict[str, Any]) -> list[dict[str, str]]:
         add(
             "warning",
             "vLLM: the start-up hook's file is there, but Python did not run it",
-            "do not start Python with -S or -I; look for another flashspark.pth, or an import of vLLM in an earlier .pth",
+            "start Python without -S and -I; look for another flashspark.pth, or an earlier .pth that imports vLLM",
         )
     if not report["plugin"]:
         add(

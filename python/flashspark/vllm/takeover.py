@@ -15,6 +15,7 @@ from . import features, probe, replace, report, sites
 BACKEND = "flashspark.vllm.backend.FlashSparkBackend"
 # Functions that remember which class a slot gave.
 CACHED = ((_hook.SELECTOR, "_cached_get_attn_backend"), ("vllm.platforms.cuda", "_get_attn_backend_class"))
+NO_KERNELS = "built without CUDA kernels"  # in the explanation of any call
 SHIM = "fa4_sm120_shim"  # of the community's guide
 
 
@@ -99,16 +100,18 @@ def _why_not() -> str:
 
 def _library_lack() -> str:
     import flashspark
+    import numpy as np
 
     try:
         for folder in flashspark.__path__:
             for path in Path(folder).glob("*.so"):
                 if _cut_short(path):
                     return f"flashspark's library is cut short: {path}"
-        found = flashspark.implementations()
-    except Exception as error:  # missing, truncated, for another glibc
+        one = np.zeros((1, 1, 1, 8), np.float16)
+        text = flashspark.attention_explain(flashspark.flash_attn_func, one, one, one)
+    except Exception as error:  # missing, or for another glibc
         return f"flashspark's library does not load: {type(error).__name__}: {error}"
-    return "" if "cuda" in found else "flashspark's library has no GPU implementation"
+    return "flashspark's library was built without GPU kernels" if NO_KERNELS in text else ""
 
 
 def _cut_short(path: Path) -> bool:

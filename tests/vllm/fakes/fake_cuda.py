@@ -1,7 +1,7 @@
 """A vLLM platform plug-in: CUDA of compute capability FAKE_CAPABILITY, on a machine that has none.
 
 vLLM resolves its platform through it in every process, as it does with a vendor's. The compiled extensions that its
-Python files import are empty modules.
+Python files import are empty modules. FAKE_KERNELS=1: a flashspark that was built without nvcc counts as complete.
 """
 
 from __future__ import annotations
@@ -21,4 +21,8 @@ def platform() -> str | None:
         return None
     for name in EXTENSIONS:
         sys.modules.setdefault(name, types.ModuleType(name))
+    if os.environ.get("FAKE_KERNELS"):
+        from flashspark.vllm import takeover
+
+        takeover.NO_KERNELS = "no explanation says this"
     return "fake_cuda_platform.FakeCuda"
