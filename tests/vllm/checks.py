@@ -31,7 +31,7 @@ IMPORTERS = (
     *("vllm.v1.attention.ops.vit_attn_wrappers", "vllm.vllm_flash_attn", INTERFACE, FA_UTILS),
 )
 REPLACED = (
-    *("flash_attn_varlen_func", "get_flash_attn_version", "flash_attn_supports_fp8"),
+    *("flash_attn_varlen_func", "get_flash_attn_version", "flash_attn_supports_fp8", "flash_attn_supports_sinks"),
     *("flash_attn_supports_kv_cache_dtype", "compile_flash_attn_varlen_func_from_specs"),
 )
 

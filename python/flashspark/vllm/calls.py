@@ -261,6 +261,16 @@ def version_supported(stock: Function) -> Function:
     return is_fa_version_supported
 
 
+def sinks_gate(stock: Function) -> Function:
+    """fa_utils.flash_attn_supports_sinks; up to 0.19 its answer knows of version 3 only."""
+
+    @functools.wraps(stock)
+    def flash_attn_supports_sinks(*args: Any, **kwargs: Any) -> bool:
+        return (FEATURES.sinks and override() is None) or stock(*args, **kwargs)
+
+    return flash_attn_supports_sinks
+
+
 def fp8_gate(stock: Function) -> Function:
     """fa_utils.flash_attn_supports_fp8 (up to 0.21): whether a layer may keep an fp8 cache."""
 

@@ -27,6 +27,7 @@ SITES = (
     Site(INTERFACE, "compile_flash_attn_varlen_func_from_specs", calls.compile_specs),
     Site(FA_UTILS, "get_flash_attn_version", calls.version),
     Site(FA_UTILS, "is_fa_version_supported", calls.version_supported),
+    Site(FA_UTILS, "flash_attn_supports_sinks", calls.sinks_gate),
     Site(FA_UTILS, "flash_attn_supports_fp8", calls.fp8_gate),
     Site(FA_UTILS, "flash_attn_supports_kv_cache_dtype", calls.kv_cache_gate),
     Site(FA_UTILS, "flash_attn_supports_quant_query_input", calls.quant_query, FEATURES.supports_kv_cache_dtype("fp8")),
