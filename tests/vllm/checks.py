@@ -233,4 +233,33 @@ def doctor(c: Context) -> None:
     assert not report["backends"]["128, fp8"].startswith("flashspark"), report["backends"]
 
 
-TAKEN = (slot, importers, version, predicates, graphs, release, masks, doctor)
+def _first(modules: list[str], name: str) -> Any:
+    """The name from the first of these modules that exists."""
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:
+            continue
+    raise AssertionError(f"none of {modules} exists")
+
+
+def docs(c: Context) -> str:
+    """Every `vllm serve` line of docs/vllm.md is one that this release's command line takes."""
+    import shlex
+    from pathlib import Path
+
+    homes = ("openai.cli_args", "launchers.cli_args", "common.cli_args")  # it has moved twice
+    make_arg_parser = _first([f"vllm.entrypoints.{home}" for home in homes], "make_arg_parser")
+    parser = make_arg_parser(_first(["vllm.utils.argparse_utils", "vllm.utils"], "FlexibleArgumentParser")())
+    text = Path(__file__).parents[2].joinpath("docs/vllm.md").read_text()
+    lines = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("vllm serve ")]
+    for words in [*lines, ["some/model", "--attention-config.flash_attn_version=2"]]:
+        try:
+            parser.parse_args(words)
+        except SystemExit as error:
+            raise AssertionError(f"vllm serve {shlex.join(words)}: exit status {error}") from error
+    assert len(lines) >= 5, lines
+    return f"{len(lines)} lines"
+
+
+TAKEN = (slot, importers, version, predicates, graphs, release, masks, doctor, docs)
