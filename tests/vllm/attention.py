@@ -295,7 +295,7 @@ def lines(c: Context) -> str:
     """One INFO line a kind of layer."""
     from flashspark.vllm import report
 
-    found = [text for text in report._said if isinstance(text, str) and text.startswith("serves ")]
+    found = [text for text in report._said if text.startswith("serves ")]
     assert any("head_dim 192/128, bfloat16, paged, causal, sinks; by cpu-engine" in text for text in found), found
     assert any("head_dim 80, bfloat16, unpaged, full; by" in text for text in found), found
     assert FLASH_ATTN in sys.modules

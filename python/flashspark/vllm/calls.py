@@ -134,19 +134,19 @@ def _attend(
     **others: Any,
 ) -> Any:
     """(out, lse or None). The arguments are vLLM's; shapes and meaning as in flashspark._fwd."""
-    from flashspark._fwd import _flash_attn_fwd
-
     for name, value in others.items():
         if value is None or value is False or name in _IGNORED or _FIXED.get(name, ...) == value:
             continue
         raise NotImplementedError(f"{name} = {_short(value)}: must be {_FIXED.get(name)}, flashspark has no use for it")
-    if not _is_tag(mask_mod) or not _is_tag(score_mod):
+    if not (mask_mod is score_mod is None) and not (_is_tag(mask_mod) and _is_tag(score_mod)):
         name, mod = ("score_mod", score_mod) if _is_tag(mask_mod) else ("mask_mod", mask_mod)
         raise NotImplementedError(f"{name} = {_short(mod)}: must be a mask that flashspark knows, or None")
     left, right = (None, None) if window_size is None else window_size
     # vLLM's own wrapper copies these, too; q, k and v of its layers never need it.
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if v.element_size() != 1:
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    q_type, v_type = q.dtype, v.dtype
+    if v_type.itemsize != 1:
         q_descale = k_descale = v_descale = None  # vLLM passes ones with 16-bit caches
     arguments = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -176,12 +176,24 @@ def _attend(
         "alibi_slopes": alibi_slopes,
     }
     kind = (
-        *(q.shape[-1], v.shape[-1], q.dtype, v.dtype, q.device.type, block_table is None, bool(causal), left, right),
-        *(bool(softcap), s_aux is None, alibi_slopes is None, mask_mod, score_mod, dynamic_causal is None, want_lse),
+        *(q.shape[-1], v.shape[-1], q_type, v_type, block_table is None, causal, left, right, softcap, s_aux is None),
+        *(alibi_slopes is None, mask_mod, score_mod, dynamic_causal is None),
     )
-    if report.first_time(kind):
+    if kind not in _known:
+        _known.add(kind)
         _describe(q, k, v, arguments)
-    return _flash_attn_fwd(q, k, v, **arguments)
+    return _forward()(q, k, v, **arguments)
+
+
+_known: set[tuple[Any, ...]] = set()  # kinds of calls that the log has a line for
+
+
+@functools.cache
+def _forward() -> Function:
+    """Loads the native library: not before the first call."""
+    from flashspark._fwd import _flash_attn_fwd
+
+    return _flash_attn_fwd
 
 
 def _short(value: Any) -> str:
@@ -192,7 +204,7 @@ def _short(value: Any) -> str:
 
 def _describe(q: Any, k: Any, v: Any, given: dict[str, Any]) -> None:
     """The log line of a new kind of call: what it asks, and what runs it."""
-    from flashspark._fwd import _flash_attn_fwd, _is_fake
+    from flashspark._fwd import _is_fake
 
     if _is_fake(q):
         return
@@ -211,7 +223,7 @@ def _describe(q: Any, k: Any, v: Any, given: dict[str, Any]) -> None:
     for name, word in (("softcap", "softcap"), ("learnable_sink", "sinks"), ("alibi_slopes", "ALiBi")):
         if given[name] is not None:
             masks.append(word)
-    text = _flash_attn_fwd(q, k, v, **given, explain=True)
+    text = _forward()(q, k, v, **given, explain=True)
     chosen = next((line for line in text.splitlines() if ": chosen" in line), text.strip())
     report.info(f"serves {', '.join([*words, *masks])}; by {chosen.partition(':')[0]}")
 

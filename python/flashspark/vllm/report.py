@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-_said: set[Any] = set()
+_said: set[str] = set()
 
 
 def _logger() -> Any:
@@ -35,11 +35,3 @@ def exception(text: str) -> None:
 def kept(layer: str, reason: str) -> None:
     """A kind of layer stays on vLLM's own path."""
     info(f"kept on vLLM's own attention: {layer} ({reason})")
-
-
-def first_time(kind: tuple[Any, ...]) -> bool:
-    """Whether a kind of call is new to this process."""
-    if kind in _said:
-        return False
-    _said.add(kind)
-    return True
