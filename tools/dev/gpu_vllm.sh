@@ -9,6 +9,7 @@
 #          tools/dev/gpu_vllm.sh e2e VERSION [CASE ...]    tests/vllm/gpu/e2e.py: all cases but spawn and full
 #          tools/dev/gpu_vllm.sh models VERSION [KIND ...] small models with random weights, eager and graph
 #          tools/dev/gpu_vllm.sh tp VERSION                tensor_parallel_size=2, where there are two GPUs
+#          tools/dev/gpu_vllm.sh speed VERSION             bench/vllm.py; BACKENDS="flashspark fa3 triton" MODELS="d128 d256"
 #          tools/dev/gpu_vllm.sh doctor VERSION
 #
 # Results go to $OUT (build/gpu). FLASHSPARK_CAPABILITIES is 9.0 unless set; LIMIT: seconds of one engine (240).
@@ -41,7 +42,7 @@ keep() {
     [[ -d $folder ]] || continue
     version=$(basename "$folder")
     pieces=("$folder"vllm-*/vllm.tar.xz.*)
-    if [[ ${pieces[0]##*-of-} == "${#pieces[@]}" && -d $state/in/kit && ! -d $state/$version.part ]]; then
+    if [[ ${pieces[0]##*-of-} == "${#pieces[@]}" && -d $state/in/kit && ! -d $state/$version.part && ! -d $state/$version ]]; then
       mkdir "$state/$version.part"
       (setsid bash "$state/in/kit/unpack.sh" "$folder" "$state/$version.part" && mv "$state/$version.part" "$state/$version") \
         >"$state/$version.log" 2>&1 &
@@ -138,6 +139,22 @@ tensor_parallel() {
   "$python" tests/vllm/gpu/e2e.py compare "$out/v$version-tp-stock.json" "$out/v$version-tp-ours.json"
 }
 
+# One backend after the other: timings want the GPU alone. BACKENDS and MODELS choose among them.
+speed() {
+  local version=$1 model backend reports=()
+  for model in ${MODELS:-d128 d256}; do
+    for backend in ${BACKENDS:-flashspark fa3 triton}; do
+      local name=$out/v$version-speed-$backend-$model
+      if timeout "${LIMIT:-240}" "$python" bench/vllm.py run "$backend" "$model" "$name.json" >"$name.log" 2>&1; then
+        reports+=("$name.json")
+      else
+        echo "left out: $backend $model: $(grep -E 'Error|error' "$name.log" | tail -n 1 | cut -c1-200)"
+      fi
+    done
+  done
+  "$python" bench/vllm.py table "${reports[@]}" | tee "$out/v$version-speed.md"
+}
+
 stage=${1:-}
 shift || true
 case $stage in
@@ -147,6 +164,7 @@ case $stage in
   e2e) environment "$1" && e2e "$@" ;;
   models) environment "$1" && models "$@" ;;
   tp) environment "$1" && tensor_parallel "$@" ;;
-  doctor) environment "$1" && "$(dirname "$python")/flashspark" doctor ;;
+  speed) environment "$1" && speed "$1" ;;
+  doctor) environment "$1" && "$(dirname "$python")/flashspark" doctor; "$python" -m flashspark.vllm.doctor | tail -n 1 | "$python" -m json.tool ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 2 ;;
 esac
