@@ -4,8 +4,8 @@
     bench/vllm.py table OUT.json ...             a markdown table of the reports, ours against the best of the others
 
 BACKEND: flashspark, fa2, fa3, triton, flashinfer. MODEL: d128 (64/8 heads) or d256 (32/2 heads). fa2, triton and
-flashinfer need what vLLM needs for them. Prefill: a prompt of 8192 tokens. Chunks: a prompt of 32768 in chunks of 512 and
-2048, time of one chunk on average. Decode: one token of each of B sequences of 8192 tokens, in CUDA graphs.
+flashinfer need what vLLM needs for them. Prefill: a prompt of 8192 tokens. Chunks: a prompt of 32768 in chunks of 512
+and 2048, time of one chunk on average. Decode: one token of each of B sequences of 8192 tokens, in CUDA graphs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Real vLLM on a machine that has a GPU, torch and Python 3.12, but no network: stock attention beside flashspark's.
 #
-#   here   tools/dev/gpu_vllm.sh prepare [VERSION ...]     .gpu/vVERSION/vllm-N: pieces of vLLM (0.25.1 0.33.0)
+#   here   tools/dev/gpu_vllm.sh prepare [VERSION ...]     .gpu/vVERSION/vllm-N: pieces of vLLM (0.25.1 0.33.0);
+#                                                           WHAT=all: FA2 and FlashInfer, too, in peers-N, to be sent first
 #          make wheel                                      dist/flashspark-*.whl
 #   there, from the tree's root (pieces may come one after the other, dist/ with a later call):
 #          tools/dev/gpu_vllm.sh keep                      keeps what came with this call; unpacks what is complete
@@ -26,7 +27,7 @@ prepare() {
   mkdir -p .gpu/kit
   cp "$kit/unpack.sh" "$kit/gguf_to_hf.py" .gpu/kit/
   for version in "$@"; do
-    nice "$system" "$kit/build.py" --what vllm --vllm "$version" --out ".gpu/v$version"
+    nice "$system" "$kit/build.py" --what "${WHAT:-vllm}" --vllm "$version" --out ".gpu/v$version"
   done
   du -sh .gpu/kit .gpu/v*/*
 }
