@@ -176,6 +176,40 @@ def predicates(c: Context) -> None:
         module.FEATURES = FEATURES
 
 
+def relatives(c: Context) -> str:
+    """What reaches flashspark without the slot: DiffKV, vision encoders, MLA prefill's frozen partial."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    done = []
+    diffkv = importlib.import_module(f"{_BACKENDS}.flash_attn_diffkv").FlashAttentionDiffKVBackend
+    if hasattr(diffkv, "is_supported_on_current_device"):
+        assert diffkv.is_supported_on_current_device(head_size=192, head_size_v=128, has_sinks=True)
+        done.append("DiffKV")
+    for head_size in (64, 72, 80, 88, 128):
+        chosen = current_platform.get_vit_attn_backend(head_size, torch.bfloat16)
+        assert chosen is AttentionBackendEnum.FLASH_ATTN, (head_size, chosen)
+    done.append("ViT")
+    try:
+        prefill = importlib.import_module(f"{_BACKENDS}.mla.prefill.flash_attn")
+    except ModuleNotFoundError:  # up to 0.21 it is a part of mla_attention, which `importers` looks at
+        return ", ".join(done)
+    from vllm.config import set_current_vllm_config
+
+    wanted = {
+        "num_heads": 4, "scale": 0.1, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "vllm_config": c.config,
+    }  # fmt: skip
+    cls = prefill.FlashAttnPrefillBackend
+    known = inspect.signature(cls.__init__).parameters
+    with set_current_vllm_config(c.config):
+        layer = cls(**{name: value for name, value in wanted.items() if name in known})
+    assert layer.vllm_flash_attn_version == 4 and not layer.requires_v_padding
+    assert layer.flash_attn_varlen_func.func is prefill.flash_attn_varlen_func
+    assert layer.flash_attn_varlen_func.keywords == {"fa_version": 4}
+    return ", ".join([*done, "MLA prefill"])
+
+
 def graphs(c: Context) -> str:
     """The CUDA-graph class is what this release states at version 4."""
     from flashspark.vllm.backend import FlashSparkBackend
@@ -262,4 +296,4 @@ def docs(c: Context) -> str:
     return f"{len(lines)} lines"
 
 
-TAKEN = (slot, importers, version, predicates, graphs, release, masks, doctor, docs)
+TAKEN = (slot, importers, version, predicates, relatives, graphs, release, masks, doctor, docs)
