@@ -85,7 +85,8 @@ environment() {
 run_engine() {
   local name=$1 switch=$2 case=$3 path=$4 status=0
   shift 4
-  FLASHSPARK=$switch timeout "${LIMIT:-240}" "$python" tests/vllm/gpu/e2e.py run "$case" "$out/$name.json" --model "$path" "$@" \
+  # Two engines at once must not write one cache of compiled graphs.
+  FLASHSPARK=$switch VLLM_CACHE_ROOT=$state/cache/$name timeout "${LIMIT:-240}" "$python" tests/vllm/gpu/e2e.py run "$case" "$out/$name.json" --model "$path" "$@" \
     >"$out/$name.log" 2>&1 || status=$?
   grep '^E2E' "$out/$name.log" | cut -c1-300 || true
   ((status == 0)) || { echo "$name: exit status $status"; grep -vE '^\s*$' "$out/$name.log" | tail -n 15 | cut -c1-300; return 1; }

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 BOUND = {"bfloat16": (1e-2, 1e-2), "float16": (2e-3, 2e-3)}  # absolute, relative
+ORACLE_WORK = 2 * 10**9  # multiply-adds of one batch that the oracle can do in a second
 NOBODY = 2**30  # a page number and a length that nothing may use
 
 
@@ -52,7 +53,7 @@ class Layer:
 def random_layer(rng: random.Random) -> Layer:
     heads, heads_kv = rng.choice([(4, 4), (8, 2), (16, 2), (9, 3), (8, 1), (32, 8)])
     longest_q = rng.choice([1, 1, 4, 8, 70])
-    return Layer(
+    layer = Layer(
         heads=heads,
         heads_kv=heads_kv,
         head_dim=rng.choice([64, 64, 80, 96, 128, 128, 128, 192, 256, 256, 512]),
@@ -66,6 +67,9 @@ def random_layer(rng: random.Random) -> Layer:
         longest_q=longest_q,
         longest_k=longest_q + rng.choice([0, 100, 900]),
     )
+    one = layer.heads * layer.longest_q * layer.longest_k * layer.head_dim
+    layer.slots = max(1, min(layer.slots, ORACLE_WORK // one))
+    return layer
 
 
 class Batch:
@@ -74,8 +78,8 @@ class Batch:
     def __init__(self, layer: Layer, device: str, seed: int) -> None:
         import torch
 
-        self.layer, self.rng = layer, random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.device, self.layer, self.rng = device, layer, random.Random(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.dtype = getattr(torch, layer.dtype)
         self.width = -(-layer.longest_k // layer.page)
         self.rows = layer.slots * layer.longest_q
@@ -87,9 +91,7 @@ class Batch:
         self.cu = torch.zeros(layer.slots + 1, dtype=torch.int32, device=device)
         self.used = torch.zeros(layer.slots, dtype=torch.int32, device=device)
         self.table = torch.zeros(layer.slots, self.width + 2, dtype=torch.int32, device=device)[:, : self.width]
-        self.sinks = (
-            torch.randn(layer.heads, generator=self.generator).to(self.dtype).to(device) if layer.sinks else None
-        )
+        self.sinks = self._normal((layer.heads,)) if layer.sinks else None
 
     def _cache(self, device: str) -> Any:
         """A cache of this release: (as vLLM hands it to forward, keys, values)."""
@@ -103,9 +105,14 @@ class Batch:
         if split == "packed":
             whole = torch.zeros(p, n, h, 2 * d, dtype=self.dtype, device=device).permute(0, 2, 1, 3)
             return whole, *whole.transpose(1, 2).split(d, dim=-1)
-        shape = (2, p, n, h, d) if split == "unbind 0" else (p, 2, n, h, d)
+        shape, axis = ((2, p, n, h, d), 0) if split == "unbind 0" else ((p, 2, n, h, d), 1)
         whole = torch.zeros(shape, dtype=self.dtype, device=device)
-        return whole, *whole.unbind(shape.index(2) if split == "unbind 1" else 0)
+        return whole, *whole.unbind(axis)
+
+    def _normal(self, shape: Any) -> Any:
+        import torch
+
+        return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
     def step(self) -> None:
         """Other lengths, pages and values. Slots behind the last sequence are padding with stale contents."""
@@ -129,7 +136,7 @@ class Batch:
         ):
             buffer.copy_(values)
         for buffer in (self.q, self.k, self.v):
-            buffer.copy_(torch.randn(buffer.shape, generator=self.generator).to(self.dtype))
+            buffer.copy_(self._normal(buffer.shape))
         self.out.fill_(float("nan"))
 
     def wrong(self) -> str:
