@@ -281,7 +281,7 @@ def workers() -> Results:
         queue = ctx.Queue()
         process = ctx.Process(target=_child, args=(queue,))
         process.start()
-        got = queue.get(timeout=240)
+        got = queue.get(timeout=1000)
         process.join()
         results[method] = "ok" if got == (True, "flashspark.vllm.backend") else f"FAILED: {got}"
     return results
