@@ -13,11 +13,12 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-torch deps build wheel wheel-aarch64 bench format lint clean
+.PHONY: help demo test test-torch test-vllm-all deps build wheel wheel-aarch64 bench format lint clean
 
 help:
 	@echo "make demo            a language model answers through flashspark's paged attention, then flashspark verify"
 	@echo "make test            everything that needs no GPU"
+	@echo "make test-vllm-all   the vLLM checks on every release from 0.17 on (minutes a release); table in build/vllm-checks.md"
 	@echo "make deps            apt packages and Python tools, where missing"
 	@echo "make build           library, command and tests in build/dev"
 	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm"
@@ -34,6 +35,9 @@ test: deps
 
 test-torch: wheel $(TORCH)/.stamp
 	@$(BIN)/python tools/dev/run_tests.py --only torch
+
+test-vllm-all: deps wheel
+	@FLASHSPARK_VLLM_VERSIONS=all $(BIN)/python tools/dev/run_tests.py --only vllm
 
 deps: $(BIN)/.stamp
 	@packaging/deps.sh build test

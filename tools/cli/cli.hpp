@@ -27,6 +27,7 @@ struct VerifyOptions {
   bool cpu = false;  // not on the GPU
   bool list = false;
   bool verbose = false;  // a line for every case
+  bool vllm = false;     // the installed vLLM's backend instead
   std::string filter;
   std::string implementation;  // empty: every one
   int threads = 0;
@@ -49,6 +50,8 @@ struct BenchOptions {
 
 int doctor(const DoctorOptions &options);
 int verify(const VerifyOptions &options);
+int verify_vllm(const VerifyOptions &options);  // does not return if Python runs
 int bench(const BenchOptions &options);
+int uninstall();
 
 }  // namespace flashspark::cli

@@ -140,6 +140,46 @@ class Doctor(unittest.TestCase):
             self.assertEqual(len(found), 1, (part, list(texts)))
             self.assertTrue(found[0]["mend"])
 
+    def test_vllm_is_asked_through_its_python(self) -> None:
+        version = run("--version").stdout.split()[1]
+        said = {
+            "lines": [["vLLM", "0.25.1, attention: served by flashspark"]],
+            "findings": [{"level": "warning", "text": "VLLM_PLUGINS is odd", "mend": "unset it"}],
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            venv = FakeVenv(Path(folder))
+            fake_package(venv.site, "vllm", "0.25.1")
+            report = venv.doctor()
+            self.assertIn("without flashspark", report["findings"][-1]["text"])
+            fake_package(venv.site, "flashspark", version)
+            self.assertTrue(any("could not be asked" in f["text"] for f in venv.doctor()["findings"]))
+            interpreter = Path(folder, "bin", "python3")
+            interpreter.write_text(f"#!/bin/sh\necho noise\necho '{json.dumps(said)}'\n")
+            report = venv.doctor()
+            self.assertEqual(report["vllm"], said)
+            self.assertTrue(any(f["text"] == "VLLM_PLUGINS is odd" for f in report["findings"]))
+            text = run("doctor", VIRTUAL_ENV=folder).stdout
+            self.assertIn("served by flashspark", text)
+            interpreter.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
+            text = run("verify", "--vllm", "--seed", "7", status=1, VIRTUAL_ENV=folder).stdout
+            self.assertEqual(text.strip(), "-m flashspark.vllm.verify --seed 7")
+
+    def test_verify_vllm_without_vllm(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            FakeVenv(Path(folder))
+            self.assertIn("--vllm", run("verify", "--vllm", status=2, VIRTUAL_ENV=folder).stderr)
+
+    def test_uninstall_removes_the_hook(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            venv = FakeVenv(Path(folder))
+            files = [venv.site / "flashspark.pth", venv.site / "flashspark.start"]
+            for file in files:
+                file.write_text("")
+            self.assertEqual(venv.doctor()["python"]["hook_files"], [str(f) for f in files])
+            text = run("uninstall", VIRTUAL_ENV=folder).stdout
+            self.assertEqual([str(f) in text and not f.exists() for f in files], [True, True])
+            self.assertIn("no start-up hook", run("uninstall", VIRTUAL_ENV=folder).stdout)
+
 
 class Verify(unittest.TestCase):
     def test_guide(self) -> None:

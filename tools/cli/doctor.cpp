@@ -13,6 +13,7 @@
 #include "cli/machine.hpp"
 #include "cli/python_env.hpp"
 #include "cli/terminal.hpp"
+#include "cli/vllm.hpp"
 #include "cuda/fatbins.hpp"
 #include "dispatch.hpp"
 
@@ -26,6 +27,10 @@ struct Finding {
 };
 const char *level_name(Finding::Level level) {
   return level == Finding::kNote ? "note" : level == Finding::kWarning ? "warning" : "error";
+}
+
+Finding::Level level_of(const std::string &name) {
+  return name == "error" ? Finding::kError : name == "warning" ? Finding::kWarning : Finding::kNote;
 }
 
 struct Choice {
@@ -188,18 +193,14 @@ void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vect
           "update the NVIDIA driver, or install a torch for an older CUDA");
     }
   }
-  if (env.packages.contains("vllm")) {
-    add(Finding::kNote, "vLLM " + env.packages.at("vllm").version + " is installed; this release does not serve it yet",
-        "");
-  }
   for (const std::string &file : env.shim_files) {
     add(Finding::kWarning, "a community shim replaces vLLM's attention on SM12x: " + file,
-        "remove it before flashspark serves vLLM here: rm " + file);
+        "flashspark steps in front of it; remove it: rm " + file);
   }
 }
 
-Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env, const std::vector<Finding> &findings,
-                 const Limits *limits, bool healthy) {
+Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env, const VllmReport &vllm,
+                 const std::vector<Finding> &findings, const Limits *limits, bool healthy) {
   Json report = report_header();
   report["limits"] = limits ? to_json(*limits) : Json();
   Json &implementations = report["implementations"] = Json::array();
@@ -222,7 +223,9 @@ Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env
                       {"found_by", env.found_by},
                       {"site_folders", env.site_folders},
                       {"packages", packages},
-                      {"shim_files", env.shim_files}};
+                      {"shim_files", env.shim_files},
+                      {"hook_files", hook_files(env)}};
+  report["vllm"] = vllm.json;
   Json &list = report["findings"] = Json::array();
   for (const Finding &f : findings) {
     list.push_back(
@@ -290,15 +293,18 @@ int doctor(const DoctorOptions &options) {
     }
   }
   look_at_python(env, gpu, findings);
+  const VllmReport vllm = vllm_report(env);
+  for (const VllmFinding &f : vllm.findings) findings.push_back({level_of(f.level), f.text, f.mend});
   int errors = 0, warnings = 0;
   for (const Finding &f : findings) errors += f.level == Finding::kError, warnings += f.level == Finding::kWarning;
 
   if (options.json) {
-    print_json(doctor_json(chosen, env, findings, limits, errors == 0));
+    print_json(doctor_json(chosen, env, vllm, findings, limits, errors == 0));
     return errors ? kFailed : kOk;
   }
   print_machine(facts, gpu, limits);
   print_python(env);
+  for (const auto &[name, value] : vllm.lines) line(name, value);
   fmt::print("\n");
   std::vector<std::string> headers{"problem", "runs on", "because"};
   if (gpu_runs) headers.insert(headers.begin() + 1, "in GPU memory");

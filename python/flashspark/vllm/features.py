@@ -1,0 +1,99 @@
+"""What flashspark's kernels can do for vLLM. Every answer to vLLM comes from here.
+
+A capability that arrives in the kernels is switched on by changing its row, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+FP8_NAMES = frozenset({"fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"})
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row a field; the tests walk through all of them."""
+
+    dtypes: frozenset[str] = frozenset({"bfloat16", "float16"})
+    head_size_step: int = 8
+    max_head_size: int = 512
+    page_step: int = 16
+    kv_cache_dtypes: frozenset[str] = frozenset({"auto", "bfloat16", "float16"})  # fp8: {"fp8", "fp8_e4m3"} more
+    fp8_query: bool = False  # with an fp8 cache, q comes as e4m3; else it stays in the model's type
+    output_scale: bool = False  # the result is written as e4m3
+    sinks: bool = True
+    alibi: bool = True
+    softcap: bool = True
+    unequal_head_sizes: bool = True  # DiffKV, MLA prefill without padding
+    mm_prefix: bool = True
+    rswa: bool = True
+    relative_bias: bool = True
+    causal_per_request: bool = True
+    non_causal: bool = True
+    per_head_scales: bool = True  # follows the cache types: without fp8 nobody asks
+    batch_invariance: bool = False  # results independent of the rest of the batch: vLLM takes FA2 for that
+
+    def supports_head_size(self, head_size: int | None) -> bool:
+        return head_size is None or (head_size % self.head_size_step == 0 and 0 < head_size <= self.max_head_size)
+
+    def supports_kv_cache_dtype(self, dtype: str | None) -> bool:
+        return dtype is None or dtype in self.kv_cache_dtypes
+
+    def lack(
+        self,
+        *,
+        head_size: int | None = None,
+        head_size_v: int | None = None,
+        requires_alibi: bool = False,
+        has_sinks: bool = False,
+        requires_softcap: bool = False,
+        kv_cache_dtype: str | None = None,
+        kv_cache_block_size: int | None = None,
+        dtype: str | None = None,
+        use_mm_prefix: bool = False,
+    ) -> str | None:
+        """Why a layer cannot be served, or None if it can. Unknown (None) counts as served."""
+        for name, size in (("head_size", head_size), ("head_size_v", head_size_v)):
+            if not self.supports_head_size(size):
+                return f"{name} {size}: must be a multiple of {self.head_size_step} up to {self.max_head_size}"
+        if None not in (head_size, head_size_v) and head_size != head_size_v and not self.unequal_head_sizes:
+            return f"head sizes {head_size} and {head_size_v}: must be equal"
+        for asked, has, what in (
+            (requires_alibi, self.alibi, "ALiBi"),
+            (has_sinks, self.sinks, "sinks"),
+            (requires_softcap, self.softcap, "softcap"),
+            (use_mm_prefix, self.mm_prefix, "PrefixLM masks"),
+        ):
+            if asked and not has:
+                return f"{what}: not in the kernels"
+        if dtype is not None and dtype not in self.dtypes:
+            return f"dtype {dtype}: must be one of {', '.join(sorted(self.dtypes))}"
+        if not self.supports_kv_cache_dtype(kv_cache_dtype):
+            return f"KV cache dtype {kv_cache_dtype}: not in the kernels"
+        if kv_cache_block_size is not None and kv_cache_block_size % self.page_step:
+            return f"page size {kv_cache_block_size}: must be a multiple of {self.page_step}"
+        return None
+
+
+FEATURES = Features()
+DEFAULT_CAPABILITIES = "12.x"
+
+
+def capabilities() -> tuple[tuple[int, int | None], ...]:
+    """Compute capabilities to take over, from FLASHSPARK_CAPABILITIES; a minor number of None is any.
+
+    Raises ValueError, naming the variable, for anything but a list such as "9.0,12.x".
+    """
+    text = os.environ.get("FLASHSPARK_CAPABILITIES") or DEFAULT_CAPABILITIES
+    wanted = []
+    for word in text.replace(" ", "").split(","):
+        major, _, minor = word.partition(".")
+        if not major.isdigit() or not (minor.isdigit() or minor in {"", "x"}):
+            raise ValueError(f"FLASHSPARK_CAPABILITIES = {text!r}: must be a list such as 9.0,12.x")
+        wanted.append((int(major), int(minor) if minor.isdigit() else None))
+    return tuple(wanted)
+
+
+def wants_capability(major: int, minor: int) -> bool:
+    return any(major == m and n in (None, minor) for m, n in capabilities())

@@ -1,0 +1,81 @@
+"""Replaces functions of loaded modules, together with every copy that another module of vLLM took by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One function of vLLM that is ours now."""
+
+    module: str
+    name: str
+    stock: Function
+    ours: Function
+
+
+records: list[Record] = []
+
+
+def holders(function: Function) -> list[tuple[str, str]]:
+    """(module, name) of every loaded module of vLLM that holds this very object."""
+    return [(module, name) for module, names in _find({id(function): function}).items() for name, _ in names]
+
+
+def put(module: str, name: str, make: Callable[[Function], Function]) -> bool:
+    """Replace `module.name` and its copies. Returns whether the module is loaded and has the name.
+
+    A second call puts the replacement back where somebody else has taken its place since.
+    """
+    loaded = sys.modules.get(module)
+    current = getattr(loaded, name, None)
+    if current is None:
+        return False
+    for record in records:
+        if (record.module, record.name) == (module, name):
+            if current is not record.ours:
+                _exchange({id(current): record.ours})
+            return True
+    record = Record(module, name, current, make(current))
+    records.append(record)
+    _exchange({id(record.stock): record.ours})
+    return True
+
+
+def restore() -> None:
+    """Put every original back, in all modules that hold a replacement."""
+    _exchange({id(record.ours): record.stock for record in records})
+    records.clear()
+
+
+def stolen() -> list[tuple[Record, Function]]:
+    """Records whose place has been taken by a third function, and that function."""
+    found = []
+    for record in records:
+        current = getattr(sys.modules.get(record.module), record.name, None)
+        if current is not None and current is not record.ours:
+            found.append((record, current))
+    return found
+
+
+def _exchange(wanted: dict[int, Function]) -> None:
+    for module, names in _find(wanted).items():
+        for name, value in names:
+            setattr(sys.modules[module], name, wanted[id(value)])
+
+
+def _find(wanted: dict[int, Any]) -> dict[str, list[tuple[str, Any]]]:
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for module, loaded in list(sys.modules.items()):
+        if module != "vllm" and not module.startswith("vllm."):
+            continue
+        names = [(n, v) for n, v in list(getattr(loaded, "__dict__", {}).items()) if id(v) in wanted]
+        if names:
+            found[module] = names
+    return found

@@ -1,0 +1,136 @@
+"""Decides whether this process's vLLM is taken over, and does it. Every door leads here, and each may come again."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import struct
+import sys
+from pathlib import Path
+
+from flashspark import _hook
+
+from . import features, probe, replace, report, sites
+
+BACKEND = "flashspark.vllm.backend.FlashSparkBackend"
+# Functions that remember which class a slot gave.
+CACHED = ((_hook.SELECTOR, "_cached_get_attn_backend"), ("vllm.platforms.cuda", "_get_attn_backend_class"))
+NO_KERNELS = "built without CUDA kernels"  # in the explanation of any call
+SHIM = "fa4_sm120_shim"  # of the community's guide
+
+
+class State:
+    """Of this process."""
+
+    decided = False
+    active = False
+    reason = "vLLM's attention has not been imported"  # why not active
+
+
+def module_loaded(name: str) -> None:
+    """The hook's call, after a module of _hook.WATCHED has run. Never raises."""
+    try:
+        start()
+        if State.active and name == _hook.FLASH_ATTN and (lack := probe.classes(sys.modules[name])):
+            withdraw(f"this vLLM is unknown: {lack}")
+    except Exception:
+        report.exception(f"after the import of {name}; vLLM keeps its own attention")
+        withdraw("an error, see above")
+
+
+def start() -> None:
+    """Take over what is loaded. Does nothing while vLLM's attention is not, and nothing twice."""
+    if not _ready():
+        return
+    if not State.decided:
+        State.decided = True
+        State.reason = _why_not()
+        if State.reason:
+            report.info(f"vLLM keeps its own attention: {State.reason}")
+            return
+        State.active = True
+        _register()
+        if shim := importlib.util.find_spec(SHIM):
+            report.warning(f"the community shim is installed, too, and replaced; remove it: {shim.origin}")
+    if State.active:
+        for record, thief in replace.stolen():
+            report.warning(f"{record.name} had been taken by {thief.__module__}; flashspark steps in front of it")
+        sites.apply()
+
+
+def _ready() -> bool:
+    """Whether vLLM has loaded the functions that choose attention; those that choose a backend bring the others."""
+    if _hook.FA_UTILS not in sys.modules and _hook.SELECTOR in sys.modules and not _hook.switched_off():
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cuda():
+            importlib.import_module(_hook.FA_UTILS)
+    return hasattr(sys.modules.get(_hook.FA_UTILS), "get_flash_attn_version")
+
+
+def withdraw(reason: str) -> None:
+    """Leave vLLM as it was."""
+    if State.active:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        AttentionBackendEnum.FLASH_ATTN.clear_override()
+        replace.restore()
+        report.warning(f"vLLM keeps its own attention: {reason}")
+    State.decided, State.active, State.reason = True, False, reason
+
+
+def _why_not() -> str:
+    """The reason to leave vLLM alone; "" to take over."""
+    if switch := _hook.switched_off():
+        return f"{switch} is set"
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return "its platform is not CUDA"
+    capability = current_platform.get_device_capability()
+    if capability is None:
+        return "it sees no GPU"
+    if not features.wants_capability(capability.major, capability.minor):
+        wanted = ", ".join(f"{m}.{'x' if n is None else n}" for m, n in features.capabilities())
+        return f"compute capability {capability.major}.{capability.minor} is not {wanted}"
+    if lack := probe.functions():
+        return f"this vLLM is unknown: {lack}"
+    return _library_lack()
+
+
+def _library_lack() -> str:
+    import flashspark
+    import numpy as np
+
+    try:
+        for folder in flashspark.__path__:
+            for path in Path(folder).glob("*.so"):
+                if _cut_short(path):
+                    return f"flashspark's library is cut short: {path}"
+        one = np.zeros((1, 1, 1, 8), np.float16)
+        text = flashspark.attention_explain(flashspark.flash_attn_func, one, one, one)
+    except Exception as error:  # missing, or for another glibc
+        return f"flashspark's library does not load: {type(error).__name__}: {error}"
+    return "flashspark's library was built without GPU kernels" if NO_KERNELS in text else ""
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its section headers, which linkers put last: loading it would crash."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64:
+        return True
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < offset + size * count
+
+
+def _register() -> None:
+    """Put our class on the FLASH_ATTN slot, and forget selections that were made before."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.FLASH_ATTN, BACKEND)
+    for module, name in CACHED:
+        function = getattr(sys.modules.get(module), name, None)
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()

@@ -1,0 +1,95 @@
+"""The start-up hook as the wheel installs it: quick, silent, idle until vLLM is imported. No vLLM is needed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import timeit
+from importlib.metadata import entry_points, files
+from pathlib import Path
+
+import pytest
+
+PTH = next((Path(f.locate()) for f in files("flashspark") if f.name == "flashspark.pth"), None)
+WATCHED = "vllm.v1.attention.backends.fa_utils"
+
+
+def python(*arguments: str, **environment: str) -> str:
+    """Standard output of a new interpreter, which must say nothing else."""
+    run = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+    )
+    assert (run.returncode, run.stderr) == (0, ""), run.stdout + run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def fake_vllm(tmp_path):
+    """A package with the one module that the hook watches; it prints what the hook does."""
+    folder = tmp_path / "vllm/v1/attention/backends"
+    folder.mkdir(parents=True)
+    for parent in (folder, *folder.parents[:3]):
+        (parent / "__init__.py").write_text("")
+    (folder / "fa_utils.py").write_text("def get_flash_attn_version(): return 2\n")
+    return str(tmp_path)
+
+
+def test_the_wheel_has_it():
+    assert PTH is not None and PTH.parent == Path(importlib.import_module("flashspark").__file__).parents[1]
+    target = PTH.with_suffix(".start").read_text().strip()
+    module, _, name = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    assert [e.value for e in entry_points(group="vllm.general_plugins", name="flashspark")] == [
+        "flashspark.vllm:register"
+    ]
+
+
+def test_it_is_armed_and_idle():
+    names = "[type(f).__name__ for f in sys.meta_path]"
+    said = python("-c", f"import sys, json; print({names}, 'flashspark' in sys.modules)")
+    assert "_FlashSparkStart" in said and said.endswith("False"), said
+
+
+def test_one_start_costs_less_than_a_millisecond():
+    line = PTH.read_text()
+
+    def start():
+        exec(line)
+        sys.meta_path.pop(0)
+
+    assert min(timeit.repeat(start, number=20, repeat=5)) / 20 < 1e-3
+
+
+def test_silent_when_the_package_is_gone(tmp_path, fake_vllm):
+    (tmp_path / "flashspark.pth").write_text(PTH.read_text())
+    code = (
+        f"import site, sys; site.addsitedir({str(tmp_path)!r}); import vllm; print(vllm.__file__, len(sys.meta_path))"
+    )
+    assert python("-S", "-c", code).startswith(fake_vllm)
+
+
+def test_importing_vllm_arms_the_real_hook(fake_vllm):
+    names = "[type(f).__name__ for f in sys.meta_path]"
+    code = f"import sys; import vllm; print({names}, 'flashspark.vllm' in sys.modules)"
+    said = python("-c", code, PYTHONPATH=fake_vllm)
+    assert "'Finder'" in said and "_FlashSparkStart" not in said and said.endswith("False"), said
+
+
+@pytest.mark.parametrize("switch", ["FLASHSPARK", "FA4_SM120_SHIM"])
+def test_switched_off(fake_vllm, switch):
+    names = "[type(f).__name__ for f in sys.meta_path], m.__spec__.loader"
+    code = f"import sys, vllm, {WATCHED} as m; print({names}, 'flashspark.vllm' in sys.modules)"
+    said = python("-c", code, PYTHONPATH=fake_vllm, **{switch: "0"})
+    assert "'Finder'" not in said and "SourceFileLoader" in said and said.endswith("False"), said
+
+
+def test_a_module_loads_as_ever_when_we_fail(fake_vllm):
+    """The fake package is no vLLM: what the hook calls fails, is logged, and the module stays as it is."""
+    code = f"import vllm, {WATCHED} as m; print(m.get_flash_attn_version(), type(m.__spec__.loader).__name__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": fake_vllm}
+    )
+    assert run.stdout.strip() == "2 SourceFileLoader", run.stdout + run.stderr
+    assert "keeps its own attention" in run.stderr, run.stderr

@@ -1,0 +1,232 @@
+"""Real vLLM on a GPU: stock attention and flashspark's on the same requests, compared token by token.
+
+    e2e.py run CASE OUT.json --model DIR [--tp N]      one engine; FLASHSPARK=0 in the environment makes it stock's
+    e2e.py compare STOCK.json OURS.json                exit status 0: equal, but for near ties
+    e2e.py model KIND DIR                              a small model with random weights: see MODELS
+    e2e.py cases                                       the names of the cases
+
+Tokens must be equal, request by request, up to the first difference; there the stock run's two best logits must lie
+within 0.3, which is how far bf16 attention moves them. What follows a difference is another text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+NEAR_TIE = 0.3
+_GRAPH = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
+_FULL = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
+_NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "graph": {"compilation_config": _GRAPH},
+    "default": {},
+    "full": {"compilation_config": _FULL},  # mixed batches in graphs: releases whose class is ALWAYS
+    "chunked": {"compilation_config": _GRAPH, "max_num_batched_tokens": 512, "enable_chunked_prefill": True},
+    "prefix": {"compilation_config": _GRAPH, "enable_prefix_caching": True},
+    "ngram": {"compilation_config": _GRAPH, "speculative_config": _NGRAM},
+    "thousand": {"compilation_config": _GRAPH},
+    "spawn": {"compilation_config": _GRAPH},  # the engine in a process of its own
+    "pages": {"compilation_config": _GRAPH, "block_size": 48},
+}
+
+
+def prompts(case: str, vocabulary: int) -> list[list[int]]:
+    """Token ids. Half of a prompt repeats a phrase, so that n-gram speculation has something to find."""
+    rng = random.Random(case)
+    count = 1000 if case == "thousand" else 64
+    longest = 200 if case == "thousand" else 1400
+    shared = [rng.randrange(100, vocabulary) for _ in range(400)]
+    result = []
+    for number in range(count):
+        length = rng.choice([1, 3, 17, rng.randint(2, 300), rng.randint(2, longest)])
+        phrase = [rng.randrange(100, vocabulary) for _ in range(rng.randint(1, 20))]
+        body = [rng.randrange(100, vocabulary) for _ in range(length // 2)]
+        body += (phrase * length)[: length - len(body)]
+        result.append(shared + body if case == "prefix" and number % 2 else body)
+    return result
+
+
+ABOUT_ATTENTION = ("flashspark", "FlashAttention version", "ttention backend")
+
+
+class Lines(logging.Handler):
+    """What the log says about attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if not line.startswith("non-default args") and any(word in line for word in ABOUT_ATTENTION):
+            self.lines.append(line)
+
+
+def forbid_waiting() -> None:
+    """Every attention call of flashspark's fails if it makes the host wait for the device."""
+    import torch
+    from flashspark.vllm import calls
+
+    attend = calls._attend
+
+    def strict(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return attend(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    calls._attend = strict
+
+
+def run(case: str, out: str, model: str, tp: int) -> None:
+    ours = os.environ.get("FLASHSPARK") != "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if case == "spawn" or tp > 1 else "0"
+    import torch
+    import vllm
+
+    log = Lines()
+    logging.getLogger("vllm").addHandler(log)
+    if ours and case != "spawn" and tp == 1:
+        forbid_waiting()
+    arguments: dict[str, Any] = {
+        "model": model, "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 64,
+        "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30, "seed": 0,
+        "enable_prefix_caching": False, "tensor_parallel_size": tp,
+        "disable_log_stats": True, **CASES[case],
+    }  # fmt: skip
+    start = time.perf_counter()
+    llm = vllm.LLM(**arguments)
+    load = time.perf_counter() - start
+    with open(os.path.join(model, "config.json")) as file:
+        config = json.load(file)
+    asked = prompts(case, config.get("vocab_size") or config["text_config"]["vocab_size"])
+    sampling = vllm.SamplingParams(
+        temperature=0.0, max_tokens=24 if case == "thousand" else 48, ignore_eos=True, logprobs=2, detokenize=False
+    )
+    given = [{"prompt_token_ids": ids} for ids in asked]
+    llm.generate(given[:4], sampling, use_tqdm=False)
+    start = time.perf_counter()
+    outputs = llm.generate(given, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    if torch.cuda.is_available() and tp == 1:
+        torch.cuda.synchronize()  # a fault of any kernel shows here
+    results = []
+    for output in outputs:
+        best = [sorted((x.logprob for x in step.values()), reverse=True) for step in output.outputs[0].logprobs]
+        gaps = [round(b[0] - b[1], 4) for b in best]
+        results.append(
+            {"prompt": len(output.prompt_token_ids), "tokens": list(output.outputs[0].token_ids), "gaps": gaps}
+        )
+    tokens = sum(len(r["tokens"]) for r in results)
+    report = {
+        "case": case, "ours": ours, "tp": tp, "vllm": vllm.__version__, "torch": torch.__version__, "load_s": load,
+        "gpu": torch.cuda.get_device_name(), "tokens_per_s": tokens / seconds, "log": log.lines, "results": results,
+    }  # fmt: skip
+    with open(out, "w") as file:
+        json.dump(report, file)
+    served = [line for line in log.lines if "flashspark: serves" in line]
+    if ours and not served and case != "spawn" and tp == 1:
+        sys.exit(f"{case}: flashspark served nothing: {log.lines}")
+    if not ours and any("flashspark" in line for line in log.lines):
+        sys.exit(f"{case}: FLASHSPARK=0, and yet: {log.lines}")
+    who = "ours" if ours else "stock"
+    print(f"E2E {case} {who}: {tokens} tokens, {tokens / seconds:.0f} tokens/s, loaded in {load:.0f} s")
+    for line in log.lines if ours else []:
+        print(f"E2E   {line}")
+
+
+def compare(stock_path: str, ours_path: str) -> int:
+    with open(stock_path) as a, open(ours_path) as b:
+        stock, ours = json.load(a), json.load(b)
+    if stock["ours"] or not ours["ours"] or len(stock["results"]) != len(ours["results"]) or not stock["results"]:
+        sys.exit(f"not comparable: {stock_path}, {ours_path}")
+    equal, ties, wrong = 0, [], []
+    for number, (x, y) in enumerate(zip(stock["results"], ours["results"])):
+        step = next((i for i, (s, t) in enumerate(zip(x["tokens"], y["tokens"])) if s != t), None)
+        if step is None and len(x["tokens"]) == len(y["tokens"]):
+            equal += 1
+        elif step is not None and x["gaps"][step] < NEAR_TIE:
+            ties.append(x["gaps"][step])
+        else:
+            wrong.append((number, x["prompt"], step, None if step is None else x["gaps"][step]))
+    speed = ours["tokens_per_s"] / stock["tokens_per_s"]
+    widest = f", widest gap {max(ties):.2f}, median {statistics.median(ties):.2f}" if ties else ""
+    print(
+        f"E2E {stock['case']} vLLM {stock['vllm']} tp {stock['tp']}: {equal} of {len(stock['results'])} requests equal,"
+    )
+    print(f"E2E   {len(ties)} differ at a near tie{widest}, {len(wrong)} WRONG; tokens/s ours/stock {speed:.2f}")
+    for number, length, step, gap in wrong[:8]:
+        print(f"E2E   request {number} ({length} prompt tokens) differs at step {step} with a gap of {gap}")
+    return 1 if wrong else 0
+
+
+# Small models with random weights. Heads of the named size; wide initial weights, so that attention is not uniform.
+_BASE = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.06, "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "d64": ("Llama", {"head_dim": 64}),
+    "d128": ("Llama", {"head_dim": 128}),
+    "d256": ("Llama", {"head_dim": 256}),
+    "window": ("Mistral", {"head_dim": 128, "sliding_window": 100}),
+    "softcap": ("Gemma2", {"head_dim": 256, "sliding_window": 64, "query_pre_attn_scalar": 256}),
+    "mixed": ("Gemma3", {"head_dim": 128, "sliding_window": 64, "query_pre_attn_scalar": 128}),
+    "tp": ("Llama", {"head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8}),
+}
+
+
+def make_model(kind: str, folder: str) -> None:
+    import torch
+    import transformers
+
+    name, more = MODELS[kind]
+    torch.manual_seed(0)
+    if name == "Gemma3":
+        config = transformers.Gemma3TextConfig(**_BASE | more)
+        cls = transformers.Gemma3ForCausalLM
+    else:
+        config = getattr(transformers, f"{name}Config")(**_BASE | more)
+        cls = getattr(transformers, f"{name}ForCausalLM")
+    cls(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = parser.add_subparsers(dest="what", required=True)
+    one = sub.add_parser("run")
+    one.add_argument("case", choices=CASES)
+    one.add_argument("out")
+    one.add_argument("--model", required=True)
+    one.add_argument("--tp", type=int, default=1)
+    two = sub.add_parser("compare")
+    two.add_argument("stock")
+    two.add_argument("ours")
+    three = sub.add_parser("model")
+    three.add_argument("kind", choices=MODELS)
+    three.add_argument("folder")
+    sub.add_parser("cases")
+    options = parser.parse_args()
+    if options.what == "run":
+        run(options.case, options.out, options.model, options.tp)
+    elif options.what == "compare":
+        return compare(options.stock, options.ours)
+    elif options.what == "model":
+        make_model(options.kind, options.folder)
+    else:
+        print(*CASES)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

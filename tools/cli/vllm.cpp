@@ -1,0 +1,100 @@
+#include "cli/vllm.hpp"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <sstream>
+
+#include "cli/cli.hpp"
+
+namespace flashspark::cli {
+namespace {
+
+constexpr std::array kHookFiles = {"flashspark.pth", "flashspark.start"};
+
+// Standard output of a module of flashspark; its last line is the answer.
+std::string last_line_of(const PythonEnvironment &env, const std::string &module) {
+  if (env.interpreter.find('\'') != std::string::npos) return {};
+  const std::string command = "PYTHONSAFEPATH=1 '" + env.interpreter + "' -m " + module + " 2>/dev/null";
+  std::string output;
+  if (FILE *pipe = popen(command.c_str(), "r")) {
+    std::array<char, 4096> buffer;
+    while (std::fgets(buffer.data(), buffer.size(), pipe)) output += buffer.data();
+    pclose(pipe);
+  }
+  std::istringstream lines(output);
+  std::string last;
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.empty()) last = line;
+  }
+  return last;
+}
+
+}  // namespace
+
+VllmReport vllm_report(const PythonEnvironment &env) {
+  VllmReport report;
+  if (!env.packages.contains("vllm")) return report;
+  const std::string version = env.packages.at("vllm").version;
+  if (!env.packages.contains("flashspark")) {
+    report.findings.push_back({"note", "vLLM " + version + " is installed, without flashspark",
+                               env.interpreter + " -m pip install flashspark"});
+    return report;
+  }
+  report.json = Json::parse(last_line_of(env, "flashspark.vllm.doctor"), nullptr, /*allow_exceptions=*/false);
+  if (report.json.is_discarded() || !report.json.contains("lines") || !report.json.contains("findings")) {
+    report.json = Json();
+    report.findings.push_back({"warning", "vLLM " + version + " is installed, but could not be asked",
+                               env.interpreter + " -m flashspark.vllm.doctor  # shows why"});
+    return report;
+  }
+  for (const Json &line : report.json["lines"]) report.lines.emplace_back(line.at(0), line.at(1));
+  for (const Json &f : report.json["findings"]) report.findings.push_back({f.at("level"), f.at("text"), f.at("mend")});
+  return report;
+}
+
+std::vector<std::string> hook_files(const PythonEnvironment &env) {
+  std::vector<std::string> found;
+  for (const std::string &site : env.site_folders) {
+    for (const char *name : kHookFiles) {
+      const std::filesystem::path path = std::filesystem::path(site) / name;
+      if (std::error_code error; std::filesystem::is_regular_file(path, error)) found.push_back(path);
+    }
+  }
+  return found;
+}
+
+int verify_vllm(const VerifyOptions &options) {
+  const PythonEnvironment env = python_environment();
+  if (env.interpreter.empty() || !env.packages.contains("vllm") || !env.packages.contains("flashspark"))
+    throw UsageError("verify --vllm: vLLM and flashspark are not both installed in " +
+                     (env.interpreter.empty() ? "any Python found" : env.interpreter));
+  const std::string seed = std::to_string(options.seed);
+  std::vector<const char *> words{env.interpreter.c_str(), "-m", "flashspark.vllm.verify", "--seed", seed.c_str()};
+  setenv("PYTHONSAFEPATH", "1", 1);  // the current folder may hold another vllm; -P is newer than Python 3.10
+  if (options.verbose) words.push_back("--verbose");
+  words.push_back(nullptr);
+  execv(env.interpreter.c_str(), const_cast<char *const *>(words.data()));
+  throw std::runtime_error("cannot run " + env.interpreter);
+}
+
+int uninstall() {
+  const PythonEnvironment env = python_environment();
+  const std::vector<std::string> files = hook_files(env);
+  for (const std::string &file : files) {
+    std::filesystem::remove(file);  // throws, with the path, where that is not allowed
+    fmt::print("removed {}\n", file);
+  }
+  if (files.empty()) fmt::print("no start-up hook in {}\n", env.interpreter.empty() ? "any Python" : env.interpreter);
+  fmt::print(
+      "{}", env.packages.contains("flashspark")
+                ? "vLLM still finds the plug-in: FLASHSPARK=0 turns it off, pip uninstall flashspark removes the rest\n"
+                : "");
+  return kOk;
+}
+
+}  // namespace flashspark::cli

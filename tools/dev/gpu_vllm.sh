@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# Real vLLM on a machine that has a GPU, torch and Python 3.12, but no network: stock attention beside flashspark's.
+#
+#   here   tools/dev/gpu_vllm.sh prepare [VERSION ...]     .gpu/vVERSION/vllm-N: pieces of vLLM (0.25.1 0.33.0);
+#                                                           WHAT=all: FA2 and FlashInfer, too, in peers-N, to be sent first
+#          make wheel                                      dist/flashspark-*.whl
+#   there, from the tree's root (pieces may come one after the other, dist/ with a later call):
+#          tools/dev/gpu_vllm.sh keep                      keeps what came with this call; unpacks what is complete
+#          tools/dev/gpu_vllm.sh verify VERSION [ARGUMENTS OF flashspark.vllm.verify]
+#          tools/dev/gpu_vllm.sh e2e VERSION [CASE ...]    tests/vllm/gpu/e2e.py: all cases but spawn and full
+#          tools/dev/gpu_vllm.sh models VERSION [KIND ...] small models with random weights, eager and graph
+#          tools/dev/gpu_vllm.sh tp VERSION                tensor_parallel_size=2, where there are two GPUs
+#          tools/dev/gpu_vllm.sh speed VERSION             bench/vllm.py; BACKENDS="flashspark fa3 triton" MODELS="d128 d256"
+#          tools/dev/gpu_vllm.sh doctor VERSION
+#
+# Results go to $OUT (build/gpu). FLASHSPARK_CAPABILITIES is 9.0 unless set; LIMIT: seconds of one engine (240).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+state=${FLASHSPARK_GPU_STATE:-/tmp/flashspark-vllm}
+out=${OUT:-$root/build/gpu}
+system=${PYTHON:-python3}
+
+prepare() {
+  local kit=${KIT:-$root/../shared/gpu-kit} version
+  (($#)) || set -- 0.25.1 0.33.0
+  mkdir -p .gpu/kit
+  cp "$kit/unpack.sh" "$kit/gguf_to_hf.py" .gpu/kit/
+  for version in "$@"; do
+    nice "$system" "$kit/build.py" --what "${WHAT:-vllm}" --vllm "$version" --out ".gpu/v$version"
+  done
+  du -sh .gpu/kit .gpu/v*/*
+}
+
+# Copies what came with this call to where it stays.
+keep() {
+  mkdir -p "$state/in" "$out"
+  local folder version pieces
+  for folder in .gpu/kit .gpu/v*/; do
+    if [[ -d $folder ]]; then cp -r --update=none "$folder" "$state/in/" 2>/dev/null || cp -rn "$folder" "$state/in/"; fi
+  done
+  for folder in "$state"/in/v*/; do
+    [[ -d $folder ]] || continue
+    version=$(basename "$folder")
+    pieces=("$folder"vllm-*/vllm.tar.xz.*)
+    if [[ ${pieces[0]##*-of-} == "${#pieces[@]}" && -d $state/in/kit && ! -d $state/$version.part && ! -d $state/$version ]]; then
+      mkdir "$state/$version.part"
+      (setsid bash "$state/in/kit/unpack.sh" "$folder" "$state/$version.part" && mv "$state/$version.part" "$state/$version") \
+        >"$state/$version.log" 2>&1 &
+      disown
+    fi
+  done
+}
+
+# Sets `python`: an environment with that vLLM and the wheel of dist/, installed as a user's.
+environment() {
+  local version=v$1 wheel venv site
+  keep
+  for _ in $(seq 300); do
+    [[ -d $state/$version ]] && break
+    [[ -d $state/$version.part ]] || { echo "gpu_vllm.sh: pieces of $version are missing in $state/in" >&2; return 1; }
+    sleep 1
+  done
+  [[ -d $state/$version ]] || { cat "$state/$version.log" >&2; return 1; }
+  wheel=$(compgen -G 'dist/flashspark-*-linux_x86_64.whl' | tail -n 1)
+  [[ -f $wheel ]] || { echo "gpu_vllm.sh: no wheel in dist/: run make wheel first" >&2; return 1; }
+  venv=$state/venv-$version-$(sha256sum "$wheel" | cut -c1-12)
+  if [[ ! -d $venv ]]; then
+    "$system" -m venv --without-pip --system-site-packages "$venv.part"
+    site=$(echo "$venv.part"/lib/python3*/site-packages)
+    echo "$state/$version/site" >"$site/kit.pth"
+    "$system" -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check --target "$site" "$wheel"
+    # --target puts the command beside the packages; doctor looks for python3 beside it.
+    mv "$site/bin/flashspark" "$venv.part/bin/"
+    mv "$venv.part" "$venv"
+  fi
+  python=$venv/bin/python3
+  model=$state/$version/model
+  export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 FLASHSPARK_CAPABILITIES=${FLASHSPARK_CAPABILITIES:-9.0}
+  export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_USE_FLASHINFER_SAMPLER=0
+  export TVM_FFI_DISABLE_TORCH_C_DLPACK=1
+}
+
+# One engine: run_engine NAME FLASHSPARK CASE MODEL [--tp N]
+run_engine() {
+  local name=$1 switch=$2 case=$3 path=$4 status=0
+  shift 4
+  # Two engines at once must not write one cache of compiled graphs.
+  FLASHSPARK=$switch VLLM_CACHE_ROOT=$state/cache/$name timeout "${LIMIT:-240}" "$python" tests/vllm/gpu/e2e.py run "$case" "$out/$name.json" --model "$path" "$@" \
+    >"$out/$name.log" 2>&1 || status=$?
+  grep '^E2E' "$out/$name.log" | cut -c1-300 || true
+  ((status == 0)) || { echo "$name: exit status $status"; grep -vE '^\s*$' "$out/$name.log" | tail -n 15 | cut -c1-300; return 1; }
+}
+
+# Stock and ours at the same time, then the comparison.
+pair() {
+  local name=$1 failed=0
+  shift
+  run_engine "$name-stock" 0 "$@" &
+  run_engine "$name-ours" 1 "$@" || failed=1
+  wait $! || failed=1
+  ((failed)) && return 1
+  "$python" tests/vllm/gpu/e2e.py compare "$out/$name-stock.json" "$out/$name-ours.json"
+}
+
+pairs() {
+  local failed=0 entry
+  for entry in "$@"; do
+    # shellcheck disable=SC2086  # an entry is words
+    pair $entry || { failed=1; echo "FAILED: ${entry%% *}"; }
+  done
+  ((failed)) || echo "all of it: passed"
+  return $failed
+}
+
+e2e() {
+  local version=$1 case entries=()
+  shift
+  (($#)) || set -- eager graph default chunked prefix ngram pages thousand
+  for case in "$@"; do entries+=("v$version-$case $case $model"); done
+  pairs "${entries[@]}"
+}
+
+models() {
+  local version=$1 kind entries=()
+  shift
+  (($#)) || set -- d64 d128 d256 window softcap mixed
+  for kind in "$@"; do
+    [[ -d $state/models/$kind ]] || "$python" tests/vllm/gpu/e2e.py model "$kind" "$state/models/$kind" >"$out/model.log" 2>&1
+    entries+=("v$version-$kind-eager eager $state/models/$kind" "v$version-$kind-graph graph $state/models/$kind")
+  done
+  pairs "${entries[@]}"
+}
+
+tensor_parallel() {
+  local version=$1
+  [[ -d $state/models/tp ]] || "$python" tests/vllm/gpu/e2e.py model tp "$state/models/tp" >"$out/model.log" 2>&1
+  # One after the other: both want all GPUs.
+  run_engine "v$version-tp-stock" 0 graph "$state/models/tp" --tp 2
+  run_engine "v$version-tp-ours" 1 graph "$state/models/tp" --tp 2
+  "$python" tests/vllm/gpu/e2e.py compare "$out/v$version-tp-stock.json" "$out/v$version-tp-ours.json"
+}
+
+# One backend after the other: timings want the GPU alone. BACKENDS and MODELS choose among them.
+speed() {
+  local version=$1 model backend reports=()
+  for model in ${MODELS:-d128 d256}; do
+    for backend in ${BACKENDS:-flashspark fa3 triton}; do
+      local name=$out/v$version-speed-$backend-$model
+      if timeout "${LIMIT:-240}" "$python" bench/vllm.py run "$backend" "$model" "$name.json" >"$name.log" 2>&1; then
+        reports+=("$name.json")
+      else
+        echo "left out: $backend $model: $(grep -E 'Error|error' "$name.log" | tail -n 1 | cut -c1-200)"
+      fi
+    done
+  done
+  "$python" bench/vllm.py table "${reports[@]}" | tee "$out/v$version-speed.md"
+}
+
+stage=${1:-}
+shift || true
+case $stage in
+  prepare) prepare "$@" ;;
+  keep) keep && ls "$state/in" "$state/in"/v*/ ;;
+  verify) environment "$1" && "$python" -m flashspark.vllm.verify --batches 120 --replays 5 "${@:2}" 2>&1 | tee "$out/v$1-verify.log" | tail -n 40 ;;
+  e2e) environment "$1" && e2e "$@" ;;
+  models) environment "$1" && models "$@" ;;
+  tp) environment "$1" && tensor_parallel "$@" ;;
+  speed) environment "$1" && speed "$1" ;;
+  doctor) environment "$1" && "$(dirname "$python")/flashspark" doctor; "$python" -m flashspark.vllm.doctor | tail -n 1 | "$python" -m json.tool ;;
+  *) sed -n '2,/^set/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 2 ;;
+esac

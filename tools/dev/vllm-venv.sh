@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Makes the environment of the vLLM checks: torch (tools/dev/torch-cpu-venv.sh) and what vLLM's Python files import.
+# Nothing happens when it is there already.
+#
+#   tools/dev/vllm-venv.sh DIR
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+venv=${1:?usage: vllm-venv.sh DIR}
+lists=(packaging/requirements-vllm.txt packaging/requirements-run.txt tools/dev/torch-cpu-venv.sh)
+state=$(cat "${lists[@]}" | sha256sum | cut -c1-16)
+[[ -f $venv/.stamp && $(<"$venv/.stamp") == "$state" ]] && exit 0
+
+rm -rf "$venv"
+tools/dev/torch-cpu-venv.sh "$venv"
+pip=("$venv/bin/pip" install --quiet --disable-pip-version-check --no-warn-conflicts)
+"${pip[@]}" --no-deps -r packaging/requirements-vllm.txt
+"${pip[@]}" -r packaging/requirements-run.txt
+echo "$state" >"$venv/.stamp"
