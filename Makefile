@@ -61,7 +61,7 @@ bench: wheel $(TORCH)/.stamp
 	$(TORCH)/bin/python bench/cpu.py
 
 format: $(BIN)/.stamp
-	@git ls-files -co --exclude-standard '*.[ch]' '*.[ch]pp' | xargs $(BIN)/clang-format -i
+	@git ls-files -co --exclude-standard '*.[ch]' '*.[ch]pp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 	@$(BIN)/ruff format -q
 	@$(BIN)/ruff check --fix -q
 

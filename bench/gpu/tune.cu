@@ -1,6 +1,7 @@
 // Times one tile of one instance on dense problems, to choose the tiles of kernels/forward/instances.def:
 //   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -Iinclude -Isrc -DFLASHSPARK_NAME=d128 -DTUNE_WARPS=4 -DTUNE_ROWS=32
-//        -DTUNE_KEYS=64 -DTUNE_SCORES=64 -DTUNE_GROUPS=1 -DTUNE_SCHEDULE=ring -DTUNE_QUERIES=shared -DTUNE_BLOCKS=2 bench/gpu/tune.cu src/cuda/plan.cpp
+//        -DTUNE_KEYS=64 -DTUNE_SCORES=64 -DTUNE_GROUPS=1 -DTUNE_SCHEDULE=ring -DTUNE_QUERIES=shared -DTUNE_BLOCKS=2
+//        bench/gpu/tune.cu src/cuda/plan.cpp
 //   ./tune [shared memory to hold the residency down, KB]
 // Every line is checked against a plain kernel on some rows first.
 #include <algorithm>
@@ -80,9 +81,9 @@ int main(int argc, char **argv) {
   int resident = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, flashspark_forward, Kernel::kThreads, shared);
   constexpr Tile t = Kernel::kTile;
-  std::printf("%s %dx%dx%d %d/%d s%d q%d b%d | %d reg %zu spill %d blocks |", Kernel::kInstance.name, t.warps, t.warp_rows,
-              t.keys, t.score_keys, t.key_groups, static_cast<int>(t.schedule), static_cast<int>(t.queries), t.blocks, attributes.numRegs,
-              attributes.localSizeBytes, resident);
+  std::printf("%s %dx%dx%d %d/%d s%d q%d b%d | %d reg %zu spill %d blocks |", Kernel::kInstance.name, t.warps,
+              t.warp_rows, t.keys, t.score_keys, t.key_groups, static_cast<int>(t.schedule),
+              static_cast<int>(t.queries), t.blocks, attributes.numRegs, attributes.localSizeBytes, resident);
 
   const struct {
     int64_t batch, heads_q, heads_kv, q, k;
