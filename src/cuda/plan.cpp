@@ -101,6 +101,11 @@ int64_t value_tiles(const Params &p, const Instance &instance) {
   return ceil_div(p.head_dim_v, instance.head_dim_v);
 }
 
+// Of the whole grid before keys are split.
+int64_t blocks_of(const Params &p, const Sizes &sizes, const Instance &instance, const Tile &tile) {
+  return tiles_per_unit(p, sizes, tile.rows()) * sizes.units * value_tiles(p, instance);
+}
+
 // The longest stretch of keys that one row tile can visit.
 int64_t visible_keys(const Params &p, int64_t tile_tokens) {
   if (p.window_left < 0 || (p.window_right < 0 && p.causal == 0) || p.prefix_mode != FLASHSPARK_PREFIX_NONE)
@@ -115,7 +120,7 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
   const int64_t most = ceil_div(keys, tile.keys);
   if (p.num_splits > 0) return std::min<int64_t>({p.num_splits, most, kMostSplits});
   if (p.deterministic != 0) return 1;  // a sequence must not depend on its neighbours, whose number sets the splits
-  const int64_t blocks = tiles_per_unit(p, sizes, tile.rows()) * sizes.units * value_tiles(p, instance);
+  const int64_t blocks = blocks_of(p, sizes, instance, tile);
   const int64_t slots = residency(instance, tile, machine) * machine.sm_count;
   if (blocks * 2 > slots || keys <= kFewestSplitKeys * tile.key_groups) return 1;
   return std::clamp<int64_t>(slots / blocks, 1, std::min({kMostSplits, most, ceil_div(keys, kFewestSplitKeys)}));
@@ -135,8 +140,7 @@ double cost(const Params &p, const Sizes &sizes, const Instance &instance, const
   const auto keys = static_cast<double>(std::max<int64_t>(1, visible_keys(p, ceil_div(tile.rows(), sizes.group))));
   const bool triangle = p.causal != 0 && p.window_left < 0;
   const double kept = triangle ? 1 - static_cast<double>(std::min(p.max_seqlen_q, p.max_seqlen_k)) / 2 / keys : 1;
-  const auto blocks =
-      static_cast<double>(tiles_per_unit(p, sizes, tile.rows()) * sizes.units * value_tiles(p, instance));
+  const auto blocks = static_cast<double>(blocks_of(p, sizes, instance, tile));
   const auto resident = static_cast<double>(residency(instance, tile, machine));
   return tile.rows() * keys * slowness(tile) * std::max(resident / splits, blocks * kept / machine.sm_count);
 }

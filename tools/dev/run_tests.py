@@ -259,6 +259,16 @@ def torch(log: Log) -> None:
     run_pytest(log, TORCH / "bin", "tests/python/test_torch.py", "examples/transformers")
 
 
+def take_summary(log: Log, out: str, program: str, failure: str) -> None:
+    """Counts the line "N passed, N failed" that our own programs end with; `failure` finds what they name."""
+    summary = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
+    if not summary:
+        raise Failed(f"{program} did not finish")
+    log.passed += int(summary[1])
+    log.failed += int(summary[2])
+    log.failures += re.findall(failure, out, re.M)
+
+
 def vllm(log: Log) -> None:
     """The takeover on the real Python files of vLLM's releases, on a faked GPU. The environment is made once."""
     if os.environ.get("FLASHSPARK_SKIP_VLLM") == "1":
@@ -270,12 +280,7 @@ def vllm(log: Log) -> None:
     install(log, venv / "bin", "--reinstall-package", "flashspark", "--no-deps", built_wheel(HOST))
     words = [venv / "bin/python", "-P", "tests/vllm/run.py", "--versions", *VLLM_VERSIONS]
     out = log.run(*words, "--table", BUILD / "vllm-checks.md", check=False, env={"PYTHONPATH": ""})
-    summary = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
-    if not summary:
-        raise Failed("tests/vllm/run.py did not finish")
-    log.passed += int(summary[1])
-    log.failed += int(summary[2])
-    log.failures += re.findall(r"^ {4}(.*FAILED.*)", out, re.M)
+    take_summary(log, out, "tests/vllm/run.py", r"^ {4}(.*FAILED.*)")
 
 
 SMOKE = """
@@ -358,12 +363,7 @@ def budgets(log: Log) -> None:
     if out.startswith("skipped:"):
         log.skipped += 1
         return
-    summary = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
-    if not summary:
-        raise Failed("budgets.py did not finish")
-    log.passed += int(summary[1])
-    log.failed += int(summary[2])
-    log.failures += re.findall(r"^FAILED (.*)", out, re.M)
+    take_summary(log, out, "budgets.py", r"^FAILED (.*)")
 
 
 def emulator(log: Log) -> None:
