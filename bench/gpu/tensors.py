@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from workloads import Workload
@@ -60,8 +60,11 @@ def make(work: Workload, device: torch.device) -> Inputs:
 
 
 def rotation(work: Workload, device: torch.device) -> list[Inputs]:
-    """Enough sets that each is out of the L2 cache again when its turn comes."""
+    """Enough sets that each is out of the L2 cache again when its turn comes. The lengths are one set's, as those of all
+    layers of a model are: FlashInfer's plan is shared in the same way."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 20
     count = -(-4 * cache // work.bytes) + 1
     count = max(2, min(count, MOST_SETS, MOST_BYTES // work.bytes))
-    return [make(work, device) for _ in range(count)]
+    first = make(work, device)
+    lengths = {name: getattr(first, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")}
+    return [first, *(replace(make(work, device), **lengths) for _ in range(count - 1))]

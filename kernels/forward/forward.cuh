@@ -9,9 +9,12 @@ namespace flashspark {
 
 template <class T>
 FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
+  const Place place = find_place(a);
+  // Never: but what it asks for has to be there before the wait, and not after it.
+  if (place.rank < 0 || !fetch(a)) return;
   ptx::grid_dependency_wait();  // every block, or the next kernel might start before the one before this has ended
   ptx::grid_dependency_launch();
-  const Work work = find_work<T::kRows>(a);
+  const Work work = find_work<T::kRows>(a, place);
   if (!work.found) return;  // surplus blocks have read no tensor
   const Keys keys = find_keys(a, work.seq);
   // Q is on its way while the masks are worked out.
@@ -46,6 +49,7 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
                  {},
                  {},
                  {}};
+  start(block);
   if constexpr (!T::kChanged) {
     // Of a plain tile every row keeps every key, and the two tiles behind it, which are copied meanwhile, are whole.
     const Interval whole = block.loader.whole_tiles();
@@ -58,17 +62,14 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
     block.state.base[n] = block.state.limit[n] = kLowest;
   }
   if (begin < end) run(block);
-  finish_rows<T>(block.state);
   ptx::cp_async_wait<0>();
   if (T::kKeyGroups > 1 || a.num_splits == 1)
     ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through
-  if constexpr (T::kKeyGroups > 1) {
-    if (!join_groups<T>(block.o, block.state, block.shared)) return;
-  }
+  const Result<T> result = join_groups<T>(block.o, block.state, block.shared);
   if (a.num_splits > 1) {
-    store_partial<T>(a, work, block.o, block.state, first_column);
+    store_partial<T>(a, work, result, first_column);
   } else {
-    store_final<T>(a, work, block.o, block.state, block.shared, first_column);
+    store_final<T>(a, work, result, block.shared, first_column);
   }
 }
 

@@ -60,9 +60,10 @@ constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile) {
 constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile) {
   const int32_t stage = stage_bytes(instance, tile), queries = query_bytes(instance, tile);
   const int32_t ring = stage * tile.stages();
-  // At the end: rows of the result, and beside them what the other key groups hand to the first (see join_groups).
-  const int32_t joined =
-      tile.rows() * (instance.head_dim_v * 2 + (tile.key_groups - 1) * (instance.head_dim_v + 8) * 4);
+  // At the end: rows of the result, or what key groups hand to each other (see join_groups).
+  const int32_t joined = tile.key_groups == 1
+                             ? tile.rows() * instance.head_dim_v * 2
+                             : tile.warps * (tile.warp_rows / 16) * (instance.head_dim_v / 16 + 1) * 512;
   const int32_t loop =
       tile.queries == QueryPlace::shared ? ring + queries : (ring > stage + queries ? ring : stage + queries);
   return loop > joined ? loop : joined;

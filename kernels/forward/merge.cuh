@@ -9,9 +9,10 @@ constexpr int32_t kMergeWarps = 4;
 
 template <class Number>
 FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
+  const Place place = find_place(a);
   ptx::grid_dependency_wait();  // as in forward()
   ptx::grid_dependency_launch();
-  const Work work = find_work<kMergeWarps>(a);
+  const Work work = find_work<kMergeWarps>(a, place);
   if (!work.found) return;
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
   const ResultRow r = result_row(a, work, work.first_row + static_cast<int32_t>(ptx::thread_index() / 32));

@@ -81,15 +81,21 @@ struct Block {
   }
 };
 
+// The copies of the first tile: what else the loop needs is worked out while they are on their way. Not the hull of the
+// warp, which d128 then spills.
+template <class T>
+FLASHSPARK_DEVICE void start(Block<T> &block) {
+  block.look_up(block.begin);
+  block.copy_keys(block.begin);
+  if constexpr (T::kSchedule == Schedule::single) ptx::cp_async_commit();
+  block.copy_values(block.begin);
+  ptx::cp_async_commit();
+}
+
 // One buffer of K and one of V. Every barrier does two things: the copy awaited before it becomes visible to all, and
 // all are done with the other buffer, which is refilled after it.
 template <class T>
 FLASHSPARK_DEVICE void run_single(Block<T> &block) {
-  block.look_up(block.begin);
-  block.copy_keys(block.begin);
-  ptx::cp_async_commit();
-  block.copy_values(block.begin);
-  ptx::cp_async_commit();
   ptx::cp_async_wait<1>();  // Q and the first K
   ptx::block_barrier();
   static_assert(T::kSchedule != Schedule::single || Block<T>::kPieces == 1, "K is gone when V is used");
@@ -118,10 +124,6 @@ FLASHSPARK_DEVICE void run_single(Block<T> &block) {
 // Two buffers of each; one barrier a tile.
 template <class T>
 FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
-  block.look_up(block.begin);
-  block.copy_keys(block.begin);
-  block.copy_values(block.begin);
-  ptx::cp_async_commit();
   block.look_up(block.begin + 1);
   if constexpr (T::kQueriesInRegisters) {
     ptx::cp_async_wait<1>();  // Q

@@ -65,118 +65,154 @@ FLASHSPARK_DEVICE void store_8(Number *to, ptx::Vector16 v) {
   for (int32_t n = 0; n < 8; ++n) to[n].bits = static_cast<uint16_t>(v.word[n / 2] >> n % 2 * 16);
 }
 
-// Sums of whole rows.
+// What a warp stores: all of its rows, or with two key groups those eights of rows that its group has joined. Row
+// lane / 4 of eight n is a lane's; at holds its two columns of each n8 tile.
 template <class T>
-FLASHSPARK_DEVICE void finish_rows(LaneState<T> &state) {
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) state.sum[n] += ptx::shuffle_xor(state.sum[n], 1);
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) state.sum[n] += ptx::shuffle_xor(state.sum[n], 2);
-}
+struct Result {
+  static constexpr int32_t kEights = T::kLaneRows / T::kKeyGroups;
+  float at[kEights][T::kHeadDimV / 8][2];
+  float base[kEights], sum[kEights];
 
-FLASHSPARK_DEVICE void store_4(ptx::SharedAddress to, const float (&x)[4]) {
+  // First row of an eight among the rows of the warp.
+  static FLASHSPARK_DEVICE int32_t row(int32_t eight) {
+    return T::kKeyGroups == 1 ? eight * 8 : eight * 16 + key_group<T>() * 8;
+  }
+};
+
+FLASHSPARK_DEVICE void store_4(ptx::SharedAddress to, float a, float b, float c, float d) {
   ptx::Vector16 v;
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < 4; ++n) v.word[n] = ptx::as_word(x[n]);
+  v.word[0] = ptx::as_word(a);
+  v.word[1] = ptx::as_word(b);
+  v.word[2] = ptx::as_word(c);
+  v.word[3] = ptx::as_word(d);
   ptx::store_shared_16(to, v);
 }
 
-// The first key group gets the sum of all, the others are done. Memory: behind the rows of the result, for each of the
-// other groups vectors of four floats of every lane, those of one number of vector side by side.
+// This warp's part of the shared memory that results pass through: with two key groups it first holds what the warp of
+// the same rows in the other group hands over.
 template <class T>
-FLASHSPARK_DEVICE bool join_groups(Output<T> &o, LaneState<T> &state, ptx::SharedAddress shared) {
-  constexpr uint32_t kColumns = T::kHeadDimV / 8, kVectors = T::kSlabs * (kColumns + 1);
-  constexpr uint32_t kLanes = T::kRowWarps * 32;
-  const auto group = static_cast<uint32_t>(key_group<T>());
-  const uint32_t at = shared + T::kRows * T::ValueLayout::kPitch + ptx::thread_index() % kLanes * 16;
-  const auto place = [at](uint32_t other, uint32_t slab, uint32_t c) {
-    return at + (((other - 1) * kVectors + slab * (kColumns + 1) + c) * kLanes << 4);
-  };
-  if (group > 0) {
+FLASHSPARK_DEVICE ptx::SharedAddress result_memory(ptx::SharedAddress shared, int32_t warp) {
+  constexpr int32_t kBytes = T::kKeyGroups == 1 ? T::kWarpRows * T::ValueLayout::kPitch
+                                                : T::kSlabs * (T::kHeadDimV / 16 + 1) * 512;  // 32 lanes x 16 bytes
+  return shared + warp * kBytes;
+}
+
+// Of each 16 rows the first key group finishes the first eight and the second group the others: each hands over its
+// share of the rest, and both halves of the warps store.
+template <class T>
+FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &state, ptx::SharedAddress shared) {
+  constexpr int32_t kColumns = T::kHeadDimV / 8;
+  static_assert(T::kKeyGroups <= 2 && kColumns % 2 == 0);
+  Result<T> r;
+  if constexpr (T::kKeyGroups == 1) {
     FLASHSPARK_UNROLL
-    for (uint32_t slab = 0; slab < T::kSlabs; ++slab) {
-      const float ends[4] = {state.base[2 * slab], state.base[2 * slab + 1], state.sum[2 * slab],
-                             state.sum[2 * slab + 1]};
-      store_4(place(group, slab, kColumns), ends);
+    for (int32_t n = 0; n < T::kLaneRows; ++n) {
+      r.base[n] = state.base[n];
+      r.sum[n] = state.sum[n];
       FLASHSPARK_UNROLL
-      for (uint32_t c = 0; c < kColumns; ++c) store_4(place(group, slab, c), o.at[slab][c]);
-    }
-  }
-  ptx::block_barrier();  // the first group reads what the others have written
-  if (group > 0) return false;
-  FLASHSPARK_UNROLL
-  for (uint32_t other = 1; other < T::kKeyGroups; ++other) {
-    FLASHSPARK_UNROLL
-    for (uint32_t slab = 0; slab < T::kSlabs; ++slab) {
-      const ptx::Vector16 ends = ptx::load_shared_16(place(other, slab, kColumns));
-      float own[2], theirs[2];
-      FLASHSPARK_UNROLL
-      for (uint32_t half = 0; half < 2; ++half) {
-        const uint32_t n = 2 * slab + half;
-        const float base = larger(state.base[n], ptx::as_float(ends.word[half]));
-        own[half] = ptx::exp2_approx(state.base[n] - base);
-        theirs[half] = ptx::exp2_approx(ptx::as_float(ends.word[half]) - base);
-        state.base[n] = base;
-        state.sum[n] = state.sum[n] * own[half] + ptx::as_float(ends.word[2 + half]) * theirs[half];
+      for (int32_t c = 0; c < kColumns; ++c) {
+        r.at[n][c][0] = o.at[n / 2][c][n % 2 * 2];
+        r.at[n][c][1] = o.at[n / 2][c][n % 2 * 2 + 1];
       }
+    }
+  } else {
+    const auto warp = static_cast<int32_t>(ptx::thread_index() / 32);
+    const bool second = key_group<T>() > 0;
+    const int32_t other = second ? warp - T::kRowWarps : warp + T::kRowWarps;
+    const ptx::SharedAddress lane = ptx::thread_index() % 32 * 16;
+    const ptx::SharedAddress to = result_memory<T>(shared, other) + lane, from = result_memory<T>(shared, warp) + lane;
+    FLASHSPARK_UNROLL
+    for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+      const auto place = [slab](int32_t vector) { return (slab * (kColumns / 2 + 1) + vector) * 512; };
+      const auto handed = [&](int32_t c, int32_t x) { return second ? o.at[slab][c][x] : o.at[slab][c][2 + x]; };
       FLASHSPARK_UNROLL
-      for (uint32_t c = 0; c < kColumns; ++c) {
-        const ptx::Vector16 x = ptx::load_shared_16(place(other, slab, c));
+      for (int32_t c = 0; c < kColumns; c += 2)
+        store_4(to + place(c / 2), handed(c, 0), handed(c, 1), handed(c + 1, 0), handed(c + 1, 1));
+      const int32_t away = 2 * slab + 1, kept = 2 * slab;  // rows of the first group
+      store_4(to + place(kColumns / 2), second ? state.base[kept] : state.base[away],
+              second ? state.sum[kept] : state.sum[away], 0, 0);
+      r.base[slab] = second ? state.base[away] : state.base[kept];
+      r.sum[slab] = second ? state.sum[away] : state.sum[kept];
+      FLASHSPARK_UNROLL
+      for (int32_t c = 0; c < kColumns; ++c) {
         FLASHSPARK_UNROLL
-        for (uint32_t i = 0; i < 4; ++i)
-          o.at[slab][c][i] = o.at[slab][c][i] * own[i / 2] + ptx::as_float(x.word[i]) * theirs[i / 2];
+        for (int32_t x = 0; x < 2; ++x) r.at[slab][c][x] = second ? o.at[slab][c][2 + x] : o.at[slab][c][x];
       }
     }
+    ptx::block_barrier();  // what was handed over is there
+    FLASHSPARK_UNROLL
+    for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+      const auto place = [slab](int32_t vector) { return (slab * (kColumns / 2 + 1) + vector) * 512; };
+      const ptx::Vector16 ends = ptx::load_shared_16(from + place(kColumns / 2));
+      const float base = larger(r.base[slab], ptx::as_float(ends.word[0]));
+      const float own = ptx::exp2_approx(r.base[slab] - base);
+      const float theirs = ptx::exp2_approx(ptx::as_float(ends.word[0]) - base);
+      r.base[slab] = base;
+      r.sum[slab] = r.sum[slab] * own + ptx::as_float(ends.word[1]) * theirs;
+      FLASHSPARK_UNROLL
+      for (int32_t c = 0; c < kColumns; c += 2) {
+        const ptx::Vector16 v = ptx::load_shared_16(from + place(c / 2));
+        FLASHSPARK_UNROLL
+        for (int32_t x = 0; x < 4; ++x)
+          r.at[slab][c + x / 2][x % 2] = r.at[slab][c + x / 2][x % 2] * own + ptx::as_float(v.word[x]) * theirs;
+      }
+    }
+    ptx::warp_barrier();  // all lanes have read what the rows of the result will lie on
   }
-  return true;
+  // Sums of whole rows.
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < Result<T>::kEights; ++n) r.sum[n] += ptx::shuffle_xor(r.sum[n], 1);
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < Result<T>::kEights; ++n) r.sum[n] += ptx::shuffle_xor(r.sum[n], 2);
+  return r;
 }
 
 // One piece of a split problem: out / sum in float and the lse of the piece; -inf and nothing else if it saw no key.
 template <class T>
-FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work, const Output<T> &o,
-                                     const LaneState<T> &state, int32_t first_column) {
+FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work, const Result<T> &result,
+                                     int32_t first_column) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  const int32_t first_row = work.first_row + first_warp_row<T>() + lane / 4;
   const int64_t split = ptx::block_y();
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const ResultRow r = result_row(a, work, lane_row<T>(work, n));
+  for (int32_t n = 0; n < Result<T>::kEights; ++n) {
+    const ResultRow r = result_row(a, work, first_row + Result<T>::row(n));
     if (!r.in_use) continue;
     const int64_t row = split * a.partial_rows + partial_row(a, r);
-    const float lse = lse_of(state.base[n], state.sum[n]);
+    const float lse = lse_of(result.base[n], result.sum[n]);
     if (lane % 4 == 0 && first_column == 0) a.partial_lse[row] = lse;
     if (lse == minus_infinity()) continue;
-    const float inverse = 1.0f / state.sum[n];
+    const float inverse = 1.0f / result.sum[n];
     float *to = a.partial_out + row * a.head_dim_v + first_column + lane % 4 * 2;
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
       if (first_column + c * 8 >= a.head_dim_v) continue;
-      to[c * 8] = o.at[n / 2][c][n % 2 * 2] * inverse;
-      to[c * 8 + 1] = o.at[n / 2][c][n % 2 * 2 + 1] * inverse;
+      to[c * 8] = result.at[n][c][0] * inverse;
+      to[c * 8 + 1] = result.at[n][c][1] * inverse;
     }
   }
 }
 
 // Rows pass through shared memory, each warp's through its own piece of it, so that whole rows are written.
 template <class T>
-FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, const Output<T> &o,
-                                   const LaneState<T> &state, ptx::SharedAddress staging, int32_t first_column) {
+FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, const Result<T> &result,
+                                   ptx::SharedAddress shared, int32_t first_column) {
   using Layout = typename T::ValueLayout;
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
   const int32_t first_row = work.first_row + first_warp_row<T>();
-  staging += first_warp_row<T>() * Layout::kPitch;
+  const ptx::SharedAddress memory = result_memory<T>(shared, static_cast<int32_t>(ptx::thread_index() / 32));
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const int32_t tile_row = n / 2 * 16 + n % 2 * 8 + lane / 4;
-    const ResultRow r = result_row(a, work, first_row + tile_row);
-    const Joined joined = join_sink(state.base[n], r.in_use ? sink_of(a, r.head) : minus_infinity());
-    const float sum = state.sum[n] * joined.factor + joined.sink;
-    const float inverse = sum == 0 ? 0.0f : joined.factor / sum;
+  for (int32_t n = 0; n < Result<T>::kEights; ++n) {
+    const ResultRow r = result_row(a, work, first_row + Result<T>::row(n) + lane / 4);
+    const Joined joined = join_sink(result.base[n], r.in_use ? sink_of(a, r.head) : minus_infinity());
+    const float sum = result.sum[n] * joined.factor + joined.sink;
+    const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
     if (r.in_use && lane % 4 == 0 && first_column == 0) store_lse(a, work, r, lse_of(joined.maximum, sum));
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
       const uint32_t word =
-          ptx::pack<typename T::Number>(o.at[n / 2][c][n % 2 * 2] * inverse, o.at[n / 2][c][n % 2 * 2 + 1] * inverse);
-      ptx::store_shared_4(staging + Layout::step(Layout::offset(tile_row, 0), c) + lane % 4 * 4, word);
+          ptx::pack<typename T::Number>(result.at[n][c][0] * inverse, result.at[n][c][1] * inverse);
+      ptx::store_shared_4(memory + Layout::step(Layout::offset(n * 8 + lane / 4, 0), c) + lane % 4 * 4, word);
     }
   }
   ptx::warp_barrier();
@@ -184,15 +220,15 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
   constexpr int32_t kRowLanes = T::kRowThreads, kPassRows = 32 / kRowLanes;
   auto *out = static_cast<typename T::Number *>(a.out);
   FLASHSPARK_UNROLL
-  for (int32_t pass = 0; pass < T::kWarpRows / kPassRows; ++pass) {
-    const int32_t tile_row = pass * kPassRows + lane / kRowLanes;
-    const ResultRow r = result_row(a, work, first_row + tile_row);
+  for (int32_t pass = 0; pass < Result<T>::kEights * 8 / kPassRows; ++pass) {
+    const int32_t row = pass * kPassRows + lane / kRowLanes;
+    const ResultRow r = result_row(a, work, first_row + Result<T>::row(row / 8) + row % 8);
     auto *to = out + out_offset(a, work, r) + first_column;
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < Layout::kChunks / kRowLanes; ++n) {
       const int32_t chunk = n * kRowLanes + lane % kRowLanes;
       const ptx::Vector16 v =
-          ptx::load_shared_16(staging + Layout::offset(tile_row, lane % kRowLanes) + n * kRowLanes * 16);
+          ptx::load_shared_16(memory + Layout::offset(row, lane % kRowLanes) + n * kRowLanes * 16);
       if (r.in_use && first_column + chunk * 8 < a.head_dim_v) store_8(to + chunk * 8, v);
     }
   }

@@ -50,6 +50,7 @@ FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank) {
   Work work{};
   for (int32_t base = a.num_seqs - 1; base >= 0; base -= 32) {
     const int32_t b = base - lane;
+    const int32_t q_row = b >= 0 ? a.cu_seqlens_q[b] : 0;
     const int32_t tokens = b >= 0 ? tokens_of(a, b) : 0;
     const int32_t tiles = ceil_div(tokens * static_cast<int32_t>(a.group.value), rows);
     int32_t passed = tiles;  // tiles of this lane's sequence and of those before it
@@ -67,35 +68,56 @@ FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank) {
     work.found = true;
     work.seq = ptx::uniform(base - static_cast<int32_t>(winner));
     work.seqlen_q = ptx::uniform(ptx::shuffle(tokens, winner));
-    work.q_row = ptx::uniform(a.cu_seqlens_q[work.seq]);
+    work.q_row = ptx::uniform(ptx::shuffle(q_row, winner));
     work.first_row = ptx::uniform((ptx::shuffle(passed, winner) - 1 - rank) * rows);
     return work;
   }
   return work;
 }
 
-// The tile of block x; `rows` packed rows a tile.
-template <int32_t rows>
-FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a) {
+// What a block learns from the arguments alone, before the kernel ahead of it in the stream has ended.
+struct Place {
+  int32_t seq, head_kv;  // with cu_seqlens_q units are KV heads, and the sequence is found from `rank`
+  int32_t rank;          // of the tile among those of its unit
+};
+FLASHSPARK_DEVICE Place find_place(const ForwardArguments &a) {
   const int32_t block = static_cast<int32_t>(ptx::block_x());
   const int32_t section = block / (a.tiles * a.section_units);
   const int32_t first_unit = section * a.section_units;
   const int32_t units = min_of(a.section_units, a.units - first_unit);
   const int32_t inside = block - section * a.tiles * a.section_units;
   const int32_t rank = inside / units;
-  const int32_t unit = first_unit + inside % units;
+  const int32_t unit = first_unit + inside - rank * units;
+  const int32_t seq = unit / a.num_heads_kv;
+  return {ptx::uniform(seq), ptx::uniform(unit - seq * a.num_heads_kv), ptx::uniform(rank)};
+}
 
+// True: some word of the arguments is not 0. Reads one of each 64 bytes, a line of the constant cache: a line that is met
+// for the first time in the middle of a chain of dependent work puts its miss into that chain.
+FLASHSPARK_DEVICE bool fetch(const ForwardArguments &a) {
+  uint32_t some = 0;
+  FLASHSPARK_UNROLL
+  for (uint32_t at = 0; at < sizeof a; at += 64) {
+    uint32_t word;
+    __builtin_memcpy(&word, reinterpret_cast<const char *>(&a) + at, sizeof word);
+    some |= word;
+  }
+  return some != 0;
+}
+
+// The tile of the block; `rows` packed rows a tile.
+template <int32_t rows>
+FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a, Place place) {
   Work work{};
   if (a.cu_seqlens_q != nullptr) {
-    work = find_varlen<rows>(a, rank);
-    work.head_kv = unit;
+    work = find_varlen<rows>(a, place.rank);
   } else {
-    work.seq = unit / a.num_heads_kv;
-    work.head_kv = unit % a.num_heads_kv;
+    work.seq = place.seq;
     work.seqlen_q = tokens_of(a, work.seq);
-    work.first_row = (a.tiles - 1 - rank) * rows;
+    work.first_row = (a.tiles - 1 - place.rank) * rows;
     work.found = work.first_row < work.seqlen_q * static_cast<int32_t>(a.group.value);
   }
+  work.head_kv = place.head_kv;
   work.end_row = work.seqlen_q * static_cast<int32_t>(a.group.value);
   return work;
 }

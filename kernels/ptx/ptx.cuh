@@ -190,7 +190,7 @@ FLASHSPARK_DEVICE float widen<Float16>(Float16 x) {
   return y;
 }
 
-// ex2.approx.ftz: 2^x within 2 ulp; 2^-inf = 0. lg2.approx.ftz: log2 x.
+// ex2.approx.ftz: 2^x within 2 ulp; 2^-inf = 0. lg2.approx.ftz: log2 x. rcp.approx.ftz: 1 / x within 1 ulp.
 FLASHSPARK_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -199,6 +199,11 @@ FLASHSPARK_DEVICE float exp2_approx(float x) {
 FLASHSPARK_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FLASHSPARK_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

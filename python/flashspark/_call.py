@@ -164,8 +164,9 @@ def _export(name: str, x: Any) -> Any:
     raise TypeError(text)
 
 
-def _is_plain(tensor: type, q: Array, k: Array, v: Array, out: Array | None, tail: tuple[Any, ...]) -> bool:
+def _is_plain(torch: Any, q: Array, k: Array, v: Array, out: Array | None, tail: tuple[Any, ...]) -> bool:
     """Whether torch tensors can be passed as they are: one 16- or 32-bit type, no gradients."""
+    tensor = torch.Tensor
     if type(q) is not tensor or type(k) is not tensor or type(v) is not tensor:
         return False
     dtype = q.dtype
@@ -173,11 +174,9 @@ def _is_plain(tensor: type, q: Array, k: Array, v: Array, out: Array | None, tai
         return False
     if not (q.is_cuda and k.is_cuda and v.is_cuda) and not (q.is_cpu and k.is_cpu and v.is_cpu):
         return False
-    if q.requires_grad or k.requires_grad or v.requires_grad:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
-    if out is not None and (
-        type(out) is not tensor or out.dtype is not dtype or out.device != q.device or out.requires_grad
-    ):
+    if out is not None and (type(out) is not tensor or out.dtype is not dtype or out.requires_grad):
         return False
     return not tail or (tail[OUTPUT_SCALE] is None and _no_grad(tail[SINKS]) and _no_grad(tail[REL_LOGITS]))
 
@@ -214,7 +213,7 @@ def attend(
         except BufferError:
             pass
     elif (
-        not explain and (torch := sys.modules.get("torch")) is not None and _is_plain(torch.Tensor, q, k, v, out, tail)
+        not explain and (torch := sys.modules.get("torch")) is not None and _is_plain(torch, q, k, v, out, tail)
     ):
         # The same for torch, where a call on a GPU takes as long as a small kernel runs.
         if out is None:

@@ -21,7 +21,7 @@ from problem import Problem, Spec, build
 INSTANCES = Path(__file__).resolve().parents[2] / "kernels/forward/instances.def"
 PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+),", re.M)
 
-WIDE = Spec([200, 65, 0, 300] * 6, [330, 65, 9, 300] * 6, (8, 4))  # rows enough to fill the largest GPU's SMs
+WIDE = Spec([200, 65, 0, 300] * 12, [330, 65, 9, 300] * 12, (8, 4))  # rows enough to fill the largest GPU's SMs
 FEW = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
 CHANGED = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
 

@@ -187,6 +187,9 @@ inline float exp2_approx(float x) {
 inline float log2_approx(float x) {
   return detail::flush(std::log2(detail::flush(x)));
 }
+inline float reciprocal_approx(float x) {
+  return 1.0f / x;
+}
 
 inline float shuffle_xor(float x, uint32_t mask, FLASHSPARK_CALLER) {
   return as_float(emulator::exchange(emulator::Operation::shuffle_xor, as_word(x), mask, site));
