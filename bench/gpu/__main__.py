@@ -153,7 +153,7 @@ def git_commit() -> str:
 
 
 def host_calls(makers: Makers) -> dict[str, float]:
-    """Of a small decode step, with keys end to end and in pages; torch's own cheapest call tells how fast the host is."""
+    """Of a small decode step, with keys end to end and in pages; one call of torch's tells how fast the host is."""
     x = torch.zeros(4096, device="cuda")
     found = {"torch.add(x, x, out=x)": measure.host_call_us(lambda: torch.add(x, x, out=x))}
     for name, maker in makers.items():

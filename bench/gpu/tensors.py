@@ -60,8 +60,8 @@ def make(work: Workload, device: torch.device) -> Inputs:
 
 
 def rotation(work: Workload, device: torch.device) -> list[Inputs]:
-    """Enough sets that each is out of the L2 cache again when its turn comes. The lengths are one set's, as those of all
-    layers of a model are: FlashInfer's plan is shared in the same way."""
+    """Enough sets that each is out of the L2 cache again when its turn comes. They share the lengths, as layers of a
+    model do and as FlashInfer's plan is shared."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 20
     count = -(-4 * cache // work.bytes) + 1
     count = max(2, min(count, MOST_SETS, MOST_BYTES // work.bytes))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tune.sh FILE: each line of FILE is "name warps rows keys scores groups schedule queries blocks [held KB]"; builds all, then times them.
-# TUNE_KERNELS: another copy of kernels/; TUNE_OUT: where the programs go; TUNE_FLAGS: more flags. Columns: TFLOP/s of B4 32/8 S4096 full, causal; B1 16/8 S1024, S8192 causal; B1 64/8 chunk of 1024 over 32k.
+# TUNE_KERNELS: another copy of kernels/; TUNE_OUT: where the programs go; TUNE_FLAGS: more flags. Columns: TFLOP/s of B4 32/8 S4096 full, causal; B1 16/8 S256, S512, S1024, S8192 causal; B1 64/8 chunk of 1024 over 32k.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${TUNE_OUT:-/tmp/tune}

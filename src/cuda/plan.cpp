@@ -127,9 +127,10 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
 }
 
 // Measured on an H100 in full grids: warps of 16 rows, which read K and V for half as many rows as those of 32, are 15%
-// slower a row, and key groups, of which all but one idle at the end, another 20%.
+// slower a row, key groups, which compute what lies beyond the diagonal, another 20%, and blocks of 32 rows, each of which
+// copies K and V, another 15%.
 double slowness(const Tile &tile) {
-  return (tile.warp_rows == 16 ? 1.15 : 1.0) * (tile.key_groups > 1 ? 1.2 : 1.0);
+  return (tile.warp_rows == 16 ? 1.15 : 1.0) * (tile.key_groups > 1 ? 1.2 : 1.0) * (tile.rows() <= 32 ? 1.15 : 1.0);
 }
 
 // What a choice costs, in rows times keys that an SM with all its blocks works on: the longest block, which shares its

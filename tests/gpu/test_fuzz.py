@@ -7,6 +7,7 @@ FLASHSPARK_GPU_CASES=1 FLASHSPARK_GPU_SEED=n runs that case alone.
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -104,24 +105,38 @@ def draw(seed: int) -> Spec:
     return Spec(q_lens, k_lens, heads, dims, torch.bfloat16 if often(0.6) else torch.float16, **options)
 
 
+def failures_of(spec: Spec, seed: int, device: torch.device) -> list[str]:
+    problem = build(spec, seed, device)
+    poison_unseen(problem)
+    return failures(problem, *problem.run())
+
+
+def failures_once_there_is_memory(spec: Spec, seed: int, device: torch.device) -> list[str]:
+    """Several processes share the GPU, and the oracle wants gigabytes for some cases: it waits for the others."""
+    for _ in range(60):
+        try:
+            return failures_of(spec, seed, device)
+        except torch.OutOfMemoryError:
+            pass  # outside the handler, which keeps the frames and so their tensors
+        torch.cuda.empty_cache()
+        time.sleep(1)
+    return failures_of(spec, seed, device)
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_serving_batches(chunk, device):
     problems = []
     for seed in range(FIRST + chunk, FIRST + CASES, CHUNKS):
         spec = draw(seed)
         try:
-            problem = build(spec, seed, device)
-            poison_unseen(problem)
-            out, lse = problem.run()
-            found = failures(problem, out, lse)
+            found = failures_once_there_is_memory(spec, seed, device)
         except Exception as error:
             # A fault of the device ends every case after it: the first one is what to look at.
             raise AssertionError(f"seed {seed}: {error!r}\n{spec}") from error
         if found:
             problems.append(f"seed {seed}: {found}\n  {spec}")
         # Sizes differ from case to case, and several processes share the GPU.
-        if device.type == "cuda" and torch.cuda.memory_reserved() > 8 << 30:
-            del problem, out, lse
+        if device.type == "cuda" and torch.cuda.memory_reserved() > 4 << 30:
             torch.cuda.empty_cache()
     assert not problems, f"{len(problems)} of {CASES // CHUNKS}:\n" + "\n".join(problems[:5])
 
