@@ -164,19 +164,8 @@ def _export(name: str, x: Any) -> Any:
     raise TypeError(text)
 
 
-def _is_plain(torch: Any, q: Array, k: Array, v: Array, out: Array | None, tail: tuple[Any, ...]) -> bool:
-    """Whether to try torch tensors as they are: one 16- or 32-bit type, no gradients. All else the native reader asks,
-    and the general way then says what is wrong."""
-    dtype = q.dtype
-    if k.dtype is not dtype or dtype.itemsize < 2:
-        return False
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or not _no_grad(out)):
-        return False
-    return not tail or (tail[OUTPUT_SCALE] is None and _no_grad(tail[SINKS]) and _no_grad(tail[REL_LOGITS]))
-
-
-def _no_grad(x: Array | None) -> bool:
-    return x is None or not getattr(x, "requires_grad", False)
+def _has_grad(x: Array | None) -> bool:
+    return x is not None and getattr(x, "requires_grad", False)
 
 
 def attend(
@@ -210,9 +199,12 @@ def attend(
         not explain
         and (torch := sys.modules.get("torch")) is not None
         and type(q) is type(k) is type(v) is torch.Tensor
-        and _is_plain(torch, q, k, v, out, tail)
+        and (dtype := q.dtype) is k.dtype
+        and dtype.itemsize > 1
+        and (not tail or tail[SINKS] is tail[REL_LOGITS] is tail[OUTPUT_SCALE] is None)
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _has_grad(out)))
     ):
-        # The same for torch, where a call on a GPU takes as long as a small kernel runs.
+        # The same for torch, where a call on a GPU takes as long as a small kernel. The native reader asks the rest.
         if out is None:
             same = q.is_contiguous() and v.dim() > 0 and v.size(-1) == q.size(-1)
             out = torch.empty_like(q) if same else empty_out(q, v, None)
@@ -221,7 +213,7 @@ def attend(
         try:
             function(face, 0, q, k, v, out, lse, *head, *tail)
             return out, lse
-        except Exception:  # noqa: BLE001, S110 - nothing was launched: the general way says what is wrong, or mends it
+        except Exception:  # noqa: BLE001, S110 - the general way says what is wrong, or mends it
             pass
     if out is None:
         out = empty_out(q, v, tail[OUTPUT_SCALE] if tail else None)

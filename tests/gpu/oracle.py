@@ -13,13 +13,15 @@ from problem import Problem
 
 FREE_PADDING = 1 << 22  # work that a group may waste whatever its size
 KEY_COST = 64  # a key costs its scores and, once, the copy of its row: as much as this many scores
+MOST_NUMBERS = 1 << 28  # 2 GiB of float64; several tensors of that size are alive at once
 INFINITY = float("inf")
 
 
 @dataclass
 class Answer:
-    """Flat over query rows; rows that no sequence covers are NaN. lse: (rows, Hq)."""
+    """Of the query rows in use, in the order of the sequences: padded rows may be most of a batch. lse: (rows, Hq)."""
 
+    rows: torch.Tensor  # flat numbers of those rows
     exact: torch.Tensor
     exact_lse: torch.Tensor
     rounded: torch.Tensor
@@ -41,6 +43,17 @@ def groups(q_len: np.ndarray, k_len: np.ndarray) -> list[np.ndarray]:
         result[-1].append(b)
         tq, tk, real = wide_q, wide_k, real + cost
     return [np.array(g) for g in result]
+
+
+def in_memory(whole: list[np.ndarray], numbers: np.ndarray, p: Problem) -> list[np.ndarray]:
+    """The groups, cut so that scores and copies of keys stay below MOST_NUMBERS where a group has several sequences."""
+    key = p.k.shape[-2] * (p.k.shape[-1] + p.v.shape[-1])
+    parts = []
+    for members in whole:
+        tq, tk = int(numbers[1][members].max()), max(int(numbers[3][members].max()), 1)
+        each = tk * max(p.q.shape[-2] * tq, key)
+        parts += np.array_split(members, min(len(members), -(-len(members) * each // MOST_NUMBERS)))
+    return parts
 
 
 @dataclass
@@ -188,16 +201,20 @@ def _attend(
 def attend(p: Problem) -> Answer:
     numbers = p.sequences()
     sequences = torch.from_numpy(numbers).to(p.q.device)
-    rows = p.q.shape[:-2].numel()
     heads, dim_v = p.q.shape[-2], p.v.shape[-1]
+    stride = 0 if p.q.ndim == 3 else p.q.shape[1]
+    used = [b * stride + first + np.arange(count) for b, (first, count) in enumerate(numbers[:2].T)]
+    rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *used])).to(p.q.device)
+    place = rows.new_full((p.q.shape[:-2].numel() + 1,), len(rows))
+    place[rows] = torch.arange(len(rows), device=p.q.device)
 
     def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         # One row more takes what is padding.
-        return torch.full((rows + 1, *shape), float("nan"), dtype=dtype, device=p.q.device)
+        return torch.full((len(rows) + 1, *shape), float("nan"), dtype=dtype, device=p.q.device)
 
     exact, exact_lse = empty(torch.float64, heads, dim_v), empty(torch.float64, heads)
     rounded, rounded_lse = empty(torch.float32, heads, dim_v), empty(torch.float32, heads)
-    for members in groups(numbers[1], numbers[3]):
+    for members in in_memory(groups(numbers[1], numbers[3]), numbers, p):
         longest = (int(numbers[1][members].max()), max(int(numbers[3][members].max()), 1))
         g = group(p, members, longest, sequences)
         kept = g.keep.any(1)
@@ -206,9 +223,10 @@ def attend(p: Problem) -> Answer:
             (torch.float32, p.q.dtype, rounded, rounded_lse),
         ):
             o, logsum = _attend(p, g, kept, dtype, round_to)
-            out.index_copy_(0, g.rows.flatten(), (o if round_to is None else o.to(round_to).float()).flatten(0, 1))
-            lse.index_copy_(0, g.rows.flatten(), logsum.flatten(0, 1))
-    return Answer(exact[:-1], exact_lse[:-1], rounded[:-1], rounded_lse[:-1])
+            at = place[g.rows.flatten()]
+            out.index_copy_(0, at, (o if round_to is None else o.to(round_to).float()).flatten(0, 1))
+            lse.index_copy_(0, at, logsum.flatten(0, 1))
+    return Answer(rows, exact[:-1], exact_lse[:-1], rounded[:-1], rounded_lse[:-1])
 
 
 def poison_unseen(p: Problem) -> None:
@@ -251,11 +269,20 @@ def failures(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, answer: An
     if lse is not None:
         rows = lse.T if lse.ndim == 2 else lse.transpose(1, 2).reshape(-1, lse.shape[1])
         compared["lse"] = (rows, answer.exact_lse, answer.rounded_lse)
-    numbers = torch.stack([_metrics(*x) for x in compared.values()]).tolist()  # the one wait of a case
+    unused = torch.ones(p.q.shape[:-2].numel(), dtype=torch.bool, device=p.q.device)
+    unused[answer.rows] = False
+    numbers = torch.stack(
+        [
+            torch.cat([_metrics(got[answer.rows], *wanted), (~got.isnan()).flatten(1).any(1)[unused].sum()[None]])
+            for got, *wanted in compared.values()
+        ]
+    ).tolist()  # the one wait of a case
     found = []
-    for name, (differ, ours, theirs, rms, their_rms, largest) in zip(compared, numbers):
+    for name, (differ, ours, theirs, rms, their_rms, largest, touched) in zip(compared, numbers):
         # lse has no rounding to 16 bits that would cover float32's own: 8 units in the last place of its largest.
         slack = 1e-5 + (1e-6 * largest if name == "lse" else 0)
+        if touched:
+            found.append(f"{name}: {touched:.0f} rows written that are not in use")
         if differ:
             found.append(f"{name}: {differ:.0f} NaN or infinities where they do not belong, or missing")
         if not ours <= 2 * theirs + slack:
