@@ -66,8 +66,8 @@ constexpr FeatureSet without(std::initializer_list<std::string_view> left_out) {
   }
   return set;
 }
-constexpr FeatureSet kCudaFeatures = without({"float32", "fp8 q", "fp8 kv", "fp8 out", "out dtype other than q's"});
-static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 5);
+constexpr FeatureSet kCudaFeatures = without({"float32", "fp8 out"});
+static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 2);
 
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;

@@ -23,7 +23,13 @@ struct PageSteps {
 };
 
 enum class PrefixMode : int32_t { none, per_seq, per_token };
-enum class Number : int32_t { float32, float16, bfloat16 };  // of sinks and rel_logits
+enum class Number : int32_t { float32, float16, bfloat16, e4m3 };
+
+// A factor for each sequence and KV head; strides may be 0. NULL: 1.
+struct Scale {
+  const float *data;
+  int64_t seq_stride, head_stride;
+};
 
 struct ForwardArguments {
   const void *q, *k, *v;
@@ -41,11 +47,15 @@ struct ForwardArguments {
   int64_t page_table_stride;
   PageSteps k_pages, v_pages;
 
+  // Of kernels that convert K and V from e4m3 alone: the others have one type for all.
+  Number q_number, out_number;
+  Scale q_descale, k_descale, v_descale;  // q's is NULL unless q is e4m3
+
   // Scores.
   float softmax_scale;  // scores leave the product in natural units times this
   float softcap;        // 0: off
   const void *sinks;    // (Hq)
-  Number sinks_number, rel_number;
+  Number sinks_number, rel_number;  // no e4m3
   const void *rel_logits;
   int64_t rel_token_stride, rel_head_stride;
   int32_t rel_extent;

@@ -17,9 +17,11 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   const Work work = find_work<T::kRows>(a, place);
   if (!work.found) return;  // surplus blocks have read no tensor
   const Keys keys = find_keys(a, work.seq);
-  // Q is on its way while the masks are worked out.
-  copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
-  ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
+  if constexpr (!T::kConverts) {
+    // Q is on its way while the masks are worked out.
+    copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
+    ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
+  }
   const Mask mask = find_mask(a, work, keys);
   const int32_t end_row = min_of(work.first_row + T::kRows, work.end_row);
   const Hull hull = hull_of<T::kChanged>(a, mask, work.first_row, end_row);
@@ -48,8 +50,15 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
                  {},
                  {},
                  {},
-                 {}};
+                 {},
+                 0};
   start(block);
+  float value_scale = 1;
+  if constexpr (T::kConverts) {
+    copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
+    block.converted_scale = larger(a.softmax_scale * scale_of(a.q_descale, work) * scale_of(a.k_descale, work), 1e-30f);
+    value_scale = scale_of(a.v_descale, work);
+  }
   if constexpr (!T::kChanged) {
     // Of a plain tile every row keeps every key, and the two tiles behind it, which are copied meanwhile, are whole.
     const Interval whole = block.loader.whole_tiles();
@@ -67,9 +76,9 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
     ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through
   const Result<T> result = join_groups<T>(block.o, block.state, block.shared);
   if (a.num_splits > 1) {
-    store_partial<T>(a, work, result, first_column);
+    store_partial<T>(a, work, result, value_scale, first_column);
   } else {
-    store_final<T>(a, work, result, block.shared, first_column);
+    store_final<T>(a, work, result, value_scale, block.shared, first_column);
   }
 }
 

@@ -57,7 +57,32 @@ constexpr int32_t query_bytes(const Instance &instance, const Tile &tile) {
 constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile) {
   return tile.keys * (instance.head_dim + instance.head_dim_v) * 2;
 }
-constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile) {
+// Kernels that convert K and V from e4m3 (`converts`) keep one tile of them as the 16-bit numbers that they compute with,
+// and the next two, as they lie in the cache, in places that each thread has for itself. Threads that copy one row, 16
+// bytes each: as many as there are chunks in a group (TileLayout).
+constexpr int32_t row_threads(const Instance &instance) {
+  return instance.head_dim % 64 == 0 && instance.head_dim_v % 64 == 0 ? 8 : 4;
+}
+constexpr int32_t raw_loads(int32_t columns, int32_t row_threads) {  // of a thread in one row
+  return (columns / 16 + row_threads - 1) / row_threads;
+}
+constexpr int32_t raw_bytes(const Instance &instance, const Tile &tile) {
+  const int32_t lanes = row_threads(instance);
+  const int32_t loads = raw_loads(instance.head_dim, lanes) + raw_loads(instance.head_dim_v, lanes);
+  return tile.keys * lanes * 16 * loads;
+}
+// Where the tiles in e4m3 lie: the first behind Q, if Q passes through shared memory into registers.
+struct RawPlaces {
+  int32_t first, second, end;
+};
+constexpr RawPlaces raw_places(const Instance &instance, const Tile &tile) {
+  const int32_t second = stage_bytes(instance, tile), raw = raw_bytes(instance, tile);
+  const int32_t queries = tile.queries == QueryPlace::registers ? query_bytes(instance, tile) : 0;
+  const int32_t first = second + raw > queries ? second + raw : queries;
+  return {first, second, first + raw};
+}
+
+constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool converts = false) {
   const int32_t stage = stage_bytes(instance, tile), queries = query_bytes(instance, tile);
   const int32_t ring = stage * tile.stages();
   // At the end: rows of the result, or what key groups hand to each other (see join_groups).
@@ -65,7 +90,8 @@ constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile) {
                              ? tile.rows() * instance.head_dim_v * 2
                              : tile.warps * (tile.warp_rows / 16) * (instance.head_dim_v / 16 + 1) * 512;
   const int32_t loop =
-      tile.queries == QueryPlace::shared ? ring + queries : (ring > stage + queries ? ring : stage + queries);
+      converts ? raw_places(instance, tile).end + (tile.queries == QueryPlace::shared ? queries : 0)
+      : tile.queries == QueryPlace::shared ? ring + queries : (ring > stage + queries ? ring : stage + queries);
   return loop > joined ? loop : joined;
 }
 

@@ -28,22 +28,29 @@ struct Block {
   Queries<T> q;
   Output<T> o;
   LaneState<T> state;
+  float converted_scale;  // softmax_scale times the factors of q and k
 
   // The first tile takes the first stage: queries on their way to registers lie in the second.
   FLASHSPARK_DEVICE ptx::SharedAddress stage(int32_t n) const {
-    return shared + (T::kStages == 1 ? 0 : (n - begin) % 2 * T::kStageBytes);
+    return shared + (T::kStages == 1 || T::kConverts ? 0 : (n - begin) % 2 * T::kStageBytes);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress queries() const { return shared + T::kQueryOffset; }
+
+  // Where the copies of tile n land: kernels that convert have places for two behind their one stage.
+  FLASHSPARK_DEVICE ptx::SharedAddress copies(int32_t n) const {
+    if constexpr (T::kConverts) return shared + ((n - begin) % 2 == 0 ? T::kRaw.first : T::kRaw.second);
+    return stage(n);
+  }
 
   // Pages of tile n are looked up one step before they are used.
   FLASHSPARK_DEVICE void look_up(int32_t n) {
     if (n < end) loader.look_up(tiles.at(n));
   }
   FLASHSPARK_DEVICE void copy_keys(int32_t n) {
-    if (n < end) loader.template copy<false>(tiles.at(n), stage(n));
+    if (n < end) loader.template copy<false>(tiles.at(n), copies(n));
   }
   FLASHSPARK_DEVICE void copy_values(int32_t n) {
-    if (n < end) loader.template copy<true>(tiles.at(n), stage(n));
+    if (n < end) loader.template copy<true>(tiles.at(n), copies(n));
   }
 
   // A warp goes through its key group's part of a tile in pieces of kScoreKeys keys: piece 0, 1, ... kPieces - 1.
@@ -63,13 +70,15 @@ struct Block {
   FLASHSPARK_DEVICE void scores(Scores<T> &s, int32_t n, int32_t piece) const {
     multiply_keys<T>(s, q, queries(), stage(n) + row_of(piece) * T::KeyLayout::kPitch, lane);
   }
-  FLASHSPARK_DEVICE float scale() const { return T::kChanged ? 1.0f : a.softmax_scale; }
+  // Of q k, in natural units for instances that change scores, else in those of log2.
+  FLASHSPARK_DEVICE float softmax_scale() const { return T::kConverts ? converted_scale : a.softmax_scale; }
+  FLASHSPARK_DEVICE float scale() const { return T::kChanged ? 1.0f : softmax_scale(); }
   // What a piece of a tile that is not plain asks for: scale, caps and biases, and the mask where some row drops a key.
   FLASHSPARK_DEVICE void change_and_mask(Scores<T> &s, int32_t first) {
     bool full = first >= warp_hull.core[0].begin && first + T::kScoreKeys <= warp_hull.core[0].end;
     if constexpr (T::kChanged) {
       full = full || (first >= warp_hull.core[1].begin && first + T::kScoreKeys <= warp_hull.core[1].end);
-      change_scores<T>(s, rows, a, first);
+      change_scores<T>(s, rows, a, softmax_scale(), first);
     }
     if (!full) mask_scores<T>(s, rows, a, work, mask, first);
   }
@@ -87,7 +96,7 @@ template <class T>
 FLASHSPARK_DEVICE void start(Block<T> &block) {
   block.look_up(block.begin);
   block.copy_keys(block.begin);
-  if constexpr (T::kSchedule == Schedule::single) ptx::cp_async_commit();
+  if constexpr (T::kSchedule == Schedule::single && !T::kConverts) ptx::cp_async_commit();
   block.copy_values(block.begin);
   ptx::cp_async_commit();
 }
@@ -178,10 +187,46 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
   }
 }
 
+// One buffer of 16-bit numbers, made of what two copies in e4m3 bring. A tile is converted once for all warps.
+template <class T>
+FLASHSPARK_DEVICE void run_converting(Block<T> &block) {
+  if constexpr (T::kQueriesInRegisters) {
+    ptx::block_barrier();  // Q is there
+    load_queries<T>(block.q, block.queries(), block.lane);
+  }
+  block.look_up(block.begin + 1);
+  FLASHSPARK_NO_UNROLL
+  for (int32_t n = block.begin; n < block.end; ++n) {
+    ptx::cp_async_wait<0>();  // what this thread has copied of the tile, which nobody else reads
+    ptx::block_barrier();     // all are done with the tile before (and with Q's passage)
+    block.loader.template convert<false>(block.copies(n), block.shared);
+    block.loader.template convert<true>(block.copies(n), block.shared);
+    block.copy_keys(n + 1);
+    block.copy_values(n + 1);
+    ptx::cp_async_commit();
+    block.look_up(n + 2);
+    ptx::block_barrier();  // the tile is there (and Q, where it stays in shared memory)
+    FLASHSPARK_NO_UNROLL
+    for (int32_t piece = 0; piece < Block<T>::kPieces; ++piece) {
+      const int32_t first = block.first_key(n, piece);
+      if (!block.meets(first)) continue;
+      Scores<T> s;
+      block.scores(s, n, piece);
+      block.change_and_mask(s, first);
+      block.finish(s, n, piece);
+    }
+  }
+}
+
 template <class T>
 FLASHSPARK_DEVICE void run(Block<T> &block) {
-  if constexpr (T::kSchedule == Schedule::single) run_single(block);
-  if constexpr (T::kSchedule == Schedule::ring) run_ring(block);
+  if constexpr (T::kConverts) {
+    run_converting(block);
+  } else if constexpr (T::kSchedule == Schedule::single) {
+    run_single(block);
+  } else {
+    run_ring(block);
+  }
 }
 
 }  // namespace flashspark

@@ -170,7 +170,7 @@ FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &
 // One piece of a split problem: out / sum in float and the lse of the piece; -inf and nothing else if it saw no key.
 template <class T>
 FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work, const Result<T> &result,
-                                     int32_t first_column) {
+                                     float value_scale, int32_t first_column) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
   const int32_t first_row = work.first_row + first_warp_row<T>() + lane / 4;
   const int64_t split = ptx::block_y();
@@ -182,7 +182,7 @@ FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work
     const float lse = lse_of(result.base[n], result.sum[n]);
     if (lane % 4 == 0 && first_column == 0) a.partial_lse[row] = lse;
     if (lse == minus_infinity()) continue;
-    const float inverse = 1.0f / result.sum[n];
+    const float inverse = (T::kConverts ? value_scale : 1.0f) / result.sum[n];
     float *to = a.partial_out + row * a.head_dim_v + first_column + lane % 4 * 2;
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
@@ -196,7 +196,7 @@ FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work
 // Rows pass through shared memory, each warp's through its own piece of it, so that whole rows are written.
 template <class T>
 FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, const Result<T> &result,
-                                   ptx::SharedAddress shared, int32_t first_column) {
+                                   float value_scale, ptx::SharedAddress shared, int32_t first_column) {
   using Layout = typename T::ValueLayout;
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
   const int32_t first_row = work.first_row + first_warp_row<T>();
@@ -206,12 +206,15 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
     const ResultRow r = result_row(a, work, first_row + Result<T>::row(n) + lane / 4);
     const Joined joined = join_sink(result.base[n], r.in_use ? sink_of(a, r.head) : minus_infinity());
     const float sum = result.sum[n] * joined.factor + joined.sink;
-    const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
+    float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
+    if constexpr (T::kConverts) inverse *= value_scale;
     if (r.in_use && lane % 4 == 0 && first_column == 0) store_lse(a, work, r, lse_of(joined.maximum, sum));
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
-      const uint32_t word =
-          ptx::pack<typename T::Number>(result.at[n][c][0] * inverse, result.at[n][c][1] * inverse);
+      const float low = result.at[n][c][0] * inverse, high = result.at[n][c][1] * inverse;
+      const uint32_t word = T::kConverts && a.out_number == Number::bfloat16
+                                ? ptx::pack<ptx::Bfloat16>(low, high)
+                                : ptx::pack<typename T::Number>(low, high);
       ptx::store_shared_4(memory + Layout::step(Layout::offset(n * 8 + lane / 4, 0), c) + lane % 4 * 4, word);
     }
   }

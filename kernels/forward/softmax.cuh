@@ -73,7 +73,7 @@ FLASHSPARK_DEVICE ChangedRow changed_row(const ForwardArguments &a, const Work &
 // Scale, softcap and biases, to units of log2.
 template <class T>
 FLASHSPARK_DEVICE void change_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLaneRows], const ForwardArguments &a,
-                                     int32_t first_key) {
+                                     float softmax_scale, int32_t first_key) {
   const int32_t column = static_cast<int32_t>(ptx::thread_index() % 4) * 2;
   const float cap = a.softcap * kLog2E, inverse_cap = a.softcap > 0 ? 2 * kLog2E / a.softcap : 0;
   FLASHSPARK_UNROLL
@@ -81,7 +81,7 @@ FLASHSPARK_DEVICE void change_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::k
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       float &x = s.at[n / 2][c / 2][n % 2 * 2 + c % 2];
-      x *= a.softmax_scale;
+      x *= softmax_scale;
       // tanh y = 1 - 2 / (e^2y + 1)
       x = a.softcap > 0 ? cap - 2 * cap / (ptx::exp2_approx(x * inverse_cap) + 1) : x * kLog2E;
       const int32_t distance = rows[n].pos - (first_key + c / 2 * 8 + column + c % 2);

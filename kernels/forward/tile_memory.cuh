@@ -12,14 +12,15 @@ namespace flashspark {
 // copies themselves; others take a slow path that looks at every key.
 template <class T>
 struct KeyLoader {
-  using Number = typename T::Number;
+  using Stored = typename T::Stored;
+  static constexpr int32_t kChunkNumbers = 16 / sizeof(Stored);
   // Rows of a tile lie on aligned groups of 16, and a page holds a multiple of 16: a thread's rows of one pass share a
   // page with their group.
   static constexpr int32_t kGroupRows = 16;
   static_assert(T::kPassRows % kGroupRows == 0 && T::kKeys % kGroupRows == 0);
 
   const ForwardArguments &a;
-  const Number *k, *v;   // of this KV head, at this thread's first chunk of its row of tile 0 (or of page row 0)
+  const Stored *k, *v;   // of this KV head, at this thread's first chunk of its row of tile 0 (or of page row 0)
   const int32_t *pages;  // NULL: contiguous
   Interval hull[2];
   uint32_t place;     // of this thread in a tile of K
@@ -81,7 +82,7 @@ struct KeyLoader {
   }
   // A whole tile; `from` is from_tile(tile), or k and v after step().
   template <bool values>
-  FLASHSPARK_DEVICE void copy_whole(int32_t tile, const Number *from, ptx::SharedAddress stage) const {
+  FLASHSPARK_DEVICE void copy_whole(int32_t tile, const Stored *from, ptx::SharedAddress stage) const {
     using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
     const Strides &strides = values ? a.v_strides : a.k_strides;
     const ptx::SharedAddress to = target<values>(stage);
@@ -92,7 +93,7 @@ struct KeyLoader {
         const int32_t slot = divide(group(tile, pass), a.page_size).remainder;
         const int64_t offset = static_cast<int64_t>(page[pass] * steps.page + slot * steps.slot) * steps.unit;
         copy_row<Layout>(to, pass,
-                         reinterpret_cast<const Number *>(reinterpret_cast<const char *>(values ? v : k) + offset));
+                         reinterpret_cast<const Stored *>(reinterpret_cast<const char *>(values ? v : k) + offset));
       }
     } else {
       FLASHSPARK_UNROLL
@@ -101,7 +102,7 @@ struct KeyLoader {
     }
   }
   template <bool values>
-  FLASHSPARK_DEVICE const Number *from_tile(int32_t tile) const {
+  FLASHSPARK_DEVICE const Stored *from_tile(int32_t tile) const {
     return (values ? v : k) + tile * (T::kKeys * (values ? a.v_strides.token : a.k_strides.token));
   }
 
@@ -114,21 +115,73 @@ struct KeyLoader {
     v += tiles * (T::kKeys * a.v_strides.token);
   }
 
+  // From e4m3, as this thread has copied it to `raw`, to the 16-bit numbers of a tile.
+  template <bool values>
+  FLASHSPARK_DEVICE void convert(ptx::SharedAddress raw, ptx::SharedAddress tile) const {
+    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
+    const auto first = static_cast<uint32_t>(2 * chunk());
+    const ptx::SharedAddress from = target<values>(raw);
+    ptx::SharedAddress to = tile + (values ? T::kKeyBytes : 0) + row() * Layout::kPitch +
+                            first / Layout::kGroup * (Layout::kGroup * 16) +
+                            ((first % Layout::kGroup ^ Layout::swizzle(row())) << 4);
+    // Half of the lanes that store at once begin with the second of their two chunks, or they would meet in one bank.
+    const bool second_first = (Layout::kGroup == 8 ? chunk() / 4 : row()) % 2 != 0;
+    if (second_first) to ^= 16;
+    FLASHSPARK_UNROLL
+    for (int32_t pass = 0; pass < T::kPasses; ++pass) {
+      FLASHSPARK_UNROLL
+      for (int32_t n = 0; n < kLoads<Layout>; ++n) {
+        if (!exists<Layout>(n)) continue;
+        const ptx::Vector16 x = ptx::load_shared_16(from + (pass * kLoads<Layout> + n) * T::kThreads * 16);
+        const ptx::SharedAddress at = Layout::step(to, 2 * n * T::kRowThreads) + pass * T::kPassRows * Layout::kPitch;
+        FLASHSPARK_UNROLL
+        for (int32_t half = 0; half < 2; ++half) {
+          const bool high = (half != 0) != second_first;
+          ptx::Vector16 y;
+          FLASHSPARK_UNROLL
+          for (int32_t i = 0; i < 4; ++i) {
+            const uint32_t four = high ? x.word[2 + i / 2] : x.word[i / 2];
+            y.word[i] = ptx::widen_e4m3x2(four >> i % 2 * 16);
+          }
+          ptx::store_shared_16(at ^ half << 4, y);
+        }
+      }
+    }
+  }
+
  private:
+  // Copies of this thread in a row, and whether there is something for the n-th.
+  template <class Layout>
+  static constexpr int32_t kLoads = T::kConverts ? raw_loads(Layout::kChunks * 8, T::kRowThreads)
+                                                 : Layout::kChunks / T::kRowThreads;
+  template <class Layout>
+  static FLASHSPARK_DEVICE bool exists(int32_t n) {
+    constexpr int32_t kChunks = Layout::kChunks * 8 / kChunkNumbers;
+    return kChunks % T::kRowThreads == 0 || chunk() + n * T::kRowThreads < kChunks;
+  }
+  // Bytes to the place of the next pass, and to that of the next copy in a row.
+  template <class Layout>
+  static constexpr int32_t kPassBytes = T::kConverts ? kLoads<Layout> * T::kThreads * 16
+                                                     : T::kPassRows * Layout::kPitch;
+  static constexpr int32_t kLoadBytes = (T::kConverts ? T::kThreads : T::kRowThreads) * 16;
+
   // K and V of one width lie alike.
   template <bool values>
   FLASHSPARK_DEVICE ptx::SharedAddress target(ptx::SharedAddress stage) const {
+    if constexpr (T::kConverts)
+      return stage + ptx::thread_index() * 16 + (values ? T::kPasses * T::kRawLoads * T::kThreads * 16 : 0);
     if constexpr (!values) return stage + place;
     if constexpr (T::kHeadDim == T::kHeadDimV) return stage + T::kKeyBytes + place;
     return stage + T::kKeyBytes + T::ValueLayout::offset(row(), chunk());
   }
 
   template <class Layout>
-  static FLASHSPARK_DEVICE void copy_row(ptx::SharedAddress to, int32_t pass, const Number *from) {
+  static FLASHSPARK_DEVICE void copy_row(ptx::SharedAddress to, int32_t pass, const Stored *from) {
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < Layout::kChunks / T::kRowThreads; ++n)
-      ptx::cp_async_16(to + pass * T::kPassRows * Layout::kPitch + n * T::kRowThreads * 16,
-                       from + n * T::kRowThreads * 8);
+    for (int32_t n = 0; n < kLoads<Layout>; ++n) {
+      if (exists<Layout>(n))
+        ptx::cp_async_16(to + pass * kPassBytes<Layout> + n * kLoadBytes, from + n * T::kRowThreads * kChunkNumbers);
+    }
   }
 
   // Keys outside the hulls, and columns past the head, become 0: a probability of 0 times garbage might be NaN.
@@ -136,12 +189,12 @@ struct KeyLoader {
   FLASHSPARK_DEVICE void copy_checked(int32_t tile, ptx::SharedAddress to) const {
     using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
     const Strides &strides = values ? a.v_strides : a.k_strides;
-    const Number *base = values ? v : k;
+    const Stored *base = values ? v : k;
     FLASHSPARK_NO_UNROLL
-    for (int32_t pass = 0; pass < T::kPasses; ++pass, to += T::kPassRows * Layout::kPitch) {
+    for (int32_t pass = 0; pass < T::kPasses; ++pass, to += kPassBytes<Layout>) {
       const int32_t first = tile * T::kKeys + pass * T::kPassRows;
       const bool reads_key = reads(first + row());
-      const Number *from = base;
+      const Stored *from = base;
       if (reads_key && pages != nullptr) {
         const Quotient at = divide(group(tile, pass), a.page_size);
         from += pages[at.quotient] * strides.batch + at.remainder * strides.token;
@@ -149,9 +202,10 @@ struct KeyLoader {
         from += first * strides.token;
       }
       FLASHSPARK_UNROLL
-      for (int32_t n = 0; n < Layout::kChunks / T::kRowThreads; ++n) {
-        const bool valid = reads_key && (chunk() + n * T::kRowThreads) * 8 < columns<values>();
-        ptx::cp_async_16_or_zero(to + n * T::kRowThreads * 16, valid ? from + n * T::kRowThreads * 8 : base, valid);
+      for (int32_t n = 0; n < kLoads<Layout>; ++n) {
+        if (!exists<Layout>(n)) continue;
+        const bool valid = reads_key && (chunk() + n * T::kRowThreads) * kChunkNumbers < columns<values>();
+        ptx::cp_async_16_or_zero(to + n * kLoadBytes, valid ? from + n * T::kRowThreads * kChunkNumbers : base, valid);
       }
     }
   }
@@ -160,12 +214,13 @@ struct KeyLoader {
 template <class T>
 FLASHSPARK_DEVICE KeyLoader<T> make_loader(const ForwardArguments &a, const Work &work, const Keys &keys,
                                            const Hull &hull) {
+  constexpr int32_t kNumbers = KeyLoader<T>::kChunkNumbers;
   const int32_t row = KeyLoader<T>::row(), chunk = KeyLoader<T>::chunk();
   const int32_t first_column = static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV;
   KeyLoader<T> loader{
       a,
-      static_cast<const typename T::Number *>(a.k) + work.head_kv * a.k_strides.head + chunk * 8,
-      static_cast<const typename T::Number *>(a.v) + work.head_kv * a.v_strides.head + first_column + chunk * 8,
+      static_cast<const typename T::Stored *>(a.k) + work.head_kv * a.k_strides.head + chunk * kNumbers,
+      static_cast<const typename T::Stored *>(a.v) + work.head_kv * a.v_strides.head + first_column + chunk * kNumbers,
       keys.pages,
       {hull.hull[0], hull.hull[1]},
       T::KeyLayout::offset(row, chunk),
@@ -183,12 +238,36 @@ FLASHSPARK_DEVICE KeyLoader<T> make_loader(const ForwardArguments &a, const Work
   return loader;
 }
 
-// Copies the block's queries; rows past the sequence and columns past the head become 0.
+// Eight queries' numbers as fp16. What lies beyond fp16's range, as bf16 can, becomes its largest number: the softmax of
+// such scores is as sharp either way.
+FLASHSPARK_DEVICE ptx::Vector16 widen_queries(const void *q, int64_t offset, Number number) {
+  ptx::Vector16 y;
+  if (number == Number::e4m3) {
+    const auto *words = reinterpret_cast<const uint32_t *>(static_cast<const ptx::E4m3 *>(q) + offset);
+    FLASHSPARK_UNROLL
+    for (int32_t i = 0; i < 4; ++i) y.word[i] = ptx::widen_e4m3x2(words[i / 2] >> i % 2 * 16);
+    return y;
+  }
+  y = *reinterpret_cast<const ptx::Vector16 *>(static_cast<const ptx::Float16 *>(q) + offset);
+  if (number == Number::float16) return y;
+  const auto in_range = [](uint32_t bits) {
+    constexpr float kLargest = 65504.0f;
+    const float x = ptx::widen(ptx::Bfloat16{static_cast<uint16_t>(bits)});
+    return x > kLargest ? kLargest : (x < -kLargest ? -kLargest : x);  // NaN stays NaN
+  };
+  FLASHSPARK_UNROLL
+  for (int32_t i = 0; i < 4; ++i)
+    y.word[i] = ptx::pack<ptx::Float16>(in_range(y.word[i] & 0xffff), in_range(y.word[i] >> 16));
+  return y;
+}
+
+// Copies the block's queries; rows past the sequence and columns past the head become 0. Kernels that convert read them
+// in any type, at once.
 template <class T>
 FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const Work &work, ptx::SharedAddress to) {
   const int32_t thread = static_cast<int32_t>(ptx::thread_index());
   const int32_t row = thread / T::kRowThreads, chunk = thread % T::kRowThreads;
-  const auto *q = static_cast<const typename T::Number *>(a.q);
+  const auto *q_begin = static_cast<const typename T::Number *>(a.q), *q = q_begin;
   if (a.cu_seqlens_q == nullptr) q += work.seq * a.q_strides.batch;
   FLASHSPARK_UNROLL
   for (int32_t pass = 0; pass < T::kRows / T::kPassRows; ++pass) {
@@ -200,6 +279,12 @@ FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const Work &work,
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < T::QueryLayout::kChunks / T::kRowThreads; ++n) {
       const bool valid = in_use && (chunk + n * T::kRowThreads) * 8 < a.head_dim;
+      if constexpr (T::kConverts) {
+        ptx::Vector16 eight{};
+        if (valid) eight = widen_queries(a.q, from - q_begin + n * T::kRowThreads * 8, a.q_number);
+        ptx::store_shared_16(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kRowThreads * 16, eight);
+        continue;
+      }
       ptx::cp_async_16_or_zero(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kRowThreads * 16,
                                valid ? from + n * T::kRowThreads * 8 : static_cast<const typename T::Number *>(a.q),
                                valid);

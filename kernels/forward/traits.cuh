@@ -1,6 +1,8 @@
 // Everything about an instance that the compiler knows: its tile on this architecture and the shapes that follow.
 #pragma once
 
+#include <type_traits>
+
 #include "forward/instances.hpp"
 #include "ptx/ptx.cuh"
 
@@ -30,9 +32,12 @@ struct TileLayout {
   }
 };
 
-template <InstanceIndex index, Architecture arch, class NumberType>
+// StoredType: what K and V are in memory, NumberType or E4m3.
+template <InstanceIndex index, Architecture arch, class NumberType, class StoredType = NumberType>
 struct Traits {
   using Number = NumberType;
+  using Stored = StoredType;
+  static constexpr bool kConverts = !std::is_same_v<Number, Stored>;
   static constexpr Instance kInstance = kInstances[static_cast<int32_t>(index)];
 #if defined(TUNE_WARPS)  // bench/gpu/tune.cu tries others
   static constexpr Tile kTile{
@@ -68,8 +73,10 @@ struct Traits {
   // Shared memory: stages of (K, V); Q behind the first stage where it moves on to registers, else behind all.
   static constexpr uint32_t kKeyBytes = kKeys * KeyLayout::kPitch;
   static constexpr uint32_t kStageBytes = stage_bytes(kInstance, kTile);
-  static constexpr uint32_t kQueryOffset = kStageBytes * (kQueriesInRegisters ? 1 : kTile.stages());
-  static constexpr uint32_t kSharedBytes = shared_bytes(kInstance, kTile);
+  static constexpr RawPlaces kRaw = raw_places(kInstance, kTile);
+  static constexpr uint32_t kQueryOffset = kConverts ? (kQueriesInRegisters ? 0 : kRaw.end)
+                                                     : kStageBytes * (kQueriesInRegisters ? 1 : kTile.stages());
+  static constexpr uint32_t kSharedBytes = shared_bytes(kInstance, kTile, kConverts);
   static_assert(kSharedBytes <= 99 * 1024, "an SM12x block has 99 KB");
   static_assert(kWarpRows % 16 == 0 && kTile.warps % kKeyGroups == 0);
   static_assert(kScoreKeys % 16 == 0 && kKeys % (kScoreKeys * kKeyGroups) == 0);
@@ -78,6 +85,8 @@ struct Traits {
   // Copies: 8 (or 4) neighbouring threads read one row, 128 (or 64) contiguous bytes an instruction.
   static constexpr int32_t kRowThreads =
       KeyLayout::kGroup < ValueLayout::kGroup ? KeyLayout::kGroup : ValueLayout::kGroup;
+  static_assert(kRowThreads == row_threads(kInstance));
+  static constexpr int32_t kRawLoads = raw_loads(kHeadDim, kRowThreads), kRawLoadsV = raw_loads(kHeadDimV, kRowThreads);
   static constexpr int32_t kPassRows = kThreads / kRowThreads;
   static constexpr int32_t kPasses = kKeys / kPassRows;
   static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0);

@@ -122,6 +122,11 @@ FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a, Place place) {
   return work;
 }
 
+// A factor of the work's sequence and KV head.
+FLASHSPARK_DEVICE float scale_of(const Scale &scale, const Work &work) {
+  return scale.data == nullptr ? 1.0f : scale.data[work.seq * scale.seq_stride + work.head_kv * scale.head_stride];
+}
+
 // The keys of a sequence, counted in rows of its cache: left padding comes first, so that a key's page follows from its
 // number alone and a tile of keys begins where a page may.
 struct Keys {

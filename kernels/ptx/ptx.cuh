@@ -23,6 +23,9 @@ struct Bfloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct E4m3 {
+  uint8_t bits;
+};
 
 // A byte address in the shared window of the block.
 using SharedAddress = uint32_t;
@@ -188,6 +191,24 @@ FLASHSPARK_DEVICE float widen<Float16>(Float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
+}
+
+// cvt.rn.f16x2.e4m3x2: two e4m3 numbers (OCP e4m3fn) as two of fp16, exactly; the first in the lower half of both. Devices
+// before 8.9 have no such instruction: the exponent is 4 bits, biased by 7, and a product with 2^8 leads to fp16's 15,
+// subnormal numbers included; what is NaN is found beside it.
+FLASHSPARK_DEVICE uint32_t widen_e4m3x2(uint32_t pair) {
+  uint32_t word;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(word) : "h"(static_cast<uint16_t>(pair)));
+#else
+  const uint32_t bytes = (pair & 0xff) | (pair & 0xff00) << 8;
+  const uint32_t magnitude = (bytes & 0x007f007f) << 7;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(word) : "r"(magnitude), "r"(0x5c005c00u));
+  if ((bytes & 0x7f) == 0x7f) word |= 0x7fff;
+  if ((bytes & 0x7f0000) == 0x7f0000) word |= 0x7fff0000;
+  word |= (bytes & 0x00800080) << 8;
+#endif
+  return word;
 }
 
 // ex2.approx.ftz: 2^x within 2 ulp; 2^-inf = 0. lg2.approx.ftz: log2 x. rcp.approx.ftz: 1 / x within 1 ulp.

@@ -65,11 +65,10 @@ void forward(const Params &p) {
                                             device.name + " has " + std::to_string(device.shared_bytes_per_block));
   }
   const CurrentDevice current(p.device_index);
-  const NumberType number = p.q.dtype == FLASHSPARK_BFLOAT16 ? NumberType::bf16 : NumberType::fp16;
   const auto stream = static_cast<Stream>(p.stream);
-  const Kernel kernel = forward_kernel(*plan.instance, number, p.device_index, plan.forward.shared_bytes);
+  const Kernel kernel = forward_kernel(*plan.instance, plan.number, p.device_index, plan.forward.shared_bytes);
   const bool merged = plan.merge.grid[0] > 0;
-  const Kernel merge = merged ? merge_kernel(number, p.device_index) : nullptr;
+  const Kernel merge = merged ? merge_kernel(plan.out, p.device_index) : nullptr;
   const Workspace memory(p, plan.workspace);
   if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
   const Architecture arch = device.machine.arch;

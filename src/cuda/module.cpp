@@ -17,7 +17,8 @@ struct Slot {
   std::atomic<uint64_t> ready{0};
 };
 constexpr size_t kNumInstances = std::size(kInstances);
-Slot slots[kNumInstances + 1][2];  // the last is merge's
+constexpr const char *kSuffix[] = {"_bf16", "_fp16", "_e4m3"};  // by NumberType
+Slot slots[kNumInstances + 1][std::size(kSuffix)];             // the last is merge's
 std::mutex loading;
 
 // Loading allocates, which a captured stream's thread may do only after it has said that it means it.
@@ -59,7 +60,7 @@ Kernel kernel_of(Slot &slot, const char *name, NumberType number, const char *fu
   if (slot.ready.load(std::memory_order_relaxed) & bit) return slot.kernel;
   const RelaxedCapture relaxed;
   if (slot.kernel == nullptr)
-    slot.kernel = load(std::string(name) + (number == NumberType::bf16 ? "_bf16" : "_fp16"), function);
+    slot.kernel = load(std::string(name) + kSuffix[static_cast<size_t>(number)], function);
   constexpr uint32_t kAlwaysAllowed = 48 << 10;
   if (shared_bytes > kAlwaysAllowed) {
     Device device = 0;

@@ -6,8 +6,6 @@
 
 namespace flashspark::cuda {
 
-enum class NumberType { bf16, fp16 };
-
 // The kernel of a fatbin, ready for the current context's device `index`. Costs two loads from memory but for the first
 // call, which loads the fatbin; legal while a stream is captured. `shared_bytes`: the most that it is launched with.
 Kernel forward_kernel(const Instance &instance, NumberType number, int index, uint32_t shared_bytes);

@@ -35,24 +35,38 @@ bool is_changed(const Params &p) {
          p.prefix_mode != FLASHSPARK_PREFIX_NONE;
 }
 
-// cp.async moves 16 aligned bytes: eight numbers.
-std::string misaligned(const char *name, const flashspark_tensor &t, bool batches, int64_t tokens, int64_t heads) {
+bool converts(const Params &p) {
+  return p.k.dtype == FLASHSPARK_FLOAT8_E4M3;
+}
+
+// cp.async moves 16 aligned bytes: eight numbers, sixteen of e4m3. Of q in e4m3 eight bytes are read at once.
+std::string misaligned(const char *name, const flashspark_tensor &t, int64_t numbers, bool batches, int64_t tokens,
+                       int64_t heads) {
   const auto text = [&](const char *what, int64_t value) {
     return std::string(name) + " " + what + " " + std::to_string(value);
   };
-  if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0)
-    return text("address % 16 =", static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) % 16)) +
-           " (the kernels copy 16 aligned bytes)";
-  const char *rule = " is not a multiple of 8 elements (the kernels copy 16 aligned bytes)";
-  if (batches && t.batch_stride % 8 != 0) return text("batch_stride", t.batch_stride) + rule;
-  if (tokens > 1 && t.token_stride % 8 != 0) return text("token_stride", t.token_stride) + rule;
-  if (heads > 1 && t.head_stride % 8 != 0) return text("head_stride", t.head_stride) + rule;
+  const int64_t unit = numbers * static_cast<int64_t>(dtype_size(t.dtype));
+  const std::string why = " (the kernels copy " + std::to_string(unit) + " aligned bytes)";
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(unit));
+  if (address != 0) return text(("address % " + std::to_string(unit) + " =").c_str(), address) + why;
+  const std::string rule = " is not a multiple of " + std::to_string(numbers) + " elements" + why;
+  if (batches && t.batch_stride % numbers != 0) return text("batch_stride", t.batch_stride) + rule;
+  if (tokens > 1 && t.token_stride % numbers != 0) return text("token_stride", t.token_stride) + rule;
+  if (heads > 1 && t.head_stride % numbers != 0) return text("head_stride", t.head_stride) + rule;
   return {};
 }
 
 Number number_of(int32_t dtype) {
-  return dtype == FLASHSPARK_FLOAT32 ? Number::float32
-                                     : (dtype == FLASHSPARK_FLOAT16 ? Number::float16 : Number::bfloat16);
+  switch (dtype) {
+    case FLASHSPARK_FLOAT32:
+      return Number::float32;
+    case FLASHSPARK_FLOAT16:
+      return Number::float16;
+    case FLASHSPARK_FLOAT8_E4M3:
+      return Number::e4m3;
+    default:
+      return Number::bfloat16;
+  }
 }
 
 const Instance *find(const Params &p, Kind kind) {
@@ -73,9 +87,9 @@ Architecture tiles_of(const Machine &machine) {
 }
 
 // Blocks an SM holds of a tile.
-int64_t residency(const Instance &instance, const Tile &tile, const Machine &machine) {
+int64_t residency(const Params &p, const Instance &instance, const Tile &tile, const Machine &machine) {
   constexpr int64_t kReserved = 1024;  // bytes of shared memory that the driver takes a block
-  const int64_t by_memory = machine.shared_bytes_per_sm / (shared_bytes(instance, tile) + kReserved);
+  const int64_t by_memory = machine.shared_bytes_per_sm / (shared_bytes(instance, tile, converts(p)) + kReserved);
   return std::max<int64_t>(1, std::min<int64_t>(by_memory, tile.blocks));
 }
 
@@ -121,7 +135,7 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
   if (p.num_splits > 0) return std::min<int64_t>({p.num_splits, most, kMostSplits});
   if (p.deterministic != 0) return 1;  // a sequence must not depend on its neighbours, whose number sets the splits
   const int64_t blocks = blocks_of(p, sizes, instance, tile);
-  const int64_t slots = residency(instance, tile, machine) * machine.sm_count;
+  const int64_t slots = residency(p, instance, tile, machine) * machine.sm_count;
   if (blocks * 2 > slots || keys <= kFewestSplitKeys * tile.key_groups) return 1;
   return std::clamp<int64_t>(slots / blocks, 1, std::min({kMostSplits, most, ceil_div(keys, kFewestSplitKeys)}));
 }
@@ -142,7 +156,7 @@ double cost(const Params &p, const Sizes &sizes, const Instance &instance, const
   const bool triangle = p.causal != 0 && p.window_left < 0;
   const double kept = triangle ? 1 - static_cast<double>(std::min(p.max_seqlen_q, p.max_seqlen_k)) / 2 / keys : 1;
   const auto blocks = static_cast<double>(blocks_of(p, sizes, instance, tile));
-  const auto resident = static_cast<double>(residency(instance, tile, machine));
+  const auto resident = static_cast<double>(residency(p, instance, tile, machine));
   return tile.rows() * keys * slowness(tile) * std::max(resident / splits, blocks * kept / machine.sm_count);
 }
 
@@ -161,8 +175,8 @@ int32_t window_of(int64_t window) {
 
 // None: some page lies further off than 31 bits of units reach, with strides of whole rows terabytes away.
 std::optional<PageSteps> page_steps(const Params &p, const flashspark_tensor &t) {
-  constexpr int64_t kBytes = 2;  // an element
-  const int64_t page = p.num_pages > 1 ? t.batch_stride * kBytes : 0, slot = t.token_stride * kBytes;
+  const auto bytes = static_cast<int64_t>(dtype_size(t.dtype));
+  const int64_t page = p.num_pages > 1 ? t.batch_stride * bytes : 0, slot = t.token_stride * bytes;
   const int64_t both = page | slot;
   const int64_t unit = both == 0 ? 1 : std::min<int64_t>(both & -both, int64_t{1} << 30);
   const int64_t furthest =
@@ -207,6 +221,14 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, const Instanc
   a.kv_batch_index = p.kv_batch_index;
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
+  if (converts(p)) {
+    const auto scale_of = [](const flashspark_scale &s) { return Scale{s.data, s.batch_stride, s.head_stride}; };
+    a.q_number = number_of(p.q.dtype);
+    a.out_number = number_of(p.out.dtype);
+    if (p.q.dtype == FLASHSPARK_FLOAT8_E4M3) a.q_descale = scale_of(p.q_descale);
+    a.k_descale = scale_of(p.k_descale);
+    a.v_descale = scale_of(p.v_descale);
+  }
   // Masked scores are -inf, and 0 * -inf is NaN. With 1e-30 every other score still is 0 to the last bit of the result.
   const float scale = std::max(p.softmax_scale, 1e-30f);
   // Instances of kind `changed` turn to units of log2 themselves, after what asks for natural ones.
@@ -259,12 +281,24 @@ std::string unsupported(const Params &p) {
   const auto add = [&](const std::string &what) {
     if (!what.empty()) text += (text.empty() ? "" : "; ") + what;
   };
-  add(misaligned("q", p.q, !is_varlen_q(p) && p.num_seqs > 1, is_varlen_q(p) ? p.total_q : p.max_seqlen_q,
+  if (converts(p)) {
+    const auto whole = [&](const char *what, int64_t width) {
+      constexpr int64_t kWidest = 256;  // beyond it the shared memory of SM12x does not hold both kinds of numbers
+      if (width % 16 != 0 || width > kWidest)
+        add(std::string(what) + " " + std::to_string(width) + ": must be a multiple of 16 up to 256 with float8_e4m3 k and v");
+    };
+    whole("head_dim", p.head_dim);
+    if (p.head_dim_v != p.head_dim) whole("head_dim_v", p.head_dim_v);
+  } else if (p.out.dtype != p.q.dtype) {
+    add("out must have q's type unless k and v are float8_e4m3");
+  }
+  const int64_t numbers = converts(p) ? 16 : 8;
+  add(misaligned("q", p.q, 8, !is_varlen_q(p) && p.num_seqs > 1, is_varlen_q(p) ? p.total_q : p.max_seqlen_q,
                  p.num_heads_q));
   const int64_t rows_k = is_paged(p) ? p.page_size : (is_varlen_k(p) ? p.total_k : p.max_seqlen_k);
   const bool batches_k = !is_varlen_k(p) && (is_paged(p) ? p.num_pages : num_kv_seqs(p)) > 1;
-  add(misaligned("k", p.k, batches_k, rows_k, p.num_heads_kv));
-  add(misaligned("v", p.v, batches_k, rows_k, p.num_heads_kv));
+  add(misaligned("k", p.k, numbers, batches_k, rows_k, p.num_heads_kv));
+  add(misaligned("v", p.v, numbers, batches_k, rows_k, p.num_heads_kv));
   if (is_paged(p) && (!page_steps(p, p.k) || !page_steps(p, p.v)))
     add("k and v must lie within 2^31 units of the largest power of two that divides their strides");
   const Sizes sizes = sizes_of(p);
@@ -287,9 +321,11 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   Plan plan;
   const Sizes sizes = sizes_of(p);
   if (sizes.tokens == 0 || p.num_seqs == 0) return plan;
+  plan.out = p.out.dtype == FLASHSPARK_BFLOAT16 ? NumberType::bf16 : NumberType::fp16;
+  plan.number = converts(p) ? NumberType::e4m3 : plan.out;
   plan.instance = instance != nullptr ? instance : &choose_instance(p, sizes, machine);
   const Tile &tile = plan.instance->tile(tiles_of(machine));
-  const int64_t slots = residency(*plan.instance, tile, machine) * machine.sm_count;
+  const int64_t slots = residency(p, *plan.instance, tile, machine) * machine.sm_count;
 
   const auto lay_out = [&](ForwardArguments &a, Launch &launch, int64_t tile_rows) {
     const int64_t tiles = tiles_per_unit(p, sizes, tile_rows);
@@ -305,11 +341,11 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   plan.forward.grid[1] = static_cast<uint32_t>(a.num_splits);
   plan.forward.grid[2] = static_cast<uint32_t>(value_tiles(p, *plan.instance));
   plan.forward.threads = static_cast<uint32_t>(tile.threads());
-  plan.forward.shared_bytes = static_cast<uint32_t>(shared_bytes(*plan.instance, tile));
+  plan.forward.shared_bytes = static_cast<uint32_t>(shared_bytes(*plan.instance, tile, converts(p)));
   if (kTilesOfSm120f) {
     // As many blocks an SM as an SM12x SM of 100 KB would hold, by shared memory that nobody uses.
     const Machine sm120{Architecture::sm_120f, machine.sm_count, machine.l2_bytes, 100 * 1024};
-    const int64_t blocks = residency(*plan.instance, tile, sm120);
+    const int64_t blocks = residency(p, *plan.instance, tile, sm120);
     const int64_t share = machine.shared_bytes_per_sm / (blocks + 1);
     plan.forward.shared_bytes = static_cast<uint32_t>(std::max<int64_t>(plan.forward.shared_bytes, share));
   }

@@ -25,11 +25,15 @@ struct Launch {
   uint32_t shared_bytes = 0;
 };
 
+// Of a kernel: what q, k, v and out are; e4m3: k and v alone, and the kernel computes in fp16.
+enum class NumberType : uint8_t { bf16, fp16, e4m3 };
+
 struct Plan {
-  const Instance *instance = nullptr;  // its fatbin is "<name>_bf16" or "<name>_fp16", its function flashspark_forward
+  const Instance *instance = nullptr;  // its fatbin is "<name>_<number>", its function flashspark_forward
+  NumberType number{}, out{};
   Launch forward;
   ForwardArguments arguments{};
-  Launch merge;                        // fatbin "merge_bf16" or "merge_fp16", function flashspark_merge
+  Launch merge;                        // fatbin "merge_<out>", function flashspark_merge
   ForwardArguments merge_arguments{};  // the same problem in tiles of the merge kernel
   size_t workspace = 0;                // bytes that arguments.partial_out and partial_lse lie in
 };

@@ -42,7 +42,7 @@ void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
   const int64_t group = draw.of<int64_t>({1, 1, 2, 3, 4, 7, 8, 16});
   c.heads_kv = draw.from(1, 2);
   c.heads_q = group * c.heads_kv;
-  int32_t dtype = FLASHSPARK_BFLOAT16;
+  int32_t dtype = draw.one_in(4) ? FLASHSPARK_FLOAT8_E4M3 : FLASHSPARK_BFLOAT16;
   if (limits.kernel == nullptr) {
     c.head_dim = draw.of<int64_t>({64, 64, 80, 96, 128, 128, 128, 192, 256, 512, 8 * draw.from(1, 40)});
     c.head_dim_v = c.head_dim == 192 ? 128 : c.head_dim;
@@ -55,6 +55,12 @@ void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
   }
   if (draw.one_in(12)) c.head_dim_v = 8 * draw.from(1, 40);
   c.q_dtype = c.kv_dtype = c.out_dtype = dtype;
+  if (dtype != FLASHSPARK_FLOAT8_E4M3) return;
+  for (int64_t *width : {&c.head_dim, &c.head_dim_v}) *width = std::min<int64_t>((*width + 15) / 16 * 16, 256);
+  c.q_dtype = draw.of<int32_t>({FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16, FLASHSPARK_FLOAT8_E4M3});
+  c.out_dtype = draw.of<int32_t>({FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16});
+  for (cases::Descale *scale : {&c.q_descale, &c.k_descale, &c.v_descale})
+    *scale = draw.of({cases::Descale::kNone, cases::Descale::kPerTensor, cases::Descale::kPerHead, cases::Descale::kFull});
 }
 
 // Decode, verify, chunk, prefill and padded rows; short enough for the emulator.

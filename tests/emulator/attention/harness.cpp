@@ -89,8 +89,10 @@ Registration::Registration(const Kernel &kernel) {
 }
 
 std::string name_of(const Kernel &kernel) {
-  return std::string(kernel.instance->name) + (kernel.dtype == FLASHSPARK_BFLOAT16 ? "_bf16_" : "_fp16_") +
-         tiles_name(kernel.tiles);
+  const char *number = kernel.dtype == FLASHSPARK_BFLOAT16   ? "_bf16_"
+                       : kernel.dtype == FLASHSPARK_FLOAT16 ? "_fp16_"
+                                                            : "_e4m3_";
+  return kernel.instance->name + std::string(number) + tiles_name(kernel.tiles);
 }
 
 std::span<const Kernel> kernels() {
@@ -102,12 +104,12 @@ std::span<const Kernel> kernels() {
 
 bool can_run(const cases::Problem &problem) {
   const Params &p = problem.params;
-  const bool dtype = p.q.dtype == FLASHSPARK_BFLOAT16 || p.q.dtype == FLASHSPARK_FLOAT16;
-  return dtype && p.k.dtype == p.q.dtype && p.v.dtype == p.q.dtype && p.out.dtype == p.q.dtype &&
-         cuda::unsupported(p).empty();
+  const auto wide = [](int32_t dtype) { return dtype == FLASHSPARK_BFLOAT16 || dtype == FLASHSPARK_FLOAT16; };
+  const bool q = wide(p.q.dtype) || (p.q.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k.dtype == FLASHSPARK_FLOAT8_E4M3);
+  return q && wide(p.out.dtype) && cuda::unsupported(p).empty();
 }
 bool can_run(const Kernel &kernel, const cases::Problem &problem) {
-  return can_run(problem) && kernel.dtype == problem.params.q.dtype && cuda::fits(*kernel.instance, problem.params);
+  return can_run(problem) && kernel.dtype == problem.params.k.dtype && cuda::fits(*kernel.instance, problem.params);
 }
 
 Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
@@ -125,13 +127,13 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
   const auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, workspace.data(), instance));
   Run result;
   if (plan->forward.grid[0] > 0) {
-    const Kernel &chosen = kernel != nullptr ? *kernel : find(*plan->instance, p.q.dtype, machine.arch);
+    const Kernel &chosen = kernel != nullptr ? *kernel : find(*plan->instance, p.k.dtype, machine.arch);
     if (kernel == nullptr && chosen.tiles != machine.arch)
       return run(problem, &chosen, seed);  // the same instance has the same tile on both, or is not linked in twice
     result.kernel = name_of(chosen);
     add(result.counters, launch_one(plan->forward, seed, [&plan, &chosen] { chosen.run(plan->arguments); }));
     if (plan->merge.grid[0] > 0) {
-      const bool bf16 = p.q.dtype == FLASHSPARK_BFLOAT16;
+      const bool bf16 = plan->out == cuda::NumberType::bf16;
       add(result.counters, launch_one(plan->merge, seed + 1, [&plan, bf16] {
             bf16 ? merge<ptx::Bfloat16>(plan->merge_arguments) : merge<ptx::Float16>(plan->merge_arguments);
           }));

@@ -12,7 +12,7 @@ namespace flashspark::emulator {
 
 struct Kernel {
   const Instance *instance;
-  int32_t dtype;  // of q, k, v and out
+  int32_t dtype;  // of q, k, v and out; float8_e4m3: of k and v alone
   Architecture tiles;
   void (*run)(const ForwardArguments &);
 };

@@ -1,5 +1,6 @@
 // One kernel for the emulator, as kernels/forward/forward.cu is one for a GPU. CMake writes a file for each that sets
-// KERNEL_NAME (d128), KERNEL_NUMBER (Bfloat16), KERNEL_ARCHITECTURE (sm_120f) and includes this one.
+// KERNEL_NAME (d128), KERNEL_NUMBER (Bfloat16, Float16, or E4m3 of k and v alone), KERNEL_ARCHITECTURE (sm_120f) and
+// includes this one.
 #include "forward/forward.cuh"
 
 #include "attention/harness.hpp"
@@ -7,11 +8,15 @@
 namespace flashspark::emulator {
 namespace {
 
-using Chosen = Traits<InstanceIndex::KERNEL_NAME, Architecture::KERNEL_ARCHITECTURE, ptx::KERNEL_NUMBER>;
+using Stored = ptx::KERNEL_NUMBER;
+using Number = std::conditional_t<std::is_same_v<Stored, ptx::E4m3>, ptx::Float16, Stored>;
+using Chosen = Traits<InstanceIndex::KERNEL_NAME, Architecture::KERNEL_ARCHITECTURE, Number, Stored>;
 
 const Registration kRegistration{
     {&kInstances[static_cast<int32_t>(InstanceIndex::KERNEL_NAME)],
-     std::is_same_v<Chosen::Number, ptx::Bfloat16> ? FLASHSPARK_BFLOAT16 : FLASHSPARK_FLOAT16,
+     std::is_same_v<Stored, ptx::E4m3>       ? FLASHSPARK_FLOAT8_E4M3
+     : std::is_same_v<Stored, ptx::Bfloat16> ? FLASHSPARK_BFLOAT16
+                                             : FLASHSPARK_FLOAT16,
      Architecture::KERNEL_ARCHITECTURE, forward<Chosen>}};
 
 }  // namespace

@@ -27,6 +27,9 @@ struct Bfloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct E4m3 {
+  uint8_t bits;
+};
 
 using SharedAddress = uint32_t;
 
@@ -180,6 +183,18 @@ inline float flush(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 }  // namespace detail
+
+inline uint32_t widen_e4m3x2(uint32_t pair) {
+  uint32_t word = 0;
+  for (int n = 0; n < 2; ++n) {
+    const uint32_t byte = pair >> 8 * n & 0xff, magnitude = byte & 0x7f;
+    const float x = magnitude == 0x7f ? std::numeric_limits<float>::quiet_NaN()
+                    : magnitude < 8   ? std::ldexp(static_cast<float>(magnitude), -9)
+                                      : std::ldexp(static_cast<float>(8 + magnitude % 8), static_cast<int>(magnitude / 8) - 10);
+    word |= pack<Float16>(byte >= 0x80 ? -x : x, 0.0f) << 16 * n;
+  }
+  return word;
+}
 
 inline float exp2_approx(float x) {
   return detail::flush(std::exp2(detail::flush(x)));
