@@ -89,7 +89,7 @@ std::string detail(const Params &p) {
   if (!unsupported(p).empty()) return text;
   const Plan plan = make_plan(p, device.machine, nullptr);
   if (plan.instance == nullptr) return text;  // no rows
-  text += std::string(", ") + plan.instance->name;
+  text += std::string(", ") + plan.instance->name + (plan.number == NumberType::e4m3 ? "_e4m3" : "");
   if (plan.forward.grid[1] > 1) text += ", " + std::to_string(plan.forward.grid[1]) + " splits";
   return text;
 }

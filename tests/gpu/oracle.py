@@ -147,6 +147,9 @@ def _scores(p: Problem, g: Group, q: torch.Tensor, k: torch.Tensor) -> torch.Ten
     s = packed @ k.permute(0, 2, 3, 1)
     s = s.view(count, hkv, hq // hkv, tq, -1)
     s *= p.options.get("softmax_scale", 1 / np.sqrt(dim))
+    for name in ("q_descale", "k_descale") if spec.fp8 == "qkv" else ("k_descale",):
+        if name in p.options:
+            s *= p.options[name][g.index].to(s.dtype)[:, :, None, None, None]
     if spec.softcap:
         s = torch.tanh_(s.div_(spec.softcap)).mul_(spec.softcap)
     if spec.rel_extent:
@@ -190,6 +193,8 @@ def _attend(
         weights = weights.to(round_to).to(dtype)
     out = weights.view(count, hkv, packed * tq, tk) @ v.transpose(1, 2)
     out = out.view(count, hkv, packed, tq, -1) / total.masked_fill(total == 0, 1)
+    if "v_descale" in p.options:
+        out = out * p.options["v_descale"][g.index].to(dtype)[:, :, None, None, None]
     lse = top + total.log()
 
     def rows_first(x: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ class Spec:
     heads: tuple[int, int] = (4, 2)
     dims: tuple[int, int] = (64, 64)
     dtype: torch.dtype = torch.bfloat16
+    fp8: str = ""  # kv: keys and values are e4m3; qkv: q, too. Then they have factors.
     layout: str = "paged"  # paged, varlen (keys end to end), dense (rows of one capacity), dense_paged (dense q)
     page_size: int = 16
     cache: str = "separate"  # separate, packed (V behind K in one row), planes (K and V of a page), heads_first
@@ -109,25 +110,38 @@ class Problem:
             **{"rswa_window": spec.rswa, "prefix_clamp_window": spec.clamp, "num_splits": spec.num_splits},
             **{"deterministic": spec.deterministic, "return_softmax_lse": spec.lse, **changes},
         }
+        q, k, v = self.q, self.k, self.v
+        if spec.fp8:
+            q, k, v = as_e4m3(q) if spec.fp8 == "qkv" else q, as_e4m3(k), as_e4m3(v)
         table = d.get("page_table")
         if spec.leftpad or spec.batch_index or (table is not None and self.q.ndim == 4):
             result = flashspark.flash_attn_with_kvcache(
-                self.q, self.k, self.v, cache_seqlens=d.get("seqused_k"), cache_leftpad=d.get("leftpad_k"),
+                q, k, v, cache_seqlens=d.get("seqused_k"), cache_leftpad=d.get("leftpad_k"),
                 cache_batch_idx=d.get("kv_batch_index"), block_table=table, cu_seqlens_q=d.get("cu_seqlens_q"),
                 max_seqlen_q=self.max_seqlen_q if self.q.ndim == 3 else None, max_seqlen_k=self.max_seqlen_k,
                 **arguments,
             )  # fmt: skip
         elif self.q.ndim == 4:
-            result = flashspark.flash_attn_func(self.q, self.k, self.v, seqused_k=d.get("seqused_k"), **arguments)
+            result = flashspark.flash_attn_func(q, k, v, seqused_k=d.get("seqused_k"), **arguments)
         else:
             result = flashspark.flash_attn_varlen_func(
-                self.q, self.k, self.v, d["cu_seqlens_q"], d.get("cu_seqlens_k"), self.max_seqlen_q, self.max_seqlen_k,
+                q, k, v, d["cu_seqlens_q"], d.get("cu_seqlens_k"), self.max_seqlen_q, self.max_seqlen_k,
                 block_table=table, seqused_k=d.get("seqused_k"), **arguments,
             )  # fmt: skip
         return result if changes.get("explain") else (out, lse)
 
     def explain(self) -> str:
         return str(self.run(explain=True))
+
+
+def as_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers as float8_e4m3fn, with the same strides, between NaN."""
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    flat = torch.full((reach + 2 * GUARD,), 0x7F, dtype=torch.uint8, device=x.device)[GUARD : GUARD + reach]
+    stored = flat.view(torch.float8_e4m3fn).as_strided(x.shape, x.stride())
+    return stored.copy_(x)
 
 
 def arena(host: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
@@ -274,6 +288,9 @@ def build(spec: Spec, seed: int, device: torch.device | str) -> Problem:
         k, v = _cache(spec, rows, max(capacity, 1), like)
     k.normal_()
     v.normal_()
+    if spec.fp8:  # numbers that e4m3 has: exact in the 16 bits that the oracle reads
+        for x in (k, v, q) if spec.fp8 == "qkv" else (k, v):
+            x.copy_(x.to(torch.float8_e4m3fn))
     if spec.causal_per_seq:
         host["causal_per_seq"] = rng.integers(0, 2, batch).astype(np.int32)
     problem = Problem(spec, q, k, v, host, {})
@@ -295,6 +312,12 @@ def _score_options(problem: Problem, rng: np.random.Generator) -> None:
     heads = q.shape[-2]
     if rng.random() < 0.3:
         options["softmax_scale"] = float(1.3 / np.sqrt(spec.dims[0]))
+    for name in ("q_descale", "k_descale", "v_descale") if spec.fp8 else ():
+        whole = torch.rand(len(spec.q_lens), spec.heads[1], device=q.device) + 0.5
+        # One number for all with strides of 0, as vLLM passes it; one a head; one a sequence and head; none.
+        kinds = (whole[:1, :1].expand(whole.shape), whole[:1].expand(whole.shape), whole, None)
+        if (scale := kinds[int(rng.integers(4))] if len(whole) else None) is not None:
+            options[name] = scale
     if spec.sinks is not None:
         options["sinks"] = torch.randn(heads, device=q.device).to(spec.sinks)
     if spec.alibi:

@@ -35,6 +35,8 @@ def cases() -> dict[str, Spec]:
         if kind == "changed":
             spec = replace(spec, **CHANGED)
         found[name] = spec
+        if int(dim) <= 256:
+            found[f"{name}_e4m3"] = replace(spec, fp8="kv")
     found["merge"] = replace(FEW, dims=(128, 128), num_splits=3, k_lens=[700, 300, 9, 400])
     found["contiguous"] = replace(FEW, dims=(128, 128), layout="varlen")
     found["dense"] = replace(WIDE, dims=(128, 128), layout="dense", causal=False, sinks=torch.float32)

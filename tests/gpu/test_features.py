@@ -109,6 +109,38 @@ def test_layout(layout, dims, device):
         check(Spec(**{**MIXED, "dims": dims, "dtype": dtype, **LAYOUTS[layout]}), device, f"{layout} {dims} {dtype}")
 
 
+FP8_DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+@pytest.mark.parametrize("fp8", ["kv", "qkv"])
+@pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_fp8_features(feature, dims, fp8, device):
+    """Keys and values in e4m3, with factors, beside queries in 16 bits or e4m3."""
+    dtype = DTYPES["bf16" if len(feature) % 2 else "fp16"]
+    check(Spec(**{**MIXED, **FEATURES[feature]}, dims=dims, dtype=dtype, fp8=fp8), device, f"{feature} {dims} {fp8}")
+
+
+@pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp8_layouts(layout, dims, device):
+    check(Spec(**{**MIXED, **LAYOUTS[layout]}, dims=dims, fp8="kv"), device, f"{layout} {dims} fp8")
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_every_e4m3_number(num_splits, device):
+    """All 254 that are numbers, in keys and in values."""
+    problem = build(Spec([40, 3, 1], [200, 90, 400], (2, 2), (64, 64), fp8="kv", num_splits=num_splits), 5, device)
+    codes = torch.tensor([c for c in range(256) if c % 128 != 127], dtype=torch.uint8, device=device)
+    numbers = codes.view(torch.float8_e4m3fn).to(problem.k.dtype)
+    for x in (problem.k, problem.v):
+        shape = x.shape
+        x.copy_(numbers[torch.randint(len(numbers), (x.numel(),), device=device)].view(shape))
+    problem.options["softmax_scale"] = 0.002  # scores of a few units
+    poison_unseen(problem)
+    assert not failures(problem, *problem.run())
+
+
 @pytest.mark.parametrize("dims", ODD_DIMS, ids=str)
 def test_head_dims_between(dims, device):
     for dtype in DTYPES.values():

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 TEXT = """# Compile budgets of the sm_120f kernels, and what they predict
 
 Written by `python tools/dev/budgets.py --table` from the machine code of nvcc {nvcc}; the values are held by
-`tests/budgets.json` and the stage `budgets` of `make test`. bf16 shown{fp16}. **Predictions of a model, not
+`tests/budgets.json` and the stage `budgets` of `make test`. bf16 shown, and e4m3 keys and
+values{fp16}. **Predictions of a model, not
 measurements: none of this ran on an SM12x GPU.**
 
 {table}
@@ -63,13 +64,13 @@ def row(kernel: Measured) -> list[str]:
         registers = f"{values['registers']} / {kernel.allowed_registers}"
         return ["merge", "", "", registers, str(values["spill_bytes"]), "0", *[""] * 9]
     way = kernel.loop.path
-    blocks = instance.resident(int(values["registers"]))
+    blocks = instance.resident(int(values["registers"]), kernel.number)
     unit, share = units(way, FULL_RATE).busiest_beside_tensor()
     groups = f" g{instance.key_groups}" if instance.key_groups > 1 else ""
     pieces = f"/{instance.score_keys}" if instance.score_keys * instance.key_groups < instance.keys else ""
     tile = f"{instance.warps}x{instance.warp_rows}x{instance.keys}{pieces}{groups}, {1 if instance.single else 2}"
     return [
-        instance.name,
+        instance.name + (" e4m3" if kernel.number == "e4m3" else ""),
         tile + (" s" if instance.queries_shared else " r"),
         str(blocks),
         f"{values['registers']} / {kernel.allowed_registers}",
@@ -84,9 +85,9 @@ def row(kernel: Measured) -> list[str]:
 def table(kernels: list[Measured], nvcc: str) -> str:
     head = ["instance", "tile", "blocks", "registers / allowed", "spilled bytes", "shared KB", "HMMA", "LDSM", "MUFU"]
     head += ["LDGSTS", "other", "loop", "next unit", "full rate", "GeForce"]
-    shown = [k for k in kernels if k.number == "bf16"]
+    shown = [k for k in kernels if k.number != "fp16"]
     lines = [head, ["---"] * len(head), *map(row, shown)]
-    pairs = zip(shown, (k for k in kernels if k.number == "fp16"), strict=True)
+    pairs = zip((k for k in kernels if k.number == "bf16"), (k for k in kernels if k.number == "fp16"), strict=True)
     unlike = [a.instance.name if a.instance else "merge" for a, b in pairs if a.values != b.values]
     loops = [k for k in shown if k.instance and k.loop]
     bounds = {k.name: tensor_share(k.loop.path, FULL_RATE, 1, 1)[0] for k in loops if k.loop}
