@@ -7,6 +7,7 @@
 #include "append.hpp"
 #include "cpu/engine.hpp"
 #include "cpu/thread_pool.hpp"
+#include "cuda/append.hpp"
 #include "dispatch.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
@@ -96,11 +97,7 @@ flashspark_status flashspark_attention_explain(const flashspark_attention_params
 flashspark_status flashspark_append_kv(const flashspark_append_params *params) {
   return guarded([&] {
     const fs::AppendParams &p = checked(params);
-    if (p.device != FLASHSPARK_CPU) {
-      throw fs::Error(FLASHSPARK_UNSUPPORTED,
-                      "append: no implementation fits: cpu runs on the CPU only; device = CUDA");
-    }
-    fs::append_kv(p);
+    p.device == FLASHSPARK_CPU ? fs::append_kv(p) : fs::cuda::append_kv(p);
   });
 }
 

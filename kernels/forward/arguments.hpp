@@ -52,9 +52,9 @@ struct ForwardArguments {
   Scale q_descale, k_descale, v_descale;  // q's is NULL unless q is e4m3
 
   // Scores.
-  float softmax_scale;  // scores leave the product in natural units times this
-  float softcap;        // 0: off
-  const void *sinks;    // (Hq)
+  float softmax_scale;              // scores leave the product in natural units times this
+  float softcap;                    // 0: off
+  const void *sinks;                // (Hq)
   Number sinks_number, rel_number;  // no e4m3
   const void *rel_logits;
   int64_t rel_token_stride, rel_head_stride;

@@ -57,9 +57,9 @@ constexpr int32_t query_bytes(const Instance &instance, const Tile &tile) {
 constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile) {
   return tile.keys * (instance.head_dim + instance.head_dim_v) * 2;
 }
-// Kernels that convert K and V from e4m3 (`converts`) keep one tile of them as the 16-bit numbers that they compute with,
-// and the next two, as they lie in the cache, in places that each thread has for itself. Threads that copy one row, 16
-// bytes each: as many as there are chunks in a group (TileLayout).
+// Kernels that convert K and V from e4m3 (`converts`) keep one tile of them as the 16-bit numbers that they compute
+// with, and the next two, as they lie in the cache, in places that each thread has for itself. Threads that copy one
+// row, 16 bytes each: as many as there are chunks in a group (TileLayout).
 constexpr int32_t row_threads(const Instance &instance) {
   return instance.head_dim % 64 == 0 && instance.head_dim_v % 64 == 0 ? 8 : 4;
 }
@@ -89,9 +89,9 @@ constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool 
   const int32_t joined = tile.key_groups == 1
                              ? tile.rows() * instance.head_dim_v * 2
                              : tile.warps * (tile.warp_rows / 16) * (instance.head_dim_v / 16 + 1) * 512;
-  const int32_t loop =
-      converts ? raw_places(instance, tile).end + (tile.queries == QueryPlace::shared ? queries : 0)
-      : tile.queries == QueryPlace::shared ? ring + queries : (ring > stage + queries ? ring : stage + queries);
+  const int32_t loop = converts ? raw_places(instance, tile).end + (tile.queries == QueryPlace::shared ? queries : 0)
+                       : tile.queries == QueryPlace::shared ? ring + queries
+                                                            : (ring > stage + queries ? ring : stage + queries);
   return loop > joined ? loop : joined;
 }
 

@@ -212,9 +212,8 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
       const float low = result.at[n][c][0] * inverse, high = result.at[n][c][1] * inverse;
-      const uint32_t word = T::kConverts && a.out_number == Number::bfloat16
-                                ? ptx::pack<ptx::Bfloat16>(low, high)
-                                : ptx::pack<typename T::Number>(low, high);
+      const uint32_t word = T::kConverts && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
+                                                                             : ptx::pack<typename T::Number>(low, high);
       ptx::store_shared_4(memory + Layout::step(Layout::offset(n * 8 + lane / 4, 0), c) + lane % 4 * 4, word);
     }
   }
@@ -230,8 +229,7 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < Layout::kChunks / kRowLanes; ++n) {
       const int32_t chunk = n * kRowLanes + lane % kRowLanes;
-      const ptx::Vector16 v =
-          ptx::load_shared_16(memory + Layout::offset(row, lane % kRowLanes) + n * kRowLanes * 16);
+      const ptx::Vector16 v = ptx::load_shared_16(memory + Layout::offset(row, lane % kRowLanes) + n * kRowLanes * 16);
       if (r.in_use && first_column + chunk * 8 < a.head_dim_v) store_8(to + chunk * 8, v);
     }
   }

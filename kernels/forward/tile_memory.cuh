@@ -152,8 +152,8 @@ struct KeyLoader {
  private:
   // Copies of this thread in a row, and whether there is something for the n-th.
   template <class Layout>
-  static constexpr int32_t kLoads = T::kConverts ? raw_loads(Layout::kChunks * 8, T::kRowThreads)
-                                                 : Layout::kChunks / T::kRowThreads;
+  static constexpr int32_t kLoads =
+      T::kConverts ? raw_loads(Layout::kChunks * 8, T::kRowThreads) : Layout::kChunks / T::kRowThreads;
   template <class Layout>
   static FLASHSPARK_DEVICE bool exists(int32_t n) {
     constexpr int32_t kChunks = Layout::kChunks * 8 / kChunkNumbers;
@@ -161,8 +161,8 @@ struct KeyLoader {
   }
   // Bytes to the place of the next pass, and to that of the next copy in a row.
   template <class Layout>
-  static constexpr int32_t kPassBytes = T::kConverts ? kLoads<Layout> * T::kThreads * 16
-                                                     : T::kPassRows * Layout::kPitch;
+  static constexpr int32_t kPassBytes =
+      T::kConverts ? kLoads<Layout> * T::kThreads * 16 : T::kPassRows * Layout::kPitch;
   static constexpr int32_t kLoadBytes = (T::kConverts ? T::kThreads : T::kRowThreads) * 16;
 
   // K and V of one width lie alike.
@@ -238,8 +238,8 @@ FLASHSPARK_DEVICE KeyLoader<T> make_loader(const ForwardArguments &a, const Work
   return loader;
 }
 
-// Eight queries' numbers as fp16. What lies beyond fp16's range, as bf16 can, becomes its largest number: the softmax of
-// such scores is as sharp either way.
+// Eight queries' numbers as fp16. What lies beyond fp16's range, as bf16 can, becomes its largest number: the softmax
+// of such scores is as sharp either way.
 FLASHSPARK_DEVICE ptx::Vector16 widen_queries(const void *q, int64_t offset, Number number) {
   ptx::Vector16 y;
   if (number == Number::e4m3) {

@@ -74,8 +74,8 @@ struct Traits {
   static constexpr uint32_t kKeyBytes = kKeys * KeyLayout::kPitch;
   static constexpr uint32_t kStageBytes = stage_bytes(kInstance, kTile);
   static constexpr RawPlaces kRaw = raw_places(kInstance, kTile);
-  static constexpr uint32_t kQueryOffset = kConverts ? (kQueriesInRegisters ? 0 : kRaw.end)
-                                                     : kStageBytes * (kQueriesInRegisters ? 1 : kTile.stages());
+  static constexpr uint32_t kQueryOffset =
+      kConverts ? (kQueriesInRegisters ? 0 : kRaw.end) : kStageBytes * (kQueriesInRegisters ? 1 : kTile.stages());
   static constexpr uint32_t kSharedBytes = shared_bytes(kInstance, kTile, kConverts);
   static_assert(kSharedBytes <= 99 * 1024, "an SM12x block has 99 KB");
   static_assert(kWarpRows % 16 == 0 && kTile.warps % kKeyGroups == 0);

@@ -92,8 +92,8 @@ FLASHSPARK_DEVICE Place find_place(const ForwardArguments &a) {
   return {ptx::uniform(seq), ptx::uniform(unit - seq * a.num_heads_kv), ptx::uniform(rank)};
 }
 
-// True: some word of the arguments is not 0. Reads one of each 64 bytes, a line of the constant cache: a line that is met
-// for the first time in the middle of a chain of dependent work puts its miss into that chain.
+// True: some word of the arguments is not 0. Reads one of each 64 bytes, a line of the constant cache: a line that is
+// met for the first time in the middle of a chain of dependent work puts its miss into that chain.
 FLASHSPARK_DEVICE bool fetch(const ForwardArguments &a) {
   uint32_t some = 0;
   FLASHSPARK_UNROLL

@@ -193,9 +193,9 @@ FLASHSPARK_DEVICE float widen<Float16>(Float16 x) {
   return y;
 }
 
-// cvt.rn.f16x2.e4m3x2: two e4m3 numbers (OCP e4m3fn) as two of fp16, exactly; the first in the lower half of both. Devices
-// before 8.9 have no such instruction: the exponent is 4 bits, biased by 7, and a product with 2^8 leads to fp16's 15,
-// subnormal numbers included; what is NaN is found beside it.
+// cvt.rn.f16x2.e4m3x2: two e4m3 numbers (OCP e4m3fn) as two of fp16, exactly; the first in the lower half of both.
+// Devices before 8.9 have no such instruction: the exponent is 4 bits, biased by 7, and a product with 2^8 leads to
+// fp16's 15, subnormal numbers included; what is NaN is found beside it.
 FLASHSPARK_DEVICE uint32_t widen_e4m3x2(uint32_t pair) {
   uint32_t word;
 #if __CUDA_ARCH__ >= 890
@@ -209,6 +209,31 @@ FLASHSPARK_DEVICE uint32_t widen_e4m3x2(uint32_t pair) {
   word |= (bytes & 0x00800080) << 8;
 #endif
   return word;
+}
+
+// cvt.rn.satfinite.e4m3x2.f32: two floats as e4m3, `low` in the lower byte; beyond 448: 448, NaN: NaN. Devices
+// before 8.9 have no such instruction: fp16 has all of e4m3's numbers, so one rounding of the float to e4m3's steps
+// suffices.
+FLASHSPARK_DEVICE uint32_t narrow_e4m3x2(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  const auto narrow = [](float x) -> uint32_t {
+    const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80;
+    const float magnitude = fminf(fabsf(x), 448.0f);
+    if (x != x) return sign | 0x7f;
+    // Steps are 2^-9 below 2^-6, else an eighth of the power of two; rounding to even by adding and taking away.
+    const float power = fmaxf(__uint_as_float(__float_as_uint(magnitude) & 0x7f800000), 0.015625f);
+    const float steps = power * 1572864.0f;  // 1.5 x 2^23 eighths: the float's last place is one step
+    const float rounded = (magnitude + steps) - steps;
+    const uint32_t r = __float_as_uint(rounded);
+    const uint32_t normal = (r >> 20) - (120u << 3);  // exponent and three bits, rebiased from 127 to 7
+    return sign | (rounded < 0.015625f ? static_cast<uint32_t>(rounded * 512.0f) : normal);
+  };
+  return narrow(low) | narrow(high) << 8;
+#endif
 }
 
 // ex2.approx.ftz: 2^x within 2 ulp; 2^-inf = 0. lg2.approx.ftz: log2 x. rcp.approx.ftz: 1 / x within 1 ulp.

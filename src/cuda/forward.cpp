@@ -4,6 +4,7 @@
 
 #include "cuda/device.hpp"
 #include "cuda/fatbins.hpp"
+#include "cuda/launch.hpp"
 #include "cuda/module.hpp"
 #include "error.hpp"
 
@@ -41,18 +42,6 @@ class Workspace {
   void *data_ = nullptr;
 };
 
-// Kernels wait for the one before them by themselves (grid_dependency_wait), so the driver may bring them in while that
-// one drains; it honours this from compute capability 9.0 on.
-void launch(Kernel kernel, const Launch &shape, const ForwardArguments &arguments, Stream stream, Architecture arch) {
-  void *parameters[] = {const_cast<ForwardArguments *>(&arguments)};
-  LaunchAttribute early{kProgrammaticStreamSerialization, 0, {1}};
-  const LaunchConfig config{
-      {shape.grid[0], shape.grid[1], shape.grid[2]}, {shape.threads, 1, 1}, shape.shared_bytes, stream, &early,
-      arch == Architecture::sm_80 ? 0u : 1u};
-  // The driver takes a kernel for a function, and runs it in the stream's context.
-  FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernelEx, &config, reinterpret_cast<Function>(kernel), parameters, nullptr);
-}
-
 }  // namespace
 
 void forward(const Params &p) {
@@ -72,8 +61,8 @@ void forward(const Params &p) {
   const Workspace memory(p, plan.workspace);
   if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
   const Architecture arch = device.machine.arch;
-  launch(kernel, plan.forward, plan.arguments, stream, arch);
-  if (merged) launch(merge, plan.merge, plan.merge_arguments, stream, arch);
+  launch(kernel, plan.forward, &plan.arguments, stream, arch);
+  if (merged) launch(merge, plan.merge, &plan.merge_arguments, stream, arch);
 }
 
 size_t workspace(const Params &p) {

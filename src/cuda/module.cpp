@@ -18,7 +18,8 @@ struct Slot {
 };
 constexpr size_t kNumInstances = std::size(kInstances);
 constexpr const char *kSuffix[] = {"_bf16", "_fp16", "_e4m3"};  // by NumberType
-Slot slots[kNumInstances + 1][std::size(kSuffix)];             // the last is merge's
+Slot slots[kNumInstances + 1][std::size(kSuffix)];              // the last is merge's
+Slot append_slot;
 std::mutex loading;
 
 // Loading allocates, which a captured stream's thread may do only after it has said that it means it.
@@ -52,15 +53,14 @@ void load_now(Kernel kernel) {
   FLASHSPARK_CUDA_CALL(driver(), cuKernelGetFunction, &unused, kernel);
 }
 
-Kernel kernel_of(Slot &slot, const char *name, NumberType number, const char *function, int index,
+Kernel kernel_of(Slot &slot, const char *name, const char *suffix, const char *function, int index,
                  uint32_t shared_bytes) {
   const uint64_t bit = uint64_t{1} << index;
   if (slot.ready.load(std::memory_order_acquire) & bit) return slot.kernel;
   const std::lock_guard lock(loading);
   if (slot.ready.load(std::memory_order_relaxed) & bit) return slot.kernel;
   const RelaxedCapture relaxed;
-  if (slot.kernel == nullptr)
-    slot.kernel = load(std::string(name) + kSuffix[static_cast<size_t>(number)], function);
+  if (slot.kernel == nullptr) slot.kernel = load(std::string(name) + suffix, function);
   constexpr uint32_t kAlwaysAllowed = 48 << 10;
   if (shared_bytes > kAlwaysAllowed) {
     Device device = 0;
@@ -79,12 +79,17 @@ Kernel forward_kernel(const Instance &instance, NumberType number, int index, ui
   // By name: the instance may come from another translation unit's copy of the table.
   size_t place = 0;
   while (std::strcmp(kInstances[place].name, instance.name) != 0) ++place;
-  return kernel_of(slots[place][static_cast<int>(number)], instance.name, number, "flashspark_forward", index,
-                   shared_bytes);
+  const auto n = static_cast<size_t>(number);
+  return kernel_of(slots[place][n], instance.name, kSuffix[n], "flashspark_forward", index, shared_bytes);
 }
 
 Kernel merge_kernel(NumberType number, int index) {
-  return kernel_of(slots[kNumInstances][static_cast<int>(number)], "merge", number, "flashspark_merge", index, 0);
+  const auto n = static_cast<size_t>(number);
+  return kernel_of(slots[kNumInstances][n], "merge", kSuffix[n], "flashspark_merge", index, 0);
+}
+
+Kernel append_kernel(int index) {
+  return kernel_of(append_slot, "append", "", "flashspark_append", index, 0);
 }
 
 Kernel named_kernel(const char *fatbin, const char *function) {

@@ -56,19 +56,6 @@ std::string misaligned(const char *name, const flashspark_tensor &t, int64_t num
   return {};
 }
 
-Number number_of(int32_t dtype) {
-  switch (dtype) {
-    case FLASHSPARK_FLOAT32:
-      return Number::float32;
-    case FLASHSPARK_FLOAT16:
-      return Number::float16;
-    case FLASHSPARK_FLOAT8_E4M3:
-      return Number::e4m3;
-    default:
-      return Number::bfloat16;
-  }
-}
-
 const Instance *find(const Params &p, Kind kind) {
   for (const Instance &instance : kInstances) {
     if (instance.kind == kind && instance.head_dim >= p.head_dim) {
@@ -141,8 +128,8 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
 }
 
 // Measured on an H100 in full grids: warps of 16 rows, which read K and V for half as many rows as those of 32, are 15%
-// slower a row, key groups, which compute what lies beyond the diagonal, another 20%, and blocks of 32 rows, each of which
-// copies K and V, another 15%.
+// slower a row, key groups, which compute what lies beyond the diagonal, another 20%, and blocks of 32 rows, each of
+// which copies K and V, another 15%.
 double slowness(const Tile &tile) {
   return (tile.warp_rows == 16 ? 1.15 : 1.0) * (tile.key_groups > 1 ? 1.2 : 1.0) * (tile.rows() <= 32 ? 1.15 : 1.0);
 }
@@ -266,6 +253,19 @@ int64_t section_units(const Params &p, const Sizes &sizes, int64_t tiles, int64_
 
 }  // namespace
 
+Number number_of(int32_t dtype) {
+  switch (dtype) {
+    case FLASHSPARK_FLOAT32:
+      return Number::float32;
+    case FLASHSPARK_FLOAT16:
+      return Number::float16;
+    case FLASHSPARK_FLOAT8_E4M3:
+      return Number::e4m3;
+    default:
+      return Number::bfloat16;
+  }
+}
+
 Divisor make_divisor(uint32_t d) {
   Divisor result{d, 0, 0};
   while ((uint64_t{1} << result.shift) < d) ++result.shift;
@@ -285,7 +285,8 @@ std::string unsupported(const Params &p) {
     const auto whole = [&](const char *what, int64_t width) {
       constexpr int64_t kWidest = 256;  // beyond it the shared memory of SM12x does not hold both kinds of numbers
       if (width % 16 != 0 || width > kWidest)
-        add(std::string(what) + " " + std::to_string(width) + ": must be a multiple of 16 up to 256 with float8_e4m3 k and v");
+        add(std::string(what) + " " + std::to_string(width) +
+            ": must be a multiple of 16 up to 256 with float8_e4m3 k and v");
     };
     whole("head_dim", p.head_dim);
     if (p.head_dim_v != p.head_dim) whole("head_dim_v", p.head_dim_v);

@@ -38,6 +38,8 @@ struct Plan {
   size_t workspace = 0;                // bytes that arguments.partial_out and partial_lse lie in
 };
 
+Number number_of(int32_t dtype);  // flashspark_dtype
+
 // Exact for every n < 2^31; 1 <= d <= 2^30.
 Divisor make_divisor(uint32_t d);
 

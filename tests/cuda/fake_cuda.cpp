@@ -143,8 +143,12 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
   if (static_cast<int>(shared_bytes) > limit || x == 0 || y == 0 || z == 0) return kInvalidValue;
   if (state().launch_result != kSuccess) return state().launch_result;
   fake_cuda::Launch launch{kernel->image, kernel->function, device, {x, y, z}, threads,
-                           shared_bytes,  stream,           {},     false};
-  if (kernel->function != "flashspark_peak") std::memcpy(&launch.arguments, parameters[0], sizeof launch.arguments);
+                           shared_bytes,  stream,           {},     {},        false};
+  if (kernel->function == "flashspark_append") {
+    std::memcpy(&launch.append, parameters[0], sizeof launch.append);
+  } else if (kernel->function != "flashspark_peak") {
+    std::memcpy(&launch.arguments, parameters[0], sizeof launch.arguments);
+  }
   state().launches.push_back(launch);
   state().order.push_back(kernel->function);
   return kSuccess;

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "append/arguments.hpp"
 #include "cuda/driver.hpp"
 #include "forward/arguments.hpp"
 
@@ -25,7 +26,8 @@ struct Launch {
   unsigned grid[3] = {}, threads = 0, shared_bytes = 0;
   void *stream = nullptr;
   flashspark::ForwardArguments arguments{};
-  bool early = false;  // programmatic dependent launch
+  flashspark::AppendArguments append{};  // of flashspark_append
+  bool early = false;                    // programmatic dependent launch
 };
 
 struct State {

@@ -141,6 +141,59 @@ TEST_F(Cuda, RowsOfPagesAreFoundInSteps) {
   EXPECT_TRUE(contains(explain(p, FLASHSPARK_UNSUPPORTED), "within 2^31 units"));
 }
 
+// Kernels of their own for keys and values in e4m3: with factors, whatever 16 bits q has, or e4m3 itself.
+TEST_F(Cuda, KeysInE4m3) {
+  Params p = decode();
+  p.k.dtype = p.v.dtype = FLASHSPARK_FLOAT8_E4M3;
+  const float *scale = static_cast<const float *>(address(8));
+  p.k_descale = {scale, 0, 1};
+  p.q_descale = {scale, 0, 0};  // not read: q is no e4m3
+  run(p);
+  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_few_e4m3");
+  const ForwardArguments &a = fake.launches[0].arguments;
+  EXPECT_EQ(a.k_descale.data, scale);
+  EXPECT_EQ(a.k_descale.head_stride, 1);
+  EXPECT_EQ(a.q_descale.data, nullptr);
+  EXPECT_EQ(int64_t{a.k_pages.page} * a.k_pages.unit, p.k.batch_stride) << "bytes of e4m3";
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), "d128_few_e4m3): chosen"));
+  p.q.dtype = FLASHSPARK_FLOAT8_E4M3;
+  run(p);
+  EXPECT_EQ(fake.launches[1].arguments.q_descale.data, scale);
+  EXPECT_EQ(fake.launches[1].arguments.q_number, Number::e4m3);
+  p.num_splits = 3, p.max_seqlen_k = 4096, p.num_page_slots = p.page_table_stride = 256;
+  run(p);
+  EXPECT_STREQ(name_of(fake.launches[3].image), "merge_bf16") << "by the type of out";
+  Params wide = decode(256, 512);
+  wide.k.dtype = wide.v.dtype = FLASHSPARK_FLOAT8_E4M3;
+  EXPECT_TRUE(contains(explain(wide, FLASHSPARK_UNSUPPORTED), "head_dim 512: must be a multiple of 16 up to 256"));
+  p.k.token_stride += 8;
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_UNSUPPORTED), "is not a multiple of 16 elements"));
+}
+
+TEST_F(Cuda, AppendIsOneLaunch) {
+  flashspark_append_params p;
+  flashspark_append_params_init(&p);
+  p.device = FLASHSPARK_CUDA;
+  p.stream = address(99);
+  p.num_seqs = 3, p.num_heads_kv = 2, p.head_dim = p.head_dim_v = 64, p.seqlen_new = 5;
+  p.num_pages = 100, p.page_size = 16, p.num_page_slots = p.page_table_stride = 4;
+  p.page_table = static_cast<int32_t *>(address(6));
+  p.k_new = p.v_new = {address(1), 5 * 128, 128, 64, FLASHSPARK_BFLOAT16, 0};
+  p.k_cache = {address(2), 16 * 128, 128, 64, FLASHSPARK_BFLOAT16, 0};
+  p.v_cache = {address(3), 16 * 128, 128, 64, FLASHSPARK_BFLOAT16, 0};
+  ASSERT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK) << flashspark_last_error();
+  ASSERT_EQ(fake.launches.size(), 1u);
+  EXPECT_STREQ(name_of(fake.launches[0].image), "append");
+  EXPECT_EQ(fake.launches[0].grid[0], 15u);
+  EXPECT_EQ(fake.launches[0].append.capacity, 64);
+  EXPECT_EQ(fake.launches[0].append.k_descale.data, nullptr);
+  p.seqlen_new = 0;
+  EXPECT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK);
+  EXPECT_EQ(fake.launches.size(), 1u) << "no rows, no launch";
+  p.seqlen_new = 5, p.device_index = kOld;
+  EXPECT_EQ(flashspark_append_kv(&p), FLASHSPARK_UNSUPPORTED);
+}
+
 // Few rows go to key groups, grids that fill the GPU to the tiles that read K and V least often.
 TEST_F(Cuda, TheChoiceOfKernelFollowsTheGrid) {
   const Machine machine = device_facts(0).machine;

@@ -47,6 +47,9 @@ DETECTORS = [
 ]
 
 
+NUMBERS = {"bf16": "Bfloat16", "fp16": "Float16", "e4m3": "E4m3"}
+
+
 @dataclass
 class Mutant:
     name: str
@@ -132,11 +135,11 @@ class Build:
     def make(self, folder: Path, kernels: Path, names: list[str], program: str) -> Path:
         objects = []
         for name in names:
-            instance, number, tiles = re.fullmatch(r"(\w+)_(bf16|fp16)_(sm_\w+)", name).groups()
+            instance, number, tiles = re.fullmatch(r"(\w+)_(bf16|fp16|e4m3)_(sm_\w+)", name).groups()
             source = folder / f"{name}.cpp"
             source.write_text(
                 f"#define KERNEL_NAME {instance}\n"
-                f"#define KERNEL_NUMBER {'Bfloat16' if number == 'bf16' else 'Float16'}\n"
+                f"#define KERNEL_NUMBER {NUMBERS[number]}\n"
                 f"#define KERNEL_ARCHITECTURE {tiles}\n"
                 '#include "attention/kernel.cpp"\n'
             )

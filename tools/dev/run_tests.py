@@ -368,8 +368,10 @@ def budgets(log: Log) -> None:
 
 def emulator(log: Log) -> None:
     """The GPU kernels' own source on the CPU: every instance, and random serving batches; two processes."""
-    build = log.preset("emulator", "emulator_test", "emulator_forward_test", "emulator_fuzz") / "tests/emulator"
+    programs = ("emulator_test", "emulator_append_test", "emulator_forward_test", "emulator_fuzz")
+    build = log.preset("emulator", *programs) / "tests/emulator"
     log.gtest(build / "emulator_test")
+    log.gtest(build / "emulator_append_test")
 
     def shard(number: int) -> None:
         log.gtest(

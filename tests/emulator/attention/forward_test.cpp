@@ -28,7 +28,8 @@ TEST_P(EveryKernel, RunsTheFeatureMatrix) {
                                               cases::Descale::kPerHead, cases::Descale::kFull};
       spec.q_dtype = kTypes[n % 3];
       spec.out_dtype = kTypes[n / 3 % 2];
-      spec.q_descale = kDescales[n / 2 % 4], spec.k_descale = kDescales[n / 5 % 4], spec.v_descale = kDescales[n / 7 % 4];
+      spec.q_descale = kDescales[n / 2 % 4], spec.k_descale = kDescales[n / 5 % 4],
+      spec.v_descale = kDescales[n / 7 % 4];
     }
     spec.output_scale = 0;
     // The kernel's own width, so that it is not always half zeros; its neighbour's too where that leaves a tail.

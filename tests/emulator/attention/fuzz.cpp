@@ -60,7 +60,8 @@ void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
   c.q_dtype = draw.of<int32_t>({FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16, FLASHSPARK_FLOAT8_E4M3});
   c.out_dtype = draw.of<int32_t>({FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16});
   for (cases::Descale *scale : {&c.q_descale, &c.k_descale, &c.v_descale})
-    *scale = draw.of({cases::Descale::kNone, cases::Descale::kPerTensor, cases::Descale::kPerHead, cases::Descale::kFull});
+    *scale =
+        draw.of({cases::Descale::kNone, cases::Descale::kPerTensor, cases::Descale::kPerHead, cases::Descale::kFull});
 }
 
 // Decode, verify, chunk, prefill and padded rows; short enough for the emulator.

@@ -89,7 +89,7 @@ Registration::Registration(const Kernel &kernel) {
 }
 
 std::string name_of(const Kernel &kernel) {
-  const char *number = kernel.dtype == FLASHSPARK_BFLOAT16   ? "_bf16_"
+  const char *number = kernel.dtype == FLASHSPARK_BFLOAT16  ? "_bf16_"
                        : kernel.dtype == FLASHSPARK_FLOAT16 ? "_fp16_"
                                                             : "_e4m3_";
   return kernel.instance->name + std::string(number) + tiles_name(kernel.tiles);

@@ -12,12 +12,11 @@ using Stored = ptx::KERNEL_NUMBER;
 using Number = std::conditional_t<std::is_same_v<Stored, ptx::E4m3>, ptx::Float16, Stored>;
 using Chosen = Traits<InstanceIndex::KERNEL_NAME, Architecture::KERNEL_ARCHITECTURE, Number, Stored>;
 
-const Registration kRegistration{
-    {&kInstances[static_cast<int32_t>(InstanceIndex::KERNEL_NAME)],
-     std::is_same_v<Stored, ptx::E4m3>       ? FLASHSPARK_FLOAT8_E4M3
-     : std::is_same_v<Stored, ptx::Bfloat16> ? FLASHSPARK_BFLOAT16
-                                             : FLASHSPARK_FLOAT16,
-     Architecture::KERNEL_ARCHITECTURE, forward<Chosen>}};
+const Registration kRegistration{{&kInstances[static_cast<int32_t>(InstanceIndex::KERNEL_NAME)],
+                                  std::is_same_v<Stored, ptx::E4m3>       ? FLASHSPARK_FLOAT8_E4M3
+                                  : std::is_same_v<Stored, ptx::Bfloat16> ? FLASHSPARK_BFLOAT16
+                                                                          : FLASHSPARK_FLOAT16,
+                                  Architecture::KERNEL_ARCHITECTURE, forward<Chosen>}};
 
 }  // namespace
 }  // namespace flashspark::emulator

@@ -189,11 +189,30 @@ inline uint32_t widen_e4m3x2(uint32_t pair) {
   for (int n = 0; n < 2; ++n) {
     const uint32_t byte = pair >> 8 * n & 0xff, magnitude = byte & 0x7f;
     const float x = magnitude == 0x7f ? std::numeric_limits<float>::quiet_NaN()
-                    : magnitude < 8   ? std::ldexp(static_cast<float>(magnitude), -9)
-                                      : std::ldexp(static_cast<float>(8 + magnitude % 8), static_cast<int>(magnitude / 8) - 10);
+                    : magnitude < 8
+                        ? std::ldexp(static_cast<float>(magnitude), -9)
+                        : std::ldexp(static_cast<float>(8 + magnitude % 8), static_cast<int>(magnitude / 8) - 10);
     word |= pack<Float16>(byte >= 0x80 ? -x : x, 0.0f) << 16 * n;
   }
   return word;
+}
+
+// Looks for the nearest of all numbers, the even one of two as near.
+inline uint32_t narrow_e4m3x2(float low, float high) {
+  const auto narrow = [](float x) -> uint32_t {
+    const uint32_t sign = std::signbit(x) ? 0x80 : 0;
+    if (std::isnan(x)) return sign | 0x7f;
+    const double magnitude = std::fabs(static_cast<double>(x));
+    uint32_t best = 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (uint32_t code = 0; code < 0x7f; ++code) {
+      const double value = code < 8 ? std::ldexp(code, -9) : std::ldexp(8 + code % 8, static_cast<int>(code / 8) - 10);
+      const double distance = std::isinf(magnitude) ? 448 - value : std::fabs(value - magnitude);
+      if (distance < least || (distance == least && code % 2 == 0)) best = code, least = distance;
+    }
+    return sign | best;
+  };
+  return narrow(low) | narrow(high) << 8;
 }
 
 inline float exp2_approx(float x) {

@@ -1,0 +1,30 @@
+// What the host hands to the append kernel. Fields mean what the fields of the same name in flashspark_append_params
+// mean; every pointer lies on the device, strides count elements.
+#pragma once
+
+#include "forward/arguments.hpp"
+
+namespace flashspark {
+
+struct AppendArguments {
+  const void *k_new, *v_new;
+  void *k_cache, *v_cache;
+  void *q;  // NULL: not turned
+  Strides k_new_strides, v_new_strides, k_cache_strides, v_cache_strides, q_strides;
+  Number new_number, cache_number, q_number, rotary_number;
+
+  int32_t num_seqs, num_heads_q, num_heads_kv, head_dim, head_dim_v;
+  Divisor seqlen_new;     // dense: new rows of a sequence
+  int32_t capacity;       // rows that a sequence of the cache has place for
+  int32_t cache_batches;  // pages, or sequences of the cache
+  Divisor page_size;      // value 0: not paged
+
+  const int32_t *seqlens, *cu_seqlens_new, *kv_batch_index, *leftpad_k, *page_table;
+  int64_t page_table_stride;
+  Scale k_descale, v_descale;  // NULL unless the cache is e4m3 and the new rows are not
+
+  const void *rotary_cos, *rotary_sin;
+  int32_t rotary_interleaved, rotary_dim, seqlen_rotary, q_rotary_per_token;
+};
+
+}  // namespace flashspark

@@ -1,0 +1,20 @@
+#include "cuda/append.hpp"
+
+#include "cuda/device.hpp"
+#include "cuda/launch.hpp"
+#include "cuda/module.hpp"
+#include "error.hpp"
+
+namespace flashspark::cuda {
+
+void append_kv(const AppendParams &p) {
+  if (const std::string lack = device_lack(p.device_index); !lack.empty())
+    throw Error(FLASHSPARK_UNSUPPORTED, "append: no implementation fits: cuda: " + lack);
+  const AppendPlan plan = make_append_plan(p);
+  if (plan.launch.grid[0] == 0) return;  // no new rows
+  const CurrentDevice current(p.device_index);
+  launch(append_kernel(p.device_index), plan.launch, &plan.arguments, static_cast<Stream>(p.stream),
+         device_facts(p.device_index).machine.arch);
+}
+
+}  // namespace flashspark::cuda

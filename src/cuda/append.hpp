@@ -1,0 +1,20 @@
+// Appending to a cache on a GPU.
+#pragma once
+
+#include "append/arguments.hpp"
+#include "cuda/plan.hpp"
+#include "validate.hpp"
+
+namespace flashspark::cuda {
+
+// What the kernel gets, and how many blocks; p has passed validate(). Pure arithmetic.
+struct AppendPlan {
+  Launch launch;  // fatbin "append", function flashspark_append
+  AppendArguments arguments{};
+};
+AppendPlan make_append_plan(const AppendParams &p);
+
+// Puts it on the stream and returns; no device memory is read by the host.
+void append_kv(const AppendParams &p);
+
+}  // namespace flashspark::cuda
