@@ -88,12 +88,8 @@ int main(int argc, char **argv) {
   const struct {
     int64_t batch, heads_q, heads_kv, q, k;
     bool causal;
-  } problems[] = {{4, 32, 8, 4096, 4096, false},
-                  {4, 32, 8, 4096, 4096, true},
-                  {1, 16, 8, 256, 256, true},
-                  {1, 16, 8, 512, 512, true},
-                  {1, 16, 8, 1024, 1024, true},
-                  {1, 16, 8, 8192, 8192, true},
+  } problems[] = {{4, 32, 8, 4096, 4096, false}, {4, 32, 8, 4096, 4096, true}, {1, 16, 8, 256, 256, true},
+                  {1, 16, 8, 512, 512, true},    {1, 16, 8, 1024, 1024, true}, {1, 16, 8, 8192, 8192, true},
                   {1, 64, 8, 1024, 32768, true}};
   const int64_t dim = Kernel::kHeadDim, dim_v = Kernel::kHeadDimV;
   float *worst;

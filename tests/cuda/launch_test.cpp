@@ -91,6 +91,10 @@ TEST(Fatbins, EveryInstanceIsThere) {
     for (const Instance &instance : kInstances) expected.push_back(instance.name + std::string(suffix));
     expected.push_back(std::string("merge") + suffix);
   }
+  for (const Instance &instance : kInstances) {
+    if (instance.head_dim <= 256) expected.push_back(std::string(instance.name) + "_e4m3");
+  }
+  expected.push_back("append");
   expected.push_back("peak");
   std::vector<std::string> found;
   for (const Fatbin &fatbin : fatbins()) {
@@ -364,7 +368,7 @@ TEST_F(Cuda, OtherTypesAreLackedByName) {
   Params p = decode();
   p.out.dtype = FLASHSPARK_FLOAT32;
   const std::string text = explain(p, FLASHSPARK_UNSUPPORTED);
-  EXPECT_TRUE(contains(text, "lacks float32, out dtype other than q's")) << text;
+  EXPECT_TRUE(contains(text, "lacks float32; out must have q's type unless k and v are float8_e4m3")) << text;
 }
 
 TEST_F(Cuda, AForkedChildIsToldWhatToDo) {
