@@ -119,17 +119,17 @@ FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &
     const auto warp = static_cast<int32_t>(ptx::thread_index() / 32);
     const bool second = key_group<T>() > 0;
     const int32_t other = second ? warp - T::kRowWarps : warp + T::kRowWarps;
+    const auto place = [](int32_t slab, int32_t vector) { return (slab * (kColumns / 2 + 1) + vector) * 512; };
     const ptx::SharedAddress lane = ptx::thread_index() % 32 * 16;
     const ptx::SharedAddress to = result_memory<T>(shared, other) + lane, from = result_memory<T>(shared, warp) + lane;
     FLASHSPARK_UNROLL
     for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
-      const auto place = [slab](int32_t vector) { return (slab * (kColumns / 2 + 1) + vector) * 512; };
       const auto handed = [&](int32_t c, int32_t x) { return second ? o.at[slab][c][x] : o.at[slab][c][2 + x]; };
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < kColumns; c += 2)
-        store_4(to + place(c / 2), handed(c, 0), handed(c, 1), handed(c + 1, 0), handed(c + 1, 1));
+        store_4(to + place(slab, c / 2), handed(c, 0), handed(c, 1), handed(c + 1, 0), handed(c + 1, 1));
       const int32_t away = 2 * slab + 1, kept = 2 * slab;  // rows of the first group
-      store_4(to + place(kColumns / 2), second ? state.base[kept] : state.base[away],
+      store_4(to + place(slab, kColumns / 2), second ? state.base[kept] : state.base[away],
               second ? state.sum[kept] : state.sum[away], 0, 0);
       r.base[slab] = second ? state.base[away] : state.base[kept];
       r.sum[slab] = second ? state.sum[away] : state.sum[kept];
@@ -142,8 +142,7 @@ FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &
     ptx::block_barrier();  // what was handed over is there
     FLASHSPARK_UNROLL
     for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
-      const auto place = [slab](int32_t vector) { return (slab * (kColumns / 2 + 1) + vector) * 512; };
-      const ptx::Vector16 ends = ptx::load_shared_16(from + place(kColumns / 2));
+      const ptx::Vector16 ends = ptx::load_shared_16(from + place(slab, kColumns / 2));
       const float base = larger(r.base[slab], ptx::as_float(ends.word[0]));
       const float own = ptx::exp2_approx(r.base[slab] - base);
       const float theirs = ptx::exp2_approx(ptx::as_float(ends.word[0]) - base);
@@ -151,7 +150,7 @@ FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &
       r.sum[slab] = r.sum[slab] * own + ptx::as_float(ends.word[1]) * theirs;
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < kColumns; c += 2) {
-        const ptx::Vector16 v = ptx::load_shared_16(from + place(c / 2));
+        const ptx::Vector16 v = ptx::load_shared_16(from + place(slab, c / 2));
         FLASHSPARK_UNROLL
         for (int32_t x = 0; x < 4; ++x)
           r.at[slab][c + x / 2][x % 2] = r.at[slab][c + x / 2][x % 2] * own + ptx::as_float(v.word[x]) * theirs;

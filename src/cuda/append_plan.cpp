@@ -7,10 +7,6 @@ namespace {
 
 constexpr uint32_t kThreads = 128;  // kAppendWarps in append.cuh
 
-Strides strides_of(const flashspark_tensor &t) {
-  return {t.batch_stride, t.token_stride, t.head_stride};
-}
-
 }  // namespace
 
 AppendPlan make_append_plan(const AppendParams &p) {
@@ -48,7 +44,6 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
   if (p.k_cache.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k_new.dtype != FLASHSPARK_FLOAT8_E4M3) {
-    const auto scale_of = [](const flashspark_scale &s) { return Scale{s.data, s.batch_stride, s.head_stride}; };
     a.k_descale = scale_of(p.k_descale);
     a.v_descale = scale_of(p.v_descale);
   }

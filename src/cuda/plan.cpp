@@ -172,10 +172,6 @@ std::optional<PageSteps> page_steps(const Params &p, const flashspark_tensor &t)
   return PageSteps{static_cast<int32_t>(page / unit), static_cast<int32_t>(slot / unit), static_cast<int32_t>(unit)};
 }
 
-Strides strides_of(const flashspark_tensor &t) {
-  return {t.batch_stride, t.token_stride, t.head_stride};
-}
-
 ForwardArguments arguments_of(const Params &p, const Sizes &sizes, const Instance &instance) {
   ForwardArguments a{};
   a.q = p.q.data;
@@ -209,7 +205,6 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, const Instanc
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
   if (converts(p)) {
-    const auto scale_of = [](const flashspark_scale &s) { return Scale{s.data, s.batch_stride, s.head_stride}; };
     a.q_number = number_of(p.q.dtype);
     a.out_number = number_of(p.out.dtype);
     if (p.q.dtype == FLASHSPARK_FLOAT8_E4M3) a.q_descale = scale_of(p.q_descale);
@@ -264,6 +259,14 @@ Number number_of(int32_t dtype) {
     default:
       return Number::bfloat16;
   }
+}
+
+Strides strides_of(const flashspark_tensor &t) {
+  return {t.batch_stride, t.token_stride, t.head_stride};
+}
+
+Scale scale_of(const flashspark_scale &s) {
+  return {s.data, s.batch_stride, s.head_stride};
 }
 
 Divisor make_divisor(uint32_t d) {

@@ -38,7 +38,10 @@ struct Plan {
   size_t workspace = 0;                // bytes that arguments.partial_out and partial_lse lie in
 };
 
-Number number_of(int32_t dtype);  // flashspark_dtype
+// Fields of the interface as the kernels take them.
+Number number_of(int32_t dtype);
+Strides strides_of(const flashspark_tensor &t);
+Scale scale_of(const flashspark_scale &s);
 
 // Exact for every n < 2^31; 1 <= d <= 2^30.
 Divisor make_divisor(uint32_t d);
