@@ -1,11 +1,13 @@
 """Time of one step of the real vLLM by attention backend, on a GPU; dummy weights, 4 layers, little beside attention.
 
-    bench/vllm.py run BACKEND MODEL OUT.json     one backend, in a process of its own
-    bench/vllm.py table OUT.json ...             a markdown table of the reports, ours against the best of the others
+    bench/vllm.py run BACKEND MODEL OUT.json [--cache fp8]
+                                         one backend, in a process of its own
+    bench/vllm.py table OUT.json ...     a markdown table of the reports, ours against the best of the others
 
 BACKEND: flashspark, fa2, fa3, triton, flashinfer. MODEL: d128 (64/8 heads) or d256 (32/2 heads). fa2, triton and
 flashinfer need what vLLM needs for them. Prefill: a prompt of 8192 tokens. Chunks: a prompt of 32768 in chunks of 512
-and 2048, time of one chunk on average. Decode: one token of each of B sequences of 8192 tokens, in CUDA graphs.
+and 2048, time of one chunk on average. Decode: a step that gives each of B sequences of 8192 tokens one more, in CUDA
+graphs; verify: one that checks eight tokens of each (n-gram drafts). Medians of single steps of the engine.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "flashinfer": {"attention_config": {"backend": "FLASHINFER"}},
 }
 RUNS = 5
+CACHE_BYTES = 11 << 30  # 64 sequences of 8192 tokens with 8 KV heads of 128, and some
 CONTEXT, LONG, TOKENS = 8192, 32768, 32
 VOCABULARY = 4096
-_GRAPH = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 64]}
+# Some token of the prompt is the last one again nearly always, so nearly every step has seven drafts to check.
+_DRAFTS = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+_GRAPH = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 64, 512]}
 
 
 def config(model: str, folder: str) -> None:
@@ -47,14 +52,16 @@ def config(model: str, folder: str) -> None:
 
 
 class Bench:
-    def __init__(self, backend: str, folder: str, chunk: int) -> None:
+    def __init__(self, backend: str, folder: str, chunk: int, cache: str, drafts: bool = False) -> None:
         import vllm
 
-        self.vllm, self.rng = vllm, random.Random(0)
+        self.vllm, self.rng, self.requests = vllm, random.Random(0), 0
         self.llm = vllm.LLM(
             model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=LONG + 256,
             max_num_seqs=64, max_num_batched_tokens=chunk, enable_chunked_prefill=True, enable_prefix_caching=True,
-            gpu_memory_utilization=0.8, compilation_config=_GRAPH, disable_log_stats=True, seed=0, **BACKENDS[backend],
+            gpu_memory_utilization=0.2, kv_cache_memory_bytes=CACHE_BYTES, compilation_config=_GRAPH,
+            disable_log_stats=True, seed=0, kv_cache_dtype=cache,
+            speculative_config=_DRAFTS if drafts else None, **BACKENDS[backend],
         )  # fmt: skip
 
     def prompts(self, count: int, length: int) -> list[dict[str, list[int]]]:
@@ -71,15 +78,25 @@ class Bench:
         return statistics.median(self.seconds(self.prompts(1, length), 1) for _ in range(RUNS + 1))
 
     def decode(self, count: int) -> float:
-        """Of one token for each of `count` sequences, whose prompts are in the prefix cache."""
+        """Of a step that gives each of `count` sequences, whose prompts are in the prefix cache, one token."""
         given = self.prompts(count, CONTEXT)
-        self.seconds(given, TOKENS + 1)
-        long = statistics.median(self.seconds(given, TOKENS + 1) for _ in range(RUNS))
-        short = statistics.median(self.seconds(given, 1) for _ in range(RUNS))
-        return (long - short) / TOKENS
+        self.seconds(given, 1)
+        steps: list[float] = []
+        for _ in range(RUNS):
+            sampling = self.vllm.SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+            for number, prompt in enumerate(given):
+                self.requests += 1
+                self.llm.llm_engine.add_request(f"{self.requests}-{number}", prompt, sampling)
+            times = []
+            while self.llm.llm_engine.has_unfinished_requests():
+                start = time.perf_counter()
+                self.llm.llm_engine.step()
+                times.append(time.perf_counter() - start)
+            steps += times[len(times) - TOKENS // 2 : -2]  # behind the steps that bring the prompts in
+        return statistics.median(steps)
 
 
-def run(backend: str, model: str, out: str) -> None:
+def run(backend: str, model: str, out: str, cache: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if backend != "flashspark":
         os.environ["FLASHSPARK"] = "0"
@@ -88,9 +105,12 @@ def run(backend: str, model: str, out: str) -> None:
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         config(model, folder)
-        for chunk in (CONTEXT, 512, 2048):
-            bench = Bench(backend, folder, chunk)
-            if chunk == CONTEXT:
+        for chunk, drafts in ((CONTEXT, False), (512, False), (2048, False), (CONTEXT, True)):
+            bench = Bench(backend, folder, chunk, cache, drafts)
+            if drafts:
+                for count in (1, 8):
+                    found[f"verify q=8, B={count} at 8k"] = bench.decode(count)
+            elif chunk == CONTEXT:
                 found["prefill 8k"] = bench.prefill(CONTEXT)
                 for count in (1, 8, 64):
                     found[f"decode B={count} at 8k"] = bench.decode(count)
@@ -98,10 +118,10 @@ def run(backend: str, model: str, out: str) -> None:
                 found[f"chunk of {chunk} over 32k"] = bench.prefill(LONG) / (LONG // chunk)
             del bench
             _release()
-            print(f"BENCH {backend} {model}", {k: f"{v * 1e3:.3f} ms" for k, v in found.items()}, flush=True)
+            print(f"BENCH {backend} {model} {cache}", {k: f"{v * 1e3:.3f} ms" for k, v in found.items()}, flush=True)
     import vllm
 
-    report = {"backend": backend, "model": model, "seconds": found, "vllm": vllm.__version__}
+    report = {"backend": backend, "model": model, "cache": cache, "seconds": found, "vllm": vllm.__version__}
     Path(out).write_text(json.dumps(report | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
 
 
@@ -121,15 +141,16 @@ def table(paths: list[str]) -> str:
     lines = [f"{reports[0]['gpu']}, vLLM {reports[0]['vllm']}, torch {reports[0]['torch']}; milliseconds a step", ""]
     lines += ["| model | step | " + " | ".join(names) + " | best other / flashspark |"]
     lines += ["|---|---" + "|---:" * len(names) + "|---:|"]
-    for model in HEADS:
-        mine = {r["backend"]: r["seconds"] for r in reports if r["model"] == model}
+    for model, cache in dict.fromkeys((r["model"], r["cache"]) for r in reports):
+        mine = {r["backend"]: r["seconds"] for r in reports if (r["model"], r["cache"]) == (model, cache)}
+        label = model if cache == "auto" else f"{model}, {cache} cache"
         for step in next(iter(mine.values()), {}):
             times = [mine.get(name, {}).get(step) for name in names]
             cells = ["-" if t is None else f"{t * 1e3:.3f}" for t in times]
             others = [t for name, t in zip(names, times) if t is not None and name != "flashspark"]
             ours = mine.get("flashspark", {}).get(step)
             ratio = f"{min(others) / ours:.2f}" if others and ours else "-"
-            lines.append(f"| {model} | {step} | " + " | ".join([*cells, ratio]) + " |")
+            lines.append(f"| {label} | {step} | " + " | ".join([*cells, ratio]) + " |")
     return "\n".join(lines)
 
 
@@ -140,11 +161,12 @@ def main() -> int:
     one.add_argument("backend", choices=BACKENDS)
     one.add_argument("model", choices=HEADS)
     one.add_argument("out")
+    one.add_argument("--cache", default="auto", help="vLLM's kv_cache_dtype")
     two = sub.add_parser("table")
     two.add_argument("reports", nargs="+")
     options = parser.parse_args()
     if options.what == "run":
-        run(options.backend, options.model, options.out)
+        run(options.backend, options.model, options.out, options.cache)
     else:
         print(table(options.reports))
     return 0

@@ -77,14 +77,16 @@ def slot(c: Context) -> None:
 
     served = [{"head_size": d} for d in (*range(8, 257, 8), 320, 448, 512)]
     served += [{"dtype": torch.float16}, {"has_sink": True}, {"head_size": 512, "has_sink": True}]
+    served += [{"kv_cache_dtype": "fp8", "head_size": d} for d in (64, 80, 128, 256)]
     if c.knows("use_mm_prefix") and hasattr(sys.modules[FLASH_ATTN], "_make_mm_prefix_mask_mod"):
         served += [{"use_mm_prefix": True}, {"use_mm_prefix": True, "head_size": 256}]
     for wanted in served:
         found = c.select(**wanted)
         assert found is FlashSparkBackend, f"{wanted}: {found}"
     for wanted in (
-        {"kv_cache_dtype": "fp8"},
         {"kv_cache_dtype": "fp8_e5m2"},
+        {"kv_cache_dtype": "fp8", "head_size": 512},
+        {"kv_cache_dtype": "fp8", "head_size": 72},
         {"head_size": 128 + 4},
         {"head_size": 576},
     ):
@@ -156,7 +158,7 @@ def predicates(c: Context) -> None:
     assert backend.supports_mm_prefix() is hasattr(flash_attn, "_make_mm_prefix_mask_mod")
     assert backend.supports_rswa() is hasattr(flash_attn, "_make_rswa_mask_mod")
     assert backend.supports_non_causal() and backend.supports_per_head_quant_scales()
-    for dtype, served in (("auto", True), ("bfloat16", True), (None, True), ("fp8", False), ("fp8_e5m2", False)):
+    for dtype, served in (("auto", True), ("bfloat16", True), (None, True), ("fp8", True), ("fp8_e5m2", False)):
         assert backend.supports_kv_cache_dtype(dtype) is served, dtype
     rows = {
         "supports_sink": {"sinks": False},
@@ -169,9 +171,8 @@ def predicates(c: Context) -> None:
         for question, row in rows.items():
             module.FEATURES = changed(FEATURES, **row)
             assert getattr(backend, question)() is False, question
-        module.FEATURES = changed(FEATURES, kv_cache_dtypes=FEATURES.kv_cache_dtypes | {"fp8", "fp8_e4m3"})
-        assert backend.supports_kv_cache_dtype("fp8") is True
-        assert c.select(kv_cache_dtype="fp8_e4m3") is backend
+        module.FEATURES = changed(FEATURES, kv_cache_dtypes=FEATURES.kv_cache_dtypes - {"fp8", "fp8_e4m3"})
+        assert backend.supports_kv_cache_dtype("fp8") is False
     finally:
         module.FEATURES = FEATURES
 
@@ -264,7 +265,8 @@ def doctor(c: Context) -> None:
     assert names[f"{FA_UTILS}.get_flash_attn_version"] == "flashspark", names
     assert report["active"] and report["capability"] == "12.0", report
     assert report["backends"]["128, auto"] == "flashspark.vllm.backend.FlashSparkBackend", report["backends"]
-    assert not report["backends"]["128, fp8"].startswith("flashspark"), report["backends"]
+    assert report["backends"]["128, fp8"] == "flashspark.vllm.backend.FlashSparkBackend", report["backends"]
+    assert not report["backends"]["128, nvfp4"].startswith("flashspark"), report["backends"]
 
 
 def _first(modules: list[str], name: str) -> Any:

@@ -10,7 +10,7 @@
 #          tools/dev/gpu_vllm.sh e2e VERSION [CASE ...]    tests/vllm/gpu/e2e.py: all cases but spawn and full
 #          tools/dev/gpu_vllm.sh models VERSION [KIND ...] small models with random weights, eager and graph
 #          tools/dev/gpu_vllm.sh tp VERSION                tensor_parallel_size=2, where there are two GPUs
-#          tools/dev/gpu_vllm.sh speed VERSION             bench/vllm.py; BACKENDS="flashspark fa3 triton" MODELS="d128 d256"
+#          tools/dev/gpu_vllm.sh speed VERSION             bench/vllm.py; BACKENDS="flashspark fa3 triton" MODELS="d128 d256" CACHES="auto fp8"
 #          tools/dev/gpu_vllm.sh doctor VERSION
 #
 # Results go to $OUT (build/gpu). FLASHSPARK_CAPABILITIES is 9.0 unless set; LIMIT: seconds of one engine (240).
@@ -63,6 +63,8 @@ environment() {
     sleep 1
   done
   [[ -d $state/$version ]] || { cat "$state/$version.log" >&2; return 1; }
+  # The kit's link leads to where it was unpacked.
+  if [[ -d $state/$version/peers ]]; then ln -sfn "$state/$version/peers/_vllm_fa2_C.abi3.so" "$state/$version/site/vllm/vllm_flash_attn/"; fi
   wheel=$(compgen -G 'dist/flashspark-*-linux_x86_64.whl' | tail -n 1)
   [[ -f $wheel ]] || { echo "gpu_vllm.sh: no wheel in dist/: run make wheel first" >&2; return 1; }
   venv=$state/venv-$version-$(sha256sum "$wheel" | cut -c1-12)
@@ -149,17 +151,17 @@ tensor_parallel() {
 
 # One backend after the other: timings want the GPU alone. BACKENDS and MODELS choose among them.
 speed() {
-  local version=$1 model backend reports=()
-  for model in ${MODELS:-d128 d256}; do
+  local version=$1 model backend cache reports=()
+  for model in ${MODELS:-d128 d256}; do for cache in ${CACHES:-auto}; do
     for backend in ${BACKENDS:-flashspark fa3 triton}; do
-      local name=$out/v$version-speed-$backend-$model
-      if timeout "${LIMIT:-240}" "$python" bench/vllm.py run "$backend" "$model" "$name.json" >"$name.log" 2>&1; then
+      local name=$out/v$version-speed-$backend-$model-$cache
+      if timeout "${LIMIT:-240}" "$python" bench/vllm.py run "$backend" "$model" "$name.json" --cache "$cache" >"$name.log" 2>&1; then
         reports+=("$name.json")
       else
-        echo "left out: $backend $model: $(grep -E 'Error|error' "$name.log" | tail -n 1 | cut -c1-200)"
+        echo "left out: $backend $model $cache: $(grep -E 'Error|error' "$name.log" | tail -n 1 | cut -c1-200)"
       fi
     done
-  done
+  done; done
   "$python" bench/vllm.py table "${reports[@]}" | tee "$out/v$version-speed.md"
 }
 

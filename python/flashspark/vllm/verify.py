@@ -20,6 +20,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .features import FEATURES
+
 BOUND = {"bfloat16": (1e-2, 1e-2), "float16": (2e-3, 2e-3)}  # absolute, relative
 ORACLE_WORK = 2 * 10**9  # multiply-adds of one batch that the oracle can do in a second
 NOBODY = 2**30  # a page number and a length that nothing may use
@@ -41,10 +43,12 @@ class Layer:
     slots: int  # sequences a batch may hold
     longest_q: int
     longest_k: int
+    cache: str  # vLLM's kv_cache_dtype
 
     def __str__(self) -> str:
         masks = [f"window {self.window}" if self.window else "", "softcap" if self.softcap else ""]
         masks += ["sinks" if self.sinks else "", "" if self.causal else "not causal"]
+        masks += ["" if self.cache == "auto" else f"{self.cache} cache"]
         words = [f"{self.heads}/{self.heads_kv} heads, D {self.head_dim}, {self.dtype}, pages of {self.page}"]
         words += [f"{self.slots} x ({self.longest_q}, {self.longest_k})", *filter(None, masks)]
         return ", ".join(words)
@@ -66,7 +70,10 @@ def random_layer(rng: random.Random) -> Layer:
         slots=rng.choice([1, 3, 8, 20]),
         longest_q=longest_q,
         longest_k=longest_q + rng.choice([0, 100, 900]),
+        cache="auto",
     )
+    if layer.head_dim <= FEATURES.fp8_max_head_size and rng.random() < 0.3:
+        layer.cache = "fp8"
     one = layer.heads * layer.longest_q * layer.longest_k * layer.head_dim
     layer.slots = max(1, min(layer.slots, ORACLE_WORK // one))
     return layer
@@ -84,6 +91,7 @@ class Batch:
         self.width = -(-layer.longest_k // layer.page)
         self.rows = layer.slots * layer.longest_q
         self.pages = layer.slots * self.width + 1
+        self.descale = 1.0 if layer.cache == "auto" else 0.5  # of k and v
         self.whole, self.k, self.v = self._cache(device)
         fused = torch.zeros(self.rows, layer.heads + 2 * layer.heads_kv, layer.head_dim, dtype=self.dtype)
         self.q = fused.to(device)[:, : layer.heads]
@@ -100,14 +108,21 @@ class Batch:
         from .versions import cache_split
 
         backend = sys.modules[IMPLEMENTATION].FlashAttentionBackend
+        # vLLM keeps fp8 caches as bytes.
+        dtype = self.dtype if self.layer.cache == "auto" else torch.uint8
         p, n, h, d = self.pages, self.layer.page, self.layer.heads_kv, self.layer.head_dim
         split = cache_split(backend)
         if split == "packed":
-            whole = torch.zeros(p, n, h, 2 * d, dtype=self.dtype, device=device).permute(0, 2, 1, 3)
-            return whole, *whole.transpose(1, 2).split(d, dim=-1)
+            whole = torch.zeros(p, n, h, 2 * d, dtype=dtype, device=device).permute(0, 2, 1, 3)
+            return whole, *map(self._numbers, whole.transpose(1, 2).split(d, dim=-1))
         shape, axis = ((2, p, n, h, d), 0) if split == "unbind 0" else ((p, 2, n, h, d), 1)
-        whole = torch.zeros(shape, dtype=self.dtype, device=device)
-        return whole, *whole.unbind(axis)
+        whole = torch.zeros(shape, dtype=dtype, device=device)
+        return whole, *map(self._numbers, whole.unbind(axis))
+
+    def _numbers(self, cache: Any) -> Any:
+        import torch
+
+        return cache if self.layer.cache == "auto" else cache.view(torch.float8_e4m3fn)
 
     def _normal(self, shape: Any) -> Any:
         import torch
@@ -139,6 +154,14 @@ class Batch:
             buffer.copy_(self._normal(buffer.shape))
         self.out.fill_(float("nan"))
 
+    def _descales(self) -> dict[str, Any]:
+        import torch
+
+        if self.layer.cache == "auto":
+            return {}
+        factors = torch.full((self.layer.slots, self.layer.heads_kv), self.descale)
+        return {"k_descale": factors, "v_descale": factors}
+
     def wrong(self) -> str:
         """What differs from the oracle; "" if nothing does."""
         import flashspark
@@ -150,7 +173,7 @@ class Batch:
             self.q.cpu(), self.k.cpu(), self.v.cpu(), self.cu.cpu(), None, layer.longest_q, layer.longest_k,
             softmax_scale=layer.head_dim**-0.5, causal=layer.causal, window_size=(left, right), softcap=layer.softcap,
             block_table=self.table.cpu(), seqused_k=self.used.cpu(), implementation="cpu-reference",
-            sinks=None if self.sinks is None else self.sinks.cpu(),
+            sinks=None if self.sinks is None else self.sinks.cpu(), **self._descales(),
         )[: self.total].float()  # fmt: skip
         got = self.out[: self.total].cpu().float()
         if bool(got.isnan().any()):
@@ -185,8 +208,8 @@ def implementation(layer: Layer, batch: Batch) -> Any:
     backend = AttentionBackendEnum.FLASH_ATTN.get_class()
     return backend.get_impl_cls()(
         num_heads=layer.heads, head_size=layer.head_dim, scale=layer.head_dim**-0.5, num_kv_heads=layer.heads_kv,
-        alibi_slopes=None, sliding_window=layer.window, kv_cache_dtype="auto", logits_soft_cap=layer.softcap or None,
-        sinks=batch.sinks,
+        alibi_slopes=None, sliding_window=layer.window, kv_cache_dtype=layer.cache,
+        logits_soft_cap=layer.softcap or None, sinks=batch.sinks,
     )  # fmt: skip
 
 
@@ -212,7 +235,7 @@ def check(layer: Layer, device: str, seed: int, replays: int) -> str:
     batch = Batch(layer, device, seed)
     impl, given = implementation(layer, batch), metadata(batch)
     one = torch.ones((), device=device)
-    holder = types.SimpleNamespace(_q_scale=one, _k_scale=one, _v_scale=one)
+    holder = types.SimpleNamespace(_q_scale=one, _k_scale=one * batch.descale, _v_scale=one * batch.descale)
 
     def forward() -> None:
         impl.forward(holder, batch.q, batch.q, batch.q, batch.whole, given, batch.out)
