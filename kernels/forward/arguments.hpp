@@ -31,6 +31,16 @@ struct Scale {
   int64_t seq_stride, head_stride;
 };
 
+// A tile of rows whose keys several blocks have shared among them: what the merge kernel needs of it. count < 2: no tile.
+struct alignas(16) SplitTile {
+  int32_t count;        // pieces
+  int32_t first, rest;  // places of the pieces: first, then rest + 1, rest + 2, ...
+  int32_t seq, head_kv, first_row, end_row, q_row;  // as in Work
+};
+
+// The merge kernel's blocks, and of the shared memory a warp of theirs.
+constexpr int32_t kMergeWarps = 4, kMergeColumns = 128, kMergeWarpBytes = kMergeColumns * 4 + 16;
+
 struct ForwardArguments {
   const void *q, *k, *v;
   void *out;
@@ -78,11 +88,15 @@ struct ForwardArguments {
   int32_t tiles;          // row tiles a unit (bound)
   int32_t units;          // all units
   int32_t section_units;  // units a section
-  int32_t num_splits;     // y: pieces of the keys, merged by the merge kernel when > 1
-  // Pieces of a split problem: (num_splits, rows, head_dim_v) and (num_splits, rows) float, where
-  // rows = total query tokens x Hq, row = token_row * Hq + head.
+  int32_t num_splits;     // y: pieces of the keys of every tile
+  // > 0: block x takes the x-th of so many even shares of all work instead, which the device finds from the lengths.
+  int32_t shares;
+  // Pieces of split tiles, which the merge kernel joins: (places, tile_rows, head_dim_v) and (places, tile_rows) float.
+  // Every block x (y = 0) says in split_tiles[x] what of its own is split.
   float *partial_out, *partial_lse;
-  int64_t partial_rows;
+  SplitTile *split_tiles;
+  int32_t tile_rows;
+  int32_t merge_rows;  // of a split tile that are merged at once
 };
 
 }  // namespace flashspark

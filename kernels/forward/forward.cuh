@@ -4,18 +4,13 @@
 
 #include "forward/pipeline.cuh"
 #include "forward/results.cuh"
+#include "forward/shares.cuh"
 
 namespace flashspark {
 
+// Computes a piece of a row tile and stores it.
 template <class T>
-FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
-  const Place place = find_place(a);
-  // Never: but what it asks for has to be there before the wait, and not after it.
-  if (place.rank < 0 || !fetch(a)) return;
-  ptx::grid_dependency_wait();  // every block, or the next kernel might start before the one before this has ended
-  ptx::grid_dependency_launch();
-  const Work work = find_work<T::kRows>(a, place);
-  if (!work.found) return;  // surplus blocks have read no tensor
+FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piece piece) {
   const Keys keys = find_keys(a, work.seq);
   if constexpr (!T::kConverts) {
     // Q is on its way while the masks are worked out.
@@ -26,9 +21,16 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   const int32_t end_row = min_of(work.first_row + T::kRows, work.end_row);
   const Hull hull = hull_of<T::kChanged>(a, mask, work.first_row, end_row);
   const KeyTiles tiles = tiles_of<T::kKeys>(hull);
-  const int32_t piece = ceil_div(tiles.total(), a.num_splits);
-  const int32_t begin = min_of(static_cast<int32_t>(ptx::block_y()) * piece, tiles.total());
-  const int32_t end = min_of(begin + piece, tiles.total());
+  int32_t begin, end;
+  if (T::kShares && a.shares > 0) {
+    // The sequence's tiles, of which these rows may keep fewer.
+    begin = min_of(max_of(piece.first - tiles.begin[0], 0), tiles.total());
+    end = min_of(max_of(piece.first + piece.count - tiles.begin[0], 0), tiles.total());
+  } else {
+    const int32_t count = ceil_div(tiles.total(), a.num_splits);
+    begin = min_of(static_cast<int32_t>(ptx::block_y()) * count, tiles.total());
+    end = min_of(begin + count, tiles.total());
+  }
   const int32_t first_column = static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV;
 
   const int32_t warp_row = work.first_row + ptx::uniform(first_warp_row<T>());
@@ -72,14 +74,39 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   }
   if (begin < end) run(block);
   ptx::cp_async_wait<0>();
-  if (T::kKeyGroups > 1 || a.num_splits == 1)
+  if (T::kKeyGroups > 1 || piece.whole)
     ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through
   const Result<T> result = join_groups<T>(block.o, block.state, block.shared);
-  if (a.num_splits > 1) {
-    store_partial<T>(a, work, result, value_scale, first_column);
-  } else {
+  if (piece.whole) {
     store_final<T>(a, work, result, value_scale, block.shared, first_column);
+  } else {
+    store_partial<T>(a, work, result, value_scale, first_column, piece.place);
   }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
+  const Place place = find_place(a);
+  // Never: but what it asks for has to be there before the wait, and not after it.
+  if (place.rank < 0 || !fetch(a)) return;
+  ptx::grid_dependency_wait();  // every block, or the next kernel might start before the one before this has ended
+  ptx::grid_dependency_launch();
+  const bool shared = T::kShares && a.shares > 0;
+  int32_t at = -1;  // position that the share goes on at: all else is found again, or d256 would spill it
+  do {
+    Work work;
+    Piece piece;
+    if (shared) {
+      piece = take_piece<T::kRows, T::kKeys>(a, at, work);
+    } else {
+      work = find_work<T::kRows>(a, place);
+      piece = split_evenly(a, work);
+    }
+    if (!work.found) return;  // surplus blocks have read no tensor
+    compute<T>(a, work, piece);
+    at = piece.next;
+    if (at >= 0) ptx::block_barrier();  // all are done with this piece's shared memory
+  } while (at >= 0);
 }
 
 }  // namespace flashspark

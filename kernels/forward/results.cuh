@@ -15,7 +15,6 @@ struct ResultRow {
   bool in_use;
   int64_t head;       // query head
   int64_t token;      // row in q and out
-  int64_t token_row;  // row of all tokens, dense rows counted too
 };
 FLASHSPARK_DEVICE ResultRow result_row(const ForwardArguments &a, const Work &work, int32_t row) {
   ResultRow r{};
@@ -23,11 +22,7 @@ FLASHSPARK_DEVICE ResultRow result_row(const ForwardArguments &a, const Work &wo
   const Quotient at = divide(r.in_use ? row : 0, a.group);
   r.head = work.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
   r.token = work.q_row + at.quotient;
-  r.token_row = (a.cu_seqlens_q != nullptr ? 0 : static_cast<int64_t>(work.seq) * a.max_seqlen_q) + r.token;
   return r;
-}
-FLASHSPARK_DEVICE int64_t partial_row(const ForwardArguments &a, const ResultRow &r) {
-  return r.token_row * a.num_heads_kv * a.group.value + r.head;
 }
 FLASHSPARK_DEVICE void store_lse(const ForwardArguments &a, const Work &work, const ResultRow &r, float lse) {
   if (a.lse == nullptr) return;
@@ -63,6 +58,17 @@ FLASHSPARK_DEVICE void store_8(Number *to, ptx::Vector16 v) {
   }
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < 8; ++n) to[n].bits = static_cast<uint16_t>(v.word[n / 2] >> n % 2 * 16);
+}
+
+// Four numbers, at once where the address allows it.
+template <class Number>
+FLASHSPARK_DEVICE void store_pairs(Number *to, uint32_t low, uint32_t high) {
+  if (reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+    *reinterpret_cast<uint64_t *>(to) = low | static_cast<uint64_t>(high) << 32;
+    return;
+  }
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 4; ++n) to[n].bits = static_cast<uint16_t>((n < 2 ? low : high) >> n % 2 * 16);
 }
 
 // What a warp stores: all of its rows, or with two key groups those eights of rows that its group has joined. Row
@@ -166,22 +172,20 @@ FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &
   return r;
 }
 
-// One piece of a split problem: out / sum in float and the lse of the piece; -inf and nothing else if it saw no key.
+// One piece of a split problem: out / sum in float and the lse of the piece; 0 and -inf if it saw no key.
 template <class T>
 FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work, const Result<T> &result,
-                                     float value_scale, int32_t first_column) {
+                                     float value_scale, int32_t first_column, int32_t place) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t first_row = work.first_row + first_warp_row<T>() + lane / 4;
-  const int64_t split = ptx::block_y();
+  const int32_t first_row = first_warp_row<T>() + lane / 4;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < Result<T>::kEights; ++n) {
-    const ResultRow r = result_row(a, work, first_row + Result<T>::row(n));
-    if (!r.in_use) continue;
-    const int64_t row = split * a.partial_rows + partial_row(a, r);
+    const int32_t tile_row = first_row + Result<T>::row(n);
+    if (work.first_row + tile_row >= work.end_row) continue;
+    const int64_t row = place * static_cast<int64_t>(T::kRows) + tile_row;
     const float lse = lse_of(result.base[n], result.sum[n]);
     if (lane % 4 == 0 && first_column == 0) a.partial_lse[row] = lse;
-    if (lse == minus_infinity()) continue;
-    const float inverse = (T::kConverts ? value_scale : 1.0f) / result.sum[n];
+    const float inverse = lse == minus_infinity() ? 0.0f : (T::kConverts ? value_scale : 1.0f) / result.sum[n];
     float *to = a.partial_out + row * a.head_dim_v + first_column + lane % 4 * 2;
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {

@@ -42,6 +42,17 @@ FLASHSPARK_DEVICE int32_t tokens_of(const ForwardArguments &a, int32_t b) {
   return a.cu_seqlens_q != nullptr ? a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b] : a.max_seqlen_q;
 }
 
+// Of this lane's number and those of the lanes before it.
+FLASHSPARK_DEVICE int32_t prefix_sum(int32_t x) {
+  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  FLASHSPARK_UNROLL
+  for (uint32_t delta = 1; delta < 32; delta *= 2) {
+    const int32_t other = ptx::shuffle_up(x, delta);
+    if (lane >= static_cast<int32_t>(delta)) x += other;
+  }
+  return x;
+}
+
 // Varlen: walks the sequences from the last to the first, 32 at a time, until `rank` tiles are passed. Tiles of a
 // sequence also count from the last, so the rows that see most keys start first.
 template <int32_t rows>
@@ -52,13 +63,8 @@ FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank) {
     const int32_t b = base - lane;
     const int32_t q_row = b >= 0 ? a.cu_seqlens_q[b] : 0;
     const int32_t tokens = b >= 0 ? tokens_of(a, b) : 0;
-    const int32_t tiles = ceil_div(tokens * static_cast<int32_t>(a.group.value), rows);
-    int32_t passed = tiles;  // tiles of this lane's sequence and of those before it
-    FLASHSPARK_UNROLL
-    for (uint32_t delta = 1; delta < 32; delta *= 2) {
-      const int32_t other = ptx::shuffle_up(passed, delta);
-      if (lane >= static_cast<int32_t>(delta)) passed += other;
-    }
+    // Tiles of this lane's sequence and of those before it.
+    const int32_t passed = prefix_sum(ceil_div(tokens * static_cast<int32_t>(a.group.value), rows));
     const uint32_t beyond = ptx::ballot(passed > rank);
     if (beyond == 0) {
       rank -= ptx::shuffle(passed, 31);
@@ -136,7 +142,8 @@ struct Keys {
   const int32_t *pages;  // this sequence's row of the page table
 };
 
-FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
+// Of a sequence that may be another one in every lane.
+FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, int32_t seq) {
   Keys keys{};
   keys.end = a.max_seqlen_k;
   if (a.cu_seqlens_k != nullptr) {
@@ -147,11 +154,17 @@ FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
   }
   if (a.seqused_k != nullptr) keys.end = a.seqused_k[seq];
   if (a.leftpad_k != nullptr) keys.begin = a.leftpad_k[seq];
+  keys.end = max_of(keys.begin, keys.end);
+  if (a.page_table != nullptr) keys.pages = a.page_table + seq * a.page_table_stride;
+  return keys;
+}
+
+FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
+  Keys keys = keys_of(a, seq);
   // What is read from memory the compiler takes to differ between lanes, and keeps in registers of which none is to
   // spare.
   keys.begin = ptx::uniform(keys.begin);
-  keys.end = ptx::uniform(max_of(keys.begin, keys.end));
-  if (a.page_table != nullptr) keys.pages = a.page_table + seq * a.page_table_stride;
+  keys.end = ptx::uniform(keys.end);
   return keys;
 }
 

@@ -23,8 +23,8 @@ constexpr int64_t kMost = int64_t{1} << 30;
 // launch costs about what 512 keys cost a block without key groups.
 constexpr int64_t kFewestSplitKeys = 512;
 constexpr int64_t kMostSplits = 128;
-// Rows of a block of the merge kernel: one a warp (kMergeWarps in merge.cuh).
-constexpr int32_t kMergeRows = 4;
+// Rows of a split tile that blocks of the merge kernel take at once; the others wait for their turn.
+constexpr int32_t kMergeRows = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -125,6 +125,13 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
   const int64_t slots = residency(p, instance, tile, machine) * machine.sm_count;
   if (blocks * 2 > slots || keys <= kFewestSplitKeys * tile.key_groups) return 1;
   return std::clamp<int64_t>(slots / blocks, 1, std::min({kMostSplits, most, ceil_div(keys, kFewestSplitKeys)}));
+}
+
+// Whether blocks share the work evenly: where it is all of short rows and long keys, whose lengths nobody knows here.
+bool takes_shares(const Params &p, const Sizes &sizes, const Instance &instance, const Tile &tile) {
+  if (instance.kind != Kind::few || p.num_splits != 0 || p.deterministic != 0 || sizes.rows > tile.rows()) return false;
+  const int64_t tiles = ceil_div(visible_keys(p, sizes.rows), tile.keys);
+  return tiles > 1 && p.num_seqs * p.num_heads_kv * (tiles + 1) <= kMost;  // positions are counted in 32 bits
 }
 
 // Measured on an H100 in full grids: warps of 16 rows, which read K and V for half as many rows as those of 32, are 15%
@@ -331,17 +338,17 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   const Tile &tile = plan.instance->tile(tiles_of(machine));
   const int64_t slots = residency(p, *plan.instance, tile, machine) * machine.sm_count;
 
-  const auto lay_out = [&](ForwardArguments &a, Launch &launch, int64_t tile_rows) {
-    const int64_t tiles = tiles_per_unit(p, sizes, tile_rows);
-    a.tiles = static_cast<int32_t>(tiles);
-    a.units = static_cast<int32_t>(sizes.units);
-    a.section_units = static_cast<int32_t>(section_units(p, sizes, tiles, slots, machine));
-    launch.grid[0] = static_cast<uint32_t>(tiles * sizes.units);
-    launch.grid[1] = launch.grid[2] = 1;
-  };
   ForwardArguments &a = plan.arguments = arguments_of(p, sizes, *plan.instance);
-  lay_out(a, plan.forward, tile.rows());
-  a.num_splits = static_cast<int32_t>(choose_splits(p, sizes, *plan.instance, machine));
+  const bool shares = takes_shares(p, sizes, *plan.instance, tile);
+  // Shares have no place in an order of tiles and units: to what reads one they are so many tiles of one unit.
+  const int64_t tiles = shares ? slots : tiles_per_unit(p, sizes, tile.rows());
+  a.tiles = static_cast<int32_t>(tiles);
+  a.units = static_cast<int32_t>(shares ? 1 : sizes.units);
+  a.section_units = static_cast<int32_t>(shares ? 1 : section_units(p, sizes, tiles, slots, machine));
+  a.shares = static_cast<int32_t>(shares ? slots : 0);
+  a.num_splits = static_cast<int32_t>(shares ? 1 : choose_splits(p, sizes, *plan.instance, machine));
+  const int64_t blocks = tiles * a.units;
+  plan.forward.grid[0] = static_cast<uint32_t>(blocks);
   plan.forward.grid[1] = static_cast<uint32_t>(a.num_splits);
   plan.forward.grid[2] = static_cast<uint32_t>(value_tiles(p, *plan.instance));
   plan.forward.threads = static_cast<uint32_t>(tile.threads());
@@ -353,17 +360,27 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
     const int64_t share = machine.shared_bytes_per_sm / (blocks + 1);
     plan.forward.shared_bytes = static_cast<uint32_t>(std::max<int64_t>(plan.forward.shared_bytes, share));
   }
-  if (a.num_splits == 1) return plan;
+  if (a.num_splits == 1 && a.shares == 0) return plan;
 
-  a.partial_rows = sizes.tokens * p.num_heads_q;
-  const size_t outs = sizeof(float) * static_cast<size_t>(a.num_splits * a.partial_rows * p.head_dim_v);
-  const size_t lses = sizeof(float) * static_cast<size_t>(a.num_splits * a.partial_rows);
-  plan.workspace = outs + lses;
-  a.partial_out = static_cast<float *>(workspace);
-  a.partial_lse = workspace == nullptr ? nullptr : a.partial_out + outs / sizeof(float);
+  // A share begins one split tile at most, and goes on with another's.
+  const auto places = static_cast<size_t>(a.shares > 0 ? 2 * blocks : blocks * a.num_splits);
+  a.tile_rows = tile.rows();
+  const size_t tables = sizeof(SplitTile) * static_cast<size_t>(blocks);
+  const size_t outs = sizeof(float) * places * static_cast<size_t>(a.tile_rows * p.head_dim_v);
+  plan.workspace = tables + outs + sizeof(float) * places * static_cast<size_t>(a.tile_rows);
+  if (workspace != nullptr) {
+    a.split_tiles = static_cast<SplitTile *>(workspace);
+    a.partial_out = reinterpret_cast<float *>(a.split_tiles + blocks);
+    a.partial_lse = a.partial_out + outs / sizeof(float);
+  }
+  const int64_t rows = std::min<int64_t>(a.tile_rows, sizes.rows);
+  a.merge_rows = static_cast<int32_t>(std::min<int64_t>(rows, kMergeRows));
   plan.merge_arguments = a;
-  lay_out(plan.merge_arguments, plan.merge, kMergeRows);
-  plan.merge.threads = kMergeRows * 32;
+  plan.merge.grid[0] = static_cast<uint32_t>(blocks);
+  plan.merge.grid[1] = static_cast<uint32_t>(a.merge_rows);
+  plan.merge.grid[2] = static_cast<uint32_t>(ceil_div(p.head_dim_v, kMergeColumns));
+  plan.merge.threads = kMergeWarps * 32;
+  plan.merge.shared_bytes = kMergeWarps * kMergeWarpBytes;
   return plan;
 }
 
