@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,12 @@ import measure
 import peers
 import report
 import torch
-from tensors import Inputs, make, rotation
+from measure import Makers
+from tensors import Inputs, make
 from workloads import EXTRA, WORKLOADS, Workload
 
-TOLERANCE = 0.05  # of results of normal inputs: one unit in the last place of bf16 is 0.03 from 4 on
 HOST_CALL = Workload("host", 4, 16, 8, 128, 1, 1024, True)
 HOST_CALL_PAGED = Workload("host", 4, 16, 8, 128, 1, 1024, True, 16)
-Makers = dict[str, Callable[[Inputs], peers.Call]]
 
 
 def options() -> argparse.Namespace:
@@ -89,58 +87,6 @@ def compile_flashinfer(folder: Path, works: list[Workload]) -> None:
             print(f"FlashInfer did not compile for D = {dim}: {errors[-600:]}", flush=True)
     if running:
         print(f"FlashInfer's kernels for D = {sorted(dims)}: {time.monotonic() - start:.0f} s", flush=True)
-
-
-def result_of(call: peers.Call, x: Inputs) -> torch.Tensor:
-    """What a call computes; torch's has no out argument."""
-    x.out.fill_(float("nan"))
-    if hasattr(call, "result"):
-        return call.result()
-    call()
-    return x.out.clone()
-
-
-def measure_workload(work: Workload, makers: Makers, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    sets = rotation(work, torch.device("cuda"))
-    left_out: dict[str, str] = {}
-    graphs, entries, expected = {}, {}, None
-    for name, maker in makers.items():
-        begin = time.monotonic()
-        try:
-            calls = [maker(x) for x in sets]
-            got = result_of(calls[0], sets[0]).float()
-            if expected is None:
-                expected = got
-            differ = float((got - expected).abs().max())
-            if not differ < TOLERANCE:
-                raise RuntimeError(f"its result differs by {differ}")
-            once = measure.warm(calls)
-            entries[name] = {"eager_s": measure.eager_seconds(calls, once)}
-            graphs[name] = measure.captured(calls, once)
-            if time.monotonic() - begin > 5:  # a peer that loads or compiles its kernels
-                print(f"        {name}, {work.name}: {time.monotonic() - begin:.0f} s to begin", flush=True)
-        except peers.NotOffered:
-            continue
-        except Exception as error:
-            if name == args.label:
-                raise
-            left_out[f"{name}, {work.name}"] = f"{error!r:.200}"
-            entries.pop(name, None)
-    for name, times in measure.take_turns(graphs, args.budget).items():
-        ordered = sorted(times)
-        entries[name] |= {
-            "graph_s": ordered[len(ordered) // 2],
-            "p10_s": ordered[len(ordered) // 10],
-            "p90_s": ordered[len(ordered) * 9 // 10],
-            "replays": len(ordered),
-        }
-    graphs.clear()
-    row = {
-        **{"name": work.name, "group": work.group, "flop": work.flop, "bytes": work.bytes, "sets": len(sets)},
-        **{"must": work.must, "aim": work.aim, "own": work.own, "page_size": work.page_size, "times": entries},
-        "shape": [work.batch, work.heads_q, work.heads_kv, work.head_dim, work.seqlen_q, work.seqlen_k],
-    }
-    return row, left_out
 
 
 def git_commit() -> str:
@@ -218,7 +164,7 @@ def main() -> int:
         for work in works:
             # A workload against our own contiguous call needs no peers.
             chosen = {args.label: own} if work.own else makers
-            row, left_out = measure_workload(work, chosen, args)
+            row, left_out = measure.measure_workload(work, chosen, args.label, args.budget)
             document["rows"].append(row)
             document["left_out"] |= left_out
             spent = {name: f"{1e6 * entry['graph_s']:.1f}" for name, entry in row["times"].items()}

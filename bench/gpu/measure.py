@@ -12,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
+from tensors import Inputs, rotation
+from workloads import Workload
 
 Call = Callable[[], Any]
+Makers = dict[str, Callable[[Inputs], Call]]
+TOLERANCE = 0.05  # of results of normal inputs: one unit in the last place of bf16 is 0.03 from 4 on
 REPLAY_S = 0.012  # aim of one graph's length: launch gaps do not count, and clocks settle
 
 
@@ -116,12 +121,73 @@ def first_call_ms() -> tuple[float, float]:
     return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
 
 
+def result_of(call: Call, x: Inputs) -> torch.Tensor:
+    """What a call computes; torch's has no out argument."""
+    x.out.fill_(float("nan"))
+    if hasattr(call, "result"):
+        return call.result()
+    call()
+    return x.out.clone()
+
+
+def measure_workload(
+    work: Workload, makers: Makers, label: str, budget: float
+) -> tuple[dict[str, Any], dict[str, str]]:
+    sets = rotation(work, torch.device("cuda"))
+    left_out: dict[str, str] = {}
+    graphs, entries, expected = {}, {}, None
+    for name, maker in makers.items():
+        begin = time.monotonic()
+        try:
+            calls = [maker(x) for x in sets]
+            got = result_of(calls[0], sets[0]).float()
+            if expected is None:
+                expected = got
+            differ = float((got - expected).abs().max())
+            if not differ < TOLERANCE:
+                raise RuntimeError(f"its result differs by {differ}")
+            once = warm(calls)
+            entries[name] = {"eager_s": eager_seconds(calls, once)}
+            graphs[name] = captured(calls, once)
+            if time.monotonic() - begin > 5:  # a peer that loads or compiles its kernels
+                print(f"        {name}, {work.name}: {time.monotonic() - begin:.0f} s to begin", flush=True)
+        except peers.NotOffered:
+            continue
+        except Exception as error:
+            if name == label:
+                raise
+            left_out[f"{name}, {work.name}"] = f"{error!r:.200}"
+            entries.pop(name, None)
+    for name, times in take_turns(graphs, budget).items():
+        ordered = sorted(times)
+        entries[name] |= {
+            "graph_s": ordered[len(ordered) // 2],
+            "p10_s": ordered[len(ordered) // 10],
+            "p90_s": ordered[len(ordered) * 9 // 10],
+            "replays": len(ordered),
+        }
+    graphs.clear()
+    row = {
+        **{"name": work.name, "group": work.group, "flop": work.flop, "bytes": work.bytes, "sets": len(sets)},
+        **{"must": work.must, "aim": work.aim, "own": work.own, "page_size": work.page_size, "times": entries},
+        "shape": [work.batch, work.heads_q, work.heads_kv, work.head_dim, work.seqlen_q, work.seqlen_k],
+    }
+    return row, left_out
+
+
 def copy_gb_per_s() -> float:
     """Bytes read plus bytes written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * source.numel() / statistics.median(event_seconds(lambda: target.copy_(source)) for _ in range(20)) / 1e9
+
+
+def read_gb_per_s() -> float:
+    """Bytes read by a reduction over more than any cache holds."""
+    source = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
+    source.sum()
+    return 4 * source.numel() / statistics.median(event_seconds(source.sum) for _ in range(20)) / 1e9
 
 
 def mma_peak_tflops() -> float | None:

@@ -30,6 +30,9 @@ class NotOffered(Exception):
 
 def ours(x: Inputs, **options: Any) -> Call:
     w = x.work
+    if w.fp8:
+        ones = torch.ones(w.batch, w.heads_kv, device=x.q.device)
+        options |= {"k_descale": ones, "v_descale": ones}
     return lambda: flashspark.flash_attn_varlen_func(
         x.q, x.k, x.v, x.cu_seqlens_q, None if w.page_size else x.cu_seqlens_k, w.seqlen_q, w.seqlen_k,
         causal=w.causal, out=x.out, block_table=x.page_table, seqused_k=x.seqused_k if w.page_size else None, **options,
@@ -51,6 +54,8 @@ def torch_fa2(x: Inputs) -> Call:
 
 
 def fa2(x: Inputs) -> Call:
+    if x.work.fp8:
+        raise NotOffered("no fp8")
     w, forward = x.work, torch.ops._vllm_fa2_C.varlen_fwd
     keys = (x.cu_seqlens_q, x.seqused_k) if w.page_size else (x.cu_seqlens_k, None)  # cu_seqlens_k is not read then
     return lambda: forward(
@@ -61,6 +66,8 @@ def fa2(x: Inputs) -> Call:
 
 
 def fa3(x: Inputs) -> Call:
+    if x.work.fp8:
+        raise NotOffered("fp8 with q in bf16")
     w, ops = x.work, torch.ops._vllm_fa3_C
     if w.page_size:
         q, k, v, out, cu_seqlens_q, seqused_k = x.q, x.k, x.v, x.out, x.cu_seqlens_q, x.seqused_k
@@ -96,6 +103,8 @@ def flashinfer(x: Inputs) -> Call:
             _ragged[w] = ragged
         ragged = _ragged[w]
         return lambda: ragged.run(x.q, x.k, x.v, out=x.out)
+    if w.fp8:
+        raise NotOffered("no kernel of it was compiled ahead")
     paged = library.BatchPrefillWithPagedKVCacheWrapper(_workspace[0], "NHD", backend="fa2")
     paged.plan(x.cu_seqlens_q, *x.page_lists(), w.heads_q, w.heads_kv, w.head_dim, w.page_size, **kinds)
     return lambda: paged.run(x.q, (x.k, x.v), out=x.out)

@@ -31,10 +31,12 @@ class Inputs:
 
     def page_lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """indptr, indices, tokens in the last page: the ragged page table that FlashInfer takes."""
-        pages = -(-self.work.seqlen_k // self.work.page_size)
-        last = self.work.seqlen_k - (pages - 1) * self.work.page_size
-        indptr = torch.arange(self.work.batch + 1, dtype=torch.int32, device=self.q.device) * pages
-        return indptr, self.page_table[:, :pages].reshape(-1).contiguous(), torch.full_like(self.seqused_k, last)
+        size = self.work.page_size
+        counts = [-(-k // size) for k in self.work.keys]
+        indptr = torch.tensor([0, *counts]).cumsum(0).to(self.q.device, torch.int32)
+        indices = torch.cat([row[:count] for row, count in zip(self.page_table, counts)])
+        last = torch.tensor([k - (count - 1) * size for k, count in zip(self.work.keys, counts)])
+        return indptr, indices, last.to(self.q.device, torch.int32)
 
 
 def make(work: Workload, device: torch.device) -> Inputs:
@@ -43,20 +45,25 @@ def make(work: Workload, device: torch.device) -> Inputs:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
-    def offsets(length: int) -> torch.Tensor:
-        return torch.arange(w.batch + 1, dtype=torch.int32, device=device) * length
+    def offsets(lengths: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
     q = normal(w.batch * w.seqlen_q, w.heads_q, w.head_dim)
     table = None
     if w.page_size:
-        count = -(-w.seqlen_k // w.page_size)
-        shape = (w.batch * count, w.page_size, w.heads_kv, w.head_dim)
-        table = torch.randperm(w.batch * count, device=device).int().view(w.batch, count)
+        counts = [-(-k // w.page_size) for k in w.keys]
+        shape = (sum(counts), w.page_size, w.heads_kv, w.head_dim)
+        order = torch.randperm(sum(counts), device=device).int()
+        table = torch.zeros(w.batch, max(counts), dtype=torch.int32, device=device)
+        for row, pages in zip(table, order.split(counts)):
+            row[: len(pages)] = pages
     else:
-        shape = (w.batch * w.seqlen_k, w.heads_kv, w.head_dim)
-    lengths = torch.full((w.batch,), w.seqlen_k, dtype=torch.int32, device=device)
+        shape = (sum(w.keys), w.heads_kv, w.head_dim)
+    lengths = torch.tensor(w.keys, dtype=torch.int32, device=device)
     k, v = normal(*shape), normal(*shape)
-    return Inputs(w, q, k, v, torch.empty_like(q), offsets(w.seqlen_q), offsets(w.seqlen_k), lengths, table)
+    if w.fp8:
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+    return Inputs(w, q, k, v, torch.empty_like(q), offsets((w.seqlen_q,) * w.batch), offsets(w.keys), lengths, table)
 
 
 def rotation(work: Workload, device: torch.device) -> list[Inputs]:

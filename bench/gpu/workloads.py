@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Workload:
-    """`batch` sequences of `seqlen_q` new rows at the end of `seqlen_k` keys, bf16."""
+    """`batch` sequences of `seqlen_q` new rows at the end of `seqlen_k` keys (or of `lengths`), bf16."""
 
     group: str  # row of the table
     batch: int
@@ -22,6 +22,8 @@ class Workload:
     aim: float = 0.0
     own: bool = False
     quick: bool = False  # part of --quick
+    lengths: tuple[int, ...] = ()  # of the sequences; seqlen_k is the longest
+    fp8: bool = False  # an e4m3 cache
 
     @property
     def name(self) -> str:
@@ -30,14 +32,19 @@ class Workload:
         if self.seqlen_q == self.seqlen_k and not self.page_size:
             return f"{shape} S{self.seqlen_q} {mask}"
         pages = f"page {self.page_size}" if self.page_size else "contiguous"
-        return f"{shape} {self.seqlen_q} over {round((self.seqlen_k - self.seqlen_q) / 1024)}k {mask} {pages}"
+        before = self.seqlen_k - self.seqlen_q
+        keys = f"{round(before / 1024)}k" if before >= 1000 else f"{self.seqlen_k}"
+        return f"{shape} {self.seqlen_q} over {keys} {mask} {pages}"
 
     @property
     def pairs(self) -> int:
         """(query, key) pairs that the mask keeps, over all sequences."""
-        q, k = self.seqlen_q, self.seqlen_k
-        one = q * k - q * (q - 1) // 2 if self.causal else q * k
-        return self.batch * one
+        q = self.seqlen_q
+        return sum(q * k - q * (q - 1) // 2 if self.causal else q * k for k in self.keys)
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        return self.lengths or (self.seqlen_k,) * self.batch
 
     @property
     def flop(self) -> int:
@@ -46,8 +53,8 @@ class Workload:
     @property
     def bytes(self) -> int:
         """Q and out once, K and V once."""
-        rows = self.seqlen_q * self.heads_q + self.seqlen_k * self.heads_kv
-        return 2 * 2 * self.batch * rows * self.head_dim
+        queries = self.batch * self.seqlen_q * self.heads_q
+        return 2 * self.head_dim * (2 * queries + (1 if self.fp8 else 2) * sum(self.keys) * self.heads_kv)
 
 
 def same_length(group: str, batch: int, heads: tuple[int, int], dim: int, seqlen: int, **options) -> list[Workload]:

@@ -31,15 +31,14 @@ struct Scale {
   int64_t seq_stride, head_stride;
 };
 
-// A tile of rows whose keys several blocks have shared among them: what the merge kernel needs of it. count < 2: no tile.
-struct alignas(16) SplitTile {
-  int32_t count;        // pieces
-  int32_t first, rest;  // places of the pieces: first, then rest + 1, rest + 2, ...
-  int32_t seq, head_kv, first_row, end_row, q_row;  // as in Work
-};
+// The merge kernel's blocks: warps, columns of a block, and shared memory of a warp.
+constexpr int32_t kMergeWarps = 8, kMergeColumns = 128, kMergeWarpBytes = kMergeColumns * 4 + 16;
 
-// The merge kernel's blocks, and of the shared memory a warp of theirs.
-constexpr int32_t kMergeWarps = 4, kMergeColumns = 128, kMergeWarpBytes = kMergeColumns * 4 + 16;
+// How the device may cut all work into shares: so many, of which each is to have `least` tiles of keys at least; only
+// few_shares for fewer than few_total tiles; the start of a row tile counts as so many tiles.
+struct ShareLimits {
+  int32_t shares, least, few_shares, few_total, start;
+};
 
 struct ForwardArguments {
   const void *q, *k, *v;
@@ -89,14 +88,15 @@ struct ForwardArguments {
   int32_t units;          // all units
   int32_t section_units;  // units a section
   int32_t num_splits;     // y: pieces of the keys of every tile
-  // > 0: block x takes the x-th of so many even shares of all work instead, which the device finds from the lengths.
-  int32_t shares;
-  // Pieces of split tiles, which the merge kernel joins: (places, tile_rows, head_dim_v) and (places, tile_rows) float.
-  // Every block x (y = 0) says in split_tiles[x] what of its own is split.
+  // shares > 0: block x takes the x-th of so many even shares of all work instead, found from the lengths (shares.cuh).
+  ShareLimits share_limits;
+  // Pieces of split row tiles, which the merge kernel joins: (places, tile_rows, head_dim_v) and (places, tile_rows)
+  // float.
   float *partial_out, *partial_lse;
-  SplitTile *split_tiles;
-  int32_t tile_rows;
-  int32_t merge_rows;  // of a split tile that are merged at once
+  int32_t tile_rows, tile_keys;  // of the forward kernel
+  int32_t key_groups;            // of tiles that let the host choose (Tile::flexible): 1 or 2
+  int32_t merge_warps;           // that share the pieces of a row: 1 or kMergeWarps
+  int32_t merge_tiles;           // row tiles of a sequence and KV head; 0: block x of the merge kernel is for share x
 };
 
 }  // namespace flashspark

@@ -18,11 +18,11 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
     ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
   }
   const Mask mask = find_mask(a, work, keys);
-  const int32_t end_row = min_of(work.first_row + T::kRows, work.end_row);
+  const int32_t end_row = min_of(work.first_row + rows_of<T>(a), work.end_row);
   const Hull hull = hull_of<T::kChanged>(a, mask, work.first_row, end_row);
   const KeyTiles tiles = tiles_of<T::kKeys>(hull);
   int32_t begin, end;
-  if (T::kShares && a.shares > 0) {
+  if (T::kShares && a.share_limits.shares > 0) {
     // The sequence's tiles, of which these rows may keep fewer.
     begin = min_of(max_of(piece.first - tiles.begin[0], 0), tiles.total());
     end = min_of(max_of(piece.first + piece.count - tiles.begin[0], 0), tiles.total());
@@ -33,7 +33,7 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
   }
   const int32_t first_column = static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV;
 
-  const int32_t warp_row = work.first_row + ptx::uniform(first_warp_row<T>());
+  const int32_t warp_row = work.first_row + ptx::uniform(first_warp_row<T>(a));
   const int32_t warp_end = min_of(warp_row + T::kWarpRows, work.end_row);
   // A warp without rows keeps no key.
   const Hull warp_hull = warp_row < warp_end ? hull_of<T::kChanged>(a, mask, warp_row, warp_end) : empty_hull();
@@ -48,7 +48,7 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
                  0,
                  warp_hull,
                  ptx::shared_memory(),
-                 lane_offsets<T>(),
+                 lane_offsets<T>(a),
                  {},
                  {},
                  {},
@@ -69,14 +69,14 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
   }
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    if constexpr (T::kChanged) block.rows[n] = changed_row(a, work, mask, lane_row<T>(work, n));
+    if constexpr (T::kChanged) block.rows[n] = changed_row(a, work, mask, lane_row<T>(a, work, n));
     block.state.base[n] = block.state.limit[n] = kLowest;
   }
   if (begin < end) run(block);
   ptx::cp_async_wait<0>();
   if (T::kKeyGroups > 1 || piece.whole)
     ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through
-  const Result<T> result = join_groups<T>(block.o, block.state, block.shared);
+  const Result<T> result = join_groups<T>(a, block.o, block.state, block.shared);
   if (piece.whole) {
     store_final<T>(a, work, result, value_scale, block.shared, first_column);
   } else {
@@ -91,16 +91,16 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   if (place.rank < 0 || !fetch(a)) return;
   ptx::grid_dependency_wait();  // every block, or the next kernel might start before the one before this has ended
   ptx::grid_dependency_launch();
-  const bool shared = T::kShares && a.shares > 0;
+  const bool shared = T::kShares && a.share_limits.shares > 0;
   int32_t at = -1;  // position that the share goes on at: all else is found again, or d256 would spill it
   do {
     Work work;
     Piece piece;
     if (shared) {
-      piece = take_piece<T::kRows, T::kKeys>(a, at, work);
+      piece = take_piece(a, rows_of<T>(a), T::kKeys, at, work);
     } else {
-      work = find_work<T::kRows>(a, place);
-      piece = split_evenly(a, work);
+      work = find_work(a, place, T::kRows);
+      piece = split_evenly(a);
     }
     if (!work.found) return;  // surplus blocks have read no tensor
     compute<T>(a, work, piece);

@@ -20,6 +20,12 @@ struct Tile {
 
   bool operator==(const Tile &) const = default;
   constexpr int32_t rows() const { return warps / key_groups * warp_rows; }
+  // Tiles of four warps that share keys in pairs may as well go side by side, which ForwardArguments::key_groups says.
+  // Where registers are so few that Q stays in shared memory, the choice would cost some that are not there.
+  constexpr bool flexible() const {
+    return key_groups == 2 && warps * warp_rows <= 64 && queries == QueryPlace::registers;
+  }
+  constexpr int32_t most_rows() const { return flexible() ? warps * warp_rows : rows(); }
   constexpr int32_t threads() const { return warps * 32; }
   constexpr int32_t stages() const { return schedule == Schedule::single ? 1 : 2; }
 };
@@ -49,10 +55,18 @@ enum class InstanceIndex : int32_t {
 };
 #undef FLASHSPARK_TILE
 
+// Of the shared memory that results pass through, what a warp has: its rows, or with two key groups first what the warp
+// of the same rows in the other group hands over, 16 bytes a lane at once.
+constexpr int32_t result_bytes(const Instance &instance, const Tile &tile) {
+  const int32_t rows = tile.warp_rows * instance.head_dim_v * 2;
+  const int32_t handed = tile.warp_rows / 16 * (instance.head_dim_v / 16 + 1) * 512;
+  return tile.key_groups == 1 || (tile.flexible() && rows > handed) ? rows : handed;
+}
+
 // Shared memory of a block, bytes. Q in registers passes through memory that later holds a stage of K and V: it lies
 // behind the first stage (see tile_memory.cuh).
 constexpr int32_t query_bytes(const Instance &instance, const Tile &tile) {
-  return tile.rows() * instance.head_dim * 2;
+  return tile.most_rows() * instance.head_dim * 2;
 }
 constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile) {
   return tile.keys * (instance.head_dim + instance.head_dim_v) * 2;
@@ -71,24 +85,22 @@ constexpr int32_t raw_bytes(const Instance &instance, const Tile &tile) {
   const int32_t loads = raw_loads(instance.head_dim, lanes) + raw_loads(instance.head_dim_v, lanes);
   return tile.keys * lanes * 16 * loads;
 }
-// Where the tiles in e4m3 lie: the first behind Q, if Q passes through shared memory into registers.
+// Where the tiles in e4m3 lie: behind Q, if Q passes through shared memory into registers.
 struct RawPlaces {
   int32_t first, second, end;
 };
 constexpr RawPlaces raw_places(const Instance &instance, const Tile &tile) {
-  const int32_t second = stage_bytes(instance, tile), raw = raw_bytes(instance, tile);
+  const int32_t stage = stage_bytes(instance, tile), raw = raw_bytes(instance, tile);
   const int32_t queries = tile.queries == QueryPlace::registers ? query_bytes(instance, tile) : 0;
-  const int32_t first = second + raw > queries ? second + raw : queries;
-  return {first, second, first + raw};
+  const int32_t first = stage > queries ? stage : queries;
+  return {first, first + raw, first + 2 * raw};
 }
 
 constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool converts = false) {
   const int32_t stage = stage_bytes(instance, tile), queries = query_bytes(instance, tile);
   const int32_t ring = stage * tile.stages();
   // At the end: rows of the result, or what key groups hand to each other (see join_groups).
-  const int32_t joined = tile.key_groups == 1
-                             ? tile.rows() * instance.head_dim_v * 2
-                             : tile.warps * (tile.warp_rows / 16) * (instance.head_dim_v / 16 + 1) * 512;
+  const int32_t joined = tile.warps * result_bytes(instance, tile);
   const int32_t loop = converts ? raw_places(instance, tile).end + (tile.queries == QueryPlace::shared ? queries : 0)
                        : tile.queries == QueryPlace::shared ? ring + queries
                                                             : (ring > stage + queries ? ring : stage + queries);

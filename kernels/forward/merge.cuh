@@ -1,9 +1,10 @@
-// Joins the pieces of split row tiles: out = sum of 2^(lse_n - lse) out_n, and the sink enters here. Block (x, y, z)
-// looks at split tile x, takes rows y, y + merge_rows, ... of it and columns [128 z, 128 z + 128). Its warps share the
-// pieces among them and are joined through shared memory.
+// Joins the pieces of split row tiles: out = sum of 2^(lse_n - lse) out_n, and the sink enters here. Block (x, y, z) is
+// for a row tile, some of its rows and columns [128 z, 128 z + 128). One warp joins a row, or where there are many
+// pieces all warps of the block, through shared memory.
 #pragma once
 
 #include "forward/results.cuh"
+#include "forward/shares.cuh"
 
 namespace flashspark {
 
@@ -16,25 +17,69 @@ FLASHSPARK_DEVICE float finite_base(float maximum) {
   return maximum == minus_infinity() ? 0.0f : maximum;
 }
 
-// Pieces warp, warp + kMergeWarps, ... of a row; what a lane needs of four of them is read at once.
-FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &tile, int32_t tile_row, int32_t warp,
-                                  int32_t column) {
-  constexpr int32_t kAtOnce = 4;
+// What the merge kernel has to join.
+struct SplitTile {
+  Work work;
+  int32_t count;        // pieces; < 2: nothing to do
+  int32_t first, rest;  // places of the pieces: first, then rest + 1, rest + 2, ...
+};
+
+FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
+  const auto block = static_cast<int32_t>(ptx::block_x());
+  SplitTile split{};
+  if (a.share_limits.shares == 0) {
+    split.work = find_work(a, find_place(a), a.tile_rows);
+    split.count = split.work.found ? a.num_splits : 0;
+    split.first = split.rest = block * a.num_splits;
+    return split;
+  }
+  const SequenceWork w = sequence_work(a, a.tile_rows, a.tile_keys, 0);
+  const Spread all = find_spread(a, a.tile_rows, a.tile_keys, w);
+  int32_t position;
+  if (a.merge_tiles > 0) {  // the block's own row tile
+    const int32_t tiles = a.merge_tiles * a.num_heads_kv, seq = block / tiles, inside = block - seq * tiles;
+    const int32_t lane = seq % 32;
+    SequenceWork of = w;
+    int32_t before = 0;
+    for (int32_t first_seq = 32; first_seq <= seq; first_seq += 32) {
+      before += ptx::shuffle(of.passed + all.start * of.passed_units, 31);
+      of = sequence_work(a, a.tile_rows, a.tile_keys, first_seq);
+    }
+    const int32_t row_tiles = ptx::shuffle(of.row_tiles, lane), each = ptx::shuffle(of.tiles, lane) + all.start;
+    const int32_t head = inside / a.merge_tiles, row_tile = inside - head * a.merge_tiles;
+    if (row_tile >= row_tiles) return split;
+    position = before + ptx::shuffle(of.passed + all.start * of.passed_units, lane) -
+               ((a.num_heads_kv - head) * row_tiles - row_tile) * each;
+  } else {  // the tile in which the block's share ends, if it begins there
+    if (block >= all.used()) return split;
+    position = all.begin(block + 1) - 1;
+  }
+  const RowTile tile = row_tile_at(a, a.tile_rows, a.tile_keys, position, all.start, w);
+  const Pieces pieces = pieces_of(all, tile.begin, tile.count);
+  if (a.merge_tiles == 0 && pieces.first_share != block) return split;
+  return {tile.work, pieces.count, pieces.first_share, a.share_limits.shares + pieces.first_share - 1};
+}
+
+// Pieces first, first + step, ... of a row; what a lane needs of eight of them is read at once.
+FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &tile, int32_t tile_row, int32_t first,
+                                  int32_t step, int32_t column) {
+  constexpr int32_t kAtOnce = 8;
   Sums sums{minus_infinity(), 0, {}};
-  for (int32_t first = warp; first < tile.count; first += kAtOnce * kMergeWarps) {
+  for (; first < tile.count; first += kAtOnce * step) {
     float lse[kAtOnce];
     ptx::Vector16 out[kAtOnce];
     float high = sums.base;
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kAtOnce; ++i) {
-      const int32_t n = first + i * kMergeWarps;
+      const int32_t n = first + i * step;
       const int64_t row = (n == 0 ? tile.first : tile.rest + n) * static_cast<int64_t>(a.tile_rows) + tile_row;
       lse[i] = n < tile.count ? a.partial_lse[row] * kLog2E : minus_infinity();
       out[i] = {};
       if (n < tile.count && column < a.head_dim_v)
         out[i] = *reinterpret_cast<const ptx::Vector16 *>(a.partial_out + row * a.head_dim_v + column);
-      high = larger(high, lse[i]);
     }
+    FLASHSPARK_UNROLL
+    for (int32_t i = 0; i < kAtOnce; ++i) high = larger(high, lse[i]);
     const float factor = ptx::exp2_approx(sums.base - finite_base(high));
     sums.base = high;
     sums.sum *= factor;
@@ -51,59 +96,59 @@ FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &ti
   return sums;
 }
 
+// Adds the sums of the block's other warps to those of warp 0.
+FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane) {
+  const auto memory = [](int32_t of_warp) { return ptx::shared_memory() + of_warp * kMergeWarpBytes; };
+  const auto of_lane = static_cast<uint32_t>(lane) * 16;
+  if (warp > 0) {
+    store_4(memory(warp) + of_lane, sums.at[0], sums.at[1], sums.at[2], sums.at[3]);
+    if (lane == 0) store_4(memory(warp) + kMergeColumns * 4, sums.base, sums.sum, 0, 0);
+  }
+  ptx::block_barrier();  // the other warps' sums are there
+  if (warp > 0) return;
+  FLASHSPARK_UNROLL
+  for (int32_t w = 1; w < kMergeWarps; ++w) {
+    const ptx::Vector16 ends = ptx::load_shared_16(memory(w) + kMergeColumns * 4);
+    const ptx::Vector16 theirs = ptx::load_shared_16(memory(w) + of_lane);
+    const float high = larger(sums.base, ptx::as_float(ends.word[0]));
+    const float factor = ptx::exp2_approx(sums.base - finite_base(high));
+    const float weight = ptx::exp2_approx(ptx::as_float(ends.word[0]) - finite_base(high));
+    sums.base = high;
+    sums.sum = sums.sum * factor + ptx::as_float(ends.word[1]) * weight;
+    FLASHSPARK_UNROLL
+    for (int32_t x = 0; x < 4; ++x) sums.at[x] = sums.at[x] * factor + ptx::as_float(theirs.word[x]) * weight;
+  }
+}
+
 template <class Number>
 FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
-  ptx::grid_dependency_wait();  // as in forward()
+  // Lengths may be read before the forward kernel has ended: it lets this one begin once what is before it has.
+  const SplitTile tile = find_split(a);
+  ptx::grid_dependency_wait();  // every block, as in forward()
   ptx::grid_dependency_launch();
-  const SplitTile tile = a.split_tiles[ptx::block_x()];
   if (tile.count < 2) return;
-  const Work work{true, tile.seq, tile.head_kv, 0, tile.q_row, tile.first_row, tile.end_row};
-  const auto warp = static_cast<int32_t>(ptx::thread_index() / 32), lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  const auto warp = static_cast<int32_t>(ptx::thread_index() / 32),
+             lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  const bool together = a.merge_warps > 1;
+  const auto y = static_cast<int32_t>(ptx::block_y());
+  const int32_t tile_row = together ? y : y * kMergeWarps + warp, row = tile.work.first_row + tile_row;
+  // With all warps at one row, all of them leave here.
+  if (tile_row >= a.tile_rows || row >= tile.work.end_row) return;
   const int32_t column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane * 4;
-  const int32_t end = min_of(tile.first_row + a.tile_rows, tile.end_row);
-  const auto memory = [lane](int32_t of_warp) {
-    return ptx::shared_memory() + of_warp * kMergeWarpBytes + static_cast<uint32_t>(lane) * 16;
-  };
-  for (int32_t row = tile.first_row + static_cast<int32_t>(ptx::block_y()); row < end; row += a.merge_rows) {
-    Sums sums = sum_pieces(a, tile, row - tile.first_row, warp, column);
-    if (warp > 0) {
-      store_4(memory(warp), sums.at[0], sums.at[1], sums.at[2], sums.at[3]);
-      if (lane == 0) store_4(memory(warp) + 512, sums.base, sums.sum, 0, 0);
-    }
-    ptx::block_barrier();  // the other warps' sums are there
-    if (warp == 0) {
-      const ResultRow r = result_row(a, work, row);
-      float bases[kMergeWarps], high = sums.base;
-      ptx::Vector16 ends[kMergeWarps];
-      FLASHSPARK_UNROLL
-      for (int32_t w = 1; w < kMergeWarps; ++w) {
-        ends[w] = ptx::load_shared_16(memory(w) - static_cast<uint32_t>(lane) * 16 + 512);
-        bases[w] = ptx::as_float(ends[w].word[0]);
-        high = larger(high, bases[w]);
-      }
-      const float sink = sink_of(a, r.head);
-      high = larger(high, sink);
-      const float factor = ptx::exp2_approx(sums.base - finite_base(high));
-      float sum = sums.sum * factor + ptx::exp2_approx(sink - finite_base(high));
-      FLASHSPARK_UNROLL
-      for (int32_t x = 0; x < 4; ++x) sums.at[x] *= factor;
-      FLASHSPARK_UNROLL
-      for (int32_t w = 1; w < kMergeWarps; ++w) {
-        const float weight = ptx::exp2_approx(bases[w] - finite_base(high));
-        sum += weight * ptx::as_float(ends[w].word[1]);
-        const ptx::Vector16 v = ptx::load_shared_16(memory(w));
-        FLASHSPARK_UNROLL
-        for (int32_t x = 0; x < 4; ++x) sums.at[x] += weight * ptx::as_float(v.word[x]);
-      }
-      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
-      if (column == 0) store_lse(a, work, r, lse_of(high, sum));
-      if (column < a.head_dim_v)
-        store_pairs(static_cast<Number *>(a.out) + out_offset(a, work, r) + column,
-                    ptx::pack<Number>(sums.at[0] * inverse, sums.at[1] * inverse),
-                    ptx::pack<Number>(sums.at[2] * inverse, sums.at[3] * inverse));
-    }
-    ptx::block_barrier();  // warp 0 has read them
+  Sums sums = sum_pieces(a, tile, tile_row, together ? warp : 0, together ? kMergeWarps : 1, column);
+  if (together) {
+    join_warps(sums, warp, lane);
+    if (warp > 0) return;
   }
+  const ResultRow r = result_row(a, tile.work, row);
+  const Joined joined = join_sink(sums.base, sink_of(a, r.head));
+  const float sum = sums.sum * joined.factor + joined.sink;
+  const float inverse = sum == 0 ? 0.0f : joined.factor / sum;
+  if (column == 0) store_lse(a, tile.work, r, lse_of(joined.maximum, sum));
+  if (column < a.head_dim_v)
+    store_pairs(static_cast<Number *>(a.out) + out_offset(a, tile.work, r) + column,
+                ptx::pack<Number>(sums.at[0] * inverse, sums.at[1] * inverse),
+                ptx::pack<Number>(sums.at[2] * inverse, sums.at[3] * inverse));
 }
 
 }  // namespace flashspark

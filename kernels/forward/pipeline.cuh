@@ -53,10 +53,13 @@ struct Block {
     if (n < end) loader.template copy<true>(tiles.at(n), copies(n));
   }
 
-  // A warp goes through its key group's part of a tile in pieces of kScoreKeys keys: piece 0, 1, ... kPieces - 1.
+  // A warp goes through its key group's part of a tile in pieces of kScoreKeys keys: piece 0, 1, ... pieces() - 1.
   static constexpr int32_t kPieces = T::kKeys / (T::kScoreKeys * T::kKeyGroups);
-  static FLASHSPARK_DEVICE int32_t row_of(int32_t piece) {
-    return ((T::kKeyGroups > 1 ? key_group<T>() * kPieces : 0) + piece) * T::kScoreKeys;
+  FLASHSPARK_DEVICE int32_t pieces() const {
+    return T::kFlexible && side_by_side<T>(a) ? T::kKeyGroups * kPieces : kPieces;
+  }
+  FLASHSPARK_DEVICE int32_t row_of(int32_t piece) const {
+    return ((T::kKeyGroups > 1 ? key_group<T>(a) * kPieces : 0) + piece) * T::kScoreKeys;
   }
   FLASHSPARK_DEVICE int32_t first_key(int32_t n, int32_t piece) const { return tiles.at(n) * T::kKeys + row_of(piece); }
 
@@ -147,7 +150,7 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
     ptx::cp_async_commit();
     block.look_up(n + 2);
     FLASHSPARK_NO_UNROLL
-    for (int32_t piece = 0; piece < Block<T>::kPieces; ++piece) {
+    for (int32_t piece = 0; piece < block.pieces(); ++piece) {
       const int32_t first = block.first_key(n, piece);
       if (!block.meets(first)) continue;
       Scores<T> s;
@@ -169,7 +172,7 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
       ptx::cp_async_wait<0>();  // as in step()
       ptx::block_barrier();
       FLASHSPARK_NO_UNROLL
-      for (int32_t piece = 0; piece < Block<T>::kPieces; ++piece) {
+      for (int32_t piece = 0; piece < block.pieces(); ++piece) {
         Scores<T> s;
         block.scores(s, n, piece);
         if (piece == 0) {  // not before the first products: all warps would work out addresses at once
@@ -187,27 +190,32 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
   }
 }
 
-// One buffer of 16-bit numbers, made of what two copies in e4m3 bring. A tile is converted once for all warps.
+// One buffer of 16-bit numbers, made of what two copies in e4m3 bring. A tile is converted once for all warps. Where a
+// copy lands each thread alone reads, so that it is free for the tile after the next as soon as it is converted.
 template <class T>
 FLASHSPARK_DEVICE void run_converting(Block<T> &block) {
   if constexpr (T::kQueriesInRegisters) {
     ptx::block_barrier();  // Q is there
     load_queries<T>(block.q, block.queries(), block.lane);
   }
+  const auto copy = [&block](int32_t n) {
+    block.copy_keys(n);
+    block.copy_values(n);
+    ptx::cp_async_commit();
+    block.look_up(n + 1);
+  };
   block.look_up(block.begin + 1);
+  copy(block.begin + 1);
   FLASHSPARK_NO_UNROLL
   for (int32_t n = block.begin; n < block.end; ++n) {
-    ptx::cp_async_wait<0>();  // what this thread has copied of the tile, which nobody else reads
-    ptx::block_barrier();     // all are done with the tile before (and with Q's passage)
+    ptx::cp_async_wait<1>();  // what this thread has copied of the tile, which nobody else reads
+    ptx::block_barrier();     // all are done with the tile before
     block.loader.template convert<false>(block.copies(n), block.shared);
     block.loader.template convert<true>(block.copies(n), block.shared);
-    block.copy_keys(n + 1);
-    block.copy_values(n + 1);
-    ptx::cp_async_commit();
-    block.look_up(n + 2);
+    copy(n + 2);
     ptx::block_barrier();  // the tile is there (and Q, where it stays in shared memory)
     FLASHSPARK_NO_UNROLL
-    for (int32_t piece = 0; piece < Block<T>::kPieces; ++piece) {
+    for (int32_t piece = 0; piece < block.pieces(); ++piece) {
       const int32_t first = block.first_key(n, piece);
       if (!block.meets(first)) continue;
       Scores<T> s;

@@ -13,12 +13,12 @@ struct LaneOffsets {
 // Q as A (a[0..3]: rows 0-7 | 8-15 of columns 0-7, then of columns 8-15), K as B by columns = rows of K (n8 tile 0:
 // columns 0-7 | 8-15, then n8 tile 1), V as B transposed (keys 0-7 | 8-15 of columns 0-7, then of columns 8-15).
 template <class T>
-FLASHSPARK_DEVICE LaneOffsets lane_offsets() {
+FLASHSPARK_DEVICE LaneOffsets lane_offsets(const ForwardArguments &a) {
   const uint32_t lane = ptx::thread_index() % 32;
   // What has passed through a shuffle the compiler keeps; otherwise it finds these anew for every tile, from the number
   // of the thread, while the first ldmatrix waits.
   const auto keep = [lane](uint32_t x) { return static_cast<uint32_t>(ptx::shuffle(static_cast<int32_t>(x), lane)); };
-  return {keep(T::QueryLayout::offset(static_cast<uint32_t>(first_warp_row<T>()) + lane % 16, lane / 16)),
+  return {keep(T::QueryLayout::offset(static_cast<uint32_t>(first_warp_row<T>(a)) + lane % 16, lane / 16)),
           keep(T::KeyLayout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
           keep(T::ValueLayout::offset(lane % 16, lane / 16))};
 }

@@ -13,8 +13,8 @@ FLASHSPARK_DEVICE float lse_of(float maximum, float sum) {
 // Addresses of one packed row.
 struct ResultRow {
   bool in_use;
-  int64_t head;       // query head
-  int64_t token;      // row in q and out
+  int64_t head;   // query head
+  int64_t token;  // row in q and out
 };
 FLASHSPARK_DEVICE ResultRow result_row(const ForwardArguments &a, const Work &work, int32_t row) {
   ResultRow r{};
@@ -75,13 +75,16 @@ FLASHSPARK_DEVICE void store_pairs(Number *to, uint32_t low, uint32_t high) {
 // lane / 4 of eight n is a lane's; at holds its two columns of each n8 tile.
 template <class T>
 struct Result {
-  static constexpr int32_t kEights = T::kLaneRows / T::kKeyGroups;
+  static constexpr int32_t kEights = T::kFlexible ? T::kLaneRows : T::kLaneRows / T::kKeyGroups;
   float at[kEights][T::kHeadDimV / 8][2];
   float base[kEights], sum[kEights];
 
+  static FLASHSPARK_DEVICE int32_t eights(const ForwardArguments &a) {
+    return T::kFlexible && !side_by_side<T>(a) ? kEights / T::kKeyGroups : kEights;
+  }
   // First row of an eight among the rows of the warp.
-  static FLASHSPARK_DEVICE int32_t row(int32_t eight) {
-    return T::kKeyGroups == 1 ? eight * 8 : eight * 16 + key_group<T>() * 8;
+  static FLASHSPARK_DEVICE int32_t row(const ForwardArguments &a, int32_t eight) {
+    return side_by_side<T>(a) ? eight * 8 : eight * 16 + key_group<T>(a) * 8;
   }
 };
 
@@ -98,21 +101,20 @@ FLASHSPARK_DEVICE void store_4(ptx::SharedAddress to, float a, float b, float c,
 // the same rows in the other group hands over.
 template <class T>
 FLASHSPARK_DEVICE ptx::SharedAddress result_memory(ptx::SharedAddress shared, int32_t warp) {
-  constexpr int32_t kBytes = T::kKeyGroups == 1 ? T::kWarpRows * T::ValueLayout::kPitch
-                                                : T::kSlabs * (T::kHeadDimV / 16 + 1) * 512;  // 32 lanes x 16 bytes
-  return shared + warp * kBytes;
+  return shared + static_cast<uint32_t>(warp) * T::kResultBytes;
 }
 
 // Of each 16 rows the first key group finishes the first eight and the second group the others: each hands over its
 // share of the rest, and both halves of the warps store.
 template <class T>
-FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &state, ptx::SharedAddress shared) {
+FLASHSPARK_DEVICE Result<T> join_groups(const ForwardArguments &a, const Output<T> &o, const LaneState<T> &state,
+                                        ptx::SharedAddress shared) {
   constexpr int32_t kColumns = T::kHeadDimV / 8;
   static_assert(T::kKeyGroups <= 2 && kColumns % 2 == 0);
   Result<T> r;
-  if constexpr (T::kKeyGroups == 1) {
+  if (side_by_side<T>(a)) {
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < T::kLaneRows; ++n) {
+    for (int32_t n = 0; n < Result<T>::kEights; ++n) {
       r.base[n] = state.base[n];
       r.sum[n] = state.sum[n];
       FLASHSPARK_UNROLL
@@ -121,9 +123,9 @@ FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &
         r.at[n][c][1] = o.at[n / 2][c][n % 2 * 2 + 1];
       }
     }
-  } else {
+  } else if constexpr (T::kKeyGroups > 1) {
     const auto warp = static_cast<int32_t>(ptx::thread_index() / 32);
-    const bool second = key_group<T>() > 0;
+    const bool second = key_group<T>(a) > 0;
     const int32_t other = second ? warp - T::kRowWarps : warp + T::kRowWarps;
     const auto place = [](int32_t slab, int32_t vector) { return (slab * (kColumns / 2 + 1) + vector) * 512; };
     const ptx::SharedAddress lane = ptx::thread_index() % 32 * 16;
@@ -166,9 +168,11 @@ FLASHSPARK_DEVICE Result<T> join_groups(const Output<T> &o, const LaneState<T> &
   }
   // Sums of whole rows.
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < Result<T>::kEights; ++n) r.sum[n] += ptx::shuffle_xor(r.sum[n], 1);
+  for (int32_t n = 0; n < Result<T>::kEights && n < Result<T>::eights(a); ++n)
+    r.sum[n] += ptx::shuffle_xor(r.sum[n], 1);
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < Result<T>::kEights; ++n) r.sum[n] += ptx::shuffle_xor(r.sum[n], 2);
+  for (int32_t n = 0; n < Result<T>::kEights && n < Result<T>::eights(a); ++n)
+    r.sum[n] += ptx::shuffle_xor(r.sum[n], 2);
   return r;
 }
 
@@ -177,12 +181,13 @@ template <class T>
 FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work, const Result<T> &result,
                                      float value_scale, int32_t first_column, int32_t place) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t first_row = first_warp_row<T>() + lane / 4;
+  const int32_t first_row = first_warp_row<T>(a) + lane / 4;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < Result<T>::kEights; ++n) {
-    const int32_t tile_row = first_row + Result<T>::row(n);
+    if (n >= Result<T>::eights(a)) break;
+    const int32_t tile_row = first_row + Result<T>::row(a, n);
     if (work.first_row + tile_row >= work.end_row) continue;
-    const int64_t row = place * static_cast<int64_t>(T::kRows) + tile_row;
+    const int64_t row = place * static_cast<int64_t>(rows_of<T>(a)) + tile_row;
     const float lse = lse_of(result.base[n], result.sum[n]);
     if (lane % 4 == 0 && first_column == 0) a.partial_lse[row] = lse;
     const float inverse = lse == minus_infinity() ? 0.0f : (T::kConverts ? value_scale : 1.0f) / result.sum[n];
@@ -202,11 +207,12 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
                                    float value_scale, ptx::SharedAddress shared, int32_t first_column) {
   using Layout = typename T::ValueLayout;
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t first_row = work.first_row + first_warp_row<T>();
+  const int32_t first_row = work.first_row + first_warp_row<T>(a);
   const ptx::SharedAddress memory = result_memory<T>(shared, static_cast<int32_t>(ptx::thread_index() / 32));
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < Result<T>::kEights; ++n) {
-    const ResultRow r = result_row(a, work, first_row + Result<T>::row(n) + lane / 4);
+    if (n >= Result<T>::eights(a)) break;
+    const ResultRow r = result_row(a, work, first_row + Result<T>::row(a, n) + lane / 4);
     const Joined joined = join_sink(result.base[n], r.in_use ? sink_of(a, r.head) : minus_infinity());
     const float sum = result.sum[n] * joined.factor + joined.sink;
     float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
@@ -226,8 +232,9 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
   auto *out = static_cast<typename T::Number *>(a.out);
   FLASHSPARK_UNROLL
   for (int32_t pass = 0; pass < Result<T>::kEights * 8 / kPassRows; ++pass) {
+    if (pass * kPassRows >= Result<T>::eights(a) * 8) break;
     const int32_t row = pass * kPassRows + lane / kRowLanes;
-    const ResultRow r = result_row(a, work, first_row + Result<T>::row(row / 8) + row % 8);
+    const ResultRow r = result_row(a, work, first_row + Result<T>::row(a, row / 8) + row % 8);
     auto *to = out + out_offset(a, work, r) + first_column;
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < Layout::kChunks / kRowLanes; ++n) {

@@ -1,31 +1,72 @@
-// Even shares of all work, found on the device from the lengths: the host knows bounds alone, and one long sequence among
-// short ones would leave most of a grid idle. Positions 0, 1, ... count tiles of keys: of every sequence, of each of its
-// KV heads, of each of its row tiles. A share is a stretch of positions, and of a row tile that two or more shares meet
-// in each computes a piece.
+// Even shares of all work, found on the device from the lengths: the host knows bounds alone, and one long sequence
+// among short ones would leave most of a grid idle. Positions 0, 1, ... count tiles of keys: of every sequence, of each
+// of its KV heads, of each of its row tiles; and before each row tile the positions that stand for the time its start
+// takes. A share is a stretch of positions; of a row tile that several shares meet in each computes a piece, and the
+// merge kernel, which finds the same shares from the same lengths, joins the pieces.
 #pragma once
 
 #include "forward/row_bounds.cuh"
 
 namespace flashspark {
 
-// The keys of a row tile that a block computes: tiles [first, first + count) of the sequence's.
-struct Piece {
-  int32_t first, count;
-  bool whole;     // all of them: the result is final
-  int32_t place;  // of the piece's result, unless whole
-  int32_t next;   // position that the block's share goes on at; -1: its end
+// Positions cut into periods of which each is cut into so many even shares: one period for all, or where all row tiles
+// have equally many keys one that ends with a row tile, so that no share goes on in another tile.
+struct Spread {
+  int32_t total, period, shares;  // shares of a period
+  int32_t start;                  // positions before the keys of each row tile
+
+  FLASHSPARK_DEVICE int32_t used() const { return ceil_div(total, period) * shares; }
+  FLASHSPARK_DEVICE int32_t begin(int32_t share) const {
+    const int32_t of_period = share / shares, inside = share - of_period * shares;
+    const int32_t each = period / shares, more = period - each * shares;
+    return min_of(total, of_period * period + inside * each + min_of(inside, more));
+  }
+  FLASHSPARK_DEVICE int32_t at(int32_t position) const {
+    const int32_t of_period = position / period, inside = position - of_period * period;
+    const int32_t each = period / shares, more = period - each * shares;
+    const int32_t longer = more * (each + 1);  // positions in shares that hold one more
+    return of_period * shares + (inside < longer ? inside / (each + 1) : more + (inside - longer) / each);
+  }
 };
+
+// `total` > 0 tiles of keys in `units` row tiles; alike: as many in each.
+FLASHSPARK_DEVICE Spread spread(int32_t total, int32_t units, bool alike, const ShareLimits &limits) {
+  const int32_t most = total < limits.few_total ? limits.few_shares : limits.shares;
+  const int32_t used = min_of(most, max_of(1, total / limits.least));
+  if (alike) {
+    // Several pieces of a tile, or several tiles a share, unless that leaves more than a twentieth of the shares idle.
+    const int32_t tiles = total / units, pieces = max_of(1, used / units), together = ceil_div(units, used);
+    if (units <= used && pieces * units * 20 >= used * 19) return {total, tiles, pieces, 0};
+    if (units > used && units * 20 >= together * used * 19) return {total, together * tiles, 1, 0};
+  }
+  // Shares that begin in the middle of a tile start as well as those that come upon several: only the latter count.
+  const int32_t start = units > used / 2 ? limits.start : 0;
+  return {total + start * units, total + start * units, used, start};
+}
+
+// Where the pieces of a row tile lie whose positions are [begin, begin + tiles): the block that begins it has a place
+// of its own for that, those that go on in it have one of another kind.
+struct Pieces {
+  int32_t first_share, count;
+
+  FLASHSPARK_DEVICE int32_t place(int32_t n, int32_t all_shares) const {
+    return n == 0 ? first_share : all_shares + first_share + n - 1;
+  }
+};
+FLASHSPARK_DEVICE Pieces pieces_of(const Spread &spread, int32_t begin, int32_t tiles) {
+  const int32_t first = spread.at(begin);
+  return {first, spread.at(begin + tiles - 1) - first + 1};
+}
 
 // What one lane knows of its sequence among 32.
 struct SequenceWork {
   int32_t tokens, q_row;
   int32_t first_tile, tiles;  // of keys, that some row of it keeps
   int32_t row_tiles;
-  int32_t passed;  // positions of it and of the sequences of the lanes before it
+  int32_t passed, passed_units;  // tiles of keys and row tiles of it and of the sequences of the lanes before it
 };
 
-template <int32_t rows, int32_t keys>
-FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t first_seq) {
+FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t first_seq) {
   const int32_t seq = first_seq + static_cast<int32_t>(ptx::thread_index() % 32);
   SequenceWork w{};
   if (seq < a.num_seqs) w.tokens = tokens_of(a, seq);
@@ -36,89 +77,95 @@ FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t 
     const int32_t begin = seen(a, mask, 0).begin, end = seen(a, mask, w.tokens - 1).end;
     w.first_tile = begin / keys;
     w.tiles = max_of(1, ceil_div(end, keys) - w.first_tile);  // rows without keys have results, too
-    w.row_tiles = ceil_div(w.tokens * static_cast<int32_t>(a.group.value), rows);
+    w.row_tiles = (w.tokens * static_cast<int32_t>(a.group.value) + rows - 1) >> ptx::lowest_bit(rows);
   }
   w.passed = prefix_sum(w.tiles * w.row_tiles * a.num_heads_kv);
+  w.passed_units = prefix_sum(w.row_tiles * a.num_heads_kv);
   return w;
 }
 
-// Shares are equal but for one position; used ones hold one at least.
-FLASHSPARK_DEVICE int32_t share_begin(int32_t share, int32_t total, int32_t used) {
-  const int32_t each = total / used, more = total - each * used;
-  return share * each + min_of(share, more);
-}
-FLASHSPARK_DEVICE int32_t share_of(int32_t position, int32_t total, int32_t used) {
-  const int32_t each = total / used, more = total - each * used;
-  const int32_t longer = more * (each + 1);  // positions in shares that hold one more
-  return position < longer ? position / (each + 1) : more + (position - longer) / each;
-}
-
-FLASHSPARK_DEVICE void say_split(const ForwardArguments &a, const SplitTile &tile) {
-  if (ptx::thread_index() == 0 && ptx::block_y() == 0 && ptx::block_z() == 0) a.split_tiles[ptx::block_x()] = tile;
-}
-
-// Without shares block (x, y) takes the y-th of num_splits pieces of the x-th row tile, whatever it is.
-FLASHSPARK_DEVICE Piece split_evenly(const ForwardArguments &a, const Work &work) {
-  const int32_t first = static_cast<int32_t>(ptx::block_x()) * a.num_splits;
-  if (a.num_splits > 1) {
-    SplitTile split{};
-    if (work.found)
-      split = {a.num_splits, first, first, work.seq, work.head_kv, work.first_row, work.end_row, work.q_row};
-    say_split(a, split);
+// The spread of the whole problem; `first` is the work of the first 32 sequences.
+FLASHSPARK_DEVICE Spread find_spread(const ForwardArguments &a, int32_t rows, int32_t keys, const SequenceWork &first) {
+  int32_t total = ptx::shuffle(first.passed, 31), units = ptx::shuffle(first.passed_units, 31);
+  int32_t most = first.tiles, least = first.tiles > 0 ? first.tiles : INT32_MAX;
+  for (int32_t seq = 32; seq < a.num_seqs; seq += 32) {
+    const SequenceWork w = sequence_work(a, rows, keys, seq);
+    total += ptx::shuffle(w.passed, 31);
+    units += ptx::shuffle(w.passed_units, 31);
+    most = max_of(most, w.tiles);
+    if (w.tiles > 0) least = min_of(least, w.tiles);
   }
-  return {0, 0, a.num_splits == 1, first + static_cast<int32_t>(ptx::block_y()), -1};
-}
-
-// The row tile at position `at` of the share (-1: at its begin), and the keys of it that fall to this block.
-template <int32_t rows, int32_t keys>
-FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t at, Work &work) {
-  SequenceWork w = sequence_work<rows, keys>(a, 0);
-  int32_t total = ptx::shuffle(w.passed, 31);
-  for (int32_t seq = 32; seq < a.num_seqs; seq += 32)
-    total += ptx::shuffle(sequence_work<rows, keys>(a, seq).passed, 31);
+  most = ptx::reduce_max(most);
+  least = ptx::reduce_min(least);
   total = ptx::uniform(total);
-  const auto block = static_cast<int32_t>(ptx::block_x());
-  const int32_t used = min_of(a.shares, total);
-  work.found = block < used;
-  if (!work.found) {
-    say_split(a, {});
-    return {};
-  }
-  if (at < 0) at = share_begin(block, total, used);
-  const int32_t end = share_begin(block + 1, total, used);
+  return total == 0 ? Spread{0, 1, 1, 0} : spread(total, ptx::uniform(units), most == least, a.share_limits);
+}
 
+// A row tile and its positions.
+struct RowTile {
+  Work work;
+  int32_t begin, count;
+  int32_t first_tile;  // of the sequence's keys
+};
+
+// The row tile at a position; `w` is the work of the first 32 sequences.
+FLASHSPARK_DEVICE RowTile row_tile_at(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t position,
+                                      int32_t start, SequenceWork w) {
   int32_t first_seq = 0, passed = 0;  // of the 32 sequences in view, and of the positions before them
   uint32_t beyond;
-  while ((beyond = ptx::ballot(passed + w.passed > at)) == 0) {
-    passed += ptx::shuffle(w.passed, 31);
+  while ((beyond = ptx::ballot(passed + w.passed + start * w.passed_units > position)) == 0) {
+    passed += ptx::shuffle(w.passed + start * w.passed_units, 31);
     first_seq += 32;
-    w = sequence_work<rows, keys>(a, first_seq);
+    w = sequence_work(a, rows, keys, first_seq);
   }
   const uint32_t lane = ptx::lowest_bit(beyond);
   const auto of_lane = [lane](int32_t x) { return ptx::uniform(ptx::shuffle(x, lane)); };
-  const int32_t tiles = of_lane(w.tiles), row_tiles = of_lane(w.row_tiles);
-  const int32_t inside = at - passed - of_lane(w.passed) + tiles * row_tiles * a.num_heads_kv;
-  const int32_t unit = inside / tiles, first = inside - unit * tiles;
-  work.seq = first_seq + static_cast<int32_t>(lane);
-  work.head_kv = unit / row_tiles;
-  work.seqlen_q = of_lane(w.tokens);
-  work.q_row = of_lane(w.q_row);
-  work.first_row = (unit - work.head_kv * row_tiles) * rows;
-  work.end_row = work.seqlen_q * static_cast<int32_t>(a.group.value);
+  RowTile tile{};
+  tile.count = of_lane(w.tiles) + start;
+  tile.first_tile = of_lane(w.first_tile);
+  const int32_t row_tiles = of_lane(w.row_tiles);
+  const int32_t first = passed + of_lane(w.passed + start * w.passed_units) - tile.count * row_tiles * a.num_heads_kv;
+  const int32_t unit = (position - first) / tile.count;
+  tile.begin = first + unit * tile.count;
+  tile.work.found = true;
+  tile.work.seq = first_seq + static_cast<int32_t>(lane);
+  tile.work.head_kv = unit / row_tiles;
+  tile.work.seqlen_q = of_lane(w.tokens);
+  tile.work.q_row = of_lane(w.q_row);
+  tile.work.first_row = (unit - tile.work.head_kv * row_tiles) * rows;
+  tile.work.end_row = tile.work.seqlen_q * static_cast<int32_t>(a.group.value);
+  return tile;
+}
 
-  const int32_t count = min_of(tiles - first, end - at);
-  const int32_t next = at + count < end ? at + count : -1;
-  if (next < 0) {  // of the pieces before none is of a tile that begins here and does not end here
-    SplitTile split{};
-    if (first == 0 && count < tiles) {
-      const int32_t last = share_of(at + tiles - 1, total, used);
-      split = {last - block + 1, block,          a.shares + block - 1, work.seq,
-               work.head_kv,     work.first_row, work.end_row,         work.q_row};
-    }
-    say_split(a, split);
-  }
-  // The block that begins a tile answers for it, and has a place of its own for that.
-  return {of_lane(w.first_tile) + first, count, count == tiles, first == 0 ? block : a.shares + block - 1, next};
+// The keys of a row tile that a block computes: tiles [first, first + count) of the sequence's.
+struct Piece {
+  int32_t first, count;
+  bool whole;     // all of them: the result is final
+  int32_t place;  // of the piece's result, unless whole
+  int32_t next;   // position that the block's share goes on at; -1: its end
+};
+
+// Without shares block (x, y) takes the y-th of num_splits pieces of the x-th row tile, whatever it is.
+FLASHSPARK_DEVICE Piece split_evenly(const ForwardArguments &a) {
+  const auto block = static_cast<int32_t>(ptx::block_x()), piece = static_cast<int32_t>(ptx::block_y());
+  return {0, 0, a.num_splits == 1, block * a.num_splits + piece, -1};
+}
+
+// The row tile at position `at` of the block's share (-1: at its begin), and the keys of it that fall to the block.
+FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t at, Work &work) {
+  const SequenceWork w = sequence_work(a, rows, keys, 0);
+  const Spread all = find_spread(a, rows, keys, w);
+  const auto block = static_cast<int32_t>(ptx::block_x());
+  work.found = block < all.used();
+  if (!work.found) return {};
+  if (at < 0) at = all.begin(block);
+  const int32_t end = all.begin(block + 1);
+  const RowTile tile = row_tile_at(a, rows, keys, at, all.start, w);
+  work = tile.work;
+  const int32_t first = at - tile.begin, count = min_of(tile.count - first, end - at);
+  const int32_t first_key = max_of(first - all.start, 0), end_key = max_of(first + count - all.start, 0);
+  return {tile.first_tile + first_key, end_key - first_key, count == tile.count,
+          first == 0 ? block : a.share_limits.shares + block - 1, at + count < end ? at + count : -1};
 }
 
 }  // namespace flashspark

@@ -25,9 +25,9 @@ FLASHSPARK_DEVICE float larger(float a, float b) {
 
 // The rows of which a lane holds scores: its row n is row lane / 4 + 8 * (n % 2) of slab n / 2 of the warp.
 template <class T>
-FLASHSPARK_DEVICE int32_t lane_row(const Work &work, int32_t n) {
+FLASHSPARK_DEVICE int32_t lane_row(const ForwardArguments &a, const Work &work, int32_t n) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  return work.first_row + first_warp_row<T>() + n / 2 * 16 + n % 2 * 8 + lane / 4;
+  return work.first_row + first_warp_row<T>(a) + n / 2 * 16 + n % 2 * 8 + lane / 4;
 }
 
 // What kind `changed` keeps of such a row. The others find the mask anew for the few tiles that need one: registers are
@@ -104,7 +104,7 @@ FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLa
       row = rows[n].mask;
     } else {
       // Rows past the sequence keep what their position says; nobody reads them.
-      row.first = seen(a, mask, divide(lane_row<T>(work, n), a.group).quotient);
+      row.first = seen(a, mask, divide(lane_row<T>(a, work, n), a.group).quotient);
     }
     const Interval one{row.first.begin - shift, row.first.end - shift};
     const Interval two{row.second.begin - shift, row.second.end - shift};

@@ -270,7 +270,8 @@ FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const Work &work,
   const auto *q_begin = static_cast<const typename T::Number *>(a.q), *q = q_begin;
   if (a.cu_seqlens_q == nullptr) q += work.seq * a.q_strides.batch;
   FLASHSPARK_UNROLL
-  for (int32_t pass = 0; pass < T::kRows / T::kPassRows; ++pass) {
+  for (int32_t pass = 0; pass < T::kMostRows / T::kPassRows; ++pass) {
+    if (T::kFlexible && pass * T::kPassRows >= rows_of<T>(a)) break;
     const int32_t tile_row = pass * T::kPassRows + row;
     const bool in_use = work.first_row + tile_row < work.end_row;
     const Quotient at = divide(in_use ? work.first_row + tile_row : 0, a.group);

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "forward/arguments.hpp"
 #include "forward/instances.hpp"
 #include "ptx/ptx.cuh"
 
@@ -63,6 +64,9 @@ struct Traits {
   static constexpr int32_t kLaneRows = 2 * kSlabs;   // rows of which a lane holds scores
   static constexpr int32_t kKeyGroups = kTile.key_groups;
   static constexpr int32_t kRowWarps = kTile.warps / kKeyGroups;
+  static constexpr bool kFlexible = kTile.flexible();
+  static constexpr int32_t kMostRows = kTile.most_rows();
+  static constexpr uint32_t kResultBytes = result_bytes(kInstance, kTile);  // of a warp
   static constexpr int32_t kScoreKeys = kTile.score_keys;
   static constexpr int32_t kKeySteps = kScoreKeys / 16;   // k16 steps of P V
   static constexpr int32_t kDimSteps = kHeadDim / 16;     // k16 steps of Q K^T
@@ -94,15 +98,25 @@ struct Traits {
   static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0);
 };
 
+// True: all warps of a flexible tile go side by side, and none shares keys with another.
+template <class T>
+FLASHSPARK_DEVICE bool side_by_side(const ForwardArguments &a) {
+  return T::kKeyGroups == 1 || (T::kFlexible && a.key_groups == 1);
+}
+template <class T>
+FLASHSPARK_DEVICE int32_t rows_of(const ForwardArguments &a) {
+  return T::kFlexible && side_by_side<T>(a) ? T::kKeyGroups * T::kRows : T::kRows;
+}
 // Warps w, w + kRowWarps, ... hold the same rows and are in different key groups.
 template <class T>
-FLASHSPARK_DEVICE int32_t key_group() {
-  return static_cast<int32_t>(ptx::thread_index() / 32) / T::kRowWarps;
+FLASHSPARK_DEVICE int32_t key_group(const ForwardArguments &a) {
+  return side_by_side<T>(a) ? 0 : static_cast<int32_t>(ptx::thread_index() / 32) / T::kRowWarps;
 }
 // First row of the warp within the block's tile.
 template <class T>
-FLASHSPARK_DEVICE int32_t first_warp_row() {
-  return static_cast<int32_t>(ptx::thread_index() / 32) % T::kRowWarps * T::kWarpRows;
+FLASHSPARK_DEVICE int32_t first_warp_row(const ForwardArguments &a) {
+  const auto warp = static_cast<int32_t>(ptx::thread_index() / 32);
+  return (T::kFlexible && side_by_side<T>(a) ? warp : warp % T::kRowWarps) * T::kWarpRows;
 }
 
 // What a lane holds, in the layouts of mma_m16n8k16: scores and output as D, Q as A.

@@ -55,8 +55,7 @@ FLASHSPARK_DEVICE int32_t prefix_sum(int32_t x) {
 
 // Varlen: walks the sequences from the last to the first, 32 at a time, until `rank` tiles are passed. Tiles of a
 // sequence also count from the last, so the rows that see most keys start first.
-template <int32_t rows>
-FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank) {
+FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank, int32_t rows) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
   Work work{};
   for (int32_t base = a.num_seqs - 1; base >= 0; base -= 32) {
@@ -112,11 +111,10 @@ FLASHSPARK_DEVICE bool fetch(const ForwardArguments &a) {
 }
 
 // The tile of the block; `rows` packed rows a tile.
-template <int32_t rows>
-FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a, Place place) {
+FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a, Place place, int32_t rows) {
   Work work{};
   if (a.cu_seqlens_q != nullptr) {
-    work = find_varlen<rows>(a, place.rank);
+    work = find_varlen(a, place.rank, rows);
   } else {
     work.seq = place.seq;
     work.seqlen_q = tokens_of(a, work.seq);

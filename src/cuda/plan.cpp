@@ -23,8 +23,8 @@ constexpr int64_t kMost = int64_t{1} << 30;
 // launch costs about what 512 keys cost a block without key groups.
 constexpr int64_t kFewestSplitKeys = 512;
 constexpr int64_t kMostSplits = 128;
-// Rows of a split tile that blocks of the merge kernel take at once; the others wait for their turn.
-constexpr int32_t kMergeRows = 8;
+// Pieces of a row up to which one warp joins them.
+constexpr int64_t kPiecesOfWarp = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -115,6 +115,30 @@ int64_t visible_keys(const Params &p, int64_t tile_tokens) {
   return std::min(p.max_seqlen_k, std::min(p.window_left, kMost) + right + tile_tokens);
 }
 
+// Short rows and long keys, whose lengths nobody knows here: blocks share the work evenly.
+bool is_decode(const Params &p, const Sizes &sizes, const Instance &few, const Machine &machine) {
+  const Tile &tile = few.tile(tiles_of(machine));
+  if (few.kind != Kind::few || p.num_splits != 0 || p.deterministic != 0) return false;
+  constexpr int64_t kLongKeys = 8;  // times the rows: what is less is prefill, where masks cut tiles of rows apart
+  if (sizes.rows > tile.most_rows() || p.max_seqlen_k < kLongKeys * p.max_seqlen_q) return false;
+  const int64_t tiles = ceil_div(visible_keys(p, sizes.rows), tile.keys) + 1;
+  return tiles > 2 && 2 * p.num_seqs * p.num_heads_kv * tiles <= kMost;  // positions are counted in 32 bits
+}
+
+// Measured on H100 and H200, pages of 16.
+ShareLimits share_limits(const Sizes &sizes, const Tile &tile, int64_t slots, const Machine &machine) {
+  ShareLimits limits{};
+  limits.shares = static_cast<int32_t>(slots);
+  // Little work on one block an SM: pieces are fewer, and the merge kernel's blocks find room beside them.
+  limits.few_shares = machine.sm_count;
+  limits.few_total = slots > machine.sm_count ? 4 * machine.sm_count : 0;
+  // Pieces of 64 keys, or of more where many rows of float are written and read again for each.
+  const int64_t rows = std::min<int64_t>(sizes.rows, tile.most_rows());
+  limits.least = static_cast<int32_t>(ceil_div(64 * std::max<int64_t>(1, rows / 32), tile.keys));
+  limits.start = 2;  // one long sequence among 63 short ones: 192 us without, 172 with 2 to 4
+  return limits;
+}
+
 int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &instance, const Machine &machine) {
   const Tile &tile = instance.tile(tiles_of(machine));
   const int64_t keys = std::max<int64_t>(1, visible_keys(p, ceil_div(tile.rows(), sizes.group)));
@@ -125,13 +149,6 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
   const int64_t slots = residency(p, instance, tile, machine) * machine.sm_count;
   if (blocks * 2 > slots || keys <= kFewestSplitKeys * tile.key_groups) return 1;
   return std::clamp<int64_t>(slots / blocks, 1, std::min({kMostSplits, most, ceil_div(keys, kFewestSplitKeys)}));
-}
-
-// Whether blocks share the work evenly: where it is all of short rows and long keys, whose lengths nobody knows here.
-bool takes_shares(const Params &p, const Sizes &sizes, const Instance &instance, const Tile &tile) {
-  if (instance.kind != Kind::few || p.num_splits != 0 || p.deterministic != 0 || sizes.rows > tile.rows()) return false;
-  const int64_t tiles = ceil_div(visible_keys(p, sizes.rows), tile.keys);
-  return tiles > 1 && p.num_seqs * p.num_heads_kv * (tiles + 1) <= kMost;  // positions are counted in 32 bits
 }
 
 // Measured on an H100 in full grids: warps of 16 rows, which read K and V for half as many rows as those of 32, are 15%
@@ -159,7 +176,9 @@ const Instance &choose_instance(const Params &p, const Sizes &sizes, const Machi
   const Instance &few = *find(p, Kind::few);
   const Instance *wide = find(p, Kind::wide);
   if (wide == nullptr || wide->head_dim > few.head_dim) return few;
-  if (sizes.rows <= few.tile(tiles_of(machine)).rows()) return few;
+  // Another kernel adds up in another order: nothing about the rest of a batch may choose it.
+  if (p.deterministic != 0) return *wide;
+  if (sizes.rows <= few.tile(tiles_of(machine)).rows() || is_decode(p, sizes, few, machine)) return few;
   return cost(p, sizes, *wide, machine) < cost(p, sizes, few, machine) ? *wide : few;
 }
 
@@ -339,13 +358,15 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   const int64_t slots = residency(p, *plan.instance, tile, machine) * machine.sm_count;
 
   ForwardArguments &a = plan.arguments = arguments_of(p, sizes, *plan.instance);
-  const bool shares = takes_shares(p, sizes, *plan.instance, tile);
+  const bool shares = is_decode(p, sizes, *plan.instance, machine);
+  const bool side_by_side = shares && tile.flexible() && sizes.rows > tile.rows();
+  a.key_groups = side_by_side ? 1 : tile.key_groups;
   // Shares have no place in an order of tiles and units: to what reads one they are so many tiles of one unit.
   const int64_t tiles = shares ? slots : tiles_per_unit(p, sizes, tile.rows());
   a.tiles = static_cast<int32_t>(tiles);
   a.units = static_cast<int32_t>(shares ? 1 : sizes.units);
   a.section_units = static_cast<int32_t>(shares ? 1 : section_units(p, sizes, tiles, slots, machine));
-  a.shares = static_cast<int32_t>(shares ? slots : 0);
+  if (shares) a.share_limits = share_limits(sizes, tile, slots, machine);
   a.num_splits = static_cast<int32_t>(shares ? 1 : choose_splits(p, sizes, *plan.instance, machine));
   const int64_t blocks = tiles * a.units;
   plan.forward.grid[0] = static_cast<uint32_t>(blocks);
@@ -356,28 +377,32 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   if (kTilesOfSm120f) {
     // As many blocks an SM as an SM12x SM of 100 KB would hold, by shared memory that nobody uses.
     const Machine sm120{Architecture::sm_120f, machine.sm_count, machine.l2_bytes, 100 * 1024};
-    const int64_t blocks = residency(p, *plan.instance, tile, sm120);
-    const int64_t share = machine.shared_bytes_per_sm / (blocks + 1);
+    const int64_t share = machine.shared_bytes_per_sm / (residency(p, *plan.instance, tile, sm120) + 1);
     plan.forward.shared_bytes = static_cast<uint32_t>(std::max<int64_t>(plan.forward.shared_bytes, share));
   }
-  if (a.num_splits == 1 && a.shares == 0) return plan;
+  if (a.num_splits == 1 && !shares) return plan;
 
   // A share begins one split tile at most, and goes on with another's.
-  const auto places = static_cast<size_t>(a.shares > 0 ? 2 * blocks : blocks * a.num_splits);
-  a.tile_rows = tile.rows();
-  const size_t tables = sizeof(SplitTile) * static_cast<size_t>(blocks);
-  const size_t outs = sizeof(float) * places * static_cast<size_t>(a.tile_rows * p.head_dim_v);
-  plan.workspace = tables + outs + sizeof(float) * places * static_cast<size_t>(a.tile_rows);
-  if (workspace != nullptr) {
-    a.split_tiles = static_cast<SplitTile *>(workspace);
-    a.partial_out = reinterpret_cast<float *>(a.split_tiles + blocks);
-    a.partial_lse = a.partial_out + outs / sizeof(float);
-  }
+  const int64_t places = shares ? 2 * blocks : blocks * a.num_splits;
+  a.tile_rows = side_by_side ? tile.most_rows() : tile.rows();
+  a.tile_keys = tile.keys;
   const int64_t rows = std::min<int64_t>(a.tile_rows, sizes.rows);
-  a.merge_rows = static_cast<int32_t>(std::min<int64_t>(rows, kMergeRows));
+  const size_t outs = static_cast<size_t>(places * a.tile_rows * p.head_dim_v);
+  plan.workspace = sizeof(float) * (outs + static_cast<size_t>(places * a.tile_rows));
+  a.partial_out = static_cast<float *>(workspace);
+  a.partial_lse = workspace == nullptr ? nullptr : a.partial_out + outs;
+
+  // One block for each row tile there may be, or for each share, which begins one at most that goes on elsewhere.
+  const int64_t row_tiles = ceil_div(sizes.rows, a.tile_rows),
+                row_tiles_of_all = row_tiles * p.num_seqs * p.num_heads_kv;
+  const bool by_tile = shares && row_tiles_of_all <= blocks;
+  const int64_t merge_blocks = by_tile ? row_tiles_of_all : blocks;
+  a.merge_tiles = static_cast<int32_t>(by_tile ? row_tiles : 0);
+  const bool together = shares ? merge_blocks * kPiecesOfWarp <= blocks : a.num_splits > kPiecesOfWarp;
+  a.merge_warps = together ? kMergeWarps : 1;
   plan.merge_arguments = a;
-  plan.merge.grid[0] = static_cast<uint32_t>(blocks);
-  plan.merge.grid[1] = static_cast<uint32_t>(a.merge_rows);
+  plan.merge.grid[0] = static_cast<uint32_t>(merge_blocks);
+  plan.merge.grid[1] = static_cast<uint32_t>(together ? rows : ceil_div(rows, kMergeWarps));
   plan.merge.grid[2] = static_cast<uint32_t>(ceil_div(p.head_dim_v, kMergeColumns));
   plan.merge.threads = kMergeWarps * 32;
   plan.merge.shared_bytes = kMergeWarps * kMergeWarpBytes;

@@ -168,8 +168,8 @@ def test_bits_repeat(name, device):
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(device):
-    """deterministic=True: the same bits alone and in a batch."""
-    spec = Spec([3, 200, 1, 1], [900, 500, 1200, 7], (8, 2), (128, 128), deterministic=True)
+    """deterministic=True: the same bits alone and in a batch, also where another kernel would suit either better."""
+    spec = Spec([3, 3000, 1, 1], [900, 3500, 1200, 7], (8, 2), (128, 128), deterministic=True)
     problem = build(spec, 4, device)
     poison_unseen(problem)
     out, _ = problem.run()

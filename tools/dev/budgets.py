@@ -38,7 +38,7 @@ WIDEST_E4M3 = 256  # see unsupported() in src/cuda/plan.cpp
 SHARED_OF_BLOCK = 99 * 1024
 SHARED_OF_SM, SHARED_RESERVED = 100 * 1024, 1024
 REGISTERS_OF_SM, REGISTERS_OF_THREAD, WARPS_OF_SM = 65536, 255, 48
-MERGE_THREADS, MERGE_BLOCKS = 128, 8  # launch bounds of merge.cu
+MERGE_THREADS, MERGE_BLOCKS = 256, 3  # launch bounds of merge.cu
 
 USED: set[Path] = set()  # of the cache, by this run
 

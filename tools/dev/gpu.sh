@@ -8,6 +8,7 @@
 #          tools/dev/gpu.sh test [PYTEST ARGUMENTS]
 #          tools/dev/gpu.sh fuzz [CASES]     in several processes (5000)
 #          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
+#          tools/dev/gpu.sh decode [ARGUMENTS OF bench/gpu/decode.py]
 #          tools/dev/gpu.sh sanitize [TOOL ...]
 #
 # Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
@@ -133,7 +134,10 @@ run_fuzz() {
   return $failed
 }
 
+# bench/gpu, or with `decode` before its arguments bench/gpu/decode.py
 run_bench() {
+  local program=bench/gpu
+  if [[ ${1:-} == decode ]]; then program=bench/gpu/decode.py && shift; fi
   peers
   local arguments=(--out "$out")
   if [[ -d $state/peers ]]; then
@@ -141,7 +145,7 @@ run_bench() {
     # Without kernels compiled before, FlashInfer takes a minute; --flashinfer among the arguments asks for that.
     if compgen -G "$state/in/flashinfer/*.so" >/dev/null; then arguments+=(--flashinfer); fi
   fi
-  timeout -s INT "${BENCH_LIMIT:-300}" "$python" bench/gpu "${arguments[@]}" "$@"
+  timeout -s INT "${BENCH_LIMIT:-300}" "$python" "$program" "${arguments[@]}" "$@"
 }
 
 # Tools run beside each other; each case is small.
@@ -172,6 +176,7 @@ case $stage in
   test) install && run_tests "$@" ;;
   fuzz) install && run_fuzz "$@" ;;
   bench) install && run_bench "$@" ;;
+  decode) install && run_bench decode "$@" ;;
   sanitize) install && run_sanitizers "$@" ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 2 ;;
 esac

@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "spawn": {"compilation_config": _GRAPH},  # the engine in a process of its own
     "pages": {"compilation_config": _GRAPH, "block_size": 48},
     "fp8": {"compilation_config": _GRAPH, "kv_cache_dtype": "fp8"},
+    "two": {"compilation_config": _GRAPH},  # two engines in one process
 }
 
 
@@ -129,6 +130,13 @@ def run(case: str, out: str, model: str, tp: int) -> None:
     seconds = time.perf_counter() - start
     if torch.cuda.is_available() and tp == 1:
         torch.cuda.synchronize()  # a fault of any kernel shows here
+    if case == "two":
+        second = vllm.LLM(**arguments)
+        both = [
+            [list(o.outputs[0].token_ids) for o in e.generate(given, sampling, use_tqdm=False)] for e in (second, llm)
+        ]
+        if both[0] != both[1]:
+            sys.exit("two: the engines of one process give different tokens")
     results = []
     for output in outputs:
         best = [sorted((x.logprob for x in step.values()), reverse=True) for step in output.outputs[0].logprobs]

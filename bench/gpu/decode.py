@@ -1,0 +1,117 @@
+"""Decode and verification over a paged cache: flashspark beside the kernels that users would take instead.
+
+    python bench/gpu/decode.py [--peers DIR --flashinfer] [--only PATTERN] [--grid all|main|quick] [--out DIR]
+
+One process, the same tensors for all, each in CUDA graphs that go through several caches, together larger than L2. The
+table gives microseconds, the share of the read bandwidth measured on the spot and the ratio to the best peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import peers
+import torch
+from decode_report import complete, table, write_pictures
+from workloads import Workload
+
+HEADS = ((64, 8, 128), (32, 8, 128), (16, 2, 128), (32, 2, 256), (16, 1, 256), (16, 8, 64), (8, 1, 512))
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+KEYS = (512, 2048, 8192, 32768, 131072)
+QUERIES = (2, 4, 8, 16)
+MOST_BYTES = 9 << 30  # of one cache: two of them and the peers' scratch fit
+
+
+def one(group: str, heads: tuple[int, int, int], batch: int, keys: int, **more: Any) -> Workload:
+    return Workload(group, batch, *heads, more.pop("queries", 1), keys, True, more.pop("page", 16), **more)
+
+
+def skewed(heads: tuple[int, int, int], long: int, batch: int, short: int) -> Workload:
+    return one("one long, many short", heads, batch, long, lengths=(long, *(short,) * (batch - 1)))
+
+
+def grid(kind: str) -> list[Workload]:
+    """all: the whole plane of batch and context for every head count; main: every second line of it; quick: a few."""
+    heads = HEADS if kind != "quick" else (HEADS[0], HEADS[2], HEADS[3])
+    batches = {"all": BATCHES, "main": (1, 2, 8, 32, 128), "quick": (1, 8, 32)}[kind]
+    keys = KEYS if kind == "all" else (2048, 8192, 32768)
+    works = [one("decode", h, b, k) for h in heads for b in batches for k in keys]
+    verify = [(b, k) for b in (1, 8, 32) for k in (2048, 8192)] if kind != "quick" else [(8, 8192)]
+    chosen = heads if kind == "all" else heads[:1] + heads[2:4]
+    works += [one("verify", h, b, k, queries=q) for h in chosen for b, k in verify for q in QUERIES]
+    works += [one("pages of 64", h, b, k, page=64) for h in chosen for b, k in verify]
+    works += [skewed(h, 131072, 64, 512) for h in heads] + [skewed(h, 32768, 16, 1024) for h in heads]
+    plane = [w for w in works if w.group == "decode" and (kind == "all" or (w.batch in (1, 8, 32, 128)))]
+    works += [replace(w, group="fp8 cache", fp8=True) for w in plane if w.head_dim <= 256]
+    return [w for w in works if w.bytes <= MOST_BYTES]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, metavar="DIR")
+    parser.add_argument("--flashinfer", action="store_true")
+    parser.add_argument("--only", metavar="PATTERN", help="rows whose name or group this regular expression finds")
+    parser.add_argument("--grid", choices=["all", "main", "quick"], default="main")
+    parser.add_argument("--leave-out", action="append", default=[], metavar="PEER", help="not to time; repeatable")
+    parser.add_argument("--budget", type=float, default=0.06, help="seconds of graph replays a row (0.06)")
+    parser.add_argument("--label", default="decode", help="name of the files written")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--read", type=Path, metavar="JSON", help="no run: the table and the pictures of an earlier one"
+    )
+    args = parser.parse_args()
+    if args.read:
+        document = json.loads(args.read.read_text())
+    elif not torch.cuda.is_available():
+        print("bench/gpu/decode.py: torch sees no GPU")
+        return 2
+    else:
+        document = run(args)
+    complete(document)
+    text = table(document)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{args.label}.json").write_text(json.dumps(document, indent=1) + "\n")
+        (args.out / f"{args.label}.md").write_text(text + "\n")
+        write_pictures(document, args.out, args.label)
+    return 0
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    start = time.monotonic()
+    makers: measure.Makers = {"flashspark": peers.ours} | peers.load(args.peers, args.flashinfer)
+    for name in ("torch FA2", *args.leave_out):  # torch's knows no pages
+        makers.pop(name, None)
+    document: dict[str, Any] = {
+        **{"machine": measure.gpu_facts(), "commit": args.commit, "read_gb_per_s": measure.read_gb_per_s()},
+        **{"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": [], "left_out": {}},
+    }
+    try:
+        for work in grid(args.grid):
+            if args.only and not re.search(args.only, f"{work.group} {work.name}"):
+                continue
+            row, left_out = measure.measure_workload(work, makers, "flashspark", args.budget)
+            row |= {"fp8": work.fp8, "keys": sum(work.keys)}
+            document["rows"].append(row)
+            document["left_out"] |= left_out
+            spent = {name: f"{1e6 * entry['graph_s']:.1f}" for name, entry in row["times"].items()}
+            print(f"{time.monotonic() - start:6.1f} s  {work.group}: {work.name}: {spent} us", flush=True)
+            torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print("stopped: the rows so far follow", flush=True)
+    return document
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+// The shares of decode as arithmetic, over random batches and the SM counts of GPUs that nobody here has: balanced, and
+// no piece lost or done twice. What the kernels make of them the other tests see.
+#include "forward/shares.cuh"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+namespace flashspark::emulator {
+namespace {
+
+struct Batch {
+  std::vector<int32_t> tiles;  // positions of each row tile
+  int32_t total = 0;
+  bool alike = false;
+};
+
+Batch draw(std::mt19937 &random) {
+  const auto below = [&random](uint32_t n) { return static_cast<int32_t>(random() % n); };
+  Batch batch;
+  const int32_t seqs = 1 + below(1u << below(9)), units = 1 + below(1u << below(4));
+  const int32_t longest = 1 + below(1u << (1 + below(12))), kind = below(4);
+  for (int32_t seq = 0; seq < seqs; ++seq) {
+    int32_t tiles = 1 + below(static_cast<uint32_t>(longest));
+    if (kind == 0) tiles = longest;                 // all alike
+    if (kind == 1) tiles = seq == 0 ? longest : 1;  // one long among short ones
+    for (int32_t unit = 0; unit < units; ++unit) batch.tiles.push_back(tiles);
+  }
+  for (const int32_t tiles : batch.tiles) batch.total += tiles;
+  batch.alike = std::count(batch.tiles.begin(), batch.tiles.end(), batch.tiles[0]) == std::ssize(batch.tiles);
+  return batch;
+}
+
+// Whether shares follow on each other, hold all positions and are even.
+void check_shares(const Batch &batch, const Spread &all, const ShareLimits &limits) {
+  ASSERT_EQ(all.begin(0), 0);
+  ASSERT_EQ(all.begin(all.used()), all.total);
+  ASSERT_EQ(all.total, batch.total + all.start * static_cast<int32_t>(batch.tiles.size()));
+  const int32_t most = batch.total < limits.few_total ? limits.few_shares : limits.shares;
+  ASSERT_LE(all.used(), most);
+  int32_t longest = 0;
+  for (int32_t share = 0, begin = 0; share < all.used(); ++share) {
+    const int32_t end = all.begin(share + 1);
+    ASSERT_LT(begin, end);
+    ASSERT_EQ(all.at(begin), share);
+    ASSERT_EQ(all.at(end - 1), share);
+    longest = std::max(longest, end - begin);
+    begin = end;
+  }
+  const int32_t wanted = std::min(most, std::max(1, batch.total / limits.least));
+  const double perfect = static_cast<double>(all.total) / wanted;
+  ASSERT_LE(longest, perfect * 1.05 + 1);  // a tile is not cut
+}
+
+// What take_piece() and the merge kernel make of them: every position in one piece, every piece in a place of its own
+// that the merge of its row tile names.
+void check_pieces(const Batch &batch, const Spread &all, int32_t most) {
+  std::vector<bool> taken(static_cast<size_t>(2 * most));
+  int32_t begin = 0;
+  for (const int32_t keys : batch.tiles) {
+    const int32_t tiles = keys + all.start;
+    const Pieces pieces = pieces_of(all, begin, tiles);
+    int32_t at = begin;
+    for (int32_t n = 0; n < pieces.count; ++n) {
+      const int32_t share = pieces.first_share + n;
+      const int32_t end = std::min(begin + tiles, all.begin(share + 1));
+      ASSERT_EQ(all.at(at), share);
+      ASSERT_LT(at, end);
+      const int32_t place = at == begin ? share : most + share - 1;
+      ASSERT_EQ(place, pieces.place(n, most));
+      if (pieces.count > 1) {
+        ASSERT_FALSE(taken[static_cast<size_t>(place)]);
+        taken[static_cast<size_t>(place)] = true;
+      }
+      at = end;
+    }
+    ASSERT_EQ(at, begin + tiles);
+    begin += tiles;
+  }
+}
+
+TEST(Shares, OfAMillionBatches) {
+  const char *text = std::getenv("FLASHSPARK_SHARES_CASES");
+  const int32_t cases = text != nullptr ? std::atoi(text) : 1000000;
+  std::mt19937 random(20261126);
+  for (int32_t n = 0; n < cases; ++n) {
+    const Batch batch = draw(random);
+    constexpr int32_t kSms[] = {48, 70, 84, 132, 170, 188};  // GB10 and RTX parts; the stand-in among them
+    const int32_t most = kSms[random() % 6] * (1 + static_cast<int32_t>(random() % 3));
+    const ShareLimits limits{most, 1 << random() % 3, most / 2, most * static_cast<int32_t>(random() % 5),
+                             static_cast<int32_t>(random() % 4)};
+    const Spread all = spread(batch.total, static_cast<int32_t>(batch.tiles.size()), batch.alike, limits);
+    check_shares(batch, all, limits);
+    if (n % 16 == 0) check_pieces(batch, all, most);
+    if (HasFatalFailure()) {
+      ADD_FAILURE() << "batch " << n << ": " << batch.tiles.size() << " row tiles, " << batch.total << " positions, "
+                    << most << " shares of at least " << limits.least;
+      return;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashspark::emulator
