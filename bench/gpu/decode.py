@@ -3,7 +3,8 @@
     python bench/gpu/decode.py [--peers DIR --flashinfer] [--only PATTERN] [--grid all|main|quick] [--out DIR]
 
 One process, the same tensors for all, each in CUDA graphs that go through several caches, together larger than L2. The
-table gives microseconds, the share of the read bandwidth measured on the spot and the ratio to the best peer.
+table gives microseconds, the share of the read bandwidth measured on the spot and the ratio to the best peer. FA3 and
+FlashInfer in one process hang at the first replay: --leave-out one of them at a time, and --read joins the two runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import measure
 import peers
 import torch
-from decode_report import complete, table, write_pictures
+from decode_report import complete, join, table, write_pictures
 from workloads import Workload
 
 HEADS = ((64, 8, 128), (32, 8, 128), (16, 2, 128), (32, 2, 256), (16, 1, 256), (16, 8, 64), (8, 1, 512))
@@ -66,11 +67,15 @@ def main() -> int:
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument(
-        "--read", type=Path, metavar="JSON", help="no run: the table and the pictures of an earlier one"
+        "--read",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="no run: the table and the pictures of earlier ones, joined",
     )
     args = parser.parse_args()
     if args.read:
-        document = json.loads(args.read.read_text())
+        document = join([json.loads(path.read_text()) for path in args.read])
     elif not torch.cuda.is_available():
         print("bench/gpu/decode.py: torch sees no GPU")
         return 2

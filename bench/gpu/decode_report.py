@@ -14,6 +14,22 @@ SKEWED_MUST, VERIFY_MUST, FP8_MUST, FP8_BYTES = 1.30, 0.93, 1.60, 256 << 20
 STYLE = "text{font:12px system-ui,sans-serif;fill:#343a40}.title{font-weight:600;font-size:15px}"
 
 
+def join(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one machine with different peers: a peer's time is as many times ours as it was in its own run."""
+    first, *others = documents
+    for other in others:
+        if other["machine"]["name"] != first["machine"]["name"]:
+            raise SystemExit(f"runs of different machines: {first['machine']['name']}, {other['machine']['name']}")
+        theirs = {(row["group"], row["name"], row["keys"]): row for row in other["rows"]}
+        for row in first["rows"]:
+            match = theirs.get((row["group"], row["name"], row["keys"]))
+            for name, entry in (match["times"] if match else {}).items():
+                factor = row["times"]["flashspark"]["graph_s"] / match["times"]["flashspark"]["graph_s"]
+                row["times"].setdefault(name, entry | {"graph_s": entry["graph_s"] * factor})
+        first["left_out"] |= other["left_out"]
+    return first
+
+
 def complete(document: dict[str, Any]) -> None:
     """Shares of the bandwidth, ratios and what they are held against."""
     read = document["read_gb_per_s"] * 1e9

@@ -95,7 +95,7 @@ struct ForwardArguments {
   float *partial_out, *partial_lse;
   int32_t tile_rows, tile_keys;  // of the forward kernel
   int32_t key_groups;            // of tiles that let the host choose (Tile::flexible): 1 or 2
-  int32_t merge_warps;           // that share the pieces of a row: 1 or kMergeWarps
+  int32_t merge_warps;           // that share the pieces of a row: a power of two up to kMergeWarps
   int32_t merge_tiles;           // row tiles of a sequence and KV head; 0: block x of the merge kernel is for share x
 };
 

@@ -74,13 +74,15 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
   }
   if (begin < end) run(block);
   ptx::cp_async_wait<0>();
-  if (T::kKeyGroups > 1 || piece.whole)
+  // Not what has lived through the loop, where that costs a register that d128 does not have.
+  const bool whole = T::kShares ? piece.whole : a.num_splits == 1;
+  if (T::kKeyGroups > 1 || whole)
     ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through
   const Result<T> result = join_groups<T>(a, block.o, block.state, block.shared);
-  if (piece.whole) {
+  if (whole) {
     store_final<T>(a, work, result, value_scale, block.shared, first_column);
   } else {
-    store_partial<T>(a, work, result, value_scale, first_column, piece.place);
+    store_partial<T>(a, work, result, value_scale, first_column, T::kShares ? piece.place : split_evenly(a).place);
   }
 }
 

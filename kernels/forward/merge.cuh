@@ -1,6 +1,6 @@
 // Joins the pieces of split row tiles: out = sum of 2^(lse_n - lse) out_n, and the sink enters here. Block (x, y, z) is
 // for a row tile, some of its rows and columns [128 z, 128 z + 128). One warp joins a row, or where there are many
-// pieces all warps of the block, through shared memory.
+// pieces up to eight, through shared memory.
 #pragma once
 
 #include "forward/results.cuh"
@@ -96,18 +96,18 @@ FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &ti
   return sums;
 }
 
-// Adds the sums of the block's other warps to those of warp 0.
-FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane) {
+// Adds the sums of the other warps of a row to those of its first.
+FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane, int32_t warps) {
   const auto memory = [](int32_t of_warp) { return ptx::shared_memory() + of_warp * kMergeWarpBytes; };
   const auto of_lane = static_cast<uint32_t>(lane) * 16;
-  if (warp > 0) {
+  const bool first = warp % warps == 0;
+  if (!first) {
     store_4(memory(warp) + of_lane, sums.at[0], sums.at[1], sums.at[2], sums.at[3]);
     if (lane == 0) store_4(memory(warp) + kMergeColumns * 4, sums.base, sums.sum, 0, 0);
   }
   ptx::block_barrier();  // the other warps' sums are there
-  if (warp > 0) return;
-  FLASHSPARK_UNROLL
-  for (int32_t w = 1; w < kMergeWarps; ++w) {
+  if (!first) return;
+  for (int32_t w = warp + 1; w < warp + warps; ++w) {
     const ptx::Vector16 ends = ptx::load_shared_16(memory(w) + kMergeColumns * 4);
     const ptx::Vector16 theirs = ptx::load_shared_16(memory(w) + of_lane);
     const float high = larger(sums.base, ptx::as_float(ends.word[0]));
@@ -129,17 +129,15 @@ FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
   if (tile.count < 2) return;
   const auto warp = static_cast<int32_t>(ptx::thread_index() / 32),
              lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const bool together = a.merge_warps > 1;
   const auto y = static_cast<int32_t>(ptx::block_y());
-  const int32_t tile_row = together ? y : y * kMergeWarps + warp, row = tile.work.first_row + tile_row;
-  // With all warps at one row, all of them leave here.
-  if (tile_row >= a.tile_rows || row >= tile.work.end_row) return;
-  const int32_t column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane * 4;
-  Sums sums = sum_pieces(a, tile, tile_row, together ? warp : 0, together ? kMergeWarps : 1, column);
-  if (together) {
-    join_warps(sums, warp, lane);
-    if (warp > 0) return;
-  }
+  const int32_t tile_row = (y * kMergeWarps + warp) >> ptx::lowest_bit(static_cast<uint32_t>(a.merge_warps));
+  const int32_t row = tile.work.first_row + tile_row,
+                column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane * 4;
+  const bool in_use = tile_row < a.tile_rows && row < tile.work.end_row;
+  Sums sums{minus_infinity(), 0, {}};
+  if (in_use) sums = sum_pieces(a, tile, tile_row, warp % a.merge_warps, a.merge_warps, column);
+  if (a.merge_warps > 1) join_warps(sums, warp, lane, a.merge_warps);
+  if (!in_use || warp % a.merge_warps != 0) return;
   const ResultRow r = result_row(a, tile.work, row);
   const Joined joined = join_sink(sums.base, sink_of(a, r.head));
   const float sum = sums.sum * joined.factor + joined.sink;

@@ -34,10 +34,11 @@ FLASHSPARK_DEVICE Spread spread(int32_t total, int32_t units, bool alike, const 
   const int32_t most = total < limits.few_total ? limits.few_shares : limits.shares;
   const int32_t used = min_of(most, max_of(1, total / limits.least));
   if (alike) {
-    // Several pieces of a tile, or several tiles a share, unless that leaves more than a twentieth of the shares idle.
+    // Several pieces of a tile, or several tiles a share, unless the longest share is more than a twentieth above the
+    // mean.
     const int32_t tiles = total / units, pieces = max_of(1, used / units), together = ceil_div(units, used);
-    if (units <= used && pieces * units * 20 >= used * 19) return {total, tiles, pieces, 0};
-    if (units > used && units * 20 >= together * used * 19) return {total, together * tiles, 1, 0};
+    if (units <= used && pieces * units * 21 >= used * 20) return {total, tiles, pieces, 0};
+    if (units > used && units * 21 >= together * used * 20) return {total, together * tiles, 1, 0};
   }
   // Shares that begin in the middle of a tile start as well as those that come upon several: only the latter count.
   const int32_t start = units > used / 2 ? limits.start : 0;
@@ -73,7 +74,9 @@ FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t 
   if (w.tokens > 0) {
     if (a.cu_seqlens_q != nullptr) w.q_row = a.cu_seqlens_q[seq];
     const Work work{true, seq, 0, w.tokens, w.q_row, 0, 0};
-    const Mask mask = find_mask(a, work, keys_of(a, seq));
+    Keys used = keys_of(a, seq);
+    used.end = max_of(used.begin, used.end);
+    const Mask mask = find_mask(a, work, used);
     const int32_t begin = seen(a, mask, 0).begin, end = seen(a, mask, w.tokens - 1).end;
     w.first_tile = begin / keys;
     w.tiles = max_of(1, ceil_div(end, keys) - w.first_tile);  // rows without keys have results, too

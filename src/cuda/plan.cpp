@@ -398,11 +398,15 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   const bool by_tile = shares && row_tiles_of_all <= blocks;
   const int64_t merge_blocks = by_tile ? row_tiles_of_all : blocks;
   a.merge_tiles = static_cast<int32_t>(by_tile ? row_tiles : 0);
-  const bool together = shares ? merge_blocks * kPiecesOfWarp <= blocks : a.num_splits > kPiecesOfWarp;
-  a.merge_warps = together ? kMergeWarps : 1;
+  // As many warps a row as its pieces keep busy, and as leave two blocks an SM.
+  const int64_t pieces = shares ? blocks / merge_blocks : a.num_splits;
+  const int64_t most_warps = 2 * machine.sm_count * kMergeWarps / (merge_blocks * rows);
+  a.merge_warps = 1;
+  while (a.merge_warps < std::min<int64_t>({kMergeWarps, most_warps, ceil_div(pieces, kPiecesOfWarp)}))
+    a.merge_warps *= 2;
   plan.merge_arguments = a;
   plan.merge.grid[0] = static_cast<uint32_t>(merge_blocks);
-  plan.merge.grid[1] = static_cast<uint32_t>(together ? rows : ceil_div(rows, kMergeWarps));
+  plan.merge.grid[1] = static_cast<uint32_t>(ceil_div(rows * a.merge_warps, kMergeWarps));
   plan.merge.grid[2] = static_cast<uint32_t>(ceil_div(p.head_dim_v, kMergeColumns));
   plan.merge.threads = kMergeWarps * 32;
   plan.merge.shared_bytes = kMergeWarps * kMergeWarpBytes;
