@@ -18,9 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import measure
-import peers
-import torch
 from decode_report import complete, join, table, write_pictures
 from workloads import Workload
 
@@ -76,23 +73,29 @@ def main() -> int:
     args = parser.parse_args()
     if args.read:
         document = join([json.loads(path.read_text()) for path in args.read])
-    elif not torch.cuda.is_available():
-        print("bench/gpu/decode.py: torch sees no GPU")
-        return 2
     else:
         document = run(args)
+        if document is None:
+            print("bench/gpu/decode.py: torch sees no GPU")
+            return 2
     complete(document)
     text = table(document)
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{args.label}.json").write_text(json.dumps(document, indent=1) + "\n")
+        (args.out / f"{args.label}.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
         (args.out / f"{args.label}.md").write_text(text + "\n")
         write_pictures(document, args.out, args.label)
     return 0
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    import measure
+    import peers
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
     torch.manual_seed(0)
     start = time.monotonic()
     makers: measure.Makers = {"flashspark": peers.ours} | peers.load(args.peers, args.flashinfer)

@@ -237,7 +237,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "d128": ("Llama", {"head_dim": 128}),
     "d256": ("Llama", {"head_dim": 256}),
     "window": ("Mistral", {"head_dim": 128, "sliding_window": 100}),
-    "softcap": ("Gemma2", {"head_dim": 256, "sliding_window": 64, "query_pre_attn_scalar": 256}),
+    "softcap": (
+        "Gemma2",
+        {"head_dim": 256, "sliding_window": 64, "query_pre_attn_scalar": 256, "tie_word_embeddings": True},
+    ),
     "mixed": ("Gemma3", {"head_dim": 128, "sliding_window": 64, "query_pre_attn_scalar": 128}),
     "tp": ("Llama", {"head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8}),
 }
