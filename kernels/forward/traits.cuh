@@ -48,7 +48,7 @@ struct Traits {
   static constexpr Tile kTile = kInstance.tile(arch);
 #endif
   static constexpr bool kChanged = kInstance.kind == Kind::changed;
-  // Tiles that a single row tile of a sequence fits in: what decodes takes even shares of all work (shares.cuh).
+  // Kernels that decode: their blocks can take even shares of all work (shares.cuh).
   static constexpr bool kShares = kInstance.kind == Kind::few;
   static constexpr Schedule kSchedule = kTile.schedule;
   static constexpr int32_t kStages = kTile.stages();

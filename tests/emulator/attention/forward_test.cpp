@@ -91,6 +91,29 @@ TEST(Forward, WorkIsWhatTheMaskKeeps) {
   EXPECT_LT(mma(c), causal * 7 / 10);
 }
 
+// Blocks share all work evenly, whatever it is: one long sequence among short ones, sequences without keys, with
+// windows and without rows, on 1 to 7 SMs.
+TEST(Forward, DecodeOfUnequalLengths) {
+  const std::vector<std::vector<cases::SeqLen>> batches = {
+      {{1, 1500}, {1, 3}, {1, 0}, {2, 70}, {0, 40}, {1, 1}},
+      {{2, 0}, {1, 0}, {1, 900}},
+      {{1, 513}, {1, 513}, {1, 513}},
+      std::vector<cases::SeqLen>(37, {1, 200}),
+  };
+  for (const auto &lens : batches) {
+    for (const int64_t window : {-1, 100}) {
+      cases::Case c = plain(lens);
+      c.heads_q = 6, c.heads_kv = 2;
+      c.kv_layout = cases::Layout::kPaged;
+      c.causal = true;
+      c.window_left = window;
+      c.sinks = window > 0;
+      for (uint64_t seed = 1; seed < 14; seed += 2)  // odd: tiles of sm_120f
+        EXPECT_EQ(check(c, nullptr, seed), "") << lens.size() << " sequences, window " << window;
+    }
+  }
+}
+
 // Metadata of sequences without query rows is never read: page numbers and lengths of padded rows are stale.
 TEST(Forward, PaddedRowsReadNothing) {
   cases::Case c = plain({{3, 100}, {1, 40}, {0, 30}, {0, 20}});
