@@ -227,7 +227,11 @@ TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
   Params p = split(4);
   size_t bytes = 0;
   ASSERT_EQ(flashspark_attention_workspace_size(&p, &bytes), FLASHSPARK_OK) << flashspark_last_error();
-  ASSERT_EQ(bytes, 4u * 4 * 16 * (128 + 1) * sizeof(float));
+  const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+  // A place for each piece of each row tile.
+  const size_t rows = size_t{4} * plan.forward.grid[0] * static_cast<size_t>(plan.arguments.tile_rows);
+  ASSERT_GE(rows, 4u * 4 * 16);
+  ASSERT_EQ(bytes, rows * (128 + 1) * sizeof(float));
   p.workspace = address(7);
   p.workspace_size = bytes;
   run(p);
@@ -235,7 +239,7 @@ TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
   EXPECT_STREQ(name_of(fake.launches[1].image), "merge_bf16");
   for (const fake_cuda::Launch &launch : fake.launches) {
     EXPECT_EQ(launch.arguments.partial_out, p.workspace);
-    EXPECT_EQ(launch.arguments.partial_lse, launch.arguments.partial_out + 4 * 4 * 16 * 128);
+    EXPECT_EQ(launch.arguments.partial_lse, launch.arguments.partial_out + rows * 128);
     EXPECT_EQ(launch.arguments.num_splits, 4);
     EXPECT_TRUE(launch.early);
   }
@@ -249,10 +253,35 @@ TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
   EXPECT_EQ(fake.launches.size(), 2u);
 }
 
+// A grid and scratch memory that follow from the GPU, and from nothing that a batch may change.
+TEST_F(Cuda, DecodeTakesEvenShares) {
+  const Machine machine = device_facts(0).machine;
+  size_t bytes = 0;
+  for (const int64_t num_seqs : {1, 4, 300}) {
+    Params p = decode(4096);
+    p.num_splits = 0, p.num_seqs = num_seqs;
+    const Plan plan = make_plan(p, machine, nullptr);
+    const auto shares = static_cast<int64_t>(plan.arguments.share_limits.shares);
+    EXPECT_EQ(plan.instance->kind, Kind::few);
+    EXPECT_GE(shares, machine.sm_count);
+    EXPECT_EQ(shares % machine.sm_count, 0);
+    EXPECT_EQ(plan.forward.grid[0], shares);
+    EXPECT_EQ(plan.forward.grid[1], 1u);
+    EXPECT_LE(plan.merge.grid[0], shares);
+    if (bytes == 0) bytes = plan.workspace;
+    EXPECT_EQ(plan.workspace, bytes) << num_seqs;
+    p.deterministic = 1;
+    EXPECT_EQ(make_plan(p, machine, nullptr).workspace, 0u) << "a sequence must not depend on its neighbours";
+    p.deterministic = 0, p.num_splits = 1;
+    EXPECT_EQ(make_plan(p, machine, nullptr).workspace, 0u);
+  }
+}
+
 TEST_F(Cuda, SplitsTakeMemoryOfTheStreamWhereNoneIsGiven) {
   const Params p = split(3);
   run(p);
-  const size_t bytes = 3u * 4 * 16 * (128 + 1) * sizeof(float);
+  const size_t bytes = make_plan(p, device_facts(0).machine, nullptr).workspace;
+  ASSERT_GE(bytes, 3u * 4 * 16 * (128 + 1) * sizeof(float));
   ASSERT_EQ(fake.order, (std::vector<std::string>{"alloc " + std::to_string(bytes), "flashspark_forward",
                                                   "flashspark_merge", "free"}));
   for (const fake_cuda::Launch &launch : fake.launches)
