@@ -96,6 +96,7 @@ TEST(Forward, WorkIsWhatTheMaskKeeps) {
 TEST(Forward, DecodeOfUnequalLengths) {
   const std::vector<std::vector<cases::SeqLen>> batches = {
       {{1, 1500}, {1, 3}, {1, 0}, {2, 70}, {0, 40}, {1, 1}},
+      {{1, 2500}},  // so many pieces that several warps join a row
       {{2, 0}, {1, 0}, {1, 900}},
       {{1, 513}, {1, 513}, {1, 513}},
       std::vector<cases::SeqLen>(37, {1, 200}),
