@@ -30,8 +30,8 @@ rswa_prefix_lens, rswa_window : (num_seqs,) int32, int
 causal_per_seq : (num_seqs,) int32
     1: this sequence is causal, 0: it is not. Takes the place of `causal`.
 num_splits : int
-    Parts that the keys are cut into, for short queries on long caches. 0: chosen (on a GPU from the lengths of the whole
-    batch: the same bits on every run, but the last ones depend on the other sequences), 1: not cut.
+    Parts that the keys are cut into, for short queries on long caches. 0: chosen (on a GPU from the lengths of the
+    whole batch: the same bits on every run, but the last ones depend on the other sequences), 1: not cut.
 implementation : str
     One of flashspark.implementations(), by force. None: the best that fits.
 num_threads : int
