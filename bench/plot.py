@@ -1,4 +1,4 @@
-"""A horizontal bar chart as SVG."""
+"""A horizontal bar chart as SVG, and the frame of any picture."""
 
 from html import escape
 
@@ -28,7 +28,11 @@ def bar_chart(title: str, groups: dict[str, dict[str, float]], left: int = 130) 
             colour = COLOURS[i % len(COLOURS)]
             parts.append(f'<rect x="{left}" y="{at}" width="{width:.1f}" height="{bar - 2}" rx="2" fill="{colour}"/>')
             parts.append(f'<text x="{left + width + 6:.1f}" y="{at + bar - 4}">{bars[name]:.0f}</text>')
-    width = left + span + 60
+    return svg(left + span + 60, height, parts)
+
+
+def svg(width: int, height: int, parts: list[str]) -> str:
+    """A picture of these elements, on white."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
     back = f'<rect width="{width}" height="{height}" fill="#fff"/>'
     return "\n".join([head, f"<style>{STYLE}</style>", back, *parts, "</svg>", ""])

@@ -89,15 +89,6 @@ def compile_flashinfer(folder: Path, works: list[Workload]) -> None:
         print(f"FlashInfer's kernels for D = {sorted(dims)}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def git_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
-    try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return ""
-    return run.stdout.strip()
-
-
 def host_calls(makers: Makers) -> dict[str, float]:
     """Of a small decode step, with keys end to end and in pages; one call of torch's tells how fast the host is."""
     x = torch.zeros(4096, device="cuda")
@@ -156,22 +147,12 @@ def main() -> int:
     document: dict[str, Any] = {
         **{"machine": machine, "flashspark": flashspark.native_version(), "ours": [args.label]},
         **{"implementation": args.implementation, "num_splits": args.num_splits},
-        **{"commit": args.commit or git_commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
+        **{"commit": args.commit or measure.git_commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
         **{"mma_peak_tflops": measure.mma_peak_tflops(), "copy_gb_per_s": measure.copy_gb_per_s()},
         **{"rows": [], "left_out": {}},
     }
-    try:
-        for work in works:
-            # A workload against our own contiguous call needs no peers.
-            chosen = {args.label: own} if work.own else makers
-            row, left_out = measure.measure_workload(work, chosen, args.label, args.budget)
-            document["rows"].append(row)
-            document["left_out"] |= left_out
-            spent = {name: f"{1e6 * entry['graph_s']:.1f}" for name, entry in row["times"].items()}
-            print(f"{time.monotonic() - start:6.1f} s  {work.name}: {spent} us", flush=True)
-            torch.cuda.empty_cache()
-    except KeyboardInterrupt:
-        print("stopped: the rows so far follow", flush=True)
+    # A workload against our own contiguous call needs no peers.
+    measure.measure_all(works, lambda w: {args.label: own} if w.own else makers, args.label, args.budget, document)
     document["host_call_us"] = host_calls(makers)
     document["first_call_ms"] = measure.first_call_ms()
     document["machine"] |= {f"{key} after": measure.gpu_facts().get(key) for key in ("clocks.sm", "temperature.gpu")}

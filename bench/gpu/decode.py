@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--leave-out", action="append", default=[], metavar="PEER", help="not to time; repeatable")
     parser.add_argument("--budget", type=float, default=0.06, help="seconds of graph replays a row (0.06)")
     parser.add_argument("--label", default="decode", help="name of the files written")
-    parser.add_argument("--commit", default="")
+    parser.add_argument("--commit", default="", help="of the source, for the report; default: git's")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument(
         "--read",
@@ -97,27 +97,19 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     torch.manual_seed(0)
-    start = time.monotonic()
     makers: measure.Makers = {"flashspark": peers.ours} | peers.load(args.peers, args.flashinfer)
     for name in ("torch FA2", *args.leave_out):  # torch's knows no pages
         makers.pop(name, None)
     document: dict[str, Any] = {
-        **{"machine": measure.gpu_facts(), "commit": args.commit, "read_gb_per_s": measure.read_gb_per_s()},
+        **{
+            "machine": measure.gpu_facts(),
+            "commit": args.commit or measure.git_commit(),
+            "read_gb_per_s": measure.read_gb_per_s(),
+        },
         **{"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": [], "left_out": {}},
     }
-    try:
-        for work in grid(args.grid):
-            if args.only and not re.search(args.only, f"{work.group} {work.name}"):
-                continue
-            row, left_out = measure.measure_workload(work, makers, "flashspark", args.budget)
-            row |= {"fp8": work.fp8, "keys": sum(work.keys)}
-            document["rows"].append(row)
-            document["left_out"] |= left_out
-            spent = {name: f"{1e6 * entry['graph_s']:.1f}" for name, entry in row["times"].items()}
-            print(f"{time.monotonic() - start:6.1f} s  {work.group}: {work.name}: {spent} us", flush=True)
-            torch.cuda.empty_cache()
-    except KeyboardInterrupt:
-        print("stopped: the rows so far follow", flush=True)
+    works = [w for w in grid(args.grid) if not args.only or re.search(args.only, f"{w.group} {w.name}")]
+    measure.measure_all(works, lambda _: makers, "flashspark", args.budget, document)
     return document
 
 

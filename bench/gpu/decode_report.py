@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from plot import svg
+
 PEERS = ("FA2", "FA3", "FlashInfer")
 # Of the read bandwidth that the best peer reaches, below which our must (times as fast) is that of the line.
 MUSTS = ((0.30, 1.30), (0.70, 1.20), (0.90, 1.08), (99.0, 1.00))
 SKEWED_MUST, VERIFY_MUST, FP8_MUST, FP8_BYTES = 1.30, 0.93, 1.60, 256 << 20
-STYLE = "text{font:12px system-ui,sans-serif;fill:#343a40}.title{font-weight:600;font-size:15px}"
 
 
 def join(documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,12 +88,6 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _svg(width: int, height: int, parts: list[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-    return "\n".join([head, f"<style>{STYLE}</style>", f'<rect width="{width}" height="{height}" fill="#fff"/>',
-                      *parts, "</svg>", ""])  # fmt: skip
-
-
 def _colour(ratio: float) -> str:
     """Red below 1, white at 1, green above."""
     depth = min(abs(ratio - 1) / 0.5, 1.0)
@@ -122,7 +119,7 @@ def heat_map(document: dict[str, Any]) -> str:
                         f'fill="{_colour(ratio)}"/><text x="{136 + x * cell_x}" y="{at + 15}">{ratio:.2f}</text>'
                     )
         top += 20 + len(batches) * cell_y + 16
-    return _svg(150 + cell_x * len(keys), top, parts)
+    return svg(150 + cell_x * len(keys), top, parts)
 
 
 def cost_plot(document: dict[str, Any]) -> str:
@@ -157,7 +154,7 @@ def cost_plot(document: dict[str, Any]) -> str:
                 x, y = at_x(log2(row["keys"])), at_y(log2(1e6 * row["times"]["flashspark"]["graph_s"]))
                 title = f"<title>{escape(row['name'])}</title>"
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}">{title}</circle>')
-    return _svg(740, 460, parts)
+    return svg(740, 460, parts)
 
 
 def write_pictures(document: dict[str, Any], folder: Path, label: str) -> None:

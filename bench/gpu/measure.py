@@ -14,10 +14,10 @@ from typing import Any
 
 import peers
 import torch
+from peers import Call
 from tensors import Inputs, rotation
 from workloads import Workload
 
-Call = Callable[[], Any]
 Makers = dict[str, Callable[[Inputs], Call]]
 TOLERANCE = 0.05  # of results of normal inputs: one unit in the last place of bf16 is 0.03 from 4 on
 REPLAY_S = 0.012  # aim of one graph's length: launch gaps do not count, and clocks settle
@@ -170,9 +170,27 @@ def measure_workload(
     row = {
         **{"name": work.name, "group": work.group, "flop": work.flop, "bytes": work.bytes, "sets": len(sets)},
         **{"must": work.must, "aim": work.aim, "own": work.own, "page_size": work.page_size, "times": entries},
+        **{"fp8": work.fp8, "keys": sum(work.keys)},
         "shape": [work.batch, work.heads_q, work.heads_kv, work.head_dim, work.seqlen_q, work.seqlen_k],
     }
     return row, left_out
+
+
+def measure_all(
+    works: list[Workload], makers_of: Callable[[Workload], Makers], label: str, budget: float, document: dict[str, Any]
+) -> None:
+    """Adds a row for each workload, until one is interrupted."""
+    start = time.monotonic()
+    try:
+        for work in works:
+            row, left_out = measure_workload(work, makers_of(work), label, budget)
+            document["rows"].append(row)
+            document["left_out"] |= left_out
+            spent = {name: f"{1e6 * entry['graph_s']:.1f}" for name, entry in row["times"].items()}
+            print(f"{time.monotonic() - start:6.1f} s  {work.group}: {work.name}: {spent} us", flush=True)
+            torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print("stopped: the rows so far follow", flush=True)
 
 
 def copy_gb_per_s() -> float:
@@ -203,6 +221,15 @@ def mma_peak_tflops() -> float | None:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"no mma.sync ceiling: {getattr(error, 'stderr', '') or error}", flush=True)
             return None
+
+
+def git_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return ""
+    return run.stdout.strip()
 
 
 def gpu_facts() -> dict[str, Any]:

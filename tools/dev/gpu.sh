@@ -134,18 +134,16 @@ run_fuzz() {
   return $failed
 }
 
-# bench/gpu, or with `decode` before its arguments bench/gpu/decode.py
+# PROGRAM [ITS ARGUMENTS]
 run_bench() {
-  local program=bench/gpu
-  if [[ ${1:-} == decode ]]; then program=bench/gpu/decode.py && shift; fi
   peers
-  local arguments=(--out "$out")
+  local program=$1 arguments=(--out "$out")
   if [[ -d $state/peers ]]; then
     arguments+=(--peers "$state/peers")
     # Without kernels compiled before, FlashInfer takes a minute; --flashinfer among the arguments asks for that.
     if compgen -G "$state/in/flashinfer/*.so" >/dev/null; then arguments+=(--flashinfer); fi
   fi
-  timeout -s INT "${BENCH_LIMIT:-300}" "$python" "$program" "${arguments[@]}" "$@"
+  timeout -s INT "${BENCH_LIMIT:-300}" "$python" "$program" "${arguments[@]}" "${@:2}"
 }
 
 # Tools run beside each other; each case is small.
@@ -175,8 +173,8 @@ case $stage in
   keep) keep && ls "$state/in" ;;
   test) install && run_tests "$@" ;;
   fuzz) install && run_fuzz "$@" ;;
-  bench) install && run_bench "$@" ;;
-  decode) install && run_bench decode "$@" ;;
+  bench) install && run_bench bench/gpu "$@" ;;
+  decode) install && run_bench bench/gpu/decode.py "$@" ;;
   sanitize) install && run_sanitizers "$@" ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 2 ;;
 esac

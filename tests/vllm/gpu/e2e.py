@@ -199,9 +199,9 @@ def compare(stock_path: str, ours_path: str, model: str | None) -> int:
         else:
             wide.append((number, step))
     lines, wrong, stock_wrong = [], 0, 0
+    cache = CASES[stock["case"]].get("kv_cache_dtype", "auto")
     if wide and model:
         asked = prompts(stock["case"], stock["vocabulary"])
-        cache = CASES[stock["case"]].get("kv_cache_dtype", "auto")
         texts = [asked[n] + stock["results"][n]["tokens"][:step] for n, step in wide]
         for (n, step), logits in zip(wide, float32_logits(model, texts, cache)):
             theirs, own = (float(logits[run["results"][n]["tokens"][step]]) for run in (stock, ours))
@@ -214,7 +214,7 @@ def compare(stock_path: str, ours_path: str, model: str | None) -> int:
             )
     elif wide:
         wrong = len(wide)
-    allowed = stock_wrong if CASES[stock["case"]].get("kv_cache_dtype") == "fp8" else 0
+    allowed = stock_wrong if cache == "fp8" else 0
     speed = ours["tokens_per_s"] / stock["tokens_per_s"]
     widest = f", widest gap {max(ties):.2f}, median {statistics.median(ties):.2f}" if ties else ""
     cases = stock["case"] if stock["case"] == ours["case"] else f"{ours['case']} (stock: {stock['case']})"
