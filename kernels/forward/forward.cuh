@@ -74,7 +74,7 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
   }
   if (begin < end) run(block);
   ptx::cp_async_wait<0>();
-  // Not what has lived through the loop, where that costs a register that d128 does not have.
+  // Kernels without shares find it and the place again here, instead of keeping both through the loop.
   const bool whole = T::kShares ? piece.whole : a.num_splits == 1;
   if (T::kKeyGroups > 1 || whole)
     ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through

@@ -62,7 +62,7 @@ void forward(const Params &p) {
   if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
   const Architecture arch = device.machine.arch;
   launch(kernel, plan.forward, &plan.arguments, stream, arch);
-  if (merged) launch(merge, plan.merge, &plan.merge_arguments, stream, arch);
+  if (merged) launch(merge, plan.merge, &plan.arguments, stream, arch);
 }
 
 size_t workspace(const Params &p) {

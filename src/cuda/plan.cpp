@@ -404,7 +404,6 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   a.merge_warps = 1;
   while (a.merge_warps < std::min<int64_t>({kMergeWarps, most_warps, ceil_div(pieces, kPiecesOfWarp)}))
     a.merge_warps *= 2;
-  plan.merge_arguments = a;
   plan.merge.grid[0] = static_cast<uint32_t>(merge_blocks);
   plan.merge.grid[1] = static_cast<uint32_t>(ceil_div(rows * a.merge_warps, kMergeWarps));
   plan.merge.grid[2] = static_cast<uint32_t>(ceil_div(p.head_dim_v, kMergeColumns));

@@ -32,10 +32,9 @@ struct Plan {
   const Instance *instance = nullptr;  // its fatbin is "<name>_<number>", its function flashspark_forward
   NumberType number{}, out{};
   Launch forward;
-  ForwardArguments arguments{};
-  Launch merge;                        // fatbin "merge_<out>", function flashspark_merge
-  ForwardArguments merge_arguments{};  // the same problem in tiles of the merge kernel
-  size_t workspace = 0;                // bytes that arguments.partial_out and partial_lse lie in
+  ForwardArguments arguments{};  // of both kernels
+  Launch merge;                  // fatbin "merge_<out>", function flashspark_merge
+  size_t workspace = 0;          // bytes that arguments.partial_out and partial_lse lie in
 };
 
 // Fields of the interface as the kernels take them.

@@ -135,7 +135,7 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
     if (plan->merge.grid[0] > 0) {
       const bool bf16 = plan->out == cuda::NumberType::bf16;
       add(result.counters, launch_one(plan->merge, seed + 1, [&plan, bf16] {
-            bf16 ? merge<ptx::Bfloat16>(plan->merge_arguments) : merge<ptx::Float16>(plan->merge_arguments);
+            bf16 ? merge<ptx::Bfloat16>(plan->arguments) : merge<ptx::Float16>(plan->arguments);
           }));
     }
   }
