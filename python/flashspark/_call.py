@@ -164,6 +164,15 @@ def _export(name: str, x: Any) -> Any:
     raise TypeError(text)
 
 
+def _as_torch_raises(error: MemoryError) -> Exception:
+    """Whatever goes wrong in torch's allocator arrives as a MemoryError with torch's C++ frames in its text."""
+    text = str(error).partition("\nException raised from ")[0]
+    if "CUDA" not in text:
+        return error
+    full = "out of memory" in text or "OUT_OF_MEMORY" in text  # torch's words, the driver's
+    return sys.modules["torch"].cuda.OutOfMemoryError(text) if full else RuntimeError(text)
+
+
 def _has_grad(x: Array | None) -> bool:
     return x is not None and getattr(x, "requires_grad", False)
 
@@ -213,6 +222,8 @@ def attend(
         try:
             function(face, 0, q, k, v, out, lse, *head, *tail)
             return out, lse
+        except MemoryError as error:
+            raise _as_torch_raises(error) from None
         except Exception:  # noqa: BLE001, S110 - the general way says what is wrong, or mends it
             pass
     if out is None:
@@ -236,7 +247,10 @@ def attend(
     args = (face, stored_as, q, k, v, passed_out, lse, *head, *tail)
     if explain:
         return str(call(_core.attention_explain, ATTENTION_ARGUMENTS, args))
-    call(function, ATTENTION_ARGUMENTS, args)
+    try:
+        call(function, ATTENTION_ARGUMENTS, args)
+    except MemoryError as error:
+        raise (_as_torch_raises(error) if is_torch(q) else error) from None
     return out, lse
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # as in __init__.py: flashspark.start imports this file in every interpreter
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 SELECTOR = "vllm.v1.attention.selector"
 FA_UTILS = "vllm.v1.attention.backends.fa_utils"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flashspark
 import numpy as np
 import pytest
+from flashspark._call import FORWARD, attend
 from problems import offsets, pages
 from reference import Options, attend_dense, attend_varlen, close
 
@@ -49,6 +50,32 @@ def test_fp8():
     close(wide(out), attend_dense(wide(q), wide(k), wide(v), option)[0], dtype="bfloat16")
     small = flashspark.flash_attn_func(*dense(torch.bfloat16), output_scale=torch.full((1,), 0.02))
     assert small.dtype == torch.float8_e4m3fn
+
+
+FRAMES = "\nException raised from malloc at file.cpp:1 (most recent call first):\nframe #0"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])  # two ways through attend()
+@pytest.mark.parametrize(
+    ("line", "frames", "kind"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 MiB.", FRAMES, torch.OutOfMemoryError),
+        ("cuMemAllocAsync: CUDA_ERROR_OUT_OF_MEMORY (2)", "", torch.OutOfMemoryError),
+        ("CUDA error: an illegal memory access was encountered", FRAMES, RuntimeError),
+        ("out of memory", "", MemoryError),
+    ],
+)
+def test_failures_of_the_allocator_are_torchs_own(dtype, line, frames, kind):
+    calls = []
+
+    def fails(*_):
+        calls.append(1)
+        raise MemoryError(line + frames)
+
+    q, k, v = (x.to(dtype) for x in dense())
+    with pytest.raises(kind) as caught:
+        attend(FORWARD, (q, k, v), None, None, False, False, (None,) * 9, (), fails)
+    assert type(caught.value) is kind and str(caught.value) == line and len(calls) == 1
 
 
 def test_views_and_given_results():

@@ -94,6 +94,30 @@ def forward(c: Context) -> str:
     return ", ".join(done)
 
 
+def out_of_memory(c: Context) -> None:
+    """torch's allocator has no room for the kernels' scratch memory: torch's own error, and the next call is right."""
+    from flashspark import _call
+
+    calls = []
+
+    def no_room(*_: Any) -> None:
+        calls.append(1)
+        raise MemoryError("CUDA out of memory. Tried to allocate 2 MiB.\nException raised from malloc at a.cpp:1")
+
+    native = _call.attend.__defaults__
+    _call.attend.__defaults__ = (no_room,)
+    try:
+        _run(c, Spec(), {})
+    except torch.OutOfMemoryError as error:
+        assert str(error) == "CUDA out of memory. Tried to allocate 2 MiB." and error.__suppress_context__, error
+    else:
+        raise AssertionError("no error")
+    finally:
+        _call.attend.__defaults__ = native
+    assert len(calls) == 1, "tried again"
+    _run(c, Spec(), {})
+
+
 def _mm_prefix(c: Context, factory: str) -> None:
     ranges = [[(2, 30)], [(0, 4)], [(20, 44), (80, 99)], [(46, 59)]]
     if "max_ranges" in factory:
@@ -218,4 +242,4 @@ def _spoilt(wrong: Any) -> Any:
     return spoilt
 
 
-FORWARD = (forward, inkling, verify)
+FORWARD = (forward, out_of_memory, inkling, verify)

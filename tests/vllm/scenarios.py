@@ -78,7 +78,7 @@ def plugin() -> Results:
     return run(TAKEN, c)
 
 
-def stock_everywhere(c: Context) -> str:
+def stock_names() -> str:
     """Every name that would be replaced holds vLLM's own object, and the slot vLLM's own class."""
     load_importers()
     count = 0
@@ -93,11 +93,16 @@ def stock_everywhere(c: Context) -> str:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     assert not AttentionBackendEnum.FLASH_ATTN.is_overridden()
-    backend = AttentionBackendEnum.FLASH_ATTN.get_class()
-    assert backend is sys.modules[FLASH_ATTN].FlashAttentionBackend
-    chosen = c.select()
-    assert chosen is backend, chosen
+    assert AttentionBackendEnum.FLASH_ATTN.get_class() is sys.modules[FLASH_ATTN].FlashAttentionBackend
     return f"{count} names"
+
+
+def stock_everywhere(c: Context) -> str:
+    """stock_names, and layers get vLLM's own class."""
+    said = stock_names()
+    chosen = c.select()
+    assert chosen is sys.modules[FLASH_ATTN].FlashAttentionBackend, chosen
+    return said
 
 
 def off(name: str) -> Results:
@@ -118,16 +123,18 @@ def off_shim_switch() -> Results:
     return off("FA4_SM120_SHIM")
 
 
-def stays_stock(reason: str) -> Results:
-    """vLLM works as it is, and the log says why."""
-    c = context()
+def stays_stock(reason: str, flash_attn: bool = True) -> Results:
+    """vLLM works as it is, and one line of the log says why. flash_attn: stock would choose FLASH_ATTN here."""
+    c = context() if flash_attn else None
     load()
     plugins()
-    from flashspark.vllm import takeover
+    from flashspark.vllm import report, takeover
 
-    results = run((stock_everywhere,), c)
+    results = run((stock_everywhere,), c) if flash_attn else run((stock_names,))
     said = takeover.State.reason
-    return results | {"reason": "ok" if reason in said else f"FAILED: {said!r}"}
+    results["reason"] = "ok" if reason in said else f"FAILED: {said!r}"
+    results["one line"] = "ok" if len(report._said) <= 1 else f"FAILED: {report._said}"
+    return results
 
 
 def other_gpu() -> Results:
@@ -135,25 +142,60 @@ def other_gpu() -> Results:
     return stays_stock("compute capability 8.9 is not 12.x")
 
 
+def unserved_gpu() -> Results:
+    """A GPU that the user names and the library has no kernels for."""
+    os.environ |= {"FAKE_CAPABILITY": "10.0", "FLASHSPARK_CAPABILITIES": "10.0"}
+    return stays_stock("no kernels for compute capability 10.0", flash_attn=False)
+
+
+def no_driver() -> Results:
+    """libcuda.so.1 and NVML are missing: vLLM finds no platform, and no engine gets far enough to choose a backend."""
+    os.environ["FAKE_CAPABILITY"] = ""
+    return stays_stock("its platform is none (no GPU, or no driver), not CUDA", flash_attn=False)
+
+
 def bad_switch() -> Results:
-    """An exception inside our plug-in."""
     os.environ["FLASHSPARK_CAPABILITIES"] = "twelve"
+    return stays_stock("FLASHSPARK_CAPABILITIES = 'twelve': must be a list such as 9.0,12.x")
+
+
+def own_error() -> Results:
+    """An exception inside our plug-in."""
+    from flashspark.vllm import probe
+
+    probe.functions = lambda: 1 // 0
     return stays_stock("an error")
 
 
 def broken_library() -> Results:
     """A package whose library is cut short."""
+    return spoilt_package("library is cut short", lambda library: library.write_bytes(library.read_bytes()[:100_000]))
+
+
+def missing_library() -> Results:
+    """A package without its library: as copied from the source tree."""
+    return spoilt_package("library does not load: ImportError: ", Path.unlink)
+
+
+def doctor_warns(reason: str) -> None:
+    from flashspark.vllm import doctor
+
+    found = [f for f in doctor.report()["findings"] if reason in f["text"]]
+    assert [(f["level"], f["mend"]) for f in found] == [("warning", doctor.REINSTALL)], found
+
+
+def spoilt_package(reason: str, spoil: Callable[[Path], object]) -> Results:
     import flashspark
 
     folder = Path(tempfile.mkdtemp())
     shutil.copytree(Path(flashspark.__file__).parent, folder / "flashspark")
     for library in (folder / "flashspark").glob("*.so"):
-        library.write_bytes(library.read_bytes()[:100_000])
+        spoil(library)
     for name in [n for n in sys.modules if n.partition(".")[0] == "flashspark"]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     try:
-        return stays_stock("library is cut short")
+        return stays_stock(reason) | run((doctor_warns,), reason)
     finally:
         shutil.rmtree(folder)
 
@@ -288,7 +330,7 @@ def workers() -> Results:
 
 
 SCENARIOS: tuple[Callable[[], Results], ...] = (
-    *(hook, plugin, hopper, off_flashspark, off_shim_switch, other_gpu, override, bad_switch, broken_library),
-    *(no_kernels, unknown_vllm, community_shim, workers),
+    *(hook, plugin, hopper, off_flashspark, off_shim_switch, other_gpu, unserved_gpu, no_driver, override, bad_switch),
+    *(own_error, broken_library, missing_library, no_kernels, unknown_vllm, community_shim, workers),
 )
 BY_NAME: dict[str, Callable[[], Results]] = {s.__name__: s for s in SCENARIOS}

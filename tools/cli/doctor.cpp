@@ -158,12 +158,12 @@ void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vect
   const std::string pip = env.interpreter + " -m pip install ";
   const auto found = env.packages.find("flashspark");
   if (found == env.packages.end()) {
-    add(Finding::kNote, "flashspark is not installed in this Python", pip + "flashspark");
+    add(Finding::kNote, "flashspark is not installed in this Python", pip + "flashspark-*.whl");
   } else {
     if (found->second.version != flashspark_version()) {
       add(Finding::kError,
           fmt::format("the Python package is {} but this program is {}", found->second.version, flashspark_version()),
-          pip + "--force-reinstall flashspark==" + flashspark_version());
+          pip + "--no-deps --force-reinstall flashspark-" + flashspark_version() + "-*.whl");
     }
     for (const std::string &requirement : found->second.requirements) {
       const auto [name, clauses] = split_requirement(requirement);

@@ -42,7 +42,7 @@ VllmReport vllm_report(const PythonEnvironment &env) {
   const std::string version = env.packages.at("vllm").version;
   if (!env.packages.contains("flashspark")) {
     report.findings.push_back({"note", "vLLM " + version + " is installed, without flashspark",
-                               env.interpreter + " -m pip install flashspark"});
+                               env.interpreter + " -m pip install flashspark-*.whl"});
     return report;
   }
   report.json = Json::parse(last_line_of(env, "flashspark.vllm.doctor"), nullptr, /*allow_exceptions=*/false);

@@ -19,6 +19,7 @@ from flashspark import _hook
 from . import replace, takeover
 
 HOOK_FILES = ("flashspark.pth", "flashspark.start")
+REINSTALL = "install a wheel that is whole: pip install --no-deps --force-reinstall flashspark-*.whl"
 _ASKED = ((64, "auto"), (128, "auto"), (256, "auto"), (512, "auto"), (128, "fp8"), (128, "nvfp4"))
 
 
@@ -100,7 +101,9 @@ def _findings(report: dict[str, Any]) -> list[dict[str, str]]:
     if switch := _hook.switched_off():
         add("note", f"vLLM: {switch} keeps its own attention", f"unset {switch.partition('=')[0]}")
     elif not report.get("active"):
-        add("note", f"vLLM keeps its own attention: {report.get('reason')}")
+        reason = str(report.get("reason"))
+        level, mend = ("warning", REINSTALL) if reason.startswith("flashspark's library") else ("note", "")
+        add(level, f"vLLM keeps its own attention: {reason}", mend)
     if not report["hook"]:
         text = "vLLM: no start-up hook (flashspark.pth) in a folder that Python reads: the plug-in alone takes over"
         add("warning", text, "install flashspark into the environment itself, not with --target or PYTHONPATH")
@@ -111,11 +114,7 @@ def _findings(report: dict[str, Any]) -> list[dict[str, str]]:
             "start Python without -S and -I; look for another flashspark.pth, or an earlier .pth that imports vLLM",
         )
     if not report["plugin"]:
-        add(
-            "warning",
-            "vLLM: the plug-in's entry point is not found",
-            "reinstall: pip install --force-reinstall flashspark",
-        )
+        add("warning", "vLLM: the plug-in's entry point is not found", REINSTALL)
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and "flashspark" not in plugins.split(","):
         add("note", f"VLLM_PLUGINS={plugins} leaves the plug-in out; the start-up hook does its work")

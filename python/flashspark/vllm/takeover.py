@@ -15,7 +15,9 @@ from . import features, probe, replace, report, sites
 BACKEND = "flashspark.vllm.backend.FlashSparkBackend"
 # Functions that remember which class a slot gave.
 CACHED = ((_hook.SELECTOR, "_cached_get_attn_backend"), ("vllm.platforms.cuda", "_get_attn_backend_class"))
-NO_KERNELS = "built without CUDA kernels"  # in the explanation of any call
+# What the explanation of any call says: of a build without GPU kernels, and of kernels for a compute capability.
+NO_KERNELS = "built without CUDA kernels"
+ARCHITECTURES = {8: "sm_80", 9: "sm_90", 12: "sm_120f"}  # by major number
 SHIM = "fa4_sm120_shim"  # of the community's guide
 
 
@@ -86,19 +88,25 @@ def _why_not() -> str:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
-        return "its platform is not CUDA"
+        name = current_platform.device_type and current_platform.device_name  # ROCm's type is "cuda", too
+        return f"its platform is {name or 'none (no GPU, or no driver)'}, not CUDA"
     capability = current_platform.get_device_capability()
     if capability is None:
         return "it sees no GPU"
-    if not features.wants_capability(capability.major, capability.minor):
+    try:
+        wants = features.wants_capability(capability.major, capability.minor)
+    except ValueError as error:  # of the user's list
+        return str(error)
+    if not wants:
         wanted = ", ".join(f"{m}.{'x' if n is None else n}" for m, n in features.capabilities())
         return f"compute capability {capability.major}.{capability.minor} is not {wanted}"
     if lack := probe.functions():
         return f"this vLLM is unknown: {lack}"
-    return _library_lack()
+    return _library_lack(capability.major, capability.minor)
 
 
-def _library_lack() -> str:
+def _library_lack(major: int, minor: int) -> str:
+    # The driver is not asked: it would not work in processes that vLLM forks later.
     import flashspark
     import numpy as np
 
@@ -111,7 +119,11 @@ def _library_lack() -> str:
         text = flashspark.attention_explain(flashspark.flash_attn_func, one, one, one)
     except Exception as error:  # missing, or for another glibc
         return f"flashspark's library does not load: {type(error).__name__}: {error}"
-    return "flashspark's library was built without GPU kernels" if NO_KERNELS in text else ""
+    if NO_KERNELS in text:
+        return "flashspark's library was built without GPU kernels"
+    if ARCHITECTURES.get(major, "none") not in text:
+        return f"flashspark's library has no kernels for compute capability {major}.{minor}"
+    return ""
 
 
 def _cut_short(path: Path) -> bool:
