@@ -9,16 +9,32 @@ namespace {
 enum { kStoredK, kStoredV, kStoredKCache, kStoredVCache, kStoredQ, kStoredCos, kStoredSin };  // places in `stored_as`
 
 struct Tensors {
-  Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, page_table, kv_batch_index;
+  Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, page_table, kv_batch_index, slot_mapping;
 };
 
+// slot_mapping's length is what counts: k and v may have more rows, as vLLM's have.
+void read_slots(const Tensors &t, flashspark_append_params &p) {
+  static constexpr int64_t kNone = 0;
+  const int64_t *slots = t.slot_mapping.int64_vector();
+  p.slot_mapping = slots != nullptr ? slots : &kNone;  // torch gives an empty tensor no address
+  p.num_seqs = 1;
+  p.total_new = t.slot_mapping.size(0);
+  if (t.k.size(0) < p.total_new) {
+    fail_value("k.shape[0]", std::to_string(t.k.size(0)),
+               "must be at least slot_mapping's length, " + std::to_string(p.total_new));
+  }
+}
+
 void read_new_rows(const Tensors &t, flashspark_append_params &p) {
-  const bool varlen = static_cast<bool>(t.cu_seqlens_new);
-  t.k.require_ndim({varlen ? 3 : 4}, varlen ? "(total, num_heads_kv, head_dim) with cu_seqlens_k_new"
-                                            : "(num_seqs, seqlen_new, num_heads_kv, head_dim)");
+  const bool varlen = static_cast<bool>(t.cu_seqlens_new), slots = static_cast<bool>(t.slot_mapping);
+  t.k.require_ndim({varlen || slots ? 3 : 4}, slots    ? "(total, num_heads_kv, head_dim) with slot_mapping"
+                                              : varlen ? "(total, num_heads_kv, head_dim) with cu_seqlens_k_new"
+                                                       : "(num_seqs, seqlen_new, num_heads_kv, head_dim)");
   t.v.require_ndim({t.k.ndim()}, "of as many dimensions as k");
   for (int32_t i = 0; i + 1 < t.k.ndim(); ++i) t.v.require_size(i, t.k.size(i), "k's");
-  if (varlen) {
+  if (slots) {
+    read_slots(t, p);
+  } else if (varlen) {
     t.cu_seqlens_new.require_ndim({1}, "(num_seqs + 1,)");
     if (t.cu_seqlens_new.size(0) < 1) {
       fail_value("cu_seqlens_k_new.shape", t.cu_seqlens_new.shape_text(), "must be (num_seqs + 1,)");
@@ -53,6 +69,11 @@ void read_cache(const Tensors &t, flashspark_append_params &p) {
   p.k_cache = t.k_cache.rows();
   p.v_cache = t.v_cache.rows();
   p.kv_batch_index = t.kv_batch_index.int32_vector(p.num_seqs, "the number of sequences");
+  if (t.slot_mapping) {
+    p.num_pages = t.k_cache.size(0);
+    p.page_size = t.k_cache.size(1);
+    return;
+  }
   if (!t.page_table) {
     if (!t.kv_batch_index) t.k_cache.require_size(0, p.num_seqs, "the number of sequences");
     p.num_cache_rows = t.k_cache.size(0);
@@ -108,14 +129,21 @@ void append_kv(Reader &args) {
   const Tensor leftpad = args.optional_tensor("cache_leftpad");
   p.rotary_interleaved = args.integer32("rotary_interleaved", 1);
   p.q_rotary_per_token = args.integer32("q_rotary_per_token", 1);
+  const Tensor k_descale = args.optional_tensor("k_descale"), v_descale = args.optional_tensor("v_descale");
+  t.slot_mapping = args.optional_tensor("slot_mapping");
+  if (t.slot_mapping) {
+    for (const Tensor &other : {seqlens, t.cu_seqlens_new, t.page_table, t.kv_batch_index, leftpad, t.q, cos, sin}) {
+      if (other) fail_value(other.name(), "given", "must be None when slot_mapping is given");
+    }
+  }
 
   read_new_rows(t, p);
   read_cache(t, p);
   read_rotary(cos, sin, p);
   p.seqlens = seqlens.int32_vector(p.num_seqs, "the number of sequences");
   p.leftpad_k = leftpad.int32_vector(p.num_seqs, "the number of sequences");
-  p.k_descale = args.optional_tensor("k_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
-  p.v_descale = args.optional_tensor("v_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.k_descale = k_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.v_descale = v_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
   if (args.on_cuda()) {
     p.device = FLASHSPARK_CUDA;
     p.device_index = args.device_index();

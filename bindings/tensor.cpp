@@ -120,12 +120,22 @@ void Tensor::require_float32() const {
   if (dtype_ != FLASHSPARK_FLOAT32) fail_type(std::string(name_) + ".dtype", dtype_text(), "must be float32");
 }
 
-const int32_t *Tensor::int32_data() const {
+void Tensor::require_integer(int bits) const {
   const DLDataType type = tensor_->dtype;
-  if (type.code != kDLInt || type.bits != 32 || type.lanes != 1) {
-    fail_type(std::string(name_) + ".dtype", dtype_text(), "must be int32");
-  }
+  if (type.code == kDLInt && type.bits == bits && type.lanes == 1) return;
+  fail_type(std::string(name_) + ".dtype", dtype_text(), "must be int" + std::to_string(bits));
+}
+
+const int32_t *Tensor::int32_data() const {
+  require_integer(32);
   return static_cast<const int32_t *>(data());
+}
+
+const int64_t *Tensor::int64_vector() const {
+  require_ndim({1}, "of one dimension");
+  require_dense();
+  require_integer(64);
+  return static_cast<const int64_t *>(data());
 }
 
 flashspark_tensor Tensor::rows() const {

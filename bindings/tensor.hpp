@@ -48,6 +48,7 @@ class Tensor {
   void require_float() const;        // f32, f16, bf16 or e4m3
   void require_float32() const;
   const int32_t *int32_data() const;
+  const int64_t *int64_vector() const;
 
   // The forms that the C structs take. The second and third may be asked of an absent tensor: they say "none" then.
   flashspark_tensor rows() const;  // (.., tokens, heads, width), only the last dimension contiguous
@@ -55,6 +56,8 @@ class Tensor {
   flashspark_scale per_head_scale(int64_t num_seqs, int64_t num_heads_kv) const;  // or one element for all
 
  private:
+  void require_integer(int bits) const;
+
   const DLTensor *tensor_ = nullptr;
   const char *name_ = "";
   int32_t dtype_ = FLASHSPARK_DTYPE_NONE;

@@ -45,6 +45,8 @@ AppendSequence append_sequence(const AppendParams &p, int64_t b) {
   if (p.cu_seqlens_new != nullptr) {
     s.new_row = p.cu_seqlens_new[b];
     s.rows = p.cu_seqlens_new[b + 1] - s.new_row;
+  } else if (p.slot_mapping != nullptr) {
+    s.rows = p.total_new;
   }
   if (p.seqlens != nullptr) s.before = p.seqlens[b];
   s.position0 = s.before - (p.leftpad_k != nullptr ? p.leftpad_k[b] : 0);
@@ -56,6 +58,10 @@ int64_t new_offset(const AppendParams &p, const flashspark_tensor &t, const Appe
 }
 
 int64_t cache_offset(const AppendParams &p, const flashspark_tensor &t, const AppendSequence &s, int64_t i, int64_t h) {
+  if (p.slot_mapping != nullptr) {
+    const int64_t slot = p.slot_mapping[i];
+    return slot / p.page_size * t.batch_stride + slot % p.page_size * t.token_stride + h * t.head_stride;
+  }
   const int64_t row = s.before + i;
   if (p.page_table != nullptr) {
     const int64_t page = p.page_table[s.b * p.page_table_stride + row / p.page_size];
@@ -70,6 +76,7 @@ void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
   const float k_descale = scale_at(p.k_descale, s.b, h, p.k_cache.dtype);
   const float v_descale = scale_at(p.v_descale, s.b, h, p.v_cache.dtype);
   for (int64_t i = 0; i < s.rows; ++i) {
+    if (p.slot_mapping != nullptr && p.slot_mapping[i] < 0) continue;
     const int64_t k_at = cache_offset(p, p.k_cache, s, i, h);
     if (p.rotary_cos == nullptr) {
       copy_row(p.k_new, new_offset(p, p.k_new, s, i, h), p.k_cache, k_at, p.head_dim, k_descale);
@@ -92,7 +99,8 @@ void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
 
 void append_kv(const AppendParams &p) {
   // A decode step appends a few rows: threads would cost more than the copy.
-  const int64_t elements = p.num_seqs * p.seqlen_new * p.num_heads_kv * (p.head_dim + p.head_dim_v);
+  const int64_t rows = p.slot_mapping != nullptr ? p.total_new : p.num_seqs * p.seqlen_new;
+  const int64_t elements = rows * p.num_heads_kv * (p.head_dim + p.head_dim_v);
   const int32_t threads = elements < (1 << 16) ? 1 : 0;
   cpu::parallel_for(threads, p.num_seqs * p.num_heads_kv,
                     [&](int64_t n) { append_head(p, append_sequence(p, n / p.num_heads_kv), n % p.num_heads_kv); });

@@ -130,6 +130,10 @@ void int32_pointer(const char *argument, const int32_t *pointer) {
   aligned(argument, pointer, sizeof(int32_t));
 }
 
+void int64_pointer(const char *argument, const int64_t *pointer) {
+  aligned(argument, pointer, sizeof(int64_t));
+}
+
 void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_seqs) {
   in_range("num_pages", num_pages, 0, INT32_MAX);
   if (page_size < 16 || page_size > (1 << 20) || page_size % 16 != 0) {

@@ -25,6 +25,7 @@ void distinct(const char *argument, const flashspark_tensor &t, int64_t batch, i
               int64_t width);
 void scale(const char *argument, const flashspark_scale &s, bool on_cpu, int64_t batch, int64_t heads);
 void int32_pointer(const char *argument, const int32_t *pointer);
+void int64_pointer(const char *argument, const int64_t *pointer);
 void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_seqs);
 void pages_in_use(const int32_t *page_table, int64_t row_stride, int64_t b, int64_t first, int64_t last,
                   int64_t page_size, int64_t num_pages);

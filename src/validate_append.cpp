@@ -39,6 +39,38 @@ void check_rotary(const AppendParams &p) {
   }
 }
 
+void check_slots(const AppendParams &p) {
+  const auto absent = [](const char *argument, const void *pointer) {
+    if (pointer != nullptr) fail(argument, std::string("given"), "must be NULL when slot_mapping is given");
+  };
+  absent("seqlens", p.seqlens);
+  absent("cu_seqlens_new", p.cu_seqlens_new);
+  absent("kv_batch_index", p.kv_batch_index);
+  absent("leftpad_k", p.leftpad_k);
+  absent("page_table", p.page_table);
+  if (p.rotary_cos != nullptr) {
+    fail("rotary_cos", std::string("given"), "must be NULL when slot_mapping is given: slots tell no positions");
+  }
+  if (p.num_seqs != 1) fail("num_seqs", p.num_seqs, "must be 1 when slot_mapping is given");
+  check::in_range("num_pages", p.num_pages, 0, INT32_MAX);
+  check::in_range("page_size", p.page_size, 1, INT32_MAX);
+  if (p.num_pages * p.page_size > INT32_MAX) {
+    fail("num_pages", p.num_pages,
+         "must be at most " + std::to_string(INT32_MAX / p.page_size) + " pages of " + std::to_string(p.page_size) +
+             " when slot_mapping is given");
+  }
+}
+
+void check_slot_numbers(const AppendParams &p) {
+  const int64_t slots = p.num_pages * p.page_size;
+  for (int64_t t = 0; t < p.total_new; ++t) {
+    if (p.slot_mapping[t] >= slots) {
+      fail(check::at("slot_mapping", t), p.slot_mapping[t],
+           "must be negative or name one of the " + std::to_string(slots) + " slots of the cache");
+    }
+  }
+}
+
 void check_lengths(const AppendParams &p) {
   const bool paged = p.page_table != nullptr;
   const int64_t capacity = paged ? p.num_page_slots * p.page_size : p.seqlen_cache;
@@ -90,7 +122,10 @@ void validate(const AppendParams &p) {
   check::in_range("num_cache_rows", p.num_cache_rows, 0, INT32_MAX);
   check_dtypes(p);
   check_rotary(p);
-  if (p.page_table != nullptr) {
+  const bool slots = p.slot_mapping != nullptr;
+  if (slots) {
+    check_slots(p);
+  } else if (p.page_table != nullptr) {
     if (p.kv_batch_index) fail("kv_batch_index", std::string("given"), "must be NULL when page_table is given");
     check::paging(p.num_pages, p.page_size, p.num_page_slots, p.page_table_stride, p.num_seqs);
   } else if (p.kv_batch_index == nullptr && p.num_cache_rows < p.num_seqs) {
@@ -101,10 +136,11 @@ void validate(const AppendParams &p) {
   check::int32_pointer("kv_batch_index", p.kv_batch_index);
   check::int32_pointer("leftpad_k", p.leftpad_k);
   check::int32_pointer("page_table", p.page_table);
+  check::int64_pointer("slot_mapping", p.slot_mapping);
 
-  const bool varlen = p.cu_seqlens_new != nullptr;
+  const bool varlen = p.cu_seqlens_new != nullptr || slots;
   const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_new : p.seqlen_new;
-  const bool paged = p.page_table != nullptr;
+  const bool paged = p.page_table != nullptr || slots;
   const int64_t cache_batch = paged ? p.num_pages : p.num_cache_rows;
   const int64_t cache_tokens = paged ? p.page_size : p.seqlen_cache;
   check::tensor("k_new", p.k_new, batch, tokens, p.num_heads_kv);
@@ -122,7 +158,7 @@ void validate(const AppendParams &p) {
   const bool on_cpu = p.device == FLASHSPARK_CPU && p.k_cache.dtype == FLASHSPARK_FLOAT8_E4M3;
   check::scale("k_descale", p.k_descale, on_cpu, p.num_seqs, p.num_heads_kv);
   check::scale("v_descale", p.v_descale, on_cpu, p.num_seqs, p.num_heads_kv);
-  if (p.device == FLASHSPARK_CPU) check_lengths(p);
+  if (p.device == FLASHSPARK_CPU) slots ? check_slot_numbers(p) : check_lengths(p);
 }
 
 }  // namespace flashspark

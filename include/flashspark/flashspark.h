@@ -99,7 +99,7 @@ typedef struct flashspark_attention_params {
   void *stream;               /* CUstream; NULL is the default stream; unused on the CPU */
   const char *implementation; /* NULL: the best that fits. Else a name that flashspark_implementation_name() gives */
   int32_t num_threads;        /* CPU threads; 0: all */
-  int32_t num_splits;         /* KV splits: 0 chooses, 1 forbids splitting, n asks for n */
+  int32_t num_splits;         /* KV splits: 0 chooses, 1 forbids splitting, n asks for n (within 1 GiB of scratch) */
   int32_t deterministic;      /* 1: bit-identical on every run, and a sequence does not depend on its neighbours */
   int32_t reserved0;
 
@@ -175,7 +175,8 @@ typedef struct flashspark_attention_params {
 } flashspark_attention_params;
 
 /* Writes new keys and values into a dense or paged cache, turning the new keys (and q, in place) by rotary embedding
- * when cos and sin are given. Row i of sequence b goes to key position seqlens[b] + i. Sizes as above. */
+ * when cos and sin are given. Row i of sequence b goes to key position seqlens[b] + i, or, with slot_mapping, row t to
+ * the slot of the cache that slot_mapping[t] says. Sizes as above. */
 typedef struct flashspark_append_params {
   uint32_t struct_size; /* sizeof(flashspark_append_params) */
   uint32_t abi_version;
@@ -189,7 +190,7 @@ typedef struct flashspark_append_params {
   int64_t head_dim;
   int64_t head_dim_v;
   int64_t seqlen_new;     /* new rows of each sequence (dense k_new), or their upper bound (cu_seqlens_new) */
-  int64_t total_new;      /* rows of k_new with cu_seqlens_new; else 0 */
+  int64_t total_new;      /* rows of k_new with cu_seqlens_new or slot_mapping; else 0 */
   int64_t seqlen_cache;   /* dense: rows of one cache sequence; paged: 0 */
   int64_t num_cache_rows; /* dense: sequences in the cache (kv_batch_index points into them) */
   int64_t num_pages, page_size, num_page_slots;
@@ -213,6 +214,12 @@ typedef struct flashspark_append_params {
   int64_t rotary_dim;         /* multiple of 2, <= D */
   int32_t q_rotary_per_token; /* 1: q row i turns by position seqlens[b] + i; 0: all rows by seqlens[b] */
   int32_t reserved0;
+
+  /* (total_new) contiguous, on the device: row t goes to row slot_mapping[t] % page_size of page slot_mapping[t] /
+   * page_size; rows of negative entries are left out, no two others are equal. num_seqs is 1 then, which is the
+   * sequence of the scales; page_size may be any number, num_pages * page_size below 2^31. NULL: not so. Not with
+   * seqlens, cu_seqlens_new, kv_batch_index, leftpad_k, page_table or rotary embedding. */
+  const int64_t *slot_mapping;
 } flashspark_append_params;
 
 /* Zeroes the struct and sets struct_size, abi_version, open windows and softmax_scale = 1. */

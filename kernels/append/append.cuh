@@ -1,6 +1,6 @@
 // New keys and values into the cache, with rotary embedding (Su et al., RoFormer, 2021) and rounding to e4m3 on the
 // way. One block a new row of tokens; its warps take the heads in turn. Rows that have no place (a length beyond the
-// cache, a page number or a sequence out of range, as padded rows of a captured batch carry) are left out.
+// cache, a page number, a slot or a sequence out of range, as padded rows of a captured batch carry) are left out.
 #pragma once
 
 #include "append/arguments.hpp"
@@ -35,7 +35,7 @@ FLASHSPARK_DEVICE void store_number(void *to, int64_t n, Number number, float x)
 struct AppendRow {
   bool found;
   int32_t seq, index;  // token `index` of those that are new in sequence `seq`
-  int64_t token;       // of its sequence (dense) or of all (cu_seqlens_new)
+  int64_t token;       // of its sequence (dense) or of all (cu_seqlens_new, slot_mapping)
   int32_t place;       // row of the cache's sequence
   int32_t position;    // for the rotary embedding
   int64_t batch;       // page or sequence of the cache
@@ -44,6 +44,16 @@ struct AppendRow {
 
 FLASHSPARK_DEVICE AppendRow find_append_row(const AppendArguments &a, int32_t row) {
   AppendRow r{};
+  if (a.slot_mapping != nullptr) {  // all rows are sequence 0, whose factors they take
+    const int64_t slot = a.slot_mapping[row];
+    r.token = row;
+    r.found = slot >= 0 && slot < a.capacity;  // vLLM pads with -1
+    if (!r.found) return r;
+    const Quotient at = divide(static_cast<int32_t>(slot), a.page_size);
+    r.batch = at.quotient;
+    r.slot = at.remainder;
+    return r;
+  }
   if (a.cu_seqlens_new == nullptr) {
     const Quotient at = divide(row, a.seqlen_new);
     r.seq = at.quotient;

@@ -15,12 +15,13 @@ struct AppendArguments {
 
   int32_t num_seqs, num_heads_q, num_heads_kv, head_dim, head_dim_v;
   Divisor seqlen_new;     // dense: new rows of a sequence
-  int32_t capacity;       // rows that a sequence of the cache has place for
+  int32_t capacity;       // rows that a sequence of the cache has place for; with slot_mapping: the whole cache
   int32_t cache_batches;  // pages, or sequences of the cache
   Divisor page_size;      // value 0: not paged
 
   const int32_t *seqlens, *cu_seqlens_new, *kv_batch_index, *leftpad_k, *page_table;
   int64_t page_table_stride;
+  const int64_t *slot_mapping;
   Scale k_descale, v_descale;  // NULL unless the cache is e4m3 and the new rows are not
 
   const void *rotary_cos, *rotary_sin;

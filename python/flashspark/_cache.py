@@ -29,6 +29,7 @@ def append_kv(
     q_rotary_per_token: bool = True,
     k_descale: Array | None = None,
     v_descale: Array | None = None,
+    slot_mapping: Array | None = None,
 ) -> None:
     """Writes new keys and values into a dense or paged cache, in place.
 
@@ -39,6 +40,9 @@ def append_kv(
     rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotary embedding of the new keys, and of q **in place** when it
     is given: q's row i turns by cache_seqlens + i - cache_leftpad, all rows by the first of these without
     q_rotary_per_token. rotary_interleaved: pairs (0, 1), (2, 3) ..; else (0, rotary_dim / 2), (1, ..) ..
+    slot_mapping: int64 (num_tokens,), in place of lengths, block_table and rotary embedding: row t of k and v,
+    (total, num_heads_kv, head_dim) with total >= num_tokens, goes to page slot_mapping[t] // page_size, row
+    slot_mapping[t] % page_size of it; negative entries are skipped. Any page_size; descales of one sequence.
     """
     if isinstance(q, np.ndarray) and not q.flags.writeable:
         raise ValueError("q = read-only array: must be writable, it is turned in place")
@@ -54,6 +58,7 @@ def append_kv(
     args = (
         stored_as, k, v, k_cache, v_cache, q, rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, block_table,
         cache_batch_idx, cache_leftpad, rotary_interleaved, q_rotary_per_token, k_descale, v_descale,
+        slot_mapping,
     )
     # fmt: on
     call(_core.append_kv, APPEND_ARGUMENTS, args)

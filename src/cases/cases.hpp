@@ -220,6 +220,9 @@ std::vector<Case> three_guide_checks();
 std::vector<Case> feature_matrix();
 // Prefill and decode at the sizes the README quotes.
 std::vector<Case> bench_cases();
+// Decode and verification over a paged cache: heads, batch, context, rows, page size, lengths and type of the cache.
+enum class DecodeGrid { kCpu, kShort, kFull };
+std::vector<Case> decode_cases(DecodeGrid grid);
 
 // "causal", "paged", "gqa", "e4m3 kv", ...: what a Case uses, for the coverage table.
 std::vector<std::string> features(const Case &spec);

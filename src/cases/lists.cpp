@@ -1,10 +1,33 @@
 // The guide checks, the benchmark, and the names of what a Case uses.
+#include <iterator>
+
 #include "cases/cases.hpp"
 
 namespace flashspark::cases {
 namespace {
 
 const std::vector<SeqLen> kMixed = {{1, 1328}, {5, 18}, {129, 463}};
+
+// The axes of decode_cases().
+struct Heads {
+  int64_t q, kv, dim;
+  bool main;  // one of those that every grid has
+};
+constexpr Heads kHeads[] = {{64, 8, 128, true},  {16, 2, 128, true}, {32, 2, 256, true}, {32, 8, 128, false},
+                            {16, 1, 256, false}, {16, 8, 64, false}, {8, 1, 512, false}};
+constexpr int64_t kBatches[] = {1, 2, 4, 8, 16, 32, 64, 128}, kKeys[] = {512, 2048, 8192, 32768, 131072};
+constexpr int64_t kRows[] = {1, 2, 4, 8, 16}, kPages[] = {16, 64}, kShort = 512;
+constexpr bool kChoices[] = {false, true};
+
+// `changes`: how many of rows, page size, lengths and type of the cache are not the usual ones.
+bool is_in(DecodeGrid grid, const Heads &heads, int64_t batch, int64_t keys, bool skewed, int changes) {
+  if (grid == DecodeGrid::kFull) return true;
+  const bool cpu = grid == DecodeGrid::kCpu;
+  if (changes > 1 || (!heads.main && (cpu || changes == 1))) return false;
+  if (cpu) return keys <= 2048 && (batch == 4 || batch == 1) && (changes == 0 || batch * keys == 4 * 2048);
+  if (changes == 0) return batch * keys <= 64 * 32768 && (batch == 1 || batch == 4 || batch == 16 || batch == 64);
+  return skewed ? keys == 32768 && (batch == 16 || batch == 64) : keys == 8192 && (batch == 1 || batch == 16);
+}
 
 }  // namespace
 
@@ -85,6 +108,39 @@ std::vector<Case> bench_cases() {
   decode.lens = {{1, 16384}};
   add("decode/B1-kv16384-paged16-bf16", decode);
   return cases;
+}
+
+std::vector<Case> decode_cases(DecodeGrid grid) {
+  std::vector<Case> cases;
+  for (size_t n = 0;; ++n) {
+    size_t rest = n;
+    const auto next = [&](const auto &axis) {
+      const auto value = axis[rest % std::size(axis)];
+      rest /= std::size(axis);
+      return value;
+    };
+    const int64_t keys = next(kKeys), batch = next(kBatches);
+    const Heads heads = next(kHeads);
+    const int64_t rows = next(kRows), page = next(kPages);
+    const bool skewed = next(kChoices), fp8 = next(kChoices);
+    if (rest > 0) return cases;
+    if (skewed && (batch == 1 || keys == kShort)) continue;  // not so
+    if (!is_in(grid, heads, batch, keys, skewed, (rows != 1) + (page != 16) + skewed + fp8)) continue;
+    Case c;
+    c.group = "decode";
+    c.lens.assign(batch, {rows, skewed ? kShort : keys});
+    c.lens[0].k = keys;
+    c.heads_q = heads.q, c.heads_kv = heads.kv, c.head_dim = heads.dim;
+    c.kv_layout = Layout::kPaged;
+    c.page_size = page;
+    c.causal = true;
+    c.lse = false;
+    if (fp8) c.kv_dtype = FLASHSPARK_FLOAT8_E4M3, c.k_descale = c.v_descale = Descale::kPerTensor;
+    const auto text = [](int64_t number) { return std::to_string(number); };
+    c.name = text(heads.q) + "/" + text(heads.kv) + "-D" + text(heads.dim) + "/B" + text(batch) + "-kv" + text(keys) +
+             (skewed ? "+" + text(kShort) : "") + "-q" + text(rows) + "-page" + text(page) + (fp8 ? "-fp8kv" : "-bf16");
+    cases.push_back(std::move(c));
+  }
 }
 
 std::vector<std::string> features(const Case &c) {

@@ -32,10 +32,10 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.head_dim = static_cast<int32_t>(p.head_dim);
   a.head_dim_v = static_cast<int32_t>(p.head_dim_v);
   a.seqlen_new = make_divisor(static_cast<uint32_t>(std::max<int64_t>(1, p.seqlen_new)));
-  const bool paged = p.page_table != nullptr;
+  const bool slots = p.slot_mapping != nullptr, paged = p.page_table != nullptr || slots;
   if (paged) a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
-  a.capacity =
-      static_cast<int32_t>(std::min<int64_t>(paged ? p.num_page_slots * p.page_size : p.seqlen_cache, INT32_MAX));
+  const int64_t pages = slots ? p.num_pages : p.num_page_slots;
+  a.capacity = static_cast<int32_t>(std::min<int64_t>(paged ? pages * p.page_size : p.seqlen_cache, INT32_MAX));
   a.cache_batches = static_cast<int32_t>(paged ? p.num_pages : p.num_cache_rows);
   a.seqlens = p.seqlens;
   a.cu_seqlens_new = p.cu_seqlens_new;
@@ -43,6 +43,7 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.leftpad_k = p.leftpad_k;
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
+  a.slot_mapping = p.slot_mapping;
   if (p.k_cache.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k_new.dtype != FLASHSPARK_FLOAT8_E4M3) {
     a.k_descale = scale_of(p.k_descale);
     a.v_descale = scale_of(p.v_descale);
@@ -54,7 +55,8 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.seqlen_rotary = static_cast<int32_t>(p.seqlen_rotary);
   a.q_rotary_per_token = p.q_rotary_per_token;
 
-  plan.launch.grid[0] = static_cast<uint32_t>(p.cu_seqlens_new != nullptr ? p.total_new : p.num_seqs * p.seqlen_new);
+  const bool packed = p.cu_seqlens_new != nullptr || slots;
+  plan.launch.grid[0] = static_cast<uint32_t>(packed ? p.total_new : p.num_seqs * p.seqlen_new);
   plan.launch.grid[1] = plan.launch.grid[2] = 1;
   plan.launch.threads = kThreads;
   return plan;

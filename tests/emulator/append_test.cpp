@@ -20,7 +20,8 @@ struct Spec {
   bool varlen = false, paged = true, batch_index = false, leftpad = false, odd_strides = false, heads_first = false;
   int64_t rotary_dim = 0;
   bool interleaved = true, turn_q = false, q_per_token = true;
-  int64_t head_dim = 64, head_dim_v = 64, heads = 3;
+  int64_t head_dim = 64, head_dim_v = 64, heads = 3, page_size = 16;
+  bool slots = false;  // with paged: slot_mapping in place of lengths and page table
 };
 
 // One problem with its memory; two of one seed are equal.
@@ -28,6 +29,7 @@ struct Problem {
   AppendParams p{};
   std::vector<uint8_t> k_new, v_new, k_cache, v_cache, q, cos, sin;
   std::vector<int32_t> seqlens, cu, index, leftpad, pages;
+  std::vector<int64_t> slots;
   std::vector<float> k_descale, v_descale;
 
   static void fill(std::vector<uint8_t> &bytes, int64_t count, int32_t dtype, std::mt19937 &rng, float spread) {
@@ -46,7 +48,7 @@ struct Problem {
   Problem(const Spec &s, uint32_t seed) {
     std::mt19937 rng(seed);
     const auto from = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
-    p.num_seqs = s.varlen ? 40 : 3;  // more than one round of a warp
+    p.num_seqs = s.slots ? 1 : s.varlen ? 40 : 3;  // more than one round of a warp
     p.num_heads_kv = s.heads, p.num_heads_q = 2 * s.heads;
     p.head_dim = s.head_dim, p.head_dim_v = s.head_dim_v;
     p.seqlen_new = 5;
@@ -57,12 +59,21 @@ struct Problem {
       p.total_new = cu.back() + 1;
       p.cu_seqlens_new = cu.data();
     }
-    const int64_t batch = s.varlen ? 1 : p.num_seqs, tokens = s.varlen ? p.total_new : p.seqlen_new;
+    if (s.slots) p.total_new = 23;
+    const bool packed = s.varlen || s.slots;
+    const int64_t batch = packed ? 1 : p.num_seqs, tokens = packed ? p.total_new : p.seqlen_new;
     p.k_new = tensor(k_new, batch, tokens, s.heads, s.head_dim, s.new_dtype, s.odd_strides, false, rng);
     p.v_new = tensor(v_new, batch, tokens, s.heads, s.head_dim_v, s.new_dtype, s.odd_strides, false, rng);
     for (int32_t count : rows) seqlens.push_back(from(0, 48 - count));
-    p.seqlens = seqlens.data();
-    if (s.paged) {
+    if (!s.slots) p.seqlens = seqlens.data();
+    if (s.slots) {
+      p.page_size = s.page_size, p.num_pages = 5;
+      for (int64_t n = 0; n < p.num_pages * p.page_size; ++n) slots.push_back(n);
+      std::shuffle(slots.begin(), slots.end(), rng);
+      slots.resize(static_cast<size_t>(p.total_new));
+      for (const int n : {0, 7, 8, 22}) slots[static_cast<size_t>(n)] = n == 8 ? INT64_MIN : -1;
+      p.slot_mapping = slots.data();
+    } else if (s.paged) {
       p.page_size = 16, p.num_page_slots = p.page_table_stride = 3, p.num_pages = 3 * p.num_seqs + 2;
       for (int64_t n = 0; n < p.num_pages; ++n) pages.push_back(static_cast<int32_t>(n));
       std::shuffle(pages.begin(), pages.end(), rng);
@@ -74,7 +85,7 @@ struct Problem {
       std::shuffle(index.begin(), index.end(), rng);
       if (s.batch_index) p.kv_batch_index = index.data();
     }
-    const int64_t outer = s.paged ? p.num_pages : p.num_cache_rows, inner = s.paged ? 16 : 48;
+    const int64_t outer = s.paged ? p.num_pages : p.num_cache_rows, inner = s.paged ? p.page_size : 48;
     p.k_cache = tensor(k_cache, outer, inner, s.heads, s.head_dim, s.cache_dtype, s.odd_strides, s.heads_first, rng);
     p.v_cache = tensor(v_cache, outer, inner, s.heads, s.head_dim_v, s.cache_dtype, s.odd_strides, s.heads_first, rng);
     for (int64_t n = 0; n < p.num_seqs * s.heads; ++n) {
@@ -168,6 +179,22 @@ TEST(Append, EveryLayout) {
   }
 }
 
+TEST(Append, SlotMapping) {
+  uint32_t seed = 200;
+  for (const int32_t cache : {FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT8_E4M3}) {
+    for (const bool odd : {false, true}) {
+      for (const bool heads_first : {false, true}) {
+        for (const int64_t page_size : {16, 7, 48}) {
+          Spec s;
+          s.slots = true, s.cache_dtype = cache, s.odd_strides = odd, s.heads_first = heads_first;
+          s.page_size = page_size, s.head_dim = odd ? 40 : 128, s.head_dim_v = odd ? 72 : 128;
+          compare(s, ++seed);
+        }
+      }
+    }
+  }
+}
+
 // What a captured batch pads itself with, and what the host cannot check on a GPU: nothing is written, nothing read.
 TEST(Append, RowsWithoutAPlaceAreLeftOut) {
   const auto untouched = [](const Spec &spec, auto &&spoil) {
@@ -183,7 +210,11 @@ TEST(Append, RowsWithoutAPlaceAreLeftOut) {
   untouched(s, [](Problem &x) { std::fill(x.seqlens.begin(), x.seqlens.end(), 48); });
   untouched(s, [](Problem &x) { std::fill(x.seqlens.begin(), x.seqlens.end(), -3); });
   untouched(s, [](Problem &x) { std::fill(x.seqlens.begin(), x.seqlens.end(), 1 << 28); });
-  s.paged = false, s.batch_index = true;
+  s.slots = true;
+  untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), -1); });
+  untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), x.p.num_pages * x.p.page_size); });
+  untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), int64_t{1} << 32); });
+  s.slots = false, s.paged = false, s.batch_index = true;
   untouched(s, [](Problem &x) { std::fill(x.index.begin(), x.index.end(), static_cast<int32_t>(x.p.num_cache_rows)); });
   s.rotary_dim = 16;
   untouched(s, [](Problem &x) { x.p.seqlen_rotary = 0; });

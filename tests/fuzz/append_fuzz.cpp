@@ -65,7 +65,8 @@ P legal_problem(Stream &in, bool paged) {
 
 // Exact memory for every tensor; false when one is too large to try.
 bool attach(P &p, Block (&blocks)[5]) {
-  const bool varlen = p.cu_seqlens_new != nullptr, paged = p.page_table != nullptr;
+  const bool slots = p.slot_mapping != nullptr;
+  const bool varlen = p.cu_seqlens_new != nullptr || slots, paged = p.page_table != nullptr || slots;
   const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_new : p.seqlen_new;
   const int64_t cache_batch = paged ? p.num_pages : p.num_cache_rows,
                 cache_tokens = paged ? p.page_size : p.seqlen_cache;
@@ -89,9 +90,12 @@ bool attach(P &p, Block (&blocks)[5]) {
 // attach() sizes the tensors from the struct, legal or not, so one call both validates and, if it may, writes.
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Stream in(data, size);
-  const uint8_t flavour = in.raw<uint8_t>();
+  const uint8_t bits = in.raw<uint8_t>();
+  const bool slots = bits & 128;
+  const uint8_t flavour = slots && bits & 1 ? 0 : bits;  // slots go with nothing else: half of them stand alone
   const bool paged = flavour & 1, varlen = flavour & 2, rotary = flavour & 4;
-  P p = legal_problem(in, paged);
+  P p = legal_problem(in, paged || slots);
+  if (slots) p.num_seqs = 1, p.total_new = p.seqlen_new;
   for (int64_t patches = in.below(5); patches > 0; --patches) {
     kFields[in.below(std::size(kFields))].set(&p, in.number());
   }
@@ -101,6 +105,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   bound(p.num_page_slots, 64, INT32_MAX);
   bound(p.page_table_stride, 256, INT64_MAX / 16);
   bound(p.seqlen_rotary, 4096, INT32_MAX);
+  if (slots) bound(p.total_new, 64, INT32_MAX);
   const int64_t seqs = std::clamp<int64_t>(p.num_seqs, 0, 16);
   std::vector<int32_t> seqlens(seqs), cu(seqs + 1), index(seqs), leftpad(seqs), pages;
   for (int64_t b = 0; b < seqs; ++b) {
@@ -117,11 +122,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
       (*array)[in.below(static_cast<int64_t>(array->size()))] = static_cast<int32_t>(in.number());
     }
   }
+  std::vector<int64_t> slot_mapping(std::clamp<int64_t>(p.total_new, 1, 64));
+  for (int64_t &slot : slot_mapping) slot = in.below(20) == 1 ? in.number() : in.below(113) - 1;
   p.seqlens = flavour & 8 ? seqlens.data() : nullptr;
   p.cu_seqlens_new = varlen ? cu.data() : nullptr;
   p.kv_batch_index = flavour & 16 ? index.data() : nullptr;
   p.leftpad_k = flavour & 32 ? leftpad.data() : nullptr;
   p.page_table = paged && !pages.empty() ? pages.data() : nullptr;
+  if (slots) p.slot_mapping = slot_mapping.data();
   const std::vector<float> table(static_cast<size_t>(std::clamp<int64_t>(p.seqlen_rotary, 0, 4096) *
                                                      std::clamp<int64_t>(p.rotary_dim / 2, 1, 256)),
                                  0.5f);

@@ -8,7 +8,6 @@ import torch
 from problem import guarded
 
 E4M3 = torch.float8_e4m3fn
-pytestmark = pytest.mark.needs_gpu
 
 
 def cache(kind: str, pages: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +25,7 @@ def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return base.to(device, copy=True).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("rotary", [0, 32, 64], ids=lambda r: f"rotary {r}")
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("kind", ["separate", "packed", "heads_first"])
@@ -66,6 +66,45 @@ def test_append(types, kind, varlen, rotary, device):
             torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["separate", "packed", "heads_first"])
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+                                   (torch.bfloat16, E4M3), (torch.float32, E4M3), (E4M3, E4M3)], ids=str)  # fmt: skip
+def test_slot_mapping(types, kind, device):
+    """Beside torch's indexing, and beside itself in a captured graph whose slots change between replays."""
+    new_type, cache_type = types
+    torch.manual_seed(5)
+    heads, dim, tokens = 3, 64, 37
+    k, v = (torch.randn(tokens + 4, heads, dim, device=device).to(new_type) for _ in range(2))
+    pair = [on_device(x, device) for x in cache(kind, 9, heads, dim, cache_type)]
+    slots = torch.empty(tokens, dtype=torch.int64, device=device)
+    scale = torch.tensor(0.5, device=device)
+    factors = {"k_descale": scale, "v_descale": scale} if cache_type is E4M3 else {}
+
+    def call() -> None:
+        flashspark.append_kv(k, v, *pair, slot_mapping=slots, **factors)
+
+    slots.fill_(-1)
+    call()
+    graph = None
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    for round_ in range(3):
+        slots.copy_(torch.randperm(9 * 16)[:tokens])
+        slots[round_::5] = -1
+        kept = slots >= 0
+        at = slots[kept] // 16, slots[kept] % 16
+        want = [x.float() for x in pair]
+        for x, rows in zip(want, (k, v)):
+            numbers = rows[:tokens][kept].float()
+            x[at] = (numbers / scale if factors and new_type is not E4M3 else numbers).to(cache_type).float()
+        graph.replay() if graph else call()
+        for got, x in zip(pair, want):
+            torch.testing.assert_close(got.float(), x, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.needs_gpu
 def test_attention_with_new_keys(device):
     """flash_attn_with_kvcache writes k and v and attends to them, in a captured graph, too."""
     torch.manual_seed(4)
@@ -92,6 +131,7 @@ def test_attention_with_new_keys(device):
     torch.testing.assert_close(k_cache.cpu(), host[1], rtol=0, atol=0)
 
 
+@pytest.mark.needs_gpu
 def test_rows_without_a_place(device):
     """Lengths and pages of padded rows are stale; nothing is written for them."""
     k_cache, v_cache = (torch.zeros(4, 16, 1, 64, device=device, dtype=torch.bfloat16) for _ in range(2))

@@ -206,6 +206,38 @@ def test_kvcache(change, error, text):
     assert (call["k_cache"] == 0).all() and (call["v_cache"] == 0).all()
 
 
+i64 = lambda *x: np.array(x, np.int64)  # noqa: E731
+SLOTS = [
+    (dict(cache_seqlens=i32(1)), ValueError, "cache_seqlens = given"),
+    (dict(cu_seqlens_k_new=i32(0, 3)), ValueError, "cu_seqlens_k_new = given"),
+    (dict(block_table=np.zeros((1, 2), np.int32)), ValueError, "block_table = given"),
+    (dict(cache_batch_idx=i32(0)), ValueError, "cache_batch_idx = given"),
+    (dict(cache_leftpad=i32(0)), ValueError, "cache_leftpad = given"),
+    (dict(rotary_cos=z(20, 4), rotary_sin=z(20, 4)), ValueError, "rotary_cos = given"),
+    (dict(q=z(3, 4, 32)), ValueError, "q = given"),
+    (dict(k=z(1, 3, 2, 32), v=z(1, 3, 2, 32)), ValueError, "k.shape = (1, 3, 2, 32)"),
+    (dict(slot_mapping=i64(1, 2, 3, 4)), ValueError, "k.shape[0] = 3"),
+    (dict(slot_mapping=i32(1, 2, 3)), TypeError, "slot_mapping.dtype = int32"),
+    (dict(slot_mapping=i64(1, 2, 3)[None]), ValueError, "slot_mapping.shape = (1, 3)"),
+    (dict(slot_mapping=i64(1, 2, 3, 4, 5)[::2]), ValueError, "slot_mapping.stride(0) = 2"),
+    (dict(slot_mapping=i64(31, -1, 32)), ValueError, "slot_mapping[2] = 32"),
+    (dict(k_descale=np.ones((3, 2), F)), ValueError, "k_descale.shape[0] = 3"),
+    (dict(v_cache=z(2, 17, 2, 32)), ValueError, "v_cache.shape[1] = 17"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), SLOTS, ids=[f"{i}-{c[2][:24]}" for i, c in enumerate(SLOTS)])
+def test_slot_mapping(change, error, text):
+    call = dict(
+        k=z(3, 2, 32) + 1, v=z(3, 2, 32) + 1, k_cache=z(2, 16, 2, 32), v_cache=z(2, 16, 2, 32),
+        slot_mapping=i64(5, -1, 31),
+    )  # fmt: skip
+    call.update(change)
+    with pytest.raises(error, match=re.escape(text)):
+        append_kv(**call)
+    assert (call["k_cache"] == 0).all() and (call["v_cache"] == 0).all()
+
+
 def test_read_only_cache():
     cache = z(2, 16, 2, 32)
     cache.flags.writeable = False

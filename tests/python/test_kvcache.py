@@ -161,6 +161,50 @@ def test_append_kv_alone(normal):
     assert (k_cache[0, 6:] == 0).all() and (k_cache[1, 3:13] == 0).all()
 
 
+def slot_caches(normal, dtype, layout):
+    """Five pages of seven rows, two heads of 32: K's and V's, and the memory that they lie in."""
+    if layout == "packed":
+        both = normal(5, 7, 2, 64, dtype=dtype)
+        return both[..., :32], both[..., 32:], both
+    if layout == "heads first":
+        both = normal(2, 5, 2, 7, 32, dtype=dtype)
+        return both[0].swapaxes(1, 2), both[1].swapaxes(1, 2), both
+    both = normal(5, 2, 7, 2, 32, dtype=dtype)
+    return both[:, 0], both[:, 1], both
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads first", "planes"])
+def test_slot_mapping(normal, rng, dtype, layout):
+    k_cache, v_cache, memory = slot_caches(normal, dtype, layout)
+    k, v = normal(15, 2, 32, dtype=dtype), normal(15, 2, 32, dtype=dtype)  # more rows than slots, as vLLM's
+    slots = rng.permutation(35)[:12]
+    slots[[0, 5, 11]] = -1
+    kept = slots >= 0
+    want = memory.copy()
+    at = np.ndarray(k_cache.shape, dtype, want, k_cache.ctypes.data - memory.ctypes.data, k_cache.strides)
+    at[slots[kept] // 7, slots[kept] % 7] = k[:12][kept]
+    at = np.ndarray(v_cache.shape, dtype, want, v_cache.ctypes.data - memory.ctypes.data, v_cache.strides)
+    at[slots[kept] // 7, slots[kept] % 7] = v[:12][kept]
+    assert append_kv(k, v, k_cache, v_cache, slot_mapping=slots) is None
+    np.testing.assert_array_equal(memory, want)
+    append_kv(k, v, k_cache, v_cache, slot_mapping=slots[:0])
+    np.testing.assert_array_equal(memory, want)
+
+
+def test_slot_mapping_to_an_fp8_cache(normal):
+    e4m3 = ml_dtypes.float8_e4m3fn
+    k_cache, v_cache = np.zeros((3, 16, 2, 32), e4m3), np.zeros((3, 16, 2, 32), e4m3)
+    k, v = normal(4, 2, 32, dtype=ml_dtypes.bfloat16), normal(4, 2, 32, dtype=ml_dtypes.bfloat16)
+    slots = np.array([17, -1, 0, 47])
+    k_scale, v_scale = np.array(0.5, np.float32), np.array([[0.25, 2]], np.float32)  # of all heads, of each
+    append_kv(k, v, k_cache, v_cache, slot_mapping=slots, k_descale=k_scale, v_descale=v_scale)
+    want_k, want_v = np.zeros((48, 2, 32), np.float32), np.zeros((48, 2, 32), np.float32)
+    want_k[slots[[0, 2, 3]]] = (wide(k) / 0.5)[[0, 2, 3]]
+    want_v[slots[[0, 2, 3]]] = (wide(v) / v_scale[0][:, None])[[0, 2, 3]]
+    np.testing.assert_array_equal(wide(k_cache).reshape(48, 2, 32), wide(want_k.astype(e4m3)))
+    np.testing.assert_array_equal(wide(v_cache).reshape(48, 2, 32), wide(want_v.astype(e4m3)))
+
+
 def test_explain_writes_nothing(normal):
     k_cache, v_cache = dense_cache(normal, np.float32)
     before = k_cache.copy()

@@ -190,6 +190,11 @@ def test_operators_are_well_formed():
         torch.ops.flashspark.append_kv.default,
         (k, v, *cache, lens, None, None, None, None, None, None, None, True, True, None, None),
     )
+    slots = torch.tensor([70, -1, 3])
+    torch.library.opcheck(
+        torch.ops.flashspark.append_kv.default,
+        (k[0], v[0], *cache, *(None,) * 8, True, True, None, None, slots),
+    )
 
 
 def test_operators_equal_the_functions():
@@ -209,6 +214,24 @@ def test_operators_equal_the_functions():
     assert torch.equal(torch_ops.flash_attn_varlen_func(*arrays, cu, None, 30, 90, **options), want)
     with pytest.raises(ValueError, match=r"softcap = -1"):
         torch_ops.flash_attn_func(q, k, v, softcap=-1.0)
+
+
+@pytest.mark.parametrize("cache_type", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_slot_mapping(cache_type):
+    from flashspark import torch_ops
+
+    k, v = torch.randn(9, 2, 32), torch.randn(9, 2, 32)
+    slots = torch.tensor([40, -1, 0, 17, 18, 59, -1])
+    want, kept = torch.zeros(2, 60, 2, 32), slots >= 0
+    for cache, rows in zip(want, (k, v)):
+        cache[slots[kept]] = rows[:7][kept].to(cache_type).float()
+    compiled = torch.compile(torch_ops.append_kv, fullgraph=True, backend="aot_eager")
+    for append in (flashspark.append_kv, torch_ops.append_kv, compiled):
+        pages = torch.zeros(2, 5, 12, 2, 32, dtype=cache_type)
+        append(k, v, *pages, slot_mapping=slots)
+        assert torch.equal(pages.float().view_as(want), want)
+        append(k, v, *pages, slot_mapping=torch.empty(0, dtype=torch.int64))  # has no address
+        assert torch.equal(pages.float().view_as(want), want)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -28,7 +28,7 @@ INSTANTIATE_TEST_SUITE_P(All, FeatureMatrix, testing::ValuesIn(feature_matrix())
 
 TEST(Cases, NamesAreUnique) {
   std::set<std::string> names;
-  for (const auto &list : {three_guide_checks(), feature_matrix(), bench_cases()}) {
+  for (const auto &list : {three_guide_checks(), feature_matrix(), bench_cases(), decode_cases(DecodeGrid::kFull)}) {
     for (const Case &c : list) EXPECT_TRUE(names.insert(c.name).second) << c.name;
   }
 }
