@@ -53,6 +53,7 @@ def _flash_attn_fwd(
     compile_only: bool = False,
     *,
     alibi_slopes: Array | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
     explain: bool = False,
     **knobs: Any,
@@ -67,6 +68,7 @@ def _flash_attn_fwd(
     learnable_sink: (num_heads,) sinks. dynamic_causal: int32 (num_seqs,), takes the place of `causal`.
     score_mod, mask_mod: None or a tag of flashspark.mods, with its data in aux_tensors.
     q_descale, k_descale, v_descale: float32 (num_seqs, num_heads_kv), for float8_e4m3 tensors.
+    deterministic: the same bits on every run, and whatever the rest of the batch.
     compile_only: allocate the results and return without computing; so do fake tensors of torch.
     Knobs that tune FlashAttention 4's kernels are accepted and ignored; what would change the result and is not
     supported raises NotImplementedError; an unknown name that is not None or False raises TypeError.
@@ -94,7 +96,7 @@ def _flash_attn_fwd(
     # fmt: off
     return attend(
         FORWARD, (q, k, v), out, lse, return_lse, explain,
-        (softmax_scale, causal, window_left, window_size_right, softcap, num_splits, False, implementation, 0),
+        (softmax_scale, causal, window_left, window_size_right, softcap, num_splits, deterministic, implementation, 0),
         (
             cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, page_table, None, None,
             learnable_sink, alibi_slopes, q_descale, k_descale, v_descale, output_scale, native.get("rel_logits"),

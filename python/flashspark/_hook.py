@@ -20,8 +20,9 @@ SELECTOR = "vllm.v1.attention.selector"
 FA_UTILS = "vllm.v1.attention.backends.fa_utils"
 FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
 CUTE = "vllm.vllm_flash_attn.cute.interface"
+MLA_PREFILL = "vllm.v1.attention.backends.mla.prefill.flash_attn"
 INKLING = "vllm.models.inkling.nvidia.ops.fa4_rel_attention"
-WATCHED = frozenset({SELECTOR, FA_UTILS, FLASH_ATTN, CUTE, INKLING})
+WATCHED = frozenset({SELECTOR, FA_UTILS, FLASH_ATTN, CUTE, MLA_PREFILL, INKLING})
 
 
 def switched_off() -> str:

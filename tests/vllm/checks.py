@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ IMPORTERS = (
 REPLACED = (
     *("flash_attn_varlen_func", "get_flash_attn_version", "flash_attn_supports_fp8", "flash_attn_supports_sinks"),
     *("flash_attn_supports_kv_cache_dtype", "compile_flash_attn_varlen_func_from_specs"),
+    *("FlashAttnPrefillBackend", "_FA4_DENSE_ATTENTION_KERNEL"),
 )
 
 
@@ -77,7 +80,7 @@ def slot(c: Context) -> None:
 
     served = [{"head_size": d} for d in (*range(8, 257, 8), 320, 448, 512)]
     served += [{"dtype": torch.float16}, {"has_sink": True}, {"head_size": 512, "has_sink": True}]
-    served += [{"kv_cache_dtype": "fp8", "head_size": d} for d in (64, 80, 128, 256)]
+    served += [{"kv_cache_dtype": "fp8", "head_size": d} for d in (64, 80, 128, 256, 512)]
     if c.knows("use_mm_prefix") and hasattr(sys.modules[FLASH_ATTN], "_make_mm_prefix_mask_mod"):
         served += [{"use_mm_prefix": True}, {"use_mm_prefix": True, "head_size": 256}]
     for wanted in served:
@@ -211,6 +214,101 @@ def relatives(c: Context) -> str:
     return ", ".join([*done, "MLA prefill"])
 
 
+MLA_DIMS = {"DeepSeek": (128, 64, 128), "GLM": (192, 64, 256), "Mistral": (64, 64, 128)}
+
+
+def _module(name: str) -> Any:
+    """The module, or None where the release has none of this name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert (error.name or "").startswith("vllm"), error
+        return None
+
+
+def mla_model(c: Context, dims: tuple[int, int, int]) -> Any:
+    """Of a VllmConfig, what an MLA layer of this size and the warm-ups look at."""
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank")
+    text = types.SimpleNamespace(**dict(zip(names, (*dims, 512, None))))
+    model = types.SimpleNamespace(
+        dtype=torch.bfloat16, hf_text_config=text, use_mla=True, rswa_window=None,
+        get_num_attention_heads=lambda _: 16,
+    )  # fmt: skip
+    shared = ("attention_config", "kernel_config", "parallel_config", "compilation_config", "cache_config")
+    found = {name: getattr(c.config, name) for name in shared if hasattr(c.config, name)}
+    return types.SimpleNamespace(model_config=model, **found)
+
+
+def mla_layer(config: Any) -> Any:
+    """MLA prefill's backend as vLLM chooses and makes it; None up to 0.21."""
+    selector = _module(f"{_BACKENDS}.mla.prefill.selector")
+    if selector is None:
+        return None
+    select = selector.get_mla_prefill_backend
+    text = vars(config.model_config.hf_text_config)
+    sizes = {name: text[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")}
+    return select(config)(num_heads=16, scale=0.1, vllm_config=config, **sizes)
+
+
+def _count_units() -> int:
+    """Runs vLLM's CuTe-DSL warm-up (from 0.25) on the providers that have registered; how many units there were."""
+    warmup = _module("vllm.model_executor.warmup.cutedsl_warmup")
+    if warmup is None:
+        return 0
+    units = warmup._collect_unique_compile_units(warmup._iter_cutedsl_warmup_compile_units())
+    for unit in units:
+        unit.compile()
+    return len(units)
+
+
+def warmups(c: Context) -> str:
+    """Version 4 makes vLLM compile nothing of FlashAttention 4 at start-up, which SM12x would end with an error."""
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    prefill = _module(f"{_BACKENDS}.mla.prefill.flash_attn")
+    if prefill is None:  # up to 0.21
+        return "none"
+    jit = _module("vllm.model_executor.warmup.jit_warmup")
+    registry = getattr(jit, "JitWarmupRegistry", None)  # from 0.29
+    asked, real = [], torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda *_: asked.append(1) or tuple(current_platform.get_device_capability())
+    done, loaded = [], {*sys.modules}
+    try:
+        with set_current_vllm_config(c.config):
+            for model, dims in MLA_DIMS.items():
+                config = mla_model(c, dims)
+                registered = registry and registry(config)
+                with registered.activate() if registered else nullcontext():
+                    layer = mla_layer(config)
+                    assert layer.vllm_flash_attn_version == 4 and type(layer) is prefill.FlashAttnPrefillBackend, layer
+                    _register_dense(config)
+                assert _count_units() == 0, f"{model}: {_count_units()} units"
+                if registered:
+                    registered.warmup()
+                elif kernel := getattr(prefill, "FA4_MLA_PREFILL_KERNEL", None):  # 0.27 and 0.28
+                    kernel.warmup(config)
+                done.append(model)
+    finally:
+        torch.cuda.get_device_capability = real
+    assert not asked, "FlashAttention 4's list of kernels was made"
+    cute = f"{INTERFACE.rpartition('.')[0]}.cute"
+    assert not any(name.startswith(cute) for name in {*sys.modules} - loaded), "FlashAttention 4 was loaded"
+    return ", ".join(done)
+
+
+def _register_dense(config: Any) -> None:
+    """From 0.30 on Gemma 4's layers register FlashAttention 4 for a warm-up, as the stock builder does at version 4."""
+    kernel = getattr(sys.modules[FLASH_ATTN], "_FA4_DENSE_ATTENTION_KERNEL", None)
+    if kernel is None:
+        return
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=512, dtype=torch.bfloat16)
+    assert not kernel.get_warmup_keys(vllm_config=config, kv_cache_spec=spec, num_qo_heads=16)
+    kernel.register_warmup(vllm_config=config, kv_cache_spec=spec, num_qo_heads=16)
+
+
 def graphs(c: Context) -> str:
     """The CUDA-graph class is what this release states at version 4."""
     from flashspark.vllm.backend import FlashSparkBackend
@@ -298,4 +396,4 @@ def docs(c: Context) -> str:
     return f"{len(lines)} lines"
 
 
-TAKEN = (slot, importers, version, predicates, relatives, graphs, release, masks, doctor, docs)
+TAKEN = (slot, importers, version, predicates, relatives, warmups, graphs, release, masks, doctor, docs)

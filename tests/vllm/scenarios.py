@@ -17,7 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from attention import CALLS
-from checks import FA_UTILS, FLASH_ATTN, IMPORTERS, INTERFACE, REPLACED, TAKEN, Context, load_importers
+from checks import (
+    FA_UTILS,
+    FLASH_ATTN,
+    IMPORTERS,
+    INTERFACE,
+    MLA_DIMS,
+    REPLACED,
+    TAKEN,
+    Context,
+    graphs,
+    importers,
+    load_importers,
+    mla_layer,
+    mla_model,
+    relatives,
+    slot,
+    version,
+    warmups,
+)
 from forward import FORWARD
 
 Results = dict[str, str]
@@ -74,6 +92,8 @@ def plugin() -> Results:
     load()
     load_importers()
     assert c.select().__module__.startswith("vllm."), c.select()
+    layers = [mla_layer(mla_model(c, dims)) for dims in MLA_DIMS.values()]
+    assert {getattr(layer, "vllm_flash_attn_version", 2) for layer in layers} == {2}, layers
     plugins()
     return run(TAKEN, c)
 
@@ -81,6 +101,9 @@ def plugin() -> Results:
 def stock_names() -> str:
     """Every name that would be replaced holds vLLM's own object, and the slot vLLM's own class."""
     load_importers()
+    from flashspark.vllm import replace
+
+    assert not replace.records
     count = 0
     for module in IMPORTERS:
         for name in (*REPLACED, "is_fa_version_supported", "_make_mm_prefix_mask_mod", "_make_rswa_mask_mod"):
@@ -223,6 +246,12 @@ def unknown_vllm() -> Results:
     return stays_stock("this vLLM is unknown: flash_attn_varlen_func has no")
 
 
+def spark() -> Results:
+    """A DGX Spark: compute capability 12.1, which lists of kernels inside vLLM do not all have."""
+    os.environ["FAKE_CAPABILITY"] = "12.1"
+    return run((slot, importers, version, relatives, warmups, graphs), context())
+
+
 def hopper() -> Results:
     """An H100 stands in: FLASHSPARK_CAPABILITIES=9.0, where stock is version 3 and its builder says ALWAYS."""
     os.environ |= {"FAKE_CAPABILITY": "9.0", "FLASHSPARK_CAPABILITIES": "9.0"}
@@ -232,15 +261,13 @@ def hopper() -> Results:
     stock = sys.modules[FLASH_ATTN].FlashAttentionMetadataBuilder._cudagraph_support.name
     plugins()
 
-    def version(c: Context) -> str:
+    def stand_in(c: Context) -> str:
         assert stock == "ALWAYS", stock
         assert sys.modules[FA_UTILS].get_flash_attn_version(head_size=128) == 4
         assert c.select().__module__ == "flashspark.vllm.backend"
         return "4"
 
-    from checks import graphs
-
-    return run((version, graphs), c)
+    return run((stand_in, graphs, warmups), c)
 
 
 def override() -> Results:
@@ -259,13 +286,17 @@ def override() -> Results:
             from flashspark.vllm.backend import FlashSparkBackend
 
             assert not FlashSparkBackend.supports_sink() and not FlashSparkBackend.supports_head_size(512)
+            for dims in MLA_DIMS.values():
+                layer = mla_layer(mla_model(c, dims))
+                assert layer is None or layer.vllm_flash_attn_version == 2
         c.config.attention_config.flash_attn_version = None
         assert ask(head_size=128) == 4
 
     def invariant(c: Context) -> None:
+        # Version 4 has no such mode in vLLM; ours does, and every call asks for it.
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
         try:
-            assert sys.modules[FA_UTILS].get_flash_attn_version(head_size=128) == 2
+            assert sys.modules[FA_UTILS].get_flash_attn_version(head_size=128) == 4
         finally:
             del os.environ["VLLM_BATCH_INVARIANT"]
 
@@ -330,7 +361,7 @@ def workers() -> Results:
 
 
 SCENARIOS: tuple[Callable[[], Results], ...] = (
-    *(hook, plugin, hopper, off_flashspark, off_shim_switch, other_gpu, unserved_gpu, no_driver, override, bad_switch),
-    *(own_error, broken_library, missing_library, no_kernels, unknown_vllm, community_shim, workers),
+    *(hook, plugin, spark, hopper, off_flashspark, off_shim_switch, other_gpu, unserved_gpu, no_driver, override),
+    *(bad_switch, own_error, broken_library, missing_library, no_kernels, unknown_vllm, community_shim, workers),
 )
 BY_NAME: dict[str, Callable[[], Results]] = {s.__name__: s for s in SCENARIOS}

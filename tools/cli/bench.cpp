@@ -1,17 +1,11 @@
 // flashspark bench: how long, how fast, and how far from what the machine could do.
+#include "cli/bench.hpp"
+
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
-#include <functional>
 
-#include "cli/cli.hpp"
-#include "cli/gpu_run.hpp"
-#include "cli/json.hpp"
-#include "cli/measure.hpp"
 #include "cli/plot.hpp"
-#include "cli/terminal.hpp"
 #include "dispatch.hpp"
 
 namespace flashspark::cli {
@@ -19,27 +13,6 @@ namespace {
 
 constexpr size_t kCopies = 3;  // problems with different values, taken in turn: no call finds its own inputs in L2
 constexpr size_t kFewestCalls = 5, kMostCalls = 2000;
-
-struct Timing {
-  const cases::Case *spec = nullptr;
-  std::string error;         // not empty: could not run
-  bool unsupported = false;  // because no implementation there offers it
-  std::string implementation;
-  std::vector<double> seconds;  // sorted
-  Work work;
-  Roofline roof;
-  double at(double quantile) const { return seconds[static_cast<size_t>(quantile * (seconds.size() - 1))]; }
-  double median() const { return at(0.5); }
-};
-
-void take_times(Timing &t, double seconds, const std::function<double(size_t)> &call) {
-  double spent = 0;
-  while ((spent < seconds || t.seconds.size() < kFewestCalls) && t.seconds.size() < kMostCalls) {
-    t.seconds.push_back(call(t.seconds.size()));
-    spent += t.seconds.back();
-  }
-  std::sort(t.seconds.begin(), t.seconds.end());
-}
 
 // On the GPU one set of values does: between the calls L2 is written over.
 Timing measure_on(GpuSession &gpu, const cases::Case &spec, const BenchOptions &options) {
@@ -52,13 +25,9 @@ Timing measure_on(GpuSession &gpu, const cases::Case &spec, const BenchOptions &
   const char *name = options.implementation.empty() ? nullptr : options.implementation.c_str();
   flashspark_status status = FLASHSPARK_OK;
   for (int n = 0; n < 3 && status == FLASHSPARK_OK; ++n) gpu.time(copy, name, status);
-  if (status != FLASHSPARK_OK) {
-    t.error = flashspark_last_error();
-    t.unsupported = status == FLASHSPARK_UNSUPPORTED;
-    return t;
-  }
+  if (status != FLASHSPARK_OK) return t.refuse(status, options), t;
   t.implementation = choose(copy.params()).name;
-  take_times(t, options.seconds, [&](size_t) { return gpu.time(copy, name, status); });
+  t.take(options.seconds, [&](size_t) { return gpu.time(copy, name, status); });
   return t;
 }
 
@@ -78,14 +47,10 @@ Timing measure(const cases::Case &spec, const BenchOptions &options, const Limit
   flashspark_status status = FLASHSPARK_OK;
   for (cases::Problem &problem : problems) {  // warm-up: threads started, pages of out touched
     time_call(problem, name, options.threads, status);
-    if (status != FLASHSPARK_OK) {
-      t.error = flashspark_last_error();
-      return t;
-    }
+    if (status != FLASHSPARK_OK) return t.refuse(status, options), t;
   }
   if (t.implementation.empty()) t.implementation = choose(problems[0].params).name;
-  take_times(t, options.seconds,
-             [&](size_t n) { return time_call(problems[n % kCopies], name, options.threads, status); });
+  t.take(options.seconds, [&](size_t n) { return time_call(problems[n % kCopies], name, options.threads, status); });
   return t;
 }
 
@@ -104,7 +69,7 @@ Json timing_json(const Timing &t) {
   json["median_seconds"] = t.median();
   json["fastest_seconds"] = t.seconds.front();
   json["p90_seconds"] = t.at(0.9);
-  json["calls"] = t.seconds.size();
+  json["calls"] = t.seconds.size() * t.calls;
   json["flops"] = t.work.flops;
   json["bytes"] = t.work.bytes;
   json["gflops_per_second"] = t.work.flops / t.median() / 1e9;
@@ -116,6 +81,75 @@ Json timing_json(const Timing &t) {
 
 }  // namespace
 
+Place::Place(const BenchOptions &options) {
+  // An implementation of the CPU asked for by name is timed there.
+  const bool wants_cpu = !options.implementation.empty() && options.implementation != kGpuImplementation;
+  gpu = open_gpu(options.cpu || wants_cpu);
+  select_implementations(options.implementation, gpu != nullptr);
+  facts = machine();
+  threads = options.threads > 0 ? options.threads : facts.threads;
+  limits = gpu ? gpu->limits() : measure_limits(threads);
+}
+
+std::string Place::text() const {
+  if (gpu) return gpu->text();
+  return fmt::format("{}, {}, {} threads; limits measured here: {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy",
+                     facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9);
+}
+
+void Timing::refuse(flashspark_status status, const BenchOptions &options) {
+  error = flashspark_last_error();
+  if (status == FLASHSPARK_UNSUPPORTED && options.implementation.empty()) left_out = "not offered";
+}
+
+void Timing::take(double most_seconds, const std::function<double(size_t)> &call) {
+  double spent = 0;
+  while ((spent < most_seconds || seconds.size() < kFewestCalls) && seconds.size() < kMostCalls) {
+    seconds.push_back(call(seconds.size()));
+    spent += seconds.back();
+  }
+  std::sort(seconds.begin(), seconds.end());
+}
+
+std::vector<Timing> time_all(const std::vector<cases::Case> &all,
+                             const std::function<Timing(const cases::Case &)> &measure) {
+  std::vector<Timing> timings;
+  Progress progress(all.size());
+  for (const cases::Case &spec : all) {
+    progress.step(spec.name);
+    timings.push_back(measure(spec));
+  }
+  return timings;
+}
+
+Json report(const Place &place, const std::vector<Timing> &timings) {
+  Json json = report_header();
+  if (place.gpu) {
+    json["gpu"] = to_json(*place.gpu);
+  } else {
+    json["threads"] = place.threads;
+    json["limits"] = to_json(place.limits);
+  }
+  Json &results = json["results"] = Json::array();
+  for (const Timing &t : timings) results.push_back(timing_json(t));
+  return json;
+}
+
+void add_untimed(Table &table, const Timing &t) {
+  t.failed() ? table.row({t.spec->name, "failed"}, Colour::kRed)
+             : table.row({t.spec->name, t.left_out}, Colour::kYellow);
+}
+
+void print_failures(const std::vector<Timing> &timings) {
+  for (const Timing &t : timings) {
+    if (t.failed()) fmt::print("\n  {}: {}\n", paint(Colour::kRed, t.spec->name), t.error);
+  }
+}
+
+int exit_status(const std::vector<Timing> &timings) {
+  return std::any_of(timings.begin(), timings.end(), [](const Timing &t) { return t.failed(); }) ? kFailed : kOk;
+}
+
 int bench(const BenchOptions &options) {
   std::vector<cases::Case> all = cases::three_guide_checks();
   for (cases::Case &c : cases::bench_cases()) all.push_back(std::move(c));
@@ -124,50 +158,17 @@ int bench(const BenchOptions &options) {
   }
   all = select(std::move(all), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
-  // An implementation of the CPU asked for by name is timed there.
-  const bool wants_cpu = !options.implementation.empty() && options.implementation != kGpuImplementation;
-  const std::unique_ptr<GpuSession> gpu = open_gpu(options.cpu || wants_cpu);
-  select_implementations(options.implementation, gpu != nullptr);
-
-  const Machine facts = machine();
-  const int threads = options.threads > 0 ? options.threads : facts.threads;
-  const Limits limits = gpu ? gpu->limits() : measure_limits(threads);
-  const std::string where =
-      gpu ? gpu->text()
-          : fmt::format(
-                "{}, {}, {} threads; limits measured here: {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy",
-                facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9);
-  std::vector<Timing> timings;
-  {
-    Progress progress(all.size());
-    for (const cases::Case &spec : all) {
-      progress.step(spec.name);
-      timings.push_back(gpu ? measure_on(*gpu, spec, options) : measure(spec, options, limits));
-    }
-  }
-  // Without a name a case that nothing there offers is no failure.
-  const auto is_failure = [&](const Timing &t) {
-    return !t.error.empty() && !(t.unsupported && options.implementation.empty());
-  };
-  const bool failed = std::any_of(timings.begin(), timings.end(), is_failure);
-
+  const Place place(options);
+  const std::vector<Timing> timings = time_all(all, [&](const cases::Case &spec) {
+    return place.gpu ? measure_on(*place.gpu, spec, options) : measure(spec, options, place.limits);
+  });
   if (options.json) {
-    Json report = report_header();
-    if (gpu) {
-      report["gpu"] = to_json(*gpu);
-    } else {
-      report["threads"] = threads;
-      report["limits"] = to_json(limits);
-    }
-    Json &results = report["results"] = Json::array();
-    for (const Timing &t : timings) results.push_back(timing_json(t));
-    print_json(report);
+    print_json(report(place, timings));
   } else {
     Table table({"case", "implementation", ">median", ">fastest", ">calls", ">GFLOP/s", ">GB/s", ">of limit", "limit"});
     for (const Timing &t : timings) {
       if (!t.error.empty()) {
-        is_failure(t) ? table.row({t.spec->name, "failed"}, Colour::kRed)
-                      : table.row({t.spec->name, "not offered"}, Colour::kYellow);
+        add_untimed(table, t);
         continue;
       }
       table.row({t.spec->name, t.implementation, seconds_text(t.median()), seconds_text(t.seconds.front()),
@@ -176,10 +177,8 @@ int bench(const BenchOptions &options) {
                  t.roof.memory_bound ? "memory" : "arithmetic"});
     }
     table.print();
-    for (const Timing &t : timings) {
-      if (is_failure(t)) fmt::print("\n  {}: {}\n", paint(Colour::kRed, t.spec->name), t.error);
-    }
-    fmt::print("\n{}\n", paint(Colour::kDim, where));
+    print_failures(timings);
+    fmt::print("\n{}\n", paint(Colour::kDim, place.text()));
   }
   if (!options.plot.empty()) {
     std::vector<Bar> bars;
@@ -188,10 +187,11 @@ int bench(const BenchOptions &options) {
       bars.push_back({t.spec->name, seconds_text(t.median()) + " · " + rate_text(t), t.roof.seconds / t.median(),
                       t.roof.memory_bound});
     }
-    write_bars(options.plot, "flashspark " + facts.version + ": share of the machine's limit", where, bars);
+    write_bars(options.plot, "flashspark " + place.facts.version + ": share of the machine's limit", place.text(),
+               bars);
     if (!options.json) fmt::print("plot: {}\n", options.plot);
   }
-  return failed ? kFailed : kOk;
+  return exit_status(timings);
 }
 
 }  // namespace flashspark::cli

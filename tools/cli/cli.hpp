@@ -39,7 +39,8 @@ struct BenchOptions {
   bool json = false;
   bool cpu = false;  // not on the GPU
   bool list = false;
-  bool matrix = false;  // the feature matrix too
+  bool matrix = false;  // the feature matrix too; not of bench decode
+  bool full = false;    // of bench decode: its whole grid
   std::string filter;
   std::string implementation;  // empty: what dispatch chooses
   int threads = 0;
@@ -52,6 +53,7 @@ int doctor(const DoctorOptions &options);
 int verify(const VerifyOptions &options);
 int verify_vllm(const VerifyOptions &options);  // does not return if Python runs
 int bench(const BenchOptions &options);
+int bench_decode(const BenchOptions &options);
 int uninstall();
 
 }  // namespace flashspark::cli

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,17 @@ def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.Comp
     if result.returncode != status:
         raise AssertionError(f"{arguments}: exit status {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
+
+
+def stderr_of_a_terminal(*arguments: str, **environment: str) -> str:
+    """What somebody at a terminal sees beside standard output."""
+    ours, theirs = os.openpty()
+    with open(ours, "rb", buffering=0) as terminal:
+        environment = {**os.environ, **environment}
+        subprocess.run([*LAUNCHER, PROGRAM, *arguments], env=environment, stdout=subprocess.PIPE, stderr=theirs)
+        text = terminal.read(4096).decode() if select.select([terminal], [], [], 0)[0] else ""
+        os.close(theirs)
+    return text
 
 
 def fake_package(site: Path, name: str, version: str, requirements: tuple[str, ...] = ()) -> None:
@@ -64,8 +76,8 @@ class Usage(unittest.TestCase):
         self.assertRegex(run("--version").stdout, r"^flashspark \d+\.\d+\.\d+\n$")
 
     def test_help_has_examples(self) -> None:
-        for arguments in [["--help"], ["doctor", "--help"], ["verify", "--help"], ["bench", "--help"]]:
-            self.assertIn("Examples:", run(*arguments).stdout)
+        for command in [[], ["doctor"], ["verify"], ["bench"], ["bench", "decode"]]:
+            self.assertIn("Examples:", run(*command, "--help").stdout)
 
     def test_wrong_usage_is_2_and_names_the_option(self) -> None:
         run(status=2)
@@ -76,6 +88,9 @@ class Usage(unittest.TestCase):
         self.assertIn("no-such-case", run("verify", "--filter", "no-such-case", status=2).stderr)
         self.assertIn("cpu-engine", run("verify", "--implementation", "no-such", status=2).stderr)
         self.assertIn("cpu-engine", run("bench", "--implementation", "no-such", status=2).stderr)
+        self.assertIn("--matrix", run("bench", "decode", "--matrix", status=2).stderr)
+        self.assertIn("decode excludes --json", run("bench", "--json", "decode", status=2).stderr)
+        self.assertIn("no-such-cell", run("bench", "decode", "--filter", "no-such-cell", status=2).stderr)
 
     def test_list(self) -> None:
         names = run("verify", "--list").stdout.split()
@@ -84,6 +99,10 @@ class Usage(unittest.TestCase):
         listed = json.loads(run("verify", "--list", "--json").stdout)
         self.assertEqual([case["name"] for case in listed], names)
         self.assertIn("decode/B8-kv4096-bf16", run("bench", "--list").stdout.split())
+        short, full = (run("bench", "decode", "--list", *more).stdout.split() for more in ([], ["--full"]))
+        self.assertIn("64/8-D128/B4-kv2048-q1-page16-bf16", short)
+        self.assertLess(set(short), set(full))
+        self.assertEqual(len(full), 7 * 5 * 2 * 2 * (8 * 5 + 7 * 4))  # one long: not of one sequence, not of 512 keys
 
 
 class Doctor(unittest.TestCase):
@@ -140,6 +159,17 @@ class Doctor(unittest.TestCase):
             self.assertEqual(len(found), 1, (part, list(texts)))
             self.assertTrue(found[0]["mend"])
 
+    def test_mends_name_a_pip_that_is_there(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            venv = FakeVenv(Path(folder))
+            fake_package(venv.site, "vllm", "0.25.1")
+            uv = [f["mend"] for f in venv.doctor()["findings"] if "flashspark-*.whl" in (f["mend"] or "")]
+            fake_package(venv.site, "pip", "25.0")
+            pip = [f["mend"] for f in venv.doctor()["findings"] if "flashspark-*.whl" in (f["mend"] or "")]
+        python = f"{folder}/bin/python3"
+        self.assertEqual(uv, [f"uv pip install --python {python} flashspark-*.whl"] * 2)
+        self.assertEqual(pip, [f"{python} -m pip install flashspark-*.whl"] * 2)
+
     def test_vllm_is_asked_through_its_python(self) -> None:
         version = run("--version").stdout.split()[1]
         said = {
@@ -158,8 +188,10 @@ class Doctor(unittest.TestCase):
             report = venv.doctor()
             self.assertEqual(report["vllm"], said)
             self.assertTrue(any(f["text"] == "VLLM_PLUGINS is odd" for f in report["findings"]))
-            text = run("doctor", VIRTUAL_ENV=folder).stdout
-            self.assertIn("served by flashspark", text)
+            result = run("doctor", VIRTUAL_ENV=folder)
+            self.assertIn("served by flashspark", result.stdout)
+            self.assertEqual(result.stderr, "")
+            self.assertEqual(stderr_of_a_terminal("doctor", VIRTUAL_ENV=folder).count("asking vLLM 0.25.1"), 1)
             interpreter.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
             text = run("verify", "--vllm", "--seed", "7", status=1, VIRTUAL_ENV=folder).stdout
             self.assertEqual(text.strip(), "-m flashspark.vllm.verify --seed 7")
@@ -227,6 +259,29 @@ class Bench(unittest.TestCase):
             self.assertLessEqual(result["fastest_seconds"], result["median_seconds"])
             self.assertLess(result["of_limit"], 1.5)
 
+    def test_decode(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            plot = Path(folder) / "plot.svg"
+            arguments = ["bench", "decode", "--filter", "16/2-D128/B1-kv", "--seconds", "0.01"]
+            report = json.loads(run(*arguments, "--plot", str(plot), "--json").stdout)
+            root = ElementTree.fromstring(plot.read_text())
+        names = [f"16/2-D128/B1-kv{keys}-q1-page16-bf16" for keys in (512, 2048)]
+        self.assertEqual([result["case"]["name"] for result in report["results"]], names)
+        self.assertEqual(sum(element.tag.endswith("circle") for element in root.iter()), 2)
+        for result, keys in zip(report["results"], (512, 2048)):
+            self.assertEqual(result["implementation"], "cpu-engine")
+            self.assertEqual(result["bytes"], 2 * 2 * 128 * (2 * keys + 16))
+            self.assertEqual(result["flops"], 4 * 128 * 16 * keys)
+            self.assertGreaterEqual(result["calls"], 5)
+            self.assertGreater(result["of_copy_bandwidth"], 0)
+        one, two = (result["median_seconds"] for result in report["results"])
+        growth = report["largest_growth"]
+        self.assertEqual([growth["from"], growth["to"]], names)
+        self.assertAlmostEqual(growth["factor"], (two / one) ** 0.5)
+        text = run(*arguments).stdout
+        self.assertRegex(text, names[0] + r" +\d+\.\d +")
+        self.assertIn("largest growth of time for twice the work: ", text)
+
 
 @unittest.skipUnless(FAKE_CUDA, "built without CUDA kernels")
 class Gpu(unittest.TestCase):
@@ -259,6 +314,22 @@ class Gpu(unittest.TestCase):
         self.assertAlmostEqual(results[0]["median_seconds"], 1e-3)
         results = json.loads(run(*arguments, "--implementation", "cpu-engine", **self.ENVIRONMENT).stdout)["results"]
         self.assertEqual({result["implementation"] for result in results}, {"cpu-engine"})
+
+    def test_bench_decode(self) -> None:
+        arguments = ["bench", "decode", "--seconds", "0.01", "--json", "--filter"]
+        report = json.loads(run(*arguments, "B16-kv8192-q1-page", **self.ENVIRONMENT).stdout)
+        self.assertEqual({result["implementation"] for result in report["results"]}, {"cuda"})
+        self.assertEqual({result["median_seconds"] for result in report["results"]}, {1e-3})
+        self.assertEqual(len(report["results"]), 7 + 3 + 3)  # every pair of heads; pages of 64, e4m3
+        growth = json.loads(run(*arguments, "64/8-D128/B1-kv", **self.ENVIRONMENT).stdout)["largest_growth"]
+        self.assertEqual(growth["factor"], 1)
+        large = ["64/8-D128/B128-kv131072-q1-page16-bf16", "--full"]
+        (result,) = json.loads(run(*arguments, *large, **self.ENVIRONMENT).stdout)["results"]
+        self.assertIn("68.7 GB", result["error"])
+        arguments.remove("--json")
+        self.assertRegex(run(*arguments, *large, **self.ENVIRONMENT).stdout, large[0] + " +does not fit")
+        report = run(*arguments, "16/2-D128/B1-kv2048", "--cpu", "--json", **self.ENVIRONMENT).stdout
+        self.assertEqual({result["implementation"] for result in json.loads(report)["results"]}, {"cpu-engine"})
 
     def test_only_for_a_gpu_without_one(self) -> None:
         text = run("verify", "--implementation", "cuda", "--cpu", status=2, **self.ENVIRONMENT).stderr

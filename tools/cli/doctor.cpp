@@ -155,7 +155,7 @@ void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vect
     add(Finding::kNote, "no Python found; the C and C++ interfaces do not need it", "");
     return;
   }
-  const std::string pip = env.interpreter + " -m pip install ";
+  const std::string pip = pip_install(env);
   const auto found = env.packages.find("flashspark");
   if (found == env.packages.end()) {
     add(Finding::kNote, "flashspark is not installed in this Python", pip + "flashspark-*.whl");

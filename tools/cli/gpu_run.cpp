@@ -3,16 +3,21 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <utility>
 
 #include "cuda/module.hpp"
+#include "error.hpp"
 
 namespace flashspark::cli {
 namespace {
 
 using cuda::driver;
+
+constexpr unsigned kMultiplyThreads = 256;  // this and what peak_flops() counts: as kernels/peak.cu has them
 
 template <class T>
 T *at(cuda::Address address) {
@@ -28,6 +33,35 @@ DeviceMemory::~DeviceMemory() {
   if (address_ != 0) driver().cuMemFree(address_);
 }
 DeviceMemory::DeviceMemory(DeviceMemory &&other) noexcept : address_(std::exchange(other.address_, 0)) {}
+
+Memory::Memory(bool gpu, size_t bytes, std::span<const std::byte> content) {
+  if (gpu) {
+    device_.emplace(bytes);
+  } else if (bytes <= free_memory()) {
+    host_ = cases::Buffer(bytes);
+  } else {
+    throw Error(FLASHSPARK_OUT_OF_MEMORY, fmt::format("{} bytes are not free", bytes));
+  }
+  size_t done = std::min(bytes, content.size());
+  if (done == 0) return;
+  if (gpu) {
+    FLASHSPARK_CUDA_CALL(driver(), cuMemcpyHtoD, device_->address(), content.data(), done);
+  } else {
+    std::memcpy(host_.data(), content.data(), done);
+  }
+  for (size_t n = 0; done < bytes; done += n) {
+    n = std::min(done, bytes - done);
+    if (gpu) {
+      FLASHSPARK_CUDA_CALL(driver(), cuMemcpyDtoDAsync, device_->address() + done, device_->address(), n, nullptr);
+    } else {
+      std::memcpy(host_.data() + done, host_.data(), n);
+    }
+  }
+}
+
+std::byte *Memory::data() const {
+  return device_ ? at<std::byte>(device_->address()) : host_.data();
+}
 
 GpuProblem::GpuProblem(cases::Problem &host, int device) : host_(host), params_(host.params) {
   for (const std::span<std::byte> block : host.memory()) {
@@ -108,23 +142,44 @@ double GpuSession::time(GpuProblem &problem, const char *implementation, flashsp
   return 1e-3 * elapsed([&] { status = problem.launch(implementation); });
 }
 
+double GpuSession::time(const std::function<void()> &issue) {
+  using Clock = std::chrono::steady_clock;
+  if (round_seconds_ == 0) {
+    constexpr int32_t kRounds = 1 << 13;
+    float best = elapsed([&] { multiply(1, kRounds); });
+    for (int n = 0; n < 3; ++n) best = std::min(best, elapsed([&] { multiply(1, kRounds); }));
+    round_seconds_ = 1e-3 * best / kRounds;
+  }
+  for (;;) {
+    // Products keep the GPU busy, and its caches as they are, for twice the time that issuing took before.
+    const double busy = 2 * issue_seconds_ + 20e-6;
+    multiply(1, static_cast<int32_t>(std::min(busy / round_seconds_, 1e9)));
+    const auto start = Clock::now();
+    const float milliseconds = elapsed([&] {
+      issue();
+      issue_seconds_ = std::chrono::duration<double>(Clock::now() - start).count();
+    });
+    if (issue_seconds_ < busy) return 1e-3 * milliseconds;
+  }
+}
+
+void GpuSession::multiply(unsigned blocks, int32_t rounds) {
+  if (multiply_ == nullptr) multiply_ = cuda::named_kernel("peak", "flashspark_peak");
+  cuda::Address nowhere = flush_->address();
+  void *parameters[] = {&nowhere, &rounds};
+  FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernel, reinterpret_cast<cuda::Function>(multiply_), blocks, 1, 1,
+                       kMultiplyThreads, 1, 1, 0, nullptr, parameters, nullptr);
+}
+
 double GpuSession::peak_flops() {
-  // As kernels/peak.cu has them.
-  constexpr unsigned kThreads = 256, kBlocksPerSm = 2;
+  constexpr unsigned kBlocksPerSm = 2;
   constexpr double kChains = 8, kFlopsPerProduct = 2 * 16 * 8 * 16;
-  const cuda::Kernel kernel = cuda::named_kernel("peak", "flashspark_peak");
+  constexpr int32_t kRounds = 1 << 13;
   const unsigned blocks = kBlocksPerSm * facts().machine.sm_count;
-  const DeviceMemory out(kThreads * sizeof(float));
-  cuda::Address address = out.address();
-  int32_t rounds = 1 << 13;
-  void *parameters[] = {&address, &rounds};
-  const auto run = [&] {
-    FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernel, reinterpret_cast<cuda::Function>(kernel), blocks, 1, 1, kThreads, 1,
-                         1, 0, nullptr, parameters, nullptr);
-  };
+  const auto run = [&] { multiply(blocks, kRounds); };
   float best = elapsed(run);
   for (int n = 0; n < 20; ++n) best = std::min(best, elapsed(run));
-  return blocks * (kThreads / 32) * rounds * kChains * kFlopsPerProduct / (1e-3 * best);
+  return blocks * (kMultiplyThreads / 32) * kRounds * kChains * kFlopsPerProduct / (1e-3 * best);
 }
 
 double GpuSession::copy_bytes_per_second() {

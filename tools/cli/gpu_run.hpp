@@ -29,6 +29,17 @@ class DeviceMemory {
   cuda::Address address_ = 0;
 };
 
+// Bytes on the GPU or here, filled with copies of `content`. Throws Error (OUT_OF_MEMORY) where so many are not free.
+class Memory {
+ public:
+  Memory(bool gpu, size_t bytes, std::span<const std::byte> content = {});
+  std::byte *data() const;
+
+ private:
+  std::optional<DeviceMemory> device_;
+  cases::Buffer host_;
+};
+
 // A copy of a problem's memory, and params that point into it.
 class GpuProblem {
  public:
@@ -58,12 +69,16 @@ class GpuSession {
   GpuSession &operator=(const GpuSession &) = delete;
   // Seconds of one call with nothing in L2 of what it reads, measured on the GPU.
   double time(GpuProblem &problem, const char *implementation, flashspark_status &status);
+  // Seconds that the GPU takes for what `issue` puts into its queue, which it begins when all of it is there. May call
+  // `issue` again, until that was so.
+  double time(const std::function<void()> &issue);
   const cuda::DeviceFacts &facts() const { return cuda::device_facts(0); }
   const Limits &limits();  // mma.sync in registers, bf16; a copy within the GPU's memory
   std::string text();      // "NVIDIA H200, sm_90 kernels; limits measured here: ..."
 
  private:
   float elapsed(const std::function<void()> &work);  // milliseconds
+  void multiply(unsigned blocks, int32_t rounds);    // in registers, for that long
   double peak_flops();
   double copy_bytes_per_second();
 
@@ -71,6 +86,8 @@ class GpuSession {
   cuda::Event start_ = nullptr, end_ = nullptr;
   std::optional<DeviceMemory> flush_;
   size_t flush_bytes_ = 0;
+  cuda::Kernel multiply_ = nullptr;
+  double round_seconds_ = 0, issue_seconds_ = 1e-4;  // a round of multiply(), and what the last time() issued
   std::optional<Limits> limits_;
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -108,6 +109,10 @@ Machine machine() {
   m.compiler = "gcc " __VERSION__;
 #endif
   return m;
+}
+
+size_t free_memory() {
+  return std::strtoull(field(read_text("/proc/meminfo"), "MemAvailable", ':').c_str(), nullptr, 10) << 10;  // "123 kB"
 }
 
 Limits measure_limits(int threads) {

@@ -1,6 +1,7 @@
 // Facts about the machine, for doctor and for the reports.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@ struct Machine {
   std::string compiler;  // that built it
 };
 Machine machine();
+size_t free_memory();  // bytes, without making anybody swap
 
 // What the hardware can do, measured here and now with all of `threads`.
 struct Limits {

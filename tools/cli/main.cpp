@@ -52,9 +52,7 @@ void add_verify(CLI::App &app, VerifyOptions &o) {
       "Exit status: 0 every case passed, 1 one failed, 2 wrong usage.");
 }
 
-void add_bench(CLI::App &app, BenchOptions &o) {
-  auto *sub = app.add_subcommand(
-      "bench", "Times the guide checks, prefill and decode, on the GPU if there is one, against limits");
+void add_bench_options(CLI::App *sub, BenchOptions &o, const char *plot) {
   sub->add_option("--filter", o.filter, "Only cases whose name contains TEXT")->type_name("TEXT");
   sub->add_option("--implementation", o.implementation, "This one instead of dispatch's choice")->type_name("NAME");
   sub->add_flag("--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
@@ -66,13 +64,30 @@ void add_bench(CLI::App &app, BenchOptions &o) {
       ->capture_default_str()
       ->type_name("S");
   sub->add_option("--seed", o.seed, "Other random inputs")->type_name("N");
-  sub->add_option("--plot", o.plot, "Write a bar chart")->type_name("FILE.svg");
-  sub->add_flag("--matrix", o.matrix, "The feature matrix too");
+  sub->add_option("--plot", o.plot, plot)->type_name("FILE.svg");
   sub->add_flag("--list", o.list, "Print the names of the cases and run nothing");
   sub->add_flag("--json", o.json, "Print JSON");
+}
+
+void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options) {
+  auto *sub = app.add_subcommand(
+      "bench", "Times the guide checks, prefill and decode, on the GPU if there is one, against limits");
+  add_bench_options(sub, o, "Write a bar chart");
+  sub->add_flag("--matrix", o.matrix, "The feature matrix too");
   sub->footer(
       "Examples:\n  flashspark bench\n  flashspark bench --filter decode --plot decode.svg\n"
       "  flashspark bench --threads 1 --json > bench.json\n\n"
+      "Exit status: 0 fine, 1 a case could not run, 2 wrong usage.");
+
+  auto *decode = sub->add_subcommand(
+      "decode", "Times decode and verification over paged caches: a grid of heads, batch, context and rows");
+  for (CLI::Option *option : sub->get_options()) decode->excludes(option);  // it has its own
+  decode_options.seconds = 0.05;
+  add_bench_options(decode, decode_options, "Write a chart of time against batch x context");
+  decode->add_flag("--full", decode_options.full, "The whole grid of thousands");
+  decode->footer(
+      "Examples:\n  flashspark bench decode --plot decode.svg\n  flashspark bench decode --filter 64/8-D128\n"
+      "  flashspark bench decode --full --filter q1-page16-bf16 --json > decode.json\n\n"
       "Exit status: 0 fine, 1 a case could not run, 2 wrong usage.");
 }
 
@@ -92,10 +107,10 @@ int main(int argc, char **argv) {
   app.footer(kFooter);
   DoctorOptions doctor_options;
   VerifyOptions verify_options;
-  BenchOptions bench_options;
+  BenchOptions bench_options, decode_options;
   add_doctor(app, doctor_options);
   add_verify(app, verify_options);
-  add_bench(app, bench_options);
+  add_bench(app, bench_options, decode_options);
   add_uninstall(app);
   try {
     app.parse(argc, argv);
@@ -110,7 +125,7 @@ int main(int argc, char **argv) {
     if (app.got_subcommand("doctor")) return doctor(doctor_options);
     if (app.got_subcommand("verify")) return verify_options.vllm ? verify_vllm(verify_options) : verify(verify_options);
     if (app.got_subcommand("uninstall")) return uninstall();
-    return bench(bench_options);
+    return app.get_subcommand("bench")->got_subcommand("decode") ? bench_decode(decode_options) : bench(bench_options);
   } catch (const UsageError &e) {
     std::fprintf(stderr, "flashspark: %s\n", e.what());
     return kUsage;

@@ -175,12 +175,17 @@ PythonEnvironment python_environment() {
       if (name == "fa4_sm120_shim.py" || name == "zzz_fa4_sm120_shim.pth") env.shim_files.push_back(entry.path());
       if (!name.ends_with(".dist-info")) continue;
       const std::string project = normalise(name.substr(0, name.find('-')));
+      env.has_pip |= project == "pip";
       if (std::find(kInteresting.begin(), kInteresting.end(), project) == kInteresting.end()) continue;
       env.packages.try_emplace(project, read_package(entry.path()));  // the first folder wins, as on sys.path
     }
   }
   std::sort(env.shim_files.begin(), env.shim_files.end());
   return env;
+}
+
+std::string pip_install(const PythonEnvironment &env) {
+  return env.has_pip ? env.interpreter + " -m pip install " : "uv pip install --python " + env.interpreter + " ";
 }
 
 }  // namespace flashspark::cli

@@ -19,9 +19,12 @@ struct PythonEnvironment {
   std::vector<std::string> site_folders;    // site-packages and dist-packages that exist
   std::map<std::string, Package> packages;  // flashspark, torch, vllm, apache-tvm-ffi, numpy, ml-dtypes; those found
   std::vector<std::string> shim_files;      // of the community's SM120 shim for vLLM
+  bool has_pip = false;                     // uv makes environments without
 };
 
 PythonEnvironment python_environment();
+// The command that installs what is appended to it.
+std::string pip_install(const PythonEnvironment &env);
 
 // "numpy>=1.24,<3" against an installed version: false if one of the clauses does not hold. Clauses that are not plain
 // comparisons count as met.

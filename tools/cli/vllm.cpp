@@ -41,10 +41,11 @@ VllmReport vllm_report(const PythonEnvironment &env) {
   if (!env.packages.contains("vllm")) return report;
   const std::string version = env.packages.at("vllm").version;
   if (!env.packages.contains("flashspark")) {
-    report.findings.push_back({"note", "vLLM " + version + " is installed, without flashspark",
-                               env.interpreter + " -m pip install flashspark-*.whl"});
+    report.findings.push_back(
+        {"note", "vLLM " + version + " is installed, without flashspark", pip_install(env) + "flashspark-*.whl"});
     return report;
   }
+  if (isatty(STDERR_FILENO)) fmt::print(stderr, "asking vLLM {}: half a minute if torch is cold\n", version);
   report.json = Json::parse(last_line_of(env, "flashspark.vllm.doctor"), nullptr, /*allow_exceptions=*/false);
   if (report.json.is_discarded() || !report.json.contains("lines") || !report.json.contains("findings")) {
     report.json = Json();

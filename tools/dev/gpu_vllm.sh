@@ -8,7 +8,8 @@
 #          tools/dev/gpu_vllm.sh keep                      keeps what came with this call; unpacks what is complete
 #          tools/dev/gpu_vllm.sh verify VERSION [ARGUMENTS OF flashspark.vllm.verify]
 #          tools/dev/gpu_vllm.sh e2e VERSION [CASE ...]    tests/vllm/gpu/e2e.py: all cases but spawn and full
-#          tools/dev/gpu_vllm.sh models VERSION [KIND ...] small models with random weights, eager and graph
+#          tools/dev/gpu_vllm.sh models VERSION [KIND ...] small models with random weights, eager and graph; kinds:
+#                                                           tests/vllm/gpu/models.py, all but tp unless named
 #          tools/dev/gpu_vllm.sh tp VERSION                tensor_parallel_size=2, where there are two GPUs
 #          tools/dev/gpu_vllm.sh speed VERSION             bench/vllm.py; BACKENDS="flashspark fa3 triton" MODELS="d128 d256" CACHES="auto fp8"
 #          tools/dev/gpu_vllm.sh doctor VERSION
@@ -96,13 +97,14 @@ run_engine() {
   ((status == 0)) || { echo "$name: exit status $status"; grep -vE '^\s*$' "$out/$name.log" | tail -n 15 | cut -c1-300; return 1; }
 }
 
-# Stock and ours at the same time, then the comparison: pair NAME CASE MODEL. Stock's FA3 of 0.33 repeats no phrase of a
-# prompt once mixed batches are in graphs (45 of 64 requests lose their thread at the second token), so `full` is held
-# against stock's decode graphs, which do.
+# Stock and ours at the same time, then the comparison: pair NAME CASE MODEL [--tp N]. Stock's FA3 of 0.33 repeats no
+# phrase of a prompt once mixed batches are in graphs (45 of 64 requests lose their thread at the second token), so `full`
+# is held against stock's decode graphs, which do.
 pair() {
   local name=$1 case=$2 path=$3 failed=0
-  run_engine "$name-stock" 0 "${case/full/graph}" "$path" &
-  run_engine "$name-ours" 1 "$case" "$path" || failed=1
+  shift 3
+  run_engine "$name-stock" 0 "${case/full/graph}" "$path" "$@" &
+  run_engine "$name-ours" 1 "$case" "$path" "$@" || failed=1
   wait $! || failed=1
   ((failed)) && return 1
   "$python" tests/vllm/gpu/e2e.py compare "$out/$name-stock.json" "$out/$name-ours.json" --model "$path"
@@ -132,7 +134,7 @@ e2e() {
 models() {
   local version=$1 kind entries=()
   shift
-  (($#)) || set -- d64 d128 d256 window softcap mixed
+  (($#)) || set -- d64 d128 d256 window softcap mixed sinks mla vit vit72
   for kind in "$@"; do
     [[ -d $state/models/$kind ]] || "$python" tests/vllm/gpu/e2e.py model "$kind" "$state/models/$kind" >"$out/model.log" 2>&1
     entries+=("v$version-$kind-eager eager $state/models/$kind" "v$version-$kind-graph graph $state/models/$kind")
@@ -143,10 +145,9 @@ models() {
 tensor_parallel() {
   local version=$1
   [[ -d $state/models/tp ]] || "$python" tests/vllm/gpu/e2e.py model tp "$state/models/tp" >"$out/model.log" 2>&1
-  # One after the other: both want all GPUs.
-  run_engine "v$version-tp-stock" 0 graph "$state/models/tp" --tp 2
-  run_engine "v$version-tp-ours" 1 graph "$state/models/tp" --tp 2
-  "$python" tests/vllm/gpu/e2e.py compare "$out/v$version-tp-stock.json" "$out/v$version-tp-ours.json" --model "$state/models/tp"
+  # No NVLink multicast: a program that uses it can put a host's GPUs out of service.
+  export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 VLLM_ALLREDUCE_USE_SYMM_MEM=0
+  pair "v$version-tp" graph "$state/models/tp" --tp 2
 }
 
 # One backend after the other: timings want the GPU alone. BACKENDS and MODELS choose among them.

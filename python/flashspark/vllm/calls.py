@@ -7,6 +7,7 @@ see as fa_version=4.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -163,6 +164,7 @@ def _attend(
         "window_size_right": right,
         "learnable_sink": s_aux,
         "num_splits": num_splits,
+        "deterministic": batch_invariant(),
         "score_mod": score_mod,
         "mask_mod": mask_mod,
         "aux_tensors": aux_tensors,
@@ -250,9 +252,14 @@ def version(stock: Function) -> Function:
     return get_flash_attn_version
 
 
+def batch_invariant() -> bool:
+    """Whether the user wants every row's result independent of the rest of its batch."""
+    return os.environ.get("VLLM_BATCH_INVARIANT", "0").strip().lower() in {"1", "true"}
+
+
 def override() -> str | None:
     """What the user asked for that is not version 4, if anything: all layers are stock's then."""
-    if not FEATURES.batch_invariance and os.environ.get("VLLM_BATCH_INVARIANT", "0").strip().lower() in {"1", "true"}:
+    if not FEATURES.batch_invariance and batch_invariant():
         return "VLLM_BATCH_INVARIANT is set"
     from vllm.config import get_current_vllm_config_or_none
 
@@ -326,6 +333,39 @@ def compile_specs(stock: Function) -> Function:
         return stock(*args, **kwargs)
 
     return compile_flash_attn_varlen_func_from_specs
+
+
+def no_warmup(stock: Any) -> Any:
+    """flash_attn._FA4_DENSE_ATTENTION_KERNEL (from 0.30): calls go through it as ever, but it has nothing to compile.
+
+    It is asked at version 4 only, and would build FlashAttention's combine kernel past compile_specs on SM90.
+    """
+    kernel = copy.copy(stock)
+    kernel.get_warmup_keys = lambda *_, **__: []
+    return kernel
+
+
+def mla_prefill(stock: type) -> type:
+    """mla.prefill.flash_attn.FlashAttnPrefillBackend (from 0.22), where FlashAttention 4's limits are not ours."""
+
+    @functools.wraps(stock, updated=())
+    class FlashAttnPrefillBackend(stock):
+        @classmethod
+        def supports_mla_dimensions(cls, mla_dimensions: Any) -> bool:
+            """0.26 leaves out GLM's 256 at version 4; elsewhere than on SM100 no other backend is left then."""
+            if super().supports_mla_dimensions(mla_dimensions):
+                return True
+            head_size = mla_dimensions.qk_nope_head_dim + mla_dimensions.qk_rope_head_dim
+            lack = override() or FEATURES.lack(head_size=head_size, head_size_v=mla_dimensions.v_head_dim)
+            return lack is None
+
+        def get_cutedsl_warmup_compile_units(self) -> tuple[Any, ...]:
+            """0.25 and 0.26: nothing to compile at version 4; stock's list raises ValueError on SM121."""
+            if self.vllm_flash_attn_version == VERSION:
+                return ()
+            return super().get_cutedsl_warmup_compile_units()
+
+    return FlashAttnPrefillBackend
 
 
 def mm_prefix_factory(stock: Function) -> Function:

@@ -19,7 +19,8 @@ from flashspark import _hook
 from . import replace, takeover
 
 HOOK_FILES = ("flashspark.pth", "flashspark.start")
-REINSTALL = "install a wheel that is whole: pip install --no-deps --force-reinstall flashspark-*.whl"
+_PIP = "pip" if importlib.util.find_spec("pip") else "uv pip"  # which uv's environments lack
+REINSTALL = f"install a wheel that is whole: {_PIP} install --no-deps --force-reinstall flashspark-*.whl"
 _ASKED = ((64, "auto"), (128, "auto"), (256, "auto"), (512, "auto"), (128, "fp8"), (128, "nvfp4"))
 
 

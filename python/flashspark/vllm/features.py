@@ -21,7 +21,6 @@ class Features:
     page_step: int = 16
     kv_cache_dtypes: frozenset[str] = frozenset({"auto", "bfloat16", "float16", "fp8", "fp8_e4m3"})
     fp8_head_size_step: int = 16
-    fp8_max_head_size: int = 256
     fp8_query: bool = False  # with an fp8 cache, q comes as e4m3; else it stays in the model's type
     output_scale: bool = False  # the result is written as e4m3
     sinks: bool = True
@@ -34,7 +33,7 @@ class Features:
     causal_per_request: bool = True
     non_causal: bool = True
     per_head_scales: bool = True
-    batch_invariance: bool = False  # results independent of the rest of the batch: vLLM takes FA2 for that
+    batch_invariance: bool = True  # a row's result independent of the rest of the batch, and of how prompts are cut
 
     def supports_head_size(self, head_size: int | None) -> bool:
         return head_size is None or (head_size % self.head_size_step == 0 and 0 < head_size <= self.max_head_size)
@@ -59,9 +58,9 @@ class Features:
         for name, size in (("head_size", head_size), ("head_size_v", head_size_v)):
             if not self.supports_head_size(size):
                 return f"{name} {size}: must be a multiple of {self.head_size_step} up to {self.max_head_size}"
-            step, most = self.fp8_head_size_step, self.fp8_max_head_size
-            if kv_cache_dtype in FP8_NAMES and size is not None and (size % step or size > most):
-                return f"{name} {size} with an fp8 cache: must be a multiple of {step} up to {most}"
+            step = self.fp8_head_size_step
+            if kv_cache_dtype in FP8_NAMES and size is not None and size % step:
+                return f"{name} {size} with an fp8 cache: must be a multiple of {step}"
         if None not in (head_size, head_size_v) and head_size != head_size_v and not self.unequal_head_sizes:
             return f"head sizes {head_size} and {head_size_v}: must be equal"
         for asked, has, what in (

@@ -1,4 +1,4 @@
-"""Replaces functions of loaded modules, together with every copy that another module of vLLM took by name."""
+"""Replaces functions of loaded modules, and classes, with every copy that another module of vLLM took by name."""
 
 from __future__ import annotations
 

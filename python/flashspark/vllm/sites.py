@@ -1,10 +1,10 @@
-"""Which functions of vLLM are replaced, and by what. A row whose name a release lacks does not apply to it."""
+"""What of vLLM is replaced, and by what. A row whose name a release lacks does not apply to it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashspark._hook import CUTE, FA_UTILS, FLASH_ATTN, INKLING
+from flashspark._hook import CUTE, FA_UTILS, FLASH_ATTN, INKLING, MLA_PREFILL
 
 from . import calls, replace
 from .features import FEATURES
@@ -33,6 +33,8 @@ SITES = (
     Site(FA_UTILS, "flash_attn_supports_quant_query_input", calls.quant_query, FEATURES.supports_kv_cache_dtype("fp8")),
     Site(FLASH_ATTN, "_make_mm_prefix_mask_mod", calls.mm_prefix_factory, FEATURES.mm_prefix),
     Site(FLASH_ATTN, "_make_rswa_mask_mod", calls.rswa_factory, FEATURES.rswa),
+    Site(FLASH_ATTN, "_FA4_DENSE_ATTENTION_KERNEL", calls.no_warmup),
+    Site(MLA_PREFILL, "FlashAttnPrefillBackend", calls.mla_prefill),
     Site(CUTE, "flash_attn_varlen_func", calls.cute_varlen),
     Site(INKLING, "_get_score_mod", calls.rel_bias_factory, FEATURES.relative_bias),
 )

@@ -14,7 +14,11 @@ from . import features, probe, replace, report, sites
 
 BACKEND = "flashspark.vllm.backend.FlashSparkBackend"
 # Functions that remember which class a slot gave.
-CACHED = ((_hook.SELECTOR, "_cached_get_attn_backend"), ("vllm.platforms.cuda", "_get_attn_backend_class"))
+CACHED = (
+    (_hook.SELECTOR, "_cached_get_attn_backend"),
+    ("vllm.platforms.cuda", "_get_attn_backend_class"),
+    ("vllm.v1.attention.backends.mla.prefill.selector", "_auto_select_mla_prefill_backend"),
+)
 # What the explanation of any call says: of a build without GPU kernels, and of kernels for a compute capability.
 NO_KERNELS = "built without CUDA kernels"
 ARCHITECTURES = {8: "sm_80", 9: "sm_90", 12: "sm_120f"}  # by major number

@@ -20,8 +20,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .features import FEATURES
-
 BOUND = {"bfloat16": (1e-2, 1e-2), "float16": (2e-3, 2e-3)}  # absolute, relative
 ORACLE_WORK = 2 * 10**9  # multiply-adds of one batch that the oracle can do in a second
 NOBODY = 2**30  # a page number and a length that nothing may use
@@ -72,7 +70,7 @@ def random_layer(rng: random.Random) -> Layer:
         longest_k=longest_q + rng.choice([0, 100, 900]),
         cache="auto",
     )
-    if layer.head_dim <= FEATURES.fp8_max_head_size and rng.random() < 0.3:
+    if rng.random() < 0.3:
         layer.cache = "fp8"
     one = layer.heads * layer.longest_q * layer.longest_k * layer.head_dim
     layer.slots = max(1, min(layer.slots, ORACLE_WORK // one))

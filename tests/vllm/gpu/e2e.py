@@ -2,7 +2,7 @@
 
     e2e.py run CASE OUT.json --model DIR [--tp N]      one engine; FLASHSPARK=0 in the environment makes it stock's
     e2e.py compare STOCK.json OURS.json --model DIR    exit status 0: equal, but for near ties
-    e2e.py model KIND DIR                              a small model with random weights: see MODELS
+    e2e.py model KIND DIR                              a small model with random weights: see models.py
     e2e.py cases                                       the names of the cases
 
 Tokens must be equal, request by request, up to the first difference; there the stock run's two best logits must lie
@@ -23,6 +23,9 @@ import statistics
 import sys
 import time
 from typing import Any
+
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
+import models  # noqa: E402
 
 NEAR_TIE = 0.3
 _GRAPH = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
@@ -59,6 +62,14 @@ def prompts(case: str, vocabulary: int) -> list[list[int]]:
         body += (phrase * length)[: length - len(body)]
         result.append(shared + body if case == "prefix" and number % 2 else body)
     return result
+
+
+def requests(case: str, model: str) -> list[dict[str, Any]]:
+    """As vLLM takes them."""
+    config = models.read_config(model)
+    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    asked = [{"prompt_token_ids": ids} for ids in prompts(case, vocabulary)]
+    return models.with_images(asked) if "vision_config" in config else asked
 
 
 ABOUT_ATTENTION = ("flashspark", "FlashAttention version", "ttention backend")
@@ -105,25 +116,22 @@ def run(case: str, out: str, model: str, tp: int) -> None:
     import vllm
 
     log = Lines()
+    config = models.read_config(model)
     if ours and case != "spawn" and tp == 1:
         forbid_waiting()
     arguments: dict[str, Any] = {
         "model": model, "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 64,
         "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30, "seed": 0,
         "enable_prefix_caching": False, "tensor_parallel_size": tp,
-        "disable_log_stats": True, **CASES[case],
+        "disable_log_stats": True, **models.prepare(config), **CASES[case],
     }  # fmt: skip
     start = time.perf_counter()
     llm = vllm.LLM(**arguments)
     load = time.perf_counter() - start
-    with open(os.path.join(model, "config.json")) as file:
-        config = json.load(file)
-    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    asked = prompts(case, vocabulary)
     sampling = vllm.SamplingParams(
         temperature=0.0, max_tokens=24 if case == "thousand" else 48, ignore_eos=True, logprobs=2, detokenize=False
     )
-    given = [{"prompt_token_ids": ids} for ids in asked]
+    given = requests(case, model)
     llm.generate(given[:4], sampling, use_tqdm=False)
     start = time.perf_counter()
     outputs = llm.generate(given, sampling, use_tqdm=False)
@@ -148,14 +156,14 @@ def run(case: str, out: str, model: str, tp: int) -> None:
     report = {
         "case": case, "ours": ours, "tp": tp, "vllm": vllm.__version__, "torch": torch.__version__, "load_s": load,
         "gpu": torch.cuda.get_device_name(), "tokens_per_s": tokens / seconds, "log": log.lines, "results": results,
-        "vocabulary": vocabulary,
     }  # fmt: skip
     with open(out, "w") as file:
         json.dump(report, file)
-    served = [line for line in log.lines if "flashspark: serves" in line]
-    if ours and not served and case != "spawn" and tp == 1:
-        sys.exit(f"{case}: flashspark served nothing: {log.lines}")
-    if not ours and any(line.startswith("flashspark:") for line in log.lines):
+    lacking = [kind for kind in models.served(config) if not any(f"flashspark: serves {kind}" in x for x in log.lines)]
+    if ours and lacking and case != "spawn" and tp == 1:
+        sys.exit(f"{case}: flashspark did not serve {lacking}: {log.lines}")
+    # A model that needs vLLM's attention before its engine (see models.prepare) makes us say that we are switched off.
+    if not ours and any(x.startswith("flashspark:") and "FLASHSPARK=0 is set" not in x for x in log.lines):
         sys.exit(f"{case}: FLASHSPARK=0, and yet: {log.lines}")
     who = "ours" if ours else "stock"
     print(f"E2E {case} {who}: {tokens} tokens, {tokens / seconds:.0f} tokens/s, loaded in {load:.0f} s")
@@ -163,10 +171,10 @@ def run(case: str, out: str, model: str, tp: int) -> None:
         print(f"E2E   {line}")
 
 
-def float32_logits(model: str, texts: list[list[int]], cache: str) -> list[Any]:
-    """Of the token that follows each text, by transformers' own arithmetic; cache: the type of keys and values."""
+def float32_logits(model: str, asked: list[tuple[dict[str, Any], list[int]]], cache: str) -> list[Any]:
+    """Of the token behind each request and its text, by transformers' own arithmetic; cache: keys' and values' type."""
     import torch
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
     def rounded(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
@@ -177,9 +185,11 @@ def float32_logits(model: str, texts: list[list[int]], cache: str) -> list[Any]:
     AttentionInterface.register("eager_fp8", rounded)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = "eager_fp8" if cache == "fp8" else "eager"
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=how).to(device)
+    kind = AutoModelForImageTextToText if "vision_config" in models.read_config(model) else AutoModelForCausalLM
+    network = kind.from_pretrained(model, dtype=torch.float32, attn_implementation=how).to(device)
     with torch.no_grad():
-        return [network(torch.tensor([text], device=device)).logits[0, -1].cpu() for text in texts]
+        inputs = [models.float32_inputs(model, *each) for each in asked]
+        return [network(**{k: v.to(device) for k, v in x.items()}).logits[0, -1].cpu() for x in inputs]
 
 
 def compare(stock_path: str, ours_path: str, model: str | None) -> int:
@@ -201,14 +211,14 @@ def compare(stock_path: str, ours_path: str, model: str | None) -> int:
     lines, wrong, stock_wrong = [], 0, 0
     cache = CASES[stock["case"]].get("kv_cache_dtype", "auto")
     if wide and model:
-        asked = prompts(stock["case"], stock["vocabulary"])
-        texts = [asked[n] + stock["results"][n]["tokens"][:step] for n, step in wide]
+        asked = requests(stock["case"], model)
+        texts = [(asked[n], stock["results"][n]["tokens"][:step]) for n, step in wide]
         for (n, step), logits in zip(wide, float32_logits(model, texts, cache)):
             theirs, own = (float(logits[run["results"][n]["tokens"][step]]) for run in (stock, ours))
             wrong += theirs - own >= NEAR_TIE
             stock_wrong += own - theirs >= NEAR_TIE
             lines.append(
-                f"E2E   request {n} ({len(asked[n])} prompt tokens), step {step}: stock's gap "
+                f"E2E   request {n} ({stock['results'][n]['prompt']} prompt tokens), step {step}: stock's gap "
                 f"{stock['results'][n]['gaps'][step]}; float32 gives stock's token {theirs:.3f}, ours {own:.3f}, "
                 f"its best {float(logits.max()):.3f}"
             )
@@ -227,40 +237,6 @@ def compare(stock_path: str, ours_path: str, model: str | None) -> int:
     return 1 if wrong > allowed else 0
 
 
-# Small models with random weights. Heads of the named size; wide initial weights, so that attention is not uniform.
-_BASE = {
-    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.06, "tie_word_embeddings": False,
-}  # fmt: skip
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "d64": ("Llama", {"head_dim": 64}),
-    "d128": ("Llama", {"head_dim": 128}),
-    "d256": ("Llama", {"head_dim": 256}),
-    "window": ("Mistral", {"head_dim": 128, "sliding_window": 100}),
-    "softcap": (
-        "Gemma2",
-        {"head_dim": 256, "sliding_window": 64, "query_pre_attn_scalar": 256, "tie_word_embeddings": True},
-    ),
-    "mixed": ("Gemma3", {"head_dim": 128, "sliding_window": 64, "query_pre_attn_scalar": 128}),
-    "tp": ("Llama", {"head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8}),
-}
-
-
-def make_model(kind: str, folder: str) -> None:
-    import torch
-    import transformers
-
-    name, more = MODELS[kind]
-    torch.manual_seed(0)
-    if name == "Gemma3":
-        config = transformers.Gemma3TextConfig(**_BASE | more)
-        cls = transformers.Gemma3ForCausalLM
-    else:
-        config = getattr(transformers, f"{name}Config")(**_BASE | more)
-        cls = getattr(transformers, f"{name}ForCausalLM")
-    cls(config).to(torch.bfloat16).save_pretrained(folder)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="what", required=True)
@@ -274,7 +250,7 @@ def main() -> int:
     two.add_argument("ours")
     two.add_argument("--model", help="its folder: asked in float32 about the differences that are no near ties")
     three = sub.add_parser("model")
-    three.add_argument("kind", choices=MODELS)
+    three.add_argument("kind", choices=models.MODELS)
     three.add_argument("folder")
     sub.add_parser("cases")
     options = parser.parse_args()
@@ -283,7 +259,7 @@ def main() -> int:
     elif options.what == "compare":
         return compare(options.stock, options.ours, options.model)
     elif options.what == "model":
-        make_model(options.kind, options.folder)
+        models.make_model(options.kind, options.folder)
     else:
         print(*CASES)
     return 0
