@@ -87,14 +87,12 @@ function(flashspark_add_kernels target)
         -DFLASHSPARK_NUMBER=${number})
       list(APPEND names merge_${suffix})
     endforeach()
-    # Keys and values in e4m3, computed with in fp16; the widest does not fit SM12x's shared memory.
+    # Keys and values in e4m3, computed with in fp16.
     foreach(line IN LISTS lines)
-      string(REGEX MATCH "^FLASHSPARK_INSTANCE\\(([a-z0-9_]+), ([0-9]+)" instance "${line}")
-      if(CMAKE_MATCH_2 LESS_EQUAL 256)
-        flashspark_add_fatbin(${CMAKE_MATCH_1}_e4m3 ${PROJECT_SOURCE_DIR}/kernels/forward/forward.cu
-          -DFLASHSPARK_NAME=${CMAKE_MATCH_1} -DFLASHSPARK_NUMBER=Float16 -DFLASHSPARK_STORED=E4m3)
-        list(APPEND names ${CMAKE_MATCH_1}_e4m3)
-      endif()
+      string(REGEX MATCH "^FLASHSPARK_INSTANCE\\(([a-z0-9_]+)," instance "${line}")
+      flashspark_add_fatbin(${CMAKE_MATCH_1}_e4m3 ${PROJECT_SOURCE_DIR}/kernels/forward/forward.cu
+        -DFLASHSPARK_NAME=${CMAKE_MATCH_1} -DFLASHSPARK_NUMBER=Float16 -DFLASHSPARK_STORED=E4m3)
+      list(APPEND names ${CMAKE_MATCH_1}_e4m3)
     endforeach()
     flashspark_add_fatbin(append ${PROJECT_SOURCE_DIR}/kernels/append/append.cu)
     list(APPEND names append)

@@ -48,7 +48,7 @@ def grid(kind: str) -> list[Workload]:
     works += [one("pages of 64", h, b, k, page=64) for h in chosen for b, k in verify]
     works += [skewed(h, 131072, 64, 512) for h in heads] + [skewed(h, 32768, 16, 1024) for h in heads]
     plane = [w for w in works if w.group == "decode" and (kind == "all" or (w.batch in (1, 8, 32, 128)))]
-    works += [replace(w, group="fp8 cache", fp8=True) for w in plane if w.head_dim <= 256]
+    works += [replace(w, group="fp8 cache", fp8=True) for w in plane]
     return [w for w in works if w.bytes <= MOST_BYTES]
 
 

@@ -34,10 +34,10 @@ struct Scale {
 // The merge kernel's blocks: warps, columns of a block, and shared memory of a warp.
 constexpr int32_t kMergeWarps = 8, kMergeColumns = 128, kMergeWarpBytes = kMergeColumns * 4 + 16;
 
-// How the device may cut all work into shares: so many, of which each is to have `least` tiles of keys at least; only
-// few_shares for fewer than few_total tiles; the start of a row tile counts as so many tiles.
+// How the device may cut all work into shares: so many, of which each is to have 2^least_shift tiles of keys at least;
+// only few_shares for fewer than few_total tiles; the start of a row tile counts as so many tiles.
 struct ShareLimits {
-  int32_t shares, least, few_shares, few_total, start;
+  int32_t shares, least_shift, few_shares, few_total, start;
 };
 
 struct ForwardArguments {
@@ -90,9 +90,11 @@ struct ForwardArguments {
   int32_t num_splits;     // y: pieces of the keys of every tile
   // shares > 0: block x takes the x-th of so many even shares of all work instead, found from the lengths (shares.cuh).
   ShareLimits share_limits;
-  // Pieces of split row tiles, which the merge kernel joins: (places, tile_rows, head_dim_v) and (places, tile_rows)
-  // float.
+  // Pieces of split row tiles, which the merge kernel joins: (places, tile_rows, partial_columns), as piece_row() says,
+  // and (places, tile_rows) float.
   float *partial_out, *partial_lse;
+  int32_t partial_columns;       // head_dim_v up to a multiple of 16
+  int32_t pair_distance;         // of a lane's two pairs of columns in a piece: 8, or 2 where V is e4m3
   int32_t tile_rows, tile_keys;  // of the forward kernel
   int32_t key_groups;            // of tiles that let the host choose (Tile::flexible): 1 or 2
   int32_t merge_warps;           // that share the pieces of a row: a power of two up to kMergeWarps

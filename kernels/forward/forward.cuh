@@ -12,7 +12,7 @@ namespace flashspark {
 template <class T>
 FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piece piece) {
   const Keys keys = find_keys(a, work.seq);
-  if constexpr (!T::kConverts) {
+  if constexpr (!T::kConverts && !T::kAhead) {
     // Q is on its way while the masks are worked out.
     copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
     ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
@@ -35,8 +35,11 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
 
   const int32_t warp_row = work.first_row + ptx::uniform(first_warp_row<T>(a));
   const int32_t warp_end = min_of(warp_row + T::kWarpRows, work.end_row);
-  // A warp without rows keeps no key.
-  const Hull warp_hull = warp_row < warp_end ? hull_of<T::kChanged>(a, mask, warp_row, warp_end) : empty_hull();
+  // A warp without rows keeps no key. Where registers are scarce its hull is found before the copies: d128 would spill.
+  const auto find_warp_hull = [&] {
+    return warp_row < warp_end ? hull_of<T::kChanged>(a, mask, warp_row, warp_end) : empty_hull();
+  };
+  const Hull warp_hull = T::kAhead ? empty_hull() : find_warp_hull();
   Block<T> block{a,
                  work,
                  mask,
@@ -55,9 +58,10 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
                  {},
                  0};
   start(block);
+  if constexpr (T::kAhead) block.warp_hull = find_warp_hull();
   float value_scale = 1;
+  if constexpr (T::kConverts && !T::kAhead) copy_queries<T>(a, work, block.queries());
   if constexpr (T::kConverts) {
-    copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
     block.converted_scale = larger(a.softmax_scale * scale_of(a.q_descale, work) * scale_of(a.k_descale, work), 1e-30f);
     value_scale = scale_of(a.v_descale, work);
   }

@@ -6,7 +6,9 @@
 namespace flashspark {
 
 enum class Schedule : uint8_t { single, ring };
-enum class QueryPlace : uint8_t { shared, registers };
+// Where Q lives: in shared memory; in registers, which it reaches through the second stage of K and V; or through
+// memory of its own, so that the second tile of keys need not wait for it.
+enum class QueryPlace : uint8_t { shared, registers, apart };
 enum class Kind : uint8_t { wide, few, changed };
 enum class Architecture : uint8_t { sm_80, sm_90, sm_120f };
 
@@ -23,7 +25,7 @@ struct Tile {
   // Tiles of four warps that share keys in pairs may as well go side by side, which ForwardArguments::key_groups says.
   // Where registers are so few that Q stays in shared memory, the choice would cost some that are not there.
   constexpr bool flexible() const {
-    return key_groups == 2 && warps * warp_rows <= 64 && queries == QueryPlace::registers;
+    return key_groups == 2 && warps * warp_rows <= 64 && queries != QueryPlace::shared;
   }
   constexpr int32_t most_rows() const { return flexible() ? warps * warp_rows : rows(); }
   constexpr int32_t threads() const { return warps * 32; }
@@ -63,47 +65,26 @@ constexpr int32_t result_bytes(const Instance &instance, const Tile &tile) {
   return tile.key_groups == 1 || (tile.flexible() && rows > handed) ? rows : handed;
 }
 
-// Shared memory of a block, bytes. Q in registers passes through memory that later holds a stage of K and V: it lies
-// behind the first stage (see tile_memory.cuh).
+// Shared memory of a block, bytes. Q lies behind the stages of K and V, or where it only passes through on its way to
+// registers behind the first.
 constexpr int32_t query_bytes(const Instance &instance, const Tile &tile) {
   return tile.most_rows() * instance.head_dim * 2;
 }
-constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile) {
-  return tile.keys * (instance.head_dim + instance.head_dim_v) * 2;
+// Rows of K or V in shared memory, in units of 16 bits: e4m3 (`converts`) takes half of them, up to whole groups of
+// chunks (TileLayout).
+constexpr int32_t stored_columns(int32_t columns, bool converts) {
+  return converts ? (columns / 2 + 31) / 32 * 32 : columns;
 }
-// Kernels that convert K and V from e4m3 (`converts`) keep one tile of them as the 16-bit numbers that they compute
-// with, and the next two, as they lie in the cache, in places that each thread has for itself. Threads that copy one
-// row, 16 bytes each: as many as there are chunks in a group (TileLayout).
-constexpr int32_t row_threads(const Instance &instance) {
-  return instance.head_dim % 64 == 0 && instance.head_dim_v % 64 == 0 ? 8 : 4;
+constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile, bool converts) {
+  return tile.keys * (stored_columns(instance.head_dim, converts) + stored_columns(instance.head_dim_v, converts)) * 2;
 }
-constexpr int32_t raw_loads(int32_t columns, int32_t row_threads) {  // of a thread in one row
-  return (columns / 16 + row_threads - 1) / row_threads;
-}
-constexpr int32_t raw_bytes(const Instance &instance, const Tile &tile) {
-  const int32_t lanes = row_threads(instance);
-  const int32_t loads = raw_loads(instance.head_dim, lanes) + raw_loads(instance.head_dim_v, lanes);
-  return tile.keys * lanes * 16 * loads;
-}
-// Where the tiles in e4m3 lie: behind Q, if Q passes through shared memory into registers.
-struct RawPlaces {
-  int32_t first, second, end;
-};
-constexpr RawPlaces raw_places(const Instance &instance, const Tile &tile) {
-  const int32_t stage = stage_bytes(instance, tile), raw = raw_bytes(instance, tile);
-  const int32_t queries = tile.queries == QueryPlace::registers ? query_bytes(instance, tile) : 0;
-  const int32_t first = stage > queries ? stage : queries;
-  return {first, first + raw, first + 2 * raw};
-}
-
 constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool converts = false) {
-  const int32_t stage = stage_bytes(instance, tile), queries = query_bytes(instance, tile);
+  const int32_t stage = stage_bytes(instance, tile, converts), queries = query_bytes(instance, tile);
   const int32_t ring = stage * tile.stages();
   // At the end: rows of the result, or what key groups hand to each other (see join_groups).
   const int32_t joined = tile.warps * result_bytes(instance, tile);
-  const int32_t loop = converts ? raw_places(instance, tile).end + (tile.queries == QueryPlace::shared ? queries : 0)
-                       : tile.queries == QueryPlace::shared ? ring + queries
-                                                            : (ring > stage + queries ? ring : stage + queries);
+  const int32_t loop =
+      tile.queries != QueryPlace::registers ? ring + queries : (ring > stage + queries ? ring : stage + queries);
   return loop > joined ? loop : joined;
 }
 

@@ -1,6 +1,6 @@
 // Joins the pieces of split row tiles: out = sum of 2^(lse_n - lse) out_n, and the sink enters here. Block (x, y, z) is
 // for a row tile, some of its rows and columns [128 z, 128 z + 128). One warp joins a row, or where there are many
-// pieces up to eight, through shared memory.
+// pieces up to eight, through shared memory. What follows from the lengths is worked out while the forward kernel runs.
 #pragma once
 
 #include "forward/results.cuh"
@@ -8,7 +8,8 @@
 
 namespace flashspark {
 
-// What some pieces of a row add up to: four columns of a lane, relative to `base` in units of log2.
+// What some pieces of a row add up to: two columns of a lane and the two that lie pair_distance further, relative to
+// `base` in units of log2.
 struct Sums {
   float base, sum, at[4];
 };
@@ -37,7 +38,7 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
   const Spread all = find_spread(a, a.tile_rows, a.tile_keys, w);
   int32_t position;
   if (a.merge_tiles > 0) {  // the block's own row tile
-    const int32_t tiles = a.merge_tiles * a.num_heads_kv, seq = block / tiles, inside = block - seq * tiles;
+    const int32_t tiles = a.merge_tiles * a.num_heads_kv, seq = quotient(block, tiles), inside = block - seq * tiles;
     const int32_t lane = seq % 32;
     SequenceWork of = w;
     int32_t before = 0;
@@ -46,13 +47,14 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
       of = sequence_work(a, a.tile_rows, a.tile_keys, first_seq);
     }
     const int32_t row_tiles = ptx::shuffle(of.row_tiles, lane), each = ptx::shuffle(of.tiles, lane) + all.start;
-    const int32_t head = inside / a.merge_tiles, row_tile = inside - head * a.merge_tiles;
+    const int32_t head = quotient(inside, a.merge_tiles), row_tile = inside - head * a.merge_tiles;
     if (row_tile >= row_tiles) return split;
     position = before + ptx::shuffle(of.passed + all.start * of.passed_units, lane) -
                ((a.num_heads_kv - head) * row_tiles - row_tile) * each;
   } else {  // the tile in which the block's share ends, if it begins there
-    if (block >= all.used()) return split;
-    position = all.begin(block + 1) - 1;
+    const auto [begin, end] = all.stretch(block);
+    if (begin >= end) return split;
+    position = end - 1;
   }
   const RowTile tile = row_tile_at(a, a.tile_rows, a.tile_keys, position, all.start, w);
   const Pieces pieces = pieces_of(all, tile.begin, tile.count);
@@ -62,9 +64,11 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
 
 // Pieces first, first + step, ... of a row; what a lane needs of eight of them is read at once.
 FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &tile, int32_t tile_row, int32_t first,
-                                  int32_t step, int32_t column) {
+                                  int32_t step, int32_t column, int32_t lane) {
   constexpr int32_t kAtOnce = 8;
   Sums sums{minus_infinity(), 0, {}};
+  const float *outs = a.partial_out + piece_row(a, tile_row) + piece_column(lane, column),
+              *lses = a.partial_lse + tile_row;
   for (; first < tile.count; first += kAtOnce * step) {
     float lse[kAtOnce];
     ptx::Vector16 out[kAtOnce];
@@ -72,11 +76,11 @@ FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &ti
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kAtOnce; ++i) {
       const int32_t n = first + i * step;
-      const int64_t row = (n == 0 ? tile.first : tile.rest + n) * static_cast<int64_t>(a.tile_rows) + tile_row;
-      lse[i] = n < tile.count ? a.partial_lse[row] * kLog2E : minus_infinity();
+      const int64_t row = (n == 0 ? tile.first : tile.rest + n) * static_cast<int64_t>(a.tile_rows);
+      lse[i] = n < tile.count ? lses[row] * kLog2E : minus_infinity();
       out[i] = {};
       if (n < tile.count && column < a.head_dim_v)
-        out[i] = *reinterpret_cast<const ptx::Vector16 *>(a.partial_out + row * a.head_dim_v + column);
+        out[i] = *reinterpret_cast<const ptx::Vector16 *>(outs + row * a.partial_columns);
     }
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kAtOnce; ++i) high = larger(high, lse[i]);
@@ -107,16 +111,30 @@ FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane, int32_
   }
   ptx::block_barrier();  // the other warps' sums are there
   if (!first) return;
-  for (int32_t w = warp + 1; w < warp + warps; ++w) {
-    const ptx::Vector16 ends = ptx::load_shared_16(memory(w) + kMergeColumns * 4);
-    const ptx::Vector16 theirs = ptx::load_shared_16(memory(w) + of_lane);
-    const float high = larger(sums.base, ptx::as_float(ends.word[0]));
-    const float factor = ptx::exp2_approx(sums.base - finite_base(high));
-    const float weight = ptx::exp2_approx(ptx::as_float(ends.word[0]) - finite_base(high));
-    sums.base = high;
-    sums.sum = sums.sum * factor + ptx::as_float(ends.word[1]) * weight;
+  // Of all that there may be at once: one after the other costs as many round trips.
+  float base[kMergeWarps], sum[kMergeWarps];
+  ptx::Vector16 at[kMergeWarps];
+  float high = sums.base;
+  FLASHSPARK_UNROLL
+  for (int32_t w = 1; w < kMergeWarps; ++w) {
+    const bool there = w < warps;
+    const ptx::Vector16 ends = ptx::load_shared_16(memory(there ? warp + w : warp + 1) + kMergeColumns * 4);
+    at[w] = ptx::load_shared_16(memory(there ? warp + w : warp + 1) + of_lane);
+    base[w] = there ? ptx::as_float(ends.word[0]) : minus_infinity();
+    sum[w] = ptx::as_float(ends.word[1]);
+    high = larger(high, base[w]);
+  }
+  const float factor = ptx::exp2_approx(sums.base - finite_base(high));
+  sums.base = high;
+  sums.sum *= factor;
+  FLASHSPARK_UNROLL
+  for (int32_t x = 0; x < 4; ++x) sums.at[x] *= factor;
+  FLASHSPARK_UNROLL
+  for (int32_t w = 1; w < kMergeWarps; ++w) {
+    const float weight = ptx::exp2_approx(base[w] - finite_base(high));
+    sums.sum += sum[w] * weight;
     FLASHSPARK_UNROLL
-    for (int32_t x = 0; x < 4; ++x) sums.at[x] = sums.at[x] * factor + ptx::as_float(theirs.word[x]) * weight;
+    for (int32_t x = 0; x < 4; ++x) sums.at[x] += ptx::as_float(at[w].word[x]) * weight;
   }
 }
 
@@ -131,22 +149,23 @@ FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
              lane = static_cast<int32_t>(ptx::thread_index() % 32);
   const auto y = static_cast<int32_t>(ptx::block_y());
   const int32_t tile_row = (y * kMergeWarps + warp) >> ptx::lowest_bit(static_cast<uint32_t>(a.merge_warps));
-  const int32_t row = tile.work.first_row + tile_row,
-                column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane * 4;
+  const int32_t row = tile.work.first_row + tile_row;
+  const int32_t column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane / 4 * 16;  // of the lane
   const bool in_use = tile_row < a.tile_rows && row < tile.work.end_row;
   Sums sums{minus_infinity(), 0, {}};
-  if (in_use) sums = sum_pieces(a, tile, tile_row, warp % a.merge_warps, a.merge_warps, column);
+  if (in_use) sums = sum_pieces(a, tile, tile_row, warp % a.merge_warps, a.merge_warps, column, lane);
   if (a.merge_warps > 1) join_warps(sums, warp, lane, a.merge_warps);
   if (!in_use || warp % a.merge_warps != 0) return;
   const ResultRow r = result_row(a, tile.work, row);
   const Joined joined = join_sink(sums.base, sink_of(a, r.head));
   const float sum = sums.sum * joined.factor + joined.sink;
   const float inverse = sum == 0 ? 0.0f : joined.factor / sum;
-  if (column == 0) store_lse(a, tile.work, r, lse_of(joined.maximum, sum));
-  if (column < a.head_dim_v)
-    store_pairs(static_cast<Number *>(a.out) + out_offset(a, tile.work, r) + column,
-                ptx::pack<Number>(sums.at[0] * inverse, sums.at[1] * inverse),
-                ptx::pack<Number>(sums.at[2] * inverse, sums.at[3] * inverse));
+  if (lane == 0 && column == 0) store_lse(a, tile.work, r, lse_of(joined.maximum, sum));
+  const int32_t own = column + lane % 4 * (a.pair_distance == 8 ? 2 : 4);
+  auto *to = static_cast<Number *>(a.out) + out_offset(a, tile.work, r) + own;
+  if (own < a.head_dim_v) store_2(to, ptx::pack<Number>(sums.at[0] * inverse, sums.at[1] * inverse));
+  if (own + a.pair_distance < a.head_dim_v)
+    store_2(to + a.pair_distance, ptx::pack<Number>(sums.at[2] * inverse, sums.at[3] * inverse));
 }
 
 }  // namespace flashspark

@@ -32,25 +32,26 @@ struct Block {
 
   // The first tile takes the first stage: queries on their way to registers lie in the second.
   FLASHSPARK_DEVICE ptx::SharedAddress stage(int32_t n) const {
-    return shared + (T::kStages == 1 || T::kConverts ? 0 : (n - begin) % 2 * T::kStageBytes);
+    return shared + (T::kStages == 1 ? 0 : (n - begin) % 2 * T::kStageBytes);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress queries() const { return shared + T::kQueryOffset; }
-
-  // Where the copies of tile n land: kernels that convert have places for two behind their one stage.
-  FLASHSPARK_DEVICE ptx::SharedAddress copies(int32_t n) const {
-    if constexpr (T::kConverts) return shared + ((n - begin) % 2 == 0 ? T::kRaw.first : T::kRaw.second);
-    return stage(n);
-  }
 
   // Pages of tile n are looked up one step before they are used.
   FLASHSPARK_DEVICE void look_up(int32_t n) {
     if (n < end) loader.look_up(tiles.at(n));
   }
   FLASHSPARK_DEVICE void copy_keys(int32_t n) {
-    if (n < end) loader.template copy<false>(tiles.at(n), copies(n));
+    if (n < end) loader.template copy<false>(tiles.at(n), stage(n));
   }
   FLASHSPARK_DEVICE void copy_values(int32_t n) {
-    if (n < end) loader.template copy<true>(tiles.at(n), copies(n));
+    if (n < end) loader.template copy<true>(tiles.at(n), stage(n));
+  }
+  // A whole tile, whose pages were looked up last, and the pages of the tile behind it.
+  FLASHSPARK_DEVICE void copy(int32_t n) {
+    copy_keys(n);
+    copy_values(n);
+    ptx::cp_async_commit();
+    look_up(n + 1);
   }
 
   // A warp goes through its key group's part of a tile in pieces of kScoreKeys keys: piece 0, 1, ... pieces() - 1.
@@ -93,13 +94,23 @@ struct Block {
   }
 };
 
-// The copies of the first tile: what else the loop needs is worked out while they are on their way. Not the hull of the
-// warp, which d128 then spills.
+// The copies of the first tile, or two: what else the loop needs is worked out while they are on their way.
 template <class T>
 FLASHSPARK_DEVICE void start(Block<T> &block) {
   block.look_up(block.begin);
+  if constexpr (T::kAhead) {
+    FLASHSPARK_NO_UNROLL
+    for (int32_t n = block.begin; n < block.begin + 2; ++n) {
+      block.copy(n);
+      // Queries that have to be converted are waited for, so they come last.
+      if ((n > block.begin) != T::kConverts) continue;
+      copy_queries<T>(block.a, block.work, block.queries());
+      if constexpr (!T::kConverts) ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
+    }
+    return;
+  }
   block.copy_keys(block.begin);
-  if constexpr (T::kSchedule == Schedule::single && !T::kConverts) ptx::cp_async_commit();
+  if constexpr (T::kSchedule == Schedule::single) ptx::cp_async_commit();
   block.copy_values(block.begin);
   ptx::cp_async_commit();
 }
@@ -136,19 +147,24 @@ FLASHSPARK_DEVICE void run_single(Block<T> &block) {
 // Two buffers of each; one barrier a tile.
 template <class T>
 FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
-  block.look_up(block.begin + 1);
+  if constexpr (!T::kAhead) block.look_up(block.begin + 1);
   if constexpr (T::kQueriesInRegisters) {
-    ptx::cp_async_wait<1>();  // Q
+    ptx::cp_async_wait<1>();  // Q: all but the tile asked for behind it
     ptx::block_barrier();
     load_queries<T>(block.q, block.queries(), block.lane);
   }
-  const auto step = [&block](int32_t n) {
-    ptx::cp_async_wait<0>();  // this tile
-    ptx::block_barrier();     // ... for all; and all are done with the tile before (and with Q's passage)
-    block.copy_keys(n + 1);
-    block.copy_values(n + 1);
-    ptx::cp_async_commit();
-    block.look_up(n + 2);
+  const auto asked_for = [&block](int32_t n) { return T::kAhead && n == block.begin; };  // the tile behind n
+  const auto wait = [&asked_for](int32_t n) {
+    if (asked_for(n)) {
+      ptx::cp_async_wait<1>();
+    } else {
+      ptx::cp_async_wait<0>();
+    }
+  };
+  const auto step = [&](int32_t n) {
+    wait(n);               // for this tile
+    ptx::block_barrier();  // ... for all; and all are done with the tile before (and with Q's passage)
+    if (!asked_for(n)) block.copy(n + 1);
     FLASHSPARK_NO_UNROLL
     for (int32_t piece = 0; piece < block.pieces(); ++piece) {
       const int32_t first = block.first_key(n, piece);
@@ -169,7 +185,7 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
     block.loader.step(block.tiles.begin[0] + n + 1);
     FLASHSPARK_NO_UNROLL
     for (; n < block.plain_end; ++n) {
-      ptx::cp_async_wait<0>();  // as in step()
+      wait(n);  // as in step()
       ptx::block_barrier();
       FLASHSPARK_NO_UNROLL
       for (int32_t piece = 0; piece < block.pieces(); ++piece) {
@@ -177,11 +193,15 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
         block.scores(s, n, piece);
         if (piece == 0) {  // not before the first products: all warps would work out addresses at once
           const int32_t next = block.tiles.begin[0] + n + 1;
-          block.loader.template copy_whole<false>(next, block.loader.k, block.stage(n + 1));
-          block.loader.template copy_whole<true>(next, block.loader.v, block.stage(n + 1));
+          if (!asked_for(n)) {
+            block.loader.template copy_whole<false>(next, block.loader.k, block.stage(n + 1));
+            block.loader.template copy_whole<true>(next, block.loader.v, block.stage(n + 1));
+          }
           block.loader.step(1);
-          ptx::cp_async_commit();
-          block.loader.look_up_whole(next + 1);
+          if (!asked_for(n)) {
+            ptx::cp_async_commit();
+            block.loader.look_up_whole(next + 1);
+          }
         }
         block.finish(s, n, piece);
       }
@@ -190,47 +210,9 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
   }
 }
 
-// One buffer of 16-bit numbers, made of what two copies in e4m3 bring. A tile is converted once for all warps. Where a
-// copy lands each thread alone reads, so that it is free for the tile after the next as soon as it is converted.
-template <class T>
-FLASHSPARK_DEVICE void run_converting(Block<T> &block) {
-  if constexpr (T::kQueriesInRegisters) {
-    ptx::block_barrier();  // Q is there
-    load_queries<T>(block.q, block.queries(), block.lane);
-  }
-  const auto copy = [&block](int32_t n) {
-    block.copy_keys(n);
-    block.copy_values(n);
-    ptx::cp_async_commit();
-    block.look_up(n + 1);
-  };
-  block.look_up(block.begin + 1);
-  copy(block.begin + 1);
-  FLASHSPARK_NO_UNROLL
-  for (int32_t n = block.begin; n < block.end; ++n) {
-    ptx::cp_async_wait<1>();  // what this thread has copied of the tile, which nobody else reads
-    ptx::block_barrier();     // all are done with the tile before
-    block.loader.template convert<false>(block.copies(n), block.shared);
-    block.loader.template convert<true>(block.copies(n), block.shared);
-    copy(n + 2);
-    ptx::block_barrier();  // the tile is there (and Q, where it stays in shared memory)
-    FLASHSPARK_NO_UNROLL
-    for (int32_t piece = 0; piece < block.pieces(); ++piece) {
-      const int32_t first = block.first_key(n, piece);
-      if (!block.meets(first)) continue;
-      Scores<T> s;
-      block.scores(s, n, piece);
-      block.change_and_mask(s, first);
-      block.finish(s, n, piece);
-    }
-  }
-}
-
 template <class T>
 FLASHSPARK_DEVICE void run(Block<T> &block) {
-  if constexpr (T::kConverts) {
-    run_converting(block);
-  } else if constexpr (T::kSchedule == Schedule::single) {
+  if constexpr (T::kSchedule == Schedule::single) {
     run_single(block);
   } else {
     run_ring(block);

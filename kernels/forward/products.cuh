@@ -19,8 +19,9 @@ FLASHSPARK_DEVICE LaneOffsets lane_offsets(const ForwardArguments &a) {
   // of the thread, while the first ldmatrix waits.
   const auto keep = [lane](uint32_t x) { return static_cast<uint32_t>(ptx::shuffle(static_cast<int32_t>(x), lane)); };
   return {keep(T::QueryLayout::offset(static_cast<uint32_t>(first_warp_row<T>(a)) + lane % 16, lane / 16)),
-          keep(T::KeyLayout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
-          keep(T::ValueLayout::offset(lane % 16, lane / 16))};
+          keep(T::kConverts ? T::KeyLayout::offset(lane % 16, 0)
+                            : T::KeyLayout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
+          keep(T::ValueLayout::offset(lane % 16, T::kConverts ? 0 : lane / 16))};
 }
 
 template <class T>
@@ -34,6 +35,8 @@ FLASHSPARK_DEVICE void load_queries(Queries<T> &q, ptx::SharedAddress queries, c
   }
 }
 
+// With K in e4m3 a chunk holds 16 columns, and a lane receives four neighbours of them: two for each half of a k16 step
+// whose columns are in the order that copy_queries gives those of Q.
 template <class T>
 FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::SharedAddress queries,
                                      ptx::SharedAddress keys, const LaneOffsets &lane) {
@@ -61,7 +64,14 @@ FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::Sha
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < T::kKeySteps; ++n) {
       uint32_t b[4];
-      ptx::ldmatrix_x4(b, keys + T::KeyLayout::step(lane.key, 2 * d) + n * 16 * T::KeyLayout::kPitch);
+      if constexpr (T::kConverts) {
+        uint32_t four[2];
+        ptx::ldmatrix_x2(four, keys + T::KeyLayout::step(lane.key, d) + n * 16 * T::KeyLayout::kPitch);
+        ptx::widen_e4m3x4(b[0], b[1], four[0]);
+        ptx::widen_e4m3x4(b[2], b[3], four[1]);
+      } else {
+        ptx::ldmatrix_x4(b, keys + T::KeyLayout::step(lane.key, 2 * d) + n * 16 * T::KeyLayout::kPitch);
+      }
       FLASHSPARK_UNROLL
       for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
         ptx::mma_m16n8k16<typename T::Number>(s.at[slab][2 * n], a[slab], b[0], b[1]);
@@ -72,7 +82,8 @@ FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::Sha
 }
 
 // O += exp2(S) V. The exponentials of 16 keys are issued between the products of the 16 keys before: they take the
-// units that the tensor cores leave idle.
+// units that the tensor cores leave idle. With V in e4m3 a lane receives two neighbouring columns of each of two keys:
+// the even ones of 16 columns make one n8 tile, the odd ones the next (see own_columns).
 template <class T>
 FLASHSPARK_DEVICE void multiply_values(Output<T> &o, const Scores<T> &s, LaneState<T> &state, float scale,
                                        ptx::SharedAddress values, const LaneOffsets &lane) {
@@ -85,7 +96,16 @@ FLASHSPARK_DEVICE void multiply_values(Output<T> &o, const Scores<T> &s, LaneSta
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < T::kValueSteps; ++n) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, values + T::ValueLayout::step(lane.value, 2 * n) + step * 16 * T::ValueLayout::kPitch);
+      if constexpr (T::kConverts) {
+        uint32_t four[2];
+        ptx::ldmatrix_x2_trans(four, values + T::ValueLayout::step(lane.value, n) + step * 16 * T::ValueLayout::kPitch);
+        // Of two keys the numbers in an even column, then those in the odd one behind it.
+        ptx::widen_e4m3x4(b[0], b[2], ptx::permute_bytes(four[0], 0x3120));
+        ptx::widen_e4m3x4(b[1], b[3], ptx::permute_bytes(four[1], 0x3120));
+      } else {
+        ptx::ldmatrix_x4_trans(b,
+                               values + T::ValueLayout::step(lane.value, 2 * n) + step * 16 * T::ValueLayout::kPitch);
+      }
       FLASHSPARK_UNROLL
       for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
         ptx::mma_m16n8k16<typename T::Number>(o.at[slab][2 * n], p[step % 2].at[slab], b[0], b[1]);

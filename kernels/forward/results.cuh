@@ -60,15 +60,40 @@ FLASHSPARK_DEVICE void store_8(Number *to, ptx::Vector16 v) {
   for (int32_t n = 0; n < 8; ++n) to[n].bits = static_cast<uint16_t>(v.word[n / 2] >> n % 2 * 16);
 }
 
-// Four numbers, at once where the address allows it.
+// Two numbers, at once where the address allows it.
 template <class Number>
-FLASHSPARK_DEVICE void store_pairs(Number *to, uint32_t low, uint32_t high) {
-  if (reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-    *reinterpret_cast<uint64_t *>(to) = low | static_cast<uint64_t>(high) << 32;
+FLASHSPARK_DEVICE void store_2(Number *to, uint32_t both) {
+  if (reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+    *reinterpret_cast<uint32_t *>(to) = both;
     return;
   }
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < 4; ++n) to[n].bits = static_cast<uint16_t>((n < 2 ? low : high) >> n % 2 * 16);
+  for (int32_t n = 0; n < 2; ++n) to[n].bits = static_cast<uint16_t>(both >> n * 16);
+}
+
+// Pieces of split row tiles lie as the warps that compute them hold them, so that a warp writes 512 bytes at once: of
+// eight rows, for each 16 columns, the 16 bytes of every lane. Lane l has row l / 4 and four columns (own_column, or
+// for the merge kernel pair_distance). In floats: where row `row` (counted through all places) has its first 16
+// columns, and from there what a lane of it has of the columns from `column` on, a multiple of 16.
+FLASHSPARK_DEVICE int64_t piece_row(const ForwardArguments &a, int64_t row) {
+  return row / 8 * 8 * a.partial_columns + row % 8 * 16;
+}
+FLASHSPARK_DEVICE int32_t piece_column(int32_t lane, int32_t column) {
+  return column * 8 + lane % 4 * 4;
+}
+
+// Of the 16 columns of two n8 tiles a lane holds two pairs: those of each tile, or with V in e4m3, where one tile has
+// the even columns and the other the odd ones (multiply_values), four neighbours. Here is the first of them; the second
+// pair follows eight columns on, or two.
+template <class T>
+FLASHSPARK_DEVICE int32_t own_column(int32_t lane) {
+  return lane % 4 * (T::kConverts ? 4 : 2);
+}
+// The numbers of row n of a lane in the order of its columns: word x of tile c.
+template <class T>
+FLASHSPARK_DEVICE float in_order(const Output<T> &o, int32_t n, int32_t c, int32_t x) {
+  if constexpr (T::kConverts) return o.at[n / 2][c / 2 * 2 + x][n % 2 * 2 + c % 2];
+  return o.at[n / 2][c][n % 2 * 2 + x];
 }
 
 // What a warp stores: all of its rows, or with two key groups those eights of rows that its group has joined. Row
@@ -88,13 +113,16 @@ struct Result {
   }
 };
 
-FLASHSPARK_DEVICE void store_4(ptx::SharedAddress to, float a, float b, float c, float d) {
+FLASHSPARK_DEVICE ptx::Vector16 vector_of(float a, float b, float c, float d) {
   ptx::Vector16 v;
   v.word[0] = ptx::as_word(a);
   v.word[1] = ptx::as_word(b);
   v.word[2] = ptx::as_word(c);
   v.word[3] = ptx::as_word(d);
-  ptx::store_shared_16(to, v);
+  return v;
+}
+FLASHSPARK_DEVICE void store_4(ptx::SharedAddress to, float a, float b, float c, float d) {
+  ptx::store_shared_16(to, vector_of(a, b, c, d));
 }
 
 // This warp's part of the shared memory that results pass through: with two key groups it first holds what the warp of
@@ -119,8 +147,8 @@ FLASHSPARK_DEVICE Result<T> join_groups(const ForwardArguments &a, const Output<
       r.sum[n] = state.sum[n];
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < kColumns; ++c) {
-        r.at[n][c][0] = o.at[n / 2][c][n % 2 * 2];
-        r.at[n][c][1] = o.at[n / 2][c][n % 2 * 2 + 1];
+        r.at[n][c][0] = in_order<T>(o, n, c, 0);
+        r.at[n][c][1] = in_order<T>(o, n, c, 1);
       }
     }
   } else if constexpr (T::kKeyGroups > 1) {
@@ -132,7 +160,9 @@ FLASHSPARK_DEVICE Result<T> join_groups(const ForwardArguments &a, const Output<
     const ptx::SharedAddress to = result_memory<T>(shared, other) + lane, from = result_memory<T>(shared, warp) + lane;
     FLASHSPARK_UNROLL
     for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
-      const auto handed = [&](int32_t c, int32_t x) { return second ? o.at[slab][c][x] : o.at[slab][c][2 + x]; };
+      const auto handed = [&](int32_t c, int32_t x) {
+        return second ? in_order<T>(o, 2 * slab, c, x) : in_order<T>(o, 2 * slab + 1, c, x);
+      };
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < kColumns; c += 2)
         store_4(to + place(slab, c / 2), handed(c, 0), handed(c, 1), handed(c + 1, 0), handed(c + 1, 1));
@@ -144,7 +174,8 @@ FLASHSPARK_DEVICE Result<T> join_groups(const ForwardArguments &a, const Output<
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < kColumns; ++c) {
         FLASHSPARK_UNROLL
-        for (int32_t x = 0; x < 2; ++x) r.at[slab][c][x] = second ? o.at[slab][c][2 + x] : o.at[slab][c][x];
+        for (int32_t x = 0; x < 2; ++x)
+          r.at[slab][c][x] = second ? in_order<T>(o, 2 * slab + 1, c, x) : in_order<T>(o, 2 * slab, c, x);
       }
     }
     ptx::block_barrier();  // what was handed over is there
@@ -191,12 +222,13 @@ FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work
     const float lse = lse_of(result.base[n], result.sum[n]);
     if (lane % 4 == 0 && first_column == 0) a.partial_lse[row] = lse;
     const float inverse = lse == minus_infinity() ? 0.0f : (T::kConverts ? value_scale : 1.0f) / result.sum[n];
-    float *to = a.partial_out + row * a.head_dim_v + first_column + lane % 4 * 2;
+    float *to = a.partial_out + piece_row(a, row) + piece_column(lane, first_column);
     FLASHSPARK_UNROLL
-    for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
+    for (int32_t c = 0; c < T::kHeadDimV / 8; c += 2) {
       if (first_column + c * 8 >= a.head_dim_v) continue;
-      to[c * 8] = result.at[n][c][0] * inverse;
-      to[c * 8 + 1] = result.at[n][c][1] * inverse;
+      *reinterpret_cast<ptx::Vector16 *>(to + c * 64) =
+          vector_of(result.at[n][c][0] * inverse, result.at[n][c][1] * inverse, result.at[n][c + 1][0] * inverse,
+                    result.at[n][c + 1][1] * inverse);
     }
   }
 }
@@ -205,7 +237,7 @@ FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work
 template <class T>
 FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, const Result<T> &result,
                                    float value_scale, ptx::SharedAddress shared, int32_t first_column) {
-  using Layout = typename T::ValueLayout;
+  using Layout = typename T::ResultLayout;
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
   const int32_t first_row = work.first_row + first_warp_row<T>(a);
   const ptx::SharedAddress memory = result_memory<T>(shared, static_cast<int32_t>(ptx::thread_index() / 32));
@@ -223,12 +255,15 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
       const float low = result.at[n][c][0] * inverse, high = result.at[n][c][1] * inverse;
       const uint32_t word = T::kConverts && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
                                                                              : ptx::pack<typename T::Number>(low, high);
-      ptx::store_shared_4(memory + Layout::step(Layout::offset(n * 8 + lane / 4, 0), c) + lane % 4 * 4, word);
+      const int32_t column = own_column<T>(lane), chunk = T::kConverts ? c / 2 * 2 : c;
+      ptx::store_shared_4(memory + Layout::step(Layout::offset(n * 8 + lane / 4, column / 8), chunk) +
+                              (column % 8 + (T::kConverts ? c % 2 * 2 : 0)) * 2,
+                          word);
     }
   }
   ptx::warp_barrier();
   // kRowLanes neighbouring lanes write one row.
-  constexpr int32_t kRowLanes = T::kRowThreads, kPassRows = 32 / kRowLanes;
+  constexpr int32_t kRowLanes = T::kQueryThreads, kPassRows = 32 / kRowLanes;
   auto *out = static_cast<typename T::Number *>(a.out);
   FLASHSPARK_UNROLL
   for (int32_t pass = 0; pass < Result<T>::kEights * 8 / kPassRows; ++pass) {

@@ -15,30 +15,34 @@ struct Spread {
   int32_t total, period, shares;  // shares of a period
   int32_t start;                  // positions before the keys of each row tile
 
-  FLASHSPARK_DEVICE int32_t used() const { return ceil_div(total, period) * shares; }
-  FLASHSPARK_DEVICE int32_t begin(int32_t share) const {
-    const int32_t of_period = share / shares, inside = share - of_period * shares;
-    const int32_t each = period / shares, more = period - each * shares;
-    return min_of(total, of_period * period + inside * each + min_of(inside, more));
+  // The positions of a share: none for those that are too many.
+  FLASHSPARK_DEVICE Interval stretch(int32_t share) const {
+    const int32_t of_period = quotient(share, shares), inside = share - of_period * shares;
+    const int32_t each = quotient(period, shares), more = period - each * shares;
+    const int32_t begin = of_period * period + inside * each + min_of(inside, more);
+    return {min_of(total, begin), min_of(total, begin + each + (inside < more ? 1 : 0))};
   }
+  // The share that holds a position.
   FLASHSPARK_DEVICE int32_t at(int32_t position) const {
-    const int32_t of_period = position / period, inside = position - of_period * period;
-    const int32_t each = period / shares, more = period - each * shares;
+    const int32_t of_period = quotient(position, period), inside = position - of_period * period;
+    const int32_t each = quotient(period, shares), more = period - each * shares;
     const int32_t longer = more * (each + 1);  // positions in shares that hold one more
-    return of_period * shares + (inside < longer ? inside / (each + 1) : more + (inside - longer) / each);
+    return of_period * shares + (inside < longer ? quotient(inside, each + 1) : more + quotient(inside - longer, each));
   }
 };
 
-// `total` > 0 tiles of keys in `units` row tiles; alike: as many in each.
-FLASHSPARK_DEVICE Spread spread(int32_t total, int32_t units, bool alike, const ShareLimits &limits) {
+// `total` > 0 tiles of keys in `units` row tiles; of_each > 0: so many in each.
+FLASHSPARK_DEVICE Spread spread(int32_t total, int32_t units, int32_t of_each, const ShareLimits &limits) {
   const int32_t most = total < limits.few_total ? limits.few_shares : limits.shares;
-  const int32_t used = min_of(most, max_of(1, total / limits.least));
-  if (alike) {
-    // Several pieces of a tile, or several tiles a share, unless the longest share is more than a twentieth above the
-    // mean.
-    const int32_t tiles = total / units, pieces = max_of(1, used / units), together = ceil_div(units, used);
-    if (units <= used && pieces * units * 21 >= used * 20) return {total, tiles, pieces, 0};
-    if (units > used && units * 21 >= together * used * 20) return {total, together * tiles, 1, 0};
+  const int32_t used = min_of(most, max_of(1, total >> limits.least_shift));
+  // Where tiles are alike: several pieces of a tile, or several tiles a share, unless the longest share is more than a
+  // twentieth above the mean.
+  if (of_each > 0 && units <= used) {
+    const int32_t pieces = quotient(used, units);
+    if (pieces * units * 21 >= used * 20) return {total, of_each, pieces, 0};
+  } else if (of_each > 0) {
+    const int32_t together = quotient(units + used - 1, used);
+    if (units * 21 >= together * used * 20) return {total, together * of_each, 1, 0};
   }
   // Shares that begin in the middle of a tile start as well as those that come upon several: only the latter count.
   const int32_t start = units > used / 2 ? limits.start : 0;
@@ -70,16 +74,20 @@ struct SequenceWork {
 FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t first_seq) {
   const int32_t seq = first_seq + static_cast<int32_t>(ptx::thread_index() % 32);
   SequenceWork w{};
-  if (seq < a.num_seqs) w.tokens = tokens_of(a, seq);
-  if (w.tokens > 0) {
-    if (a.cu_seqlens_q != nullptr) w.q_row = a.cu_seqlens_q[seq];
-    const Work work{true, seq, 0, w.tokens, w.q_row, 0, 0};
+  if (seq < a.num_seqs) {
+    // All is read at once, even where no row makes the lengths stale: reads that wait for each other would cost as many
+    // round trips.
+    const int32_t tokens = tokens_of(a, seq);
     Keys used = keys_of(a, seq);
-    used.end = max_of(used.begin, used.end);
-    const Mask mask = find_mask(a, work, used);
+    if (a.cu_seqlens_q != nullptr) w.q_row = a.cu_seqlens_q[seq];
+    w.tokens = max_of(tokens, 0);
+    used.begin = tokens > 0 ? used.begin : 0;
+    used.end = tokens > 0 ? max_of(used.begin, used.end) : 0;
+    const Mask mask = find_mask(a, {true, seq, 0, w.tokens, w.q_row, 0, 0}, used);
     const int32_t begin = seen(a, mask, 0).begin, end = seen(a, mask, w.tokens - 1).end;
     w.first_tile = begin / keys;
-    w.tiles = max_of(1, ceil_div(end, keys) - w.first_tile);  // rows without keys have results, too
+    const int32_t tiles = max_of(1, ceil_div(end, keys) - w.first_tile);  // rows without keys have results, too
+    w.tiles = tokens > 0 ? tiles : 0;
     w.row_tiles = (w.tokens * static_cast<int32_t>(a.group.value) + rows - 1) >> ptx::lowest_bit(rows);
   }
   w.passed = prefix_sum(w.tiles * w.row_tiles * a.num_heads_kv);
@@ -101,7 +109,8 @@ FLASHSPARK_DEVICE Spread find_spread(const ForwardArguments &a, int32_t rows, in
   most = ptx::reduce_max(most);
   least = ptx::reduce_min(least);
   total = ptx::uniform(total);
-  return total == 0 ? Spread{0, 1, 1, 0} : spread(total, ptx::uniform(units), most == least, a.share_limits);
+  return total == 0 ? Spread{0, 1, 1, 0}
+                    : spread(total, ptx::uniform(units), most == least ? ptx::uniform(most) : 0, a.share_limits);
 }
 
 // A row tile and its positions.
@@ -128,11 +137,11 @@ FLASHSPARK_DEVICE RowTile row_tile_at(const ForwardArguments &a, int32_t rows, i
   tile.first_tile = of_lane(w.first_tile);
   const int32_t row_tiles = of_lane(w.row_tiles);
   const int32_t first = passed + of_lane(w.passed + start * w.passed_units) - tile.count * row_tiles * a.num_heads_kv;
-  const int32_t unit = (position - first) / tile.count;
+  const int32_t unit = quotient(position - first, tile.count);
   tile.begin = first + unit * tile.count;
   tile.work.found = true;
   tile.work.seq = first_seq + static_cast<int32_t>(lane);
-  tile.work.head_kv = unit / row_tiles;
+  tile.work.head_kv = quotient(unit, row_tiles);
   tile.work.seqlen_q = of_lane(w.tokens);
   tile.work.q_row = of_lane(w.q_row);
   tile.work.first_row = (unit - tile.work.head_kv * row_tiles) * rows;
@@ -159,14 +168,17 @@ FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t rows, int3
   const SequenceWork w = sequence_work(a, rows, keys, 0);
   const Spread all = find_spread(a, rows, keys, w);
   const auto block = static_cast<int32_t>(ptx::block_x());
-  work.found = block < all.used();
+  const auto [begin, end] = all.stretch(block);
+  work.found = begin < end;
   if (!work.found) return {};
-  if (at < 0) at = all.begin(block);
-  const int32_t end = all.begin(block + 1);
+  if (at < 0) at = begin;
   const RowTile tile = row_tile_at(a, rows, keys, at, all.start, w);
   work = tile.work;
   const int32_t first = at - tile.begin, count = min_of(tile.count - first, end - at);
   const int32_t first_key = max_of(first - all.start, 0), end_key = max_of(first + count - all.start, 0);
+  if (a.page_table != nullptr)  // its latency passes while masks are worked out
+    ptx::prefetch(a.page_table + work.seq * a.page_table_stride +
+                  divide((tile.first_tile + first_key) * keys, a.page_size).quotient);
   return {tile.first_tile + first_key, end_key - first_key, count == tile.count,
           first == 0 ? block : a.share_limits.shares + block - 1, at + count < end ? at + count : -1};
 }

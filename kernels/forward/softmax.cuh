@@ -145,8 +145,8 @@ FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
   return highest;
 }
 
-// Moves the running maxima where these scores ask for it. `scale` turns scores into units of log2 (1 once
-// change_scores() has run).
+// Moves the running maxima of the rows whose scores ask for it, and of no others: a row's result does not depend on the
+// rows beside it. `scale` turns scores into units of log2 (1 once change_scores() has run).
 template <class T>
 FLASHSPARK_DEVICE void move_maxima(RowMaxima<T> highest, Output<T> &o, LaneState<T> &state, float scale) {
   bool moves = false;
@@ -155,12 +155,12 @@ FLASHSPARK_DEVICE void move_maxima(RowMaxima<T> highest, Output<T> &o, LaneState
   // One branch for all rows of the warp, not one a row. The four lanes of a row compare theirs behind it alone.
   if (!ptx::any(moves)) return;
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
-  FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const float base = larger(state.base[n], highest.at[n] * scale);
+    const uint32_t asking = ptx::ballot(highest.at[n] * scale > state.limit[n]);
+    const bool row_asks = (asking >> ptx::thread_index() % 32 / 4 * 4 & 15) != 0;
+    highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
+    highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
+    const float base = row_asks ? larger(state.base[n], highest.at[n] * scale) : state.base[n];
     const float factor = ptx::exp2_approx(state.base[n] - base);
     state.base[n] = base;
     state.sum[n] *= factor;

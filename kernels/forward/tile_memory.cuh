@@ -73,8 +73,7 @@ struct KeyLoader {
   // Copies a tile; if it is whole, its pages were looked up last.
   template <bool values>
   FLASHSPARK_DEVICE void copy(int32_t tile, ptx::SharedAddress stage) const {
-    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
-    if (!reads_all(tile) || columns<values>() < Layout::kChunks * 8) {
+    if (!reads_all(tile) || columns<values>() < (values ? T::kHeadDimV : T::kHeadDim)) {
       copy_checked<values>(tile, target<values>(stage));
     } else {
       copy_whole<values>(tile, from_tile<values>(tile), stage);
@@ -83,7 +82,6 @@ struct KeyLoader {
   // A whole tile; `from` is from_tile(tile), or k and v after step().
   template <bool values>
   FLASHSPARK_DEVICE void copy_whole(int32_t tile, const Stored *from, ptx::SharedAddress stage) const {
-    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
     const Strides &strides = values ? a.v_strides : a.k_strides;
     const ptx::SharedAddress to = target<values>(stage);
     if (pages != nullptr) {
@@ -92,13 +90,13 @@ struct KeyLoader {
         const PageSteps &steps = values ? a.v_pages : a.k_pages;
         const int32_t slot = divide(group(tile, pass), a.page_size).remainder;
         const int64_t offset = static_cast<int64_t>(page[pass] * steps.page + slot * steps.slot) * steps.unit;
-        copy_row<Layout>(to, pass,
+        copy_row<values>(to, pass,
                          reinterpret_cast<const Stored *>(reinterpret_cast<const char *>(values ? v : k) + offset));
       }
     } else {
       FLASHSPARK_UNROLL
       for (int32_t pass = 0; pass < T::kPasses; ++pass, from += T::kPassRows * strides.token)
-        copy_row<Layout>(to, pass, from);
+        copy_row<values>(to, pass, from);
     }
   }
   template <bool values>
@@ -115,83 +113,49 @@ struct KeyLoader {
     v += tiles * (T::kKeys * a.v_strides.token);
   }
 
-  // From e4m3, as this thread has copied it to `raw`, to the 16-bit numbers of a tile.
-  template <bool values>
-  FLASHSPARK_DEVICE void convert(ptx::SharedAddress raw, ptx::SharedAddress tile) const {
-    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
-    const auto first = static_cast<uint32_t>(2 * chunk());
-    const ptx::SharedAddress from = target<values>(raw);
-    ptx::SharedAddress to = tile + (values ? T::kKeyBytes : 0) + row() * Layout::kPitch +
-                            first / Layout::kGroup * (Layout::kGroup * 16) +
-                            ((first % Layout::kGroup ^ Layout::swizzle(row())) << 4);
-    // Half of the lanes that store at once begin with the second of their two chunks, or they would meet in one bank.
-    const bool second_first = (Layout::kGroup == 8 ? chunk() / 4 : row()) % 2 != 0;
-    if (second_first) to ^= 16;
-    FLASHSPARK_UNROLL
-    for (int32_t pass = 0; pass < T::kPasses; ++pass) {
-      FLASHSPARK_UNROLL
-      for (int32_t n = 0; n < kLoads<Layout>; ++n) {
-        if (!exists<Layout>(n)) continue;
-        const ptx::Vector16 x = ptx::load_shared_16(from + (pass * kLoads<Layout> + n) * T::kThreads * 16);
-        const ptx::SharedAddress at = Layout::step(to, 2 * n * T::kRowThreads) + pass * T::kPassRows * Layout::kPitch;
-        FLASHSPARK_UNROLL
-        for (int32_t half = 0; half < 2; ++half) {
-          const bool high = (half != 0) != second_first;
-          ptx::Vector16 y;
-          FLASHSPARK_UNROLL
-          for (int32_t i = 0; i < 4; ++i) {
-            const uint32_t four = high ? x.word[2 + i / 2] : x.word[i / 2];
-            y.word[i] = ptx::widen_e4m3x2(four >> i % 2 * 16);
-          }
-          ptx::store_shared_16(at ^ half << 4, y);
-        }
-      }
-    }
-  }
-
  private:
-  // Copies of this thread in a row, and whether there is something for the n-th.
-  template <class Layout>
-  static constexpr int32_t kLoads =
-      T::kConverts ? raw_loads(Layout::kChunks * 8, T::kRowThreads) : Layout::kChunks / T::kRowThreads;
-  template <class Layout>
+  // Copies of this thread in a row, and whether there is something for the n-th: rows may end with chunks that nobody
+  // reads.
+  template <bool values>
+  using LayoutOf = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
+  template <bool values>
+  static constexpr int32_t kLoads = LayoutOf<values>::kChunks / T::kRowThreads;
+  template <bool values>
   static FLASHSPARK_DEVICE bool exists(int32_t n) {
-    constexpr int32_t kChunks = Layout::kChunks * 8 / kChunkNumbers;
+    constexpr int32_t kChunks = (values ? T::kHeadDimV : T::kHeadDim) / kChunkNumbers;
     return kChunks % T::kRowThreads == 0 || chunk() + n * T::kRowThreads < kChunks;
   }
-  // Bytes to the place of the next pass, and to that of the next copy in a row.
-  template <class Layout>
-  static constexpr int32_t kPassBytes =
-      T::kConverts ? kLoads<Layout> * T::kThreads * 16 : T::kPassRows * Layout::kPitch;
-  static constexpr int32_t kLoadBytes = (T::kConverts ? T::kThreads : T::kRowThreads) * 16;
+  // From the place of a pass's first copy in a row to that of the n-th.
+  template <bool values>
+  static FLASHSPARK_DEVICE ptx::SharedAddress place_of(ptx::SharedAddress to, int32_t n) {
+    return LayoutOf<values>::step(to, n * T::kRowThreads);
+  }
 
   // K and V of one width lie alike.
   template <bool values>
   FLASHSPARK_DEVICE ptx::SharedAddress target(ptx::SharedAddress stage) const {
-    if constexpr (T::kConverts)
-      return stage + ptx::thread_index() * 16 + (values ? T::kPasses * T::kRawLoads * T::kThreads * 16 : 0);
     if constexpr (!values) return stage + place;
     if constexpr (T::kHeadDim == T::kHeadDimV) return stage + T::kKeyBytes + place;
     return stage + T::kKeyBytes + T::ValueLayout::offset(row(), chunk());
   }
 
-  template <class Layout>
+  template <bool values>
   static FLASHSPARK_DEVICE void copy_row(ptx::SharedAddress to, int32_t pass, const Stored *from) {
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < kLoads<Layout>; ++n) {
-      if (exists<Layout>(n))
-        ptx::cp_async_16(to + pass * kPassBytes<Layout> + n * kLoadBytes, from + n * T::kRowThreads * kChunkNumbers);
+    for (int32_t n = 0; n < kLoads<values>; ++n) {
+      if (exists<values>(n))
+        ptx::cp_async_16(place_of<values>(to, n) + pass * T::kPassRows * LayoutOf<values>::kPitch,
+                         from + n * T::kRowThreads * kChunkNumbers);
     }
   }
 
   // Keys outside the hulls, and columns past the head, become 0: a probability of 0 times garbage might be NaN.
   template <bool values>
   FLASHSPARK_DEVICE void copy_checked(int32_t tile, ptx::SharedAddress to) const {
-    using Layout = std::conditional_t<values, typename T::ValueLayout, typename T::KeyLayout>;
     const Strides &strides = values ? a.v_strides : a.k_strides;
     const Stored *base = values ? v : k;
     FLASHSPARK_NO_UNROLL
-    for (int32_t pass = 0; pass < T::kPasses; ++pass, to += kPassBytes<Layout>) {
+    for (int32_t pass = 0; pass < T::kPasses; ++pass, to += T::kPassRows * LayoutOf<values>::kPitch) {
       const int32_t first = tile * T::kKeys + pass * T::kPassRows;
       const bool reads_key = reads(first + row());
       const Stored *from = base;
@@ -202,10 +166,11 @@ struct KeyLoader {
         from += first * strides.token;
       }
       FLASHSPARK_UNROLL
-      for (int32_t n = 0; n < kLoads<Layout>; ++n) {
-        if (!exists<Layout>(n)) continue;
+      for (int32_t n = 0; n < kLoads<values>; ++n) {
+        if (!exists<values>(n)) continue;
         const bool valid = reads_key && (chunk() + n * T::kRowThreads) * kChunkNumbers < columns<values>();
-        ptx::cp_async_16_or_zero(to + n * kLoadBytes, valid ? from + n * T::kRowThreads * kChunkNumbers : base, valid);
+        ptx::cp_async_16_or_zero(place_of<values>(to, n), valid ? from + n * T::kRowThreads * kChunkNumbers : base,
+                                 valid);
       }
     }
   }
@@ -245,49 +210,49 @@ FLASHSPARK_DEVICE ptx::Vector16 widen_queries(const void *q, int64_t offset, Num
   if (number == Number::e4m3) {
     const auto *words = reinterpret_cast<const uint32_t *>(static_cast<const ptx::E4m3 *>(q) + offset);
     FLASHSPARK_UNROLL
-    for (int32_t i = 0; i < 4; ++i) y.word[i] = ptx::widen_e4m3x2(words[i / 2] >> i % 2 * 16);
+    for (int32_t i = 0; i < 2; ++i) ptx::widen_e4m3x4(y.word[2 * i], y.word[2 * i + 1], words[i]);
     return y;
   }
   y = *reinterpret_cast<const ptx::Vector16 *>(static_cast<const ptx::Float16 *>(q) + offset);
   if (number == Number::float16) return y;
-  const auto in_range = [](uint32_t bits) {
-    constexpr float kLargest = 65504.0f;
-    const float x = ptx::widen(ptx::Bfloat16{static_cast<uint16_t>(bits)});
-    return x > kLargest ? kLargest : (x < -kLargest ? -kLargest : x);  // NaN stays NaN
-  };
+  const auto number_of = [](uint32_t bits) { return ptx::widen(ptx::Bfloat16{static_cast<uint16_t>(bits)}); };
   FLASHSPARK_UNROLL
-  for (int32_t i = 0; i < 4; ++i)
-    y.word[i] = ptx::pack<ptx::Float16>(in_range(y.word[i] & 0xffff), in_range(y.word[i] >> 16));
+  for (int32_t i = 0; i < 4; ++i) y.word[i] = ptx::pack_finite(number_of(y.word[i]), number_of(y.word[i] >> 16));
   return y;
 }
 
 // Copies the block's queries; rows past the sequence and columns past the head become 0. Kernels that convert read them
-// in any type, at once.
+// in any type, at once, and move them to where the numbers of K that they meet come to lie (multiply_keys): of 16
+// columns those at 4 j and 4 j + 1 are at 2 j and 2 j + 1, those at 4 j + 2 and 4 j + 3 eight further.
 template <class T>
 FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const Work &work, ptx::SharedAddress to) {
   const int32_t thread = static_cast<int32_t>(ptx::thread_index());
-  const int32_t row = thread / T::kRowThreads, chunk = thread % T::kRowThreads;
+  const int32_t row = thread / T::kQueryThreads, chunk = thread % T::kQueryThreads;
   const auto *q_begin = static_cast<const typename T::Number *>(a.q), *q = q_begin;
   if (a.cu_seqlens_q == nullptr) q += work.seq * a.q_strides.batch;
   FLASHSPARK_UNROLL
-  for (int32_t pass = 0; pass < T::kMostRows / T::kPassRows; ++pass) {
-    if (T::kFlexible && pass * T::kPassRows >= rows_of<T>(a)) break;
-    const int32_t tile_row = pass * T::kPassRows + row;
+  for (int32_t pass = 0; pass < T::kMostRows / T::kQueryPassRows; ++pass) {
+    if (T::kFlexible && pass * T::kQueryPassRows >= rows_of<T>(a)) break;
+    const int32_t tile_row = pass * T::kQueryPassRows + row;
     const bool in_use = work.first_row + tile_row < work.end_row;
     const Quotient at = divide(in_use ? work.first_row + tile_row : 0, a.group);
     const int64_t head = work.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
     const auto *from = q + (work.q_row + at.quotient) * a.q_strides.token + head * a.q_strides.head + chunk * 8;
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < T::QueryLayout::kChunks / T::kRowThreads; ++n) {
-      const bool valid = in_use && (chunk + n * T::kRowThreads) * 8 < a.head_dim;
+    for (int32_t n = 0; n < T::QueryLayout::kChunks / T::kQueryThreads; ++n) {
+      const bool valid = in_use && (chunk + n * T::kQueryThreads) * 8 < a.head_dim;
       if constexpr (T::kConverts) {
         ptx::Vector16 eight{};
-        if (valid) eight = widen_queries(a.q, from - q_begin + n * T::kRowThreads * 8, a.q_number);
-        ptx::store_shared_16(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kRowThreads * 16, eight);
+        if (valid) eight = widen_queries(a.q, from - q_begin + n * T::kQueryThreads * 8, a.q_number);
+        FLASHSPARK_UNROLL
+        for (int32_t word = 0; word < 4; ++word)
+          ptx::store_shared_4(to + T::QueryLayout::offset(tile_row, chunk / 2 * 2 + word % 2) +
+                                  n * T::kQueryThreads * 16 + chunk % 2 * 8 + word / 2 * 4,
+                              eight.word[word]);
         continue;
       }
-      ptx::cp_async_16_or_zero(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kRowThreads * 16,
-                               valid ? from + n * T::kRowThreads * 8 : static_cast<const typename T::Number *>(a.q),
+      ptx::cp_async_16_or_zero(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kQueryThreads * 16,
+                               valid ? from + n * T::kQueryThreads * 8 : static_cast<const typename T::Number *>(a.q),
                                valid);
     }
   }

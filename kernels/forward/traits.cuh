@@ -52,7 +52,9 @@ struct Traits {
   static constexpr bool kShares = kInstance.kind == Kind::few;
   static constexpr Schedule kSchedule = kTile.schedule;
   static constexpr int32_t kStages = kTile.stages();
-  static constexpr bool kQueriesInRegisters = kTile.queries == QueryPlace::registers;
+  static constexpr bool kQueriesInRegisters = kTile.queries != QueryPlace::shared;
+  // Whether a block asks for two tiles at once before it waits for the first: its share may be no longer.
+  static constexpr bool kAhead = kShares && kSchedule == Schedule::ring && kTile.queries != QueryPlace::registers;
 
   static constexpr int32_t kHeadDim = kInstance.head_dim;
   static constexpr int32_t kHeadDimV = kInstance.head_dim_v;
@@ -73,29 +75,30 @@ struct Traits {
   static constexpr int32_t kValueSteps = kHeadDimV / 16;  // pairs of n8 columns of P V
 
   using QueryLayout = TileLayout<kHeadDim>;
-  using KeyLayout = TileLayout<kHeadDim>;
-  using ValueLayout = TileLayout<kHeadDimV>;
+  using KeyLayout = TileLayout<stored_columns(kHeadDim, kConverts)>;
+  using ValueLayout = TileLayout<stored_columns(kHeadDimV, kConverts)>;
+  using ResultLayout = TileLayout<kHeadDimV>;
 
   // Shared memory: stages of (K, V); Q behind the first stage where it moves on to registers, else behind all.
   static constexpr uint32_t kKeyBytes = kKeys * KeyLayout::kPitch;
-  static constexpr uint32_t kStageBytes = stage_bytes(kInstance, kTile);
-  static constexpr RawPlaces kRaw = raw_places(kInstance, kTile);
-  static constexpr uint32_t kQueryOffset =
-      kConverts ? (kQueriesInRegisters ? 0 : kRaw.end) : kStageBytes * (kQueriesInRegisters ? 1 : kTile.stages());
+  static constexpr uint32_t kStageBytes = stage_bytes(kInstance, kTile, kConverts);
+  static constexpr uint32_t kQueryOffset = kStageBytes * (kTile.queries == QueryPlace::registers ? 1 : kTile.stages());
   static constexpr uint32_t kSharedBytes = shared_bytes(kInstance, kTile, kConverts);
   static_assert(kSharedBytes <= 99 * 1024, "an SM12x block has 99 KB");
   static_assert(kWarpRows % 16 == 0 && kTile.warps % kKeyGroups == 0);
   static_assert(kScoreKeys % 16 == 0 && kKeys % (kScoreKeys * kKeyGroups) == 0);
   static_assert(!kQueriesInRegisters || kSchedule != Schedule::single, "single has no stage that Q could pass through");
 
-  // Copies: 8 (or 4) neighbouring threads read one row, 128 (or 64) contiguous bytes an instruction.
+  // Copies: 8 (or 4) neighbouring threads read one row, 128 (or 64) contiguous bytes an instruction; so do those that
+  // read queries or write results.
   static constexpr int32_t kRowThreads =
       KeyLayout::kGroup < ValueLayout::kGroup ? KeyLayout::kGroup : ValueLayout::kGroup;
-  static_assert(kRowThreads == row_threads(kInstance));
-  static constexpr int32_t kRawLoads = raw_loads(kHeadDim, kRowThreads), kRawLoadsV = raw_loads(kHeadDimV, kRowThreads);
+  static constexpr int32_t kQueryThreads =
+      QueryLayout::kGroup < ResultLayout::kGroup ? QueryLayout::kGroup : ResultLayout::kGroup;
+  static constexpr int32_t kQueryPassRows = kThreads / kQueryThreads;
   static constexpr int32_t kPassRows = kThreads / kRowThreads;
   static constexpr int32_t kPasses = kKeys / kPassRows;
-  static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0);
+  static_assert(kKeys % kPassRows == 0 && kRows % kQueryPassRows == 0);
 };
 
 // True: all warps of a flexible tile go side by side, and none shares keys with another.

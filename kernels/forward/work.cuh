@@ -16,6 +16,10 @@ FLASHSPARK_DEVICE int32_t max_of(int32_t a, int32_t b) {
 FLASHSPARK_DEVICE int32_t ceil_div(int32_t a, int32_t b) {
   return (a + b - 1) / b;
 }
+// a / b for a >= 0 and b > 0, in fewer instructions than a division with signs.
+FLASHSPARK_DEVICE int32_t quotient(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
 
 struct Quotient {
   int32_t quotient, remainder;

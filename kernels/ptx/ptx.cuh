@@ -77,6 +77,11 @@ FLASHSPARK_DEVICE SharedAddress shared_memory() {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(flashspark_shared));
 }
 
+// prefetch.global.L1: what is about to be read.
+FLASHSPARK_DEVICE void prefetch(const void *from) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
+
 // cp.async.cg: 16 bytes from global to shared memory past L1; both aligned to 16. They may land at any time until the
 // wait for their group. With valid = false nothing is read and 16 zero bytes land.
 FLASHSPARK_DEVICE void cp_async_16(SharedAddress to, const void *from) {
@@ -110,6 +115,19 @@ FLASHSPARK_DEVICE void ldmatrix_x4(uint32_t (&part)[4], SharedAddress row) {
 FLASHSPARK_DEVICE void ldmatrix_x4_trans(uint32_t (&part)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(part[0]), "=r"(part[1]), "=r"(part[2]), "=r"(part[3])
+               : "r"(row)
+               : "memory");
+}
+// ldmatrix.x2: the same of two matrices, whose rows lanes 0 to 15 name.
+FLASHSPARK_DEVICE void ldmatrix_x2(uint32_t (&part)[2], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(part[0]), "=r"(part[1])
+               : "r"(row)
+               : "memory");
+}
+FLASHSPARK_DEVICE void ldmatrix_x2_trans(uint32_t (&part)[2], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(part[0]), "=r"(part[1])
                : "r"(row)
                : "memory");
 }
@@ -179,6 +197,12 @@ FLASHSPARK_DEVICE uint32_t pack<Float16>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
+// cvt.rn.satfinite.f16x2: the same to fp16, but what lies beyond its range becomes its largest number; NaN stays NaN.
+FLASHSPARK_DEVICE uint32_t pack_finite(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
 // A 16-bit number as a float, exactly.
 template <class Number>
 FLASHSPARK_DEVICE float widen(Number x);
@@ -193,22 +217,33 @@ FLASHSPARK_DEVICE float widen<Float16>(Float16 x) {
   return y;
 }
 
-// cvt.rn.f16x2.e4m3x2: two e4m3 numbers (OCP e4m3fn) as two of fp16, exactly; the first in the lower half of both.
-// Devices before 8.9 have no such instruction: the exponent is 4 bits, biased by 7, and a product with 2^8 leads to
-// fp16's 15, subnormal numbers included; what is NaN is found beside it.
-FLASHSPARK_DEVICE uint32_t widen_e4m3x2(uint32_t pair) {
-  uint32_t word;
+// cvt.rn.f16x2.e4m3x2, twice: four e4m3 numbers (OCP e4m3fn) as two words of two fp16 numbers, exactly; the first in
+// the lowest byte, and in the lower half of the first word. One piece of assembly, so that the second conversion takes
+// the upper half of its register as it is. Devices before 8.9 have no such instruction: the exponent is 4 bits, biased
+// by 7, and a product with 2^8 leads to fp16's 15, subnormal numbers included; what is NaN is found beside it.
+FLASHSPARK_DEVICE void widen_e4m3x4(uint32_t &first, uint32_t &second, uint32_t four) {
 #if __CUDA_ARCH__ >= 890
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(word) : "h"(static_cast<uint16_t>(pair)));
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}"
+      : "=r"(first), "=r"(second)
+      : "r"(four));
 #else
-  const uint32_t bytes = (pair & 0xff) | (pair & 0xff00) << 8;
-  const uint32_t magnitude = (bytes & 0x007f007f) << 7;
-  asm("mul.f16x2 %0, %1, %2;" : "=r"(word) : "r"(magnitude), "r"(0x5c005c00u));
-  if ((bytes & 0x7f) == 0x7f) word |= 0x7fff;
-  if ((bytes & 0x7f0000) == 0x7f0000) word |= 0x7fff0000;
-  word |= (bytes & 0x00800080) << 8;
+  const auto widen = [](uint32_t pair) {
+    const uint32_t bytes = (pair & 0xff) | (pair & 0xff00) << 8;
+    const uint32_t magnitude = (bytes & 0x007f007f) << 7;
+    uint32_t word;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(word) : "r"(magnitude), "r"(0x5c005c00u));
+    if ((bytes & 0x7f) == 0x7f) word |= 0x7fff;
+    if ((bytes & 0x7f0000) == 0x7f0000) word |= 0x7fff0000;
+    return word | (bytes & 0x00800080) << 8;
+  };
+  first = widen(four);
+  second = widen(four >> 16);
 #endif
-  return word;
 }
 
 // cvt.rn.satfinite.e4m3x2.f32: two floats as e4m3, `low` in the lower byte; beyond 448: 448, NaN: NaN. Devices
@@ -287,6 +322,10 @@ FLASHSPARK_DEVICE int32_t uniform(int32_t x) {
 // mul.hi: the upper half of the 64-bit product.
 FLASHSPARK_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return __umulhi(a, b);
+}
+// prmt: byte n of the result is byte (order >> 4 n) % 16 of x, from 4 on 0.
+FLASHSPARK_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t order) {
+  return __byte_perm(x, 0, order);
 }
 // ffs - 1: place of the lowest set bit; x != 0.
 FLASHSPARK_DEVICE uint32_t lowest_bit(uint32_t x) {

@@ -23,6 +23,9 @@ constexpr int64_t kMost = int64_t{1} << 30;
 // launch costs about what 512 keys cost a block without key groups.
 constexpr int64_t kFewestSplitKeys = 512;
 constexpr int64_t kMostSplits = 128;
+// Scratch memory above which a caller's own number of splits is taken for a mistake and cut: a dense batch of 155
+// prompts and 7 splits would ask for 72 GiB.
+constexpr int64_t kMostScratch = int64_t{1} << 30;
 // Pieces of a row up to which one warp joins them.
 constexpr int64_t kPiecesOfWarp = 8;
 
@@ -129,12 +132,14 @@ bool is_decode(const Params &p, const Sizes &sizes, const Instance &few, const M
 ShareLimits share_limits(const Sizes &sizes, const Tile &tile, int64_t slots, const Machine &machine) {
   ShareLimits limits{};
   limits.shares = static_cast<int32_t>(slots);
-  // Little work on one block an SM: pieces are fewer, and the merge kernel's blocks find room beside them.
-  limits.few_shares = machine.sm_count;
-  limits.few_total = slots > machine.sm_count ? 4 * machine.sm_count : 0;
   // Pieces of 64 keys, or of more where many rows of float are written and read again for each.
   const int64_t rows = std::min<int64_t>(sizes.rows, tile.most_rows());
-  limits.least = static_cast<int32_t>(ceil_div(64 * std::max<int64_t>(1, rows / 32), tile.keys));
+  const int64_t times = std::max<int64_t>(1, rows / 32), least = ceil_div(64 * times, tile.keys);
+  // Little work on one block an SM: pieces are fewer, and the merge kernel's blocks find room beside them.
+  limits.few_shares = machine.sm_count;
+  const int64_t few_keys = 256 / times;  // an SM
+  limits.few_total = static_cast<int32_t>(slots > machine.sm_count ? few_keys * machine.sm_count / tile.keys : 0);
+  while ((1 << limits.least_shift) < least) ++limits.least_shift;
   limits.start = 2;  // one long sequence among 63 short ones: 192 us without, 172 with 2 to 4
   return limits;
 }
@@ -143,7 +148,11 @@ int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &insta
   const Tile &tile = instance.tile(tiles_of(machine));
   const int64_t keys = std::max<int64_t>(1, visible_keys(p, ceil_div(tile.rows(), sizes.group)));
   const int64_t most = ceil_div(keys, tile.keys);
-  if (p.num_splits > 0) return std::min<int64_t>({p.num_splits, most, kMostSplits});
+  if (p.num_splits > 0) {
+    const int64_t rows = tiles_per_unit(p, sizes, tile.rows()) * sizes.units * tile.rows();
+    const int64_t held = kMostScratch / (rows * p.head_dim_v * static_cast<int64_t>(sizeof(float)));
+    return std::max<int64_t>(1, std::min<int64_t>({p.num_splits, most, kMostSplits, held}));
+  }
   if (p.deterministic != 0) return 1;  // a sequence must not depend on its neighbours, whose number sets the splits
   const int64_t blocks = blocks_of(p, sizes, instance, tile);
   const int64_t slots = residency(p, instance, tile, machine) * machine.sm_count;
@@ -312,10 +321,8 @@ std::string unsupported(const Params &p) {
   };
   if (converts(p)) {
     const auto whole = [&](const char *what, int64_t width) {
-      constexpr int64_t kWidest = 256;  // beyond it the shared memory of SM12x does not hold both kinds of numbers
-      if (width % 16 != 0 || width > kWidest)
-        add(std::string(what) + " " + std::to_string(width) +
-            ": must be a multiple of 16 up to 256 with float8_e4m3 k and v");
+      if (width % 16 != 0)
+        add(std::string(what) + " " + std::to_string(width) + ": must be a multiple of 16 with float8_e4m3 k and v");
     };
     whole("head_dim", p.head_dim);
     if (p.head_dim_v != p.head_dim) whole("head_dim_v", p.head_dim_v);
@@ -387,7 +394,9 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   a.tile_rows = side_by_side ? tile.most_rows() : tile.rows();
   a.tile_keys = tile.keys;
   const int64_t rows = std::min<int64_t>(a.tile_rows, sizes.rows);
-  const size_t outs = static_cast<size_t>(places * a.tile_rows * p.head_dim_v);
+  a.partial_columns = static_cast<int32_t>(ceil_div(p.head_dim_v, 16) * 16);
+  a.pair_distance = converts(p) ? 2 : 8;
+  const size_t outs = static_cast<size_t>(places * a.tile_rows * a.partial_columns);
   plan.workspace = sizeof(float) * (outs + static_cast<size_t>(places * a.tile_rows));
   a.partial_out = static_cast<float *>(workspace);
   a.partial_lse = workspace == nullptr ? nullptr : a.partial_out + outs;

@@ -26,6 +26,7 @@ namespace {
 
 constexpr Result kInvalidValue = 1, kInvalidDevice = 101, kInvalidContext = 201, kCaptureUnsupported = 900;
 constexpr int kAlwaysAllowed = 48 << 10;
+constexpr size_t kMemory = size_t{16} << 30;
 
 thread_local std::vector<ContextObject *> contexts;
 thread_local int capture_mode = 0;  // global, the strictest
@@ -59,7 +60,7 @@ Result fakeDeviceGetName(char *name, int size, Device device) {
   return kSuccess;
 }
 Result fakeDeviceTotalMem(size_t *bytes, Device) {
-  *bytes = size_t{16} << 30;
+  *bytes = kMemory;
   return kSuccess;
 }
 Result fakeDeviceGetAttribute(int *value, int which, Device device) {
@@ -177,6 +178,7 @@ Result fakeMemFreeAsync(Address address, Stream) {
 }
 // Memory of the fake's GPUs is the host's; no kernel ever writes there.
 Result fakeMemAlloc(Address *address, size_t bytes) {
+  if (bytes > kMemory) return kOutOfMemory;
   *address = reinterpret_cast<Address>(std::malloc(bytes));
   return contexts.empty() ? kInvalidContext : kSuccess;
 }

@@ -167,9 +167,9 @@ TEST_F(Cuda, KeysInE4m3) {
   p.num_splits = 3, p.max_seqlen_k = 4096, p.num_page_slots = p.page_table_stride = 256;
   run(p);
   EXPECT_STREQ(name_of(fake.launches[3].image), "merge_bf16") << "by the type of out";
-  Params wide = decode(256, 512);
-  wide.k.dtype = wide.v.dtype = FLASHSPARK_FLOAT8_E4M3;
-  EXPECT_TRUE(contains(explain(wide, FLASHSPARK_UNSUPPORTED), "head_dim 512: must be a multiple of 16 up to 256"));
+  Params odd = decode(256, 72);
+  odd.k.dtype = odd.v.dtype = FLASHSPARK_FLOAT8_E4M3;
+  EXPECT_TRUE(contains(explain(odd, FLASHSPARK_UNSUPPORTED), "head_dim 72: must be a multiple of 16"));
   p.k.token_stride += 8;
   EXPECT_TRUE(contains(explain(p, FLASHSPARK_UNSUPPORTED), "is not a multiple of 16 elements"));
 }
@@ -194,7 +194,14 @@ TEST_F(Cuda, AppendIsOneLaunch) {
   p.seqlen_new = 0;
   EXPECT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK);
   EXPECT_EQ(fake.launches.size(), 1u) << "no rows, no launch";
-  p.seqlen_new = 5, p.device_index = kOld;
+  p.page_table = nullptr, p.num_seqs = 1, p.total_new = 7;
+  p.slot_mapping = static_cast<int64_t *>(address(7));
+  ASSERT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK) << flashspark_last_error();
+  ASSERT_EQ(fake.launches.size(), 2u);
+  EXPECT_EQ(fake.launches[1].grid[0], 7u);
+  EXPECT_EQ(fake.launches[1].append.capacity, 1600);
+  EXPECT_EQ(fake.launches[1].append.slot_mapping, address(7));
+  p.device_index = kOld;
   EXPECT_EQ(flashspark_append_kv(&p), FLASHSPARK_UNSUPPORTED);
 }
 
@@ -275,6 +282,16 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
     p.deterministic = 0, p.num_splits = 1;
     EXPECT_EQ(make_plan(p, machine, nullptr).workspace, 0u);
   }
+}
+
+TEST_F(Cuda, SplitsThatWouldTakeTheMemoryOfTheGpuAreCut) {
+  Params p = split(7);
+  EXPECT_EQ(make_plan(p, device_facts(0).machine, nullptr).arguments.num_splits, 7);
+  p.max_seqlen_q = p.max_seqlen_k = 1 << 14;
+  p.num_seqs = 200;
+  const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+  EXPECT_LT(plan.arguments.num_splits, 7);
+  EXPECT_LE(plan.workspace, size_t{1} << 31);
 }
 
 TEST_F(Cuda, SplitsTakeMemoryOfTheStreamWhereNoneIsGiven) {

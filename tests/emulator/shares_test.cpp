@@ -15,7 +15,7 @@ namespace {
 struct Batch {
   std::vector<int32_t> tiles;  // positions of each row tile
   int32_t total = 0;
-  bool alike = false;
+  int32_t of_each = 0;  // tiles of each, where they are alike
 };
 
 Batch draw(std::mt19937 &random) {
@@ -30,27 +30,29 @@ Batch draw(std::mt19937 &random) {
     for (int32_t unit = 0; unit < units; ++unit) batch.tiles.push_back(tiles);
   }
   for (const int32_t tiles : batch.tiles) batch.total += tiles;
-  batch.alike = std::count(batch.tiles.begin(), batch.tiles.end(), batch.tiles[0]) == std::ssize(batch.tiles);
+  const bool alike = std::count(batch.tiles.begin(), batch.tiles.end(), batch.tiles[0]) == std::ssize(batch.tiles);
+  batch.of_each = alike ? batch.tiles[0] : 0;
   return batch;
 }
 
 // Whether shares follow on each other, hold all positions and are even.
 void check_shares(const Batch &batch, const Spread &all, const ShareLimits &limits) {
-  ASSERT_EQ(all.begin(0), 0);
-  ASSERT_EQ(all.begin(all.used()), all.total);
   ASSERT_EQ(all.total, batch.total + all.start * static_cast<int32_t>(batch.tiles.size()));
   const int32_t most = batch.total < limits.few_total ? limits.few_shares : limits.shares;
-  ASSERT_LE(all.used(), most);
-  int32_t longest = 0;
-  for (int32_t share = 0, begin = 0; share < all.used(); ++share) {
-    const int32_t end = all.begin(share + 1);
+  int32_t longest = 0, used = 0;
+  for (int32_t at = 0; at < all.total; ++used) {
+    const auto [begin, end] = all.stretch(used);
+    ASSERT_EQ(begin, at);
     ASSERT_LT(begin, end);
-    ASSERT_EQ(all.at(begin), share);
-    ASSERT_EQ(all.at(end - 1), share);
+    ASSERT_EQ(all.at(begin), used);
+    ASSERT_EQ(all.at(end - 1), used);
     longest = std::max(longest, end - begin);
-    begin = end;
+    at = end;
   }
-  const int32_t wanted = std::min(most, std::max(1, batch.total / limits.least));
+  ASSERT_LE(used, most);
+  for (int32_t share = used; share < limits.shares; ++share)
+    ASSERT_TRUE(is_empty(all.stretch(share))) << share;  // blocks without work
+  const int32_t wanted = std::min(most, std::max(1, batch.total >> limits.least_shift));
   const double perfect = static_cast<double>(all.total) / wanted;
   ASSERT_LE(longest, perfect * 1.05 + 1);  // a tile is not cut
 }
@@ -66,7 +68,7 @@ void check_pieces(const Batch &batch, const Spread &all, int32_t most) {
     int32_t at = begin;
     for (int32_t n = 0; n < pieces.count; ++n) {
       const int32_t share = pieces.first_share + n;
-      const int32_t end = std::min(begin + tiles, all.begin(share + 1));
+      const int32_t end = std::min(begin + tiles, all.stretch(share).end);
       ASSERT_EQ(all.at(at), share);
       ASSERT_LT(at, end);
       const int32_t place = at == begin ? share : most + share - 1;
@@ -90,14 +92,14 @@ TEST(Shares, OfAMillionBatches) {
     const Batch batch = draw(random);
     constexpr int32_t kSms[] = {48, 70, 84, 132, 170, 188};  // GB10 and RTX parts; the stand-in among them
     const int32_t most = kSms[random() % 6] * (1 + static_cast<int32_t>(random() % 3));
-    const ShareLimits limits{most, 1 << random() % 3, most / 2, most * static_cast<int32_t>(random() % 5),
-                             static_cast<int32_t>(random() % 4)};
-    const Spread all = spread(batch.total, static_cast<int32_t>(batch.tiles.size()), batch.alike, limits);
+    const ShareLimits limits{most, static_cast<int32_t>(random() % 3), most / 2,
+                             most * static_cast<int32_t>(random() % 5), static_cast<int32_t>(random() % 4)};
+    const Spread all = spread(batch.total, static_cast<int32_t>(batch.tiles.size()), batch.of_each, limits);
     check_shares(batch, all, limits);
     if (n % 16 == 0) check_pieces(batch, all, most);
     if (HasFatalFailure()) {
       ADD_FAILURE() << "batch " << n << ": " << batch.tiles.size() << " row tiles, " << batch.total << " positions, "
-                    << most << " shares of at least " << limits.least;
+                    << most << " shares of at least " << (1 << limits.least_shift);
       return;
     }
   }

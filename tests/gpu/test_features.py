@@ -109,7 +109,7 @@ def test_layout(layout, dims, device):
         check(Spec(**{**MIXED, "dims": dims, "dtype": dtype, **LAYOUTS[layout]}), device, f"{layout} {dims} {dtype}")
 
 
-FP8_DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+FP8_DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)]
 
 
 @pytest.mark.parametrize("fp8", ["kv", "qkv"])

@@ -100,7 +100,7 @@ def draw(seed: int) -> Spec:
         options["alibi"] = int(rng.integers(1, 3))
     if often(0.06) and sum(q_lens) * heads[0] < (1 << 17):
         options["rel_extent"] = log_uniform(rng, 1, 300)
-    if all(dim % 16 == 0 and dim <= 256 for dim in dims) and often(0.2):
+    if all(dim % 16 == 0 for dim in dims) and often(0.2):
         options["fp8"] = "kv" if often(0.6) else "qkv"
     options |= {"lse": often(0.6), "deterministic": often(0.2)}
     options["num_splits"] = int(rng.choice([0, 0, 0, 1, 2, 3, 7]))

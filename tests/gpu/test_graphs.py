@@ -188,6 +188,29 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device):
         assert same_bits(alone.run()[0], out[rows])
 
 
+@pytest.mark.skipif(ON_CPU, reason="the CPU engine cuts tiles by the rows that it is given")
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("features", [{}, {"softcap": 20.0}, {"fp8": "kv"}, {"window": (200, 0)}], ids=str)
+def test_chunks_of_a_prompt_change_no_bit(features, dims, device):
+    """deterministic=True: a row depends on its own query and keys alone, not on the rows that share its tile."""
+    spec = Spec([700], [700], (8, 2), dims, deterministic=True, **features)
+    problem = build(spec, 4, device)
+    poison_unseen(problem)
+    problem.q *= torch.logspace(-1, 1, 700, device=device, dtype=torch.float32).to(problem.q.dtype)[:, None, None]
+    whole, _ = problem.run()
+    parts = []
+    for begin, end in ((0, 1), (1, 38), (38, 333), (333, 699), (699, 700)):
+        length = end - begin
+        part = Problem(replace(spec, q_lens=[length], lse=False), problem.q[begin:end], problem.k, problem.v, {}, {})
+        part.options, part.max_seqlen_q, part.max_seqlen_k = problem.options, length, end
+        part.device = problem.device | {
+            "cu_seqlens_q": offsets_tensor([length], device),
+            "seqused_k": torch.full_like(problem.device["seqused_k"], end),
+        }
+        parts.append(part.run()[0])
+    assert same_bits(torch.cat(parts), whole)
+
+
 def offsets_tensor(lengths: list[int], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(offsets(lengths)).to(device)
 

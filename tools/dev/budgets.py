@@ -34,7 +34,6 @@ NUMBERS = {  # e4m3: of K and V
     "fp16": ("-DFLASHSPARK_NUMBER=Float16",),
     "e4m3": ("-DFLASHSPARK_NUMBER=Float16", "-DFLASHSPARK_STORED=E4m3"),
 }
-WIDEST_E4M3 = 256  # see unsupported() in src/cuda/plan.cpp
 SHARED_OF_BLOCK = 99 * 1024
 SHARED_OF_SM, SHARED_RESERVED = 100 * 1024, 1024
 REGISTERS_OF_SM, REGISTERS_OF_THREAD, WARPS_OF_SM = 65536, 255, 48
@@ -231,7 +230,7 @@ def measure_all(nvcc: tuple[Path, str], only: list[str] | None = None) -> list[M
             pool.submit(measure, nvcc, nvdisasm, i, number)
             for i in wanted
             for number in NUMBERS
-            if number != "e4m3" or (i and i.head_dim <= WIDEST_E4M3)
+            if number != "e4m3" or i
         ]
         measured = [job.result() for job in jobs]
     if not only:
@@ -280,9 +279,7 @@ def check(nvcc: tuple[Path, str]) -> int:
         expect(values["shared_bytes"] <= SHARED_OF_BLOCK, f"{name}: {values['shared_bytes']} bytes of shared memory")
         if kernel.instance:
             resident = kernel.instance.resident(int(values["registers"]), kernel.number)
-            # Tiles are chosen for 16-bit numbers: those in e4m3 beside them may take a block's place.
-            places = SHARED_OF_SM // (kernel.instance.shared(kernel.number) + SHARED_RESERVED)
-            blocks = min(kernel.instance.blocks, places) if kernel.number == "e4m3" else kernel.instance.blocks
+            blocks = kernel.instance.blocks
             expect(resident >= blocks, f"{name}: an SM holds {resident} blocks, not {blocks}")
         if same_compiler and name in kernels:
             grown = growth(values, limit)

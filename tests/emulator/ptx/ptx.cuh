@@ -73,6 +73,8 @@ inline SharedAddress shared_memory() {
   return emulator::kSharedBase;
 }
 
+inline void prefetch(const void *) {}  // without a fault wherever it leads
+
 inline void cp_async_16(SharedAddress to, const void *from, FLASHSPARK_CALLER) {
   emulator::copy_async(to, from, true, site);
 }
@@ -93,6 +95,20 @@ inline void ldmatrix_x4(uint32_t (&part)[4], SharedAddress row, FLASHSPARK_CALLE
 }
 inline void ldmatrix_x4_trans(uint32_t (&part)[4], SharedAddress row, FLASHSPARK_CALLER) {
   emulator::load_matrices(emulator::Operation::ldmatrix_trans, part, row, site);
+}
+
+// Of two matrices: lanes 16 to 31, whose addresses the device does not look at, name the same rows here.
+inline void ldmatrix_x2(uint32_t (&part)[2], SharedAddress row, FLASHSPARK_CALLER) {
+  uint32_t both[4];
+  emulator::load_matrices(emulator::Operation::ldmatrix, both, row, site);
+  part[0] = both[0];
+  part[1] = both[1];
+}
+inline void ldmatrix_x2_trans(uint32_t (&part)[2], SharedAddress row, FLASHSPARK_CALLER) {
+  uint32_t both[4];
+  emulator::load_matrices(emulator::Operation::ldmatrix_trans, both, row, site);
+  part[0] = both[0];
+  part[1] = both[1];
 }
 
 inline Vector16 load_shared_16(SharedAddress from, FLASHSPARK_CALLER) {
@@ -184,17 +200,21 @@ inline float flush(float x) {
 }
 }  // namespace detail
 
-inline uint32_t widen_e4m3x2(uint32_t pair) {
-  uint32_t word = 0;
-  for (int n = 0; n < 2; ++n) {
-    const uint32_t byte = pair >> 8 * n & 0xff, magnitude = byte & 0x7f;
+inline uint32_t pack_finite(float low, float high) {
+  const auto in_range = [](float x) { return x > 65504.0f ? 65504.0f : (x < -65504.0f ? -65504.0f : x); };
+  return pack<Float16>(in_range(low), in_range(high));
+}
+
+inline void widen_e4m3x4(uint32_t &first, uint32_t &second, uint32_t four) {
+  first = second = 0;
+  for (int n = 0; n < 4; ++n) {
+    const uint32_t byte = four >> 8 * n & 0xff, magnitude = byte & 0x7f;
     const float x = magnitude == 0x7f ? std::numeric_limits<float>::quiet_NaN()
                     : magnitude < 8
                         ? std::ldexp(static_cast<float>(magnitude), -9)
                         : std::ldexp(static_cast<float>(8 + magnitude % 8), static_cast<int>(magnitude / 8) - 10);
-    word |= pack<Float16>(byte >= 0x80 ? -x : x, 0.0f) << 16 * n;
+    (n < 2 ? first : second) |= pack<Float16>(byte >= 0x80 ? -x : x, 0.0f) << 16 * (n % 2);
   }
-  return word;
 }
 
 // Looks for the nearest of all numbers, the even one of two as near.
@@ -252,6 +272,14 @@ inline int32_t uniform(int32_t x, FLASHSPARK_CALLER) {
   return static_cast<int32_t>(emulator::exchange(emulator::Operation::uniform, static_cast<uint32_t>(x), 0, site));
 }
 
+inline uint32_t permute_bytes(uint32_t x, uint32_t order) {
+  uint32_t result = 0;
+  for (int n = 0; n < 4; ++n) {
+    const uint32_t byte = order >> 4 * n & 15;
+    if (byte < 4) result |= (x >> 8 * byte & 0xff) << 8 * n;
+  }
+  return result;
+}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
