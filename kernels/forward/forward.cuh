@@ -12,7 +12,7 @@ namespace flashspark {
 template <class T>
 FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piece piece) {
   const Keys keys = find_keys(a, work.seq);
-  if constexpr (!T::kConverts && !T::kAhead) {
+  if constexpr (!T::kConverts) {
     // Q is on its way while the masks are worked out.
     copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
     ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
@@ -60,8 +60,8 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
   start(block);
   if constexpr (T::kAhead) block.warp_hull = find_warp_hull();
   float value_scale = 1;
-  if constexpr (T::kConverts && !T::kAhead) copy_queries<T>(a, work, block.queries());
   if constexpr (T::kConverts) {
+    copy_queries<T>(a, work, block.queries());
     block.converted_scale = larger(a.softmax_scale * scale_of(a.q_descale, work) * scale_of(a.k_descale, work), 1e-30f);
     value_scale = scale_of(a.v_descale, work);
   }

@@ -100,13 +100,7 @@ FLASHSPARK_DEVICE void start(Block<T> &block) {
   block.look_up(block.begin);
   if constexpr (T::kAhead) {
     FLASHSPARK_NO_UNROLL
-    for (int32_t n = block.begin; n < block.begin + 2; ++n) {
-      block.copy(n);
-      // Queries that have to be converted are waited for, so they come last.
-      if ((n > block.begin) != T::kConverts) continue;
-      copy_queries<T>(block.a, block.work, block.queries());
-      if constexpr (!T::kConverts) ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
-    }
+    for (int32_t n = block.begin; n < block.begin + 2; ++n) block.copy(n);
     return;
   }
   block.copy_keys(block.begin);
@@ -149,7 +143,7 @@ template <class T>
 FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
   if constexpr (!T::kAhead) block.look_up(block.begin + 1);
   if constexpr (T::kQueriesInRegisters) {
-    ptx::cp_async_wait<1>();  // Q: all but the tile asked for behind it
+    ptx::cp_async_wait<T::kAhead ? 2 : 1>();  // Q
     ptx::block_barrier();
     load_queries<T>(block.q, block.queries(), block.lane);
   }
