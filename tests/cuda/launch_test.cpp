@@ -282,6 +282,12 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
     p.deterministic = 0, p.num_splits = 1;
     EXPECT_EQ(make_plan(p, machine, nullptr).workspace, 0u);
   }
+  // Several row tiles of a sequence, where the L2 holds what they all read.
+  Params p = decode(4096);
+  p.num_splits = 0, p.num_seqs = 1, p.max_seqlen_q = 40;
+  EXPECT_GT(make_plan(p, machine, nullptr).arguments.merge_tiles, 1);
+  p.num_seqs = 300;
+  EXPECT_EQ(make_plan(p, machine, nullptr).arguments.share_limits.shares, 0);
 }
 
 TEST_F(Cuda, SplitsThatWouldTakeTheMemoryOfTheGpuAreCut) {

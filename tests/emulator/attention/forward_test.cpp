@@ -99,6 +99,7 @@ TEST(Forward, DecodeOfUnequalLengths) {
       {{1, 2500}},  // so many pieces that several warps join a row
       {{2, 0}, {1, 0}, {1, 900}},
       {{1, 513}, {1, 513}, {1, 513}},
+      {{45, 400}, {1, 200}, {20, 25}},  // several row tiles of a sequence, with seed 11: the L2 is large then
       std::vector<cases::SeqLen>(37, {1, 200}),
   };
   for (const auto &lens : batches) {
