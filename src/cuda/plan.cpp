@@ -145,8 +145,8 @@ ShareLimits share_limits(const Sizes &sizes, const Tile &tile, int64_t slots, co
   const int64_t times = std::max<int64_t>(1, rows / 32), least = ceil_div(64 * times, tile.keys);
   // Little work on one block an SM: pieces are fewer, and the merge kernel's blocks find room beside them.
   limits.few_shares = machine.sm_count;
-  const int64_t few_keys = 256 / times;  // an SM
-  limits.few_total = static_cast<int32_t>(slots > machine.sm_count ? few_keys * machine.sm_count / tile.keys : 0);
+  const int64_t few_tiles = std::min<int64_t>(4, 256 / times / tile.keys);  // an SM
+  limits.few_total = static_cast<int32_t>(slots > machine.sm_count ? few_tiles * machine.sm_count : 0);
   while ((1 << limits.least_shift) < least) ++limits.least_shift;
   limits.start = 2;  // one long sequence among 63 short ones: 192 us without, 172 with 2 to 4
   return limits;
