@@ -83,7 +83,7 @@ FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::Sha
 
 // O += exp2(S) V. The exponentials of 16 keys are issued between the products of the 16 keys before: they take the
 // units that the tensor cores leave idle. With V in e4m3 a lane receives two neighbouring columns of each of two keys:
-// the even ones of 16 columns make one n8 tile, the odd ones the next (see own_columns).
+// the even ones of 16 columns make one n8 tile, the odd ones the next (see in_order).
 template <class T>
 FLASHSPARK_DEVICE void multiply_values(Output<T> &o, const Scores<T> &s, LaneState<T> &state, float scale,
                                        ptx::SharedAddress values, const LaneOffsets &lane) {

@@ -72,7 +72,7 @@ FLASHSPARK_DEVICE void store_2(Number *to, uint32_t both) {
 }
 
 // Pieces of split row tiles lie as the warps that compute them hold them, so that a warp writes 512 bytes at once: of
-// eight rows, for each 16 columns, the 16 bytes of every lane. Lane l has row l / 4 and four columns (own_column, or
+// eight rows, for each 16 columns, the 16 bytes of every lane. Lane l has row l / 4 and four columns (in_order, or
 // for the merge kernel pair_distance). In floats: where row `row` (counted through all places) has its first 16
 // columns, and from there what a lane of it has of the columns from `column` on, a multiple of 16.
 FLASHSPARK_DEVICE int64_t piece_row(const ForwardArguments &a, int64_t row) {
@@ -82,14 +82,9 @@ FLASHSPARK_DEVICE int32_t piece_column(int32_t lane, int32_t column) {
   return column * 8 + lane % 4 * 4;
 }
 
-// Of the 16 columns of two n8 tiles a lane holds two pairs: those of each tile, or with V in e4m3, where one tile has
-// the even columns and the other the odd ones (multiply_values), four neighbours. Here is the first of them; the second
-// pair follows eight columns on, or two.
-template <class T>
-FLASHSPARK_DEVICE int32_t own_column(int32_t lane) {
-  return lane % 4 * (T::kConverts ? 4 : 2);
-}
-// The numbers of row n of a lane in the order of its columns: word x of tile c.
+// Of the 16 columns of two n8 tiles a lane holds two pairs: 2 (l % 4) and + 1 of each tile, or with V in e4m3, where
+// one tile has the even columns and the other the odd ones (multiply_values), four neighbours from 4 (l % 4) on. In
+// order: word x of tile c.
 template <class T>
 FLASHSPARK_DEVICE float in_order(const Output<T> &o, int32_t n, int32_t c, int32_t x) {
   if constexpr (T::kConverts) return o.at[n / 2][c / 2 * 2 + x][n % 2 * 2 + c % 2];
@@ -250,15 +245,29 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
     float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
     if constexpr (T::kConverts) inverse *= value_scale;
     if (r.in_use && lane % 4 == 0 && first_column == 0) store_lse(a, work, r, lse_of(joined.maximum, sum));
-    FLASHSPARK_UNROLL
-    for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
+    const auto word = [&](int32_t c) {
       const float low = result.at[n][c][0] * inverse, high = result.at[n][c][1] * inverse;
-      const uint32_t word = T::kConverts && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
-                                                                             : ptx::pack<typename T::Number>(low, high);
-      const int32_t column = own_column<T>(lane), chunk = T::kConverts ? c / 2 * 2 : c;
-      ptx::store_shared_4(memory + Layout::step(Layout::offset(n * 8 + lane / 4, column / 8), chunk) +
-                              (column % 8 + (T::kConverts ? c % 2 * 2 : 0)) * 2,
-                          word);
+      return T::kConverts && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
+                                                              : ptx::pack<typename T::Number>(low, high);
+    };
+    const int32_t row = n * 8 + lane / 4;
+    if constexpr (T::kConverts) {
+      // Eight bytes a lane; rows that would meet in the banks of c store another pair of chunks first.
+      constexpr int32_t kOther = Layout::kGroup == 8 ? 4 : 2;
+      const bool other = (Layout::kGroup == 8 ? row : row / 2) % 2 != 0;
+      uint32_t words[T::kHeadDimV / 8];
+      FLASHSPARK_UNROLL
+      for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) words[c] = word(c);
+      FLASHSPARK_UNROLL
+      for (int32_t c = 0; c < T::kHeadDimV / 8; c += 2) {
+        ptx::store_shared_8(
+            memory + Layout::step(Layout::offset(row, lane % 4 / 2), other ? c ^ kOther : c) + lane % 2 * 8,
+            other ? words[c ^ kOther] : words[c], other ? words[(c ^ kOther) + 1] : words[c + 1]);
+      }
+    } else {
+      FLASHSPARK_UNROLL
+      for (int32_t c = 0; c < T::kHeadDimV / 8; ++c)
+        ptx::store_shared_4(memory + Layout::step(Layout::offset(row, 0), c) + lane % 4 * 4, word(c));
     }
   }
   ptx::warp_barrier();

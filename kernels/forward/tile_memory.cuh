@@ -244,11 +244,9 @@ FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const Work &work,
       if constexpr (T::kConverts) {
         ptx::Vector16 eight{};
         if (valid) eight = widen_queries(a.q, from - q_begin + n * T::kQueryThreads * 8, a.q_number);
-        FLASHSPARK_UNROLL
-        for (int32_t word = 0; word < 4; ++word)
-          ptx::store_shared_4(to + T::QueryLayout::offset(tile_row, chunk / 2 * 2 + word % 2) +
-                                  n * T::kQueryThreads * 16 + chunk % 2 * 8 + word / 2 * 4,
-                              eight.word[word]);
+        const ptx::SharedAddress half = to + n * T::kQueryThreads * 16 + chunk % 2 * 8;
+        ptx::store_shared_8(half + T::QueryLayout::offset(tile_row, chunk / 2 * 2), eight.word[0], eight.word[2]);
+        ptx::store_shared_8(half + T::QueryLayout::offset(tile_row, chunk / 2 * 2 + 1), eight.word[1], eight.word[3]);
         continue;
       }
       ptx::cp_async_16_or_zero(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kQueryThreads * 16,

@@ -151,6 +151,9 @@ FLASHSPARK_DEVICE uint32_t load_shared_4(SharedAddress from) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
   return word;
 }
+FLASHSPARK_DEVICE void store_shared_8(SharedAddress to, uint32_t first, uint32_t second) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
 FLASHSPARK_DEVICE void store_shared_4(SharedAddress to, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }

@@ -119,6 +119,10 @@ inline Vector16 load_shared_16(SharedAddress from, FLASHSPARK_CALLER) {
 inline void store_shared_16(SharedAddress to, Vector16 v, FLASHSPARK_CALLER) {
   emulator::store_shared(to, &v, 16, site);
 }
+inline void store_shared_8(SharedAddress to, uint32_t first, uint32_t second, FLASHSPARK_CALLER) {
+  const uint32_t both[] = {first, second};
+  emulator::store_shared(to, both, 8, site);
+}
 inline uint32_t load_shared_4(SharedAddress from, FLASHSPARK_CALLER) {
   uint32_t word;
   emulator::load_shared(&word, from, 4, site);
