@@ -88,7 +88,6 @@ def slot(c: Context) -> None:
         assert found is FlashSparkBackend, f"{wanted}: {found}"
     for wanted in (
         {"kv_cache_dtype": "fp8_e5m2"},
-        {"kv_cache_dtype": "fp8", "head_size": 512},
         {"kv_cache_dtype": "fp8", "head_size": 72},
         {"head_size": 128 + 4},
         {"head_size": 576},
