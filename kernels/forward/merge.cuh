@@ -18,6 +18,14 @@ FLASHSPARK_DEVICE float finite_base(float maximum) {
   return maximum == minus_infinity() ? 0.0f : maximum;
 }
 
+FLASHSPARK_DEVICE void rebase(Sums &sums, float base) {
+  const float factor = ptx::exp2_approx(sums.base - finite_base(base));
+  sums.base = base;
+  sums.sum *= factor;
+  FLASHSPARK_UNROLL
+  for (int32_t x = 0; x < 4; ++x) sums.at[x] *= factor;
+}
+
 // What the merge kernel has to join.
 struct SplitTile {
   Work work;
@@ -84,11 +92,7 @@ FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &ti
     }
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kAtOnce; ++i) high = larger(high, lse[i]);
-    const float factor = ptx::exp2_approx(sums.base - finite_base(high));
-    sums.base = high;
-    sums.sum *= factor;
-    FLASHSPARK_UNROLL
-    for (int32_t x = 0; x < 4; ++x) sums.at[x] *= factor;
+    rebase(sums, high);
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kAtOnce; ++i) {
       const float weight = ptx::exp2_approx(lse[i] - finite_base(high));
@@ -124,11 +128,7 @@ FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane, int32_
     sum[w] = ptx::as_float(ends.word[1]);
     high = larger(high, base[w]);
   }
-  const float factor = ptx::exp2_approx(sums.base - finite_base(high));
-  sums.base = high;
-  sums.sum *= factor;
-  FLASHSPARK_UNROLL
-  for (int32_t x = 0; x < 4; ++x) sums.at[x] *= factor;
+  rebase(sums, high);
   FLASHSPARK_UNROLL
   for (int32_t w = 1; w < kMergeWarps; ++w) {
     const float weight = ptx::exp2_approx(base[w] - finite_base(high));
