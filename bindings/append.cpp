@@ -9,7 +9,7 @@ namespace {
 enum { kStoredK, kStoredV, kStoredKCache, kStoredVCache, kStoredQ, kStoredCos, kStoredSin };  // places in `stored_as`
 
 struct Tensors {
-  Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, page_table, kv_batch_index, slot_mapping;
+  Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, page_table, kv_batch_index, slot_mapping, rotary_positions;
 };
 
 // slot_mapping's length is what counts: k and v may have more rows, as vLLM's have.
@@ -90,7 +90,17 @@ void read_cache(const Tensors &t, flashspark_append_params &p) {
   p.page_size = t.k_cache.size(1);
 }
 
-void read_rotary(const Tensor &cos, const Tensor &sin, flashspark_append_params &p) {
+// Rows may lie apart, as the halves of vLLM's cos_sin_cache do.
+void read_rotary(const Tensor &cos, const Tensor &sin, const Tensor &positions, flashspark_append_params &p) {
+  static constexpr int64_t kNone = 0;
+  if (positions) {
+    const int64_t *data = positions.int64_vector();
+    p.rotary_positions = data != nullptr ? data : &kNone;
+    if (positions.size(0) < p.total_new) {
+      fail_value("rotary_positions.shape[0]", std::to_string(positions.size(0)),
+                 "must be at least slot_mapping's length, " + std::to_string(p.total_new));
+    }
+  }
   if (!cos && !sin) return;
   if (!cos || !sin) fail_value(cos ? "rotary_sin" : "rotary_cos", "None", "cos and sin go together");
   cos.require_ndim({2}, "(positions, rotary_dim / 2)");
@@ -99,8 +109,19 @@ void read_rotary(const Tensor &cos, const Tensor &sin, flashspark_append_params 
   sin.require_size(1, cos.size(1), "rotary_cos's");
   cos.require_float();
   if (sin.dtype() != cos.dtype()) fail_type("rotary_sin.dtype", sin.dtype_text(), "must be rotary_cos's");
-  cos.require_dense();
-  sin.require_dense();
+  cos.require_unit_stride();
+  sin.require_unit_stride();
+  if (cos.size(0) > 1) {
+    if (cos.stride(0) < cos.size(1)) {
+      fail_value("rotary_cos.stride(0)", std::to_string(cos.stride(0)),
+                 "must be at least the row's length, " + std::to_string(cos.size(1)));
+    }
+    p.rotary_stride = cos.stride(0);
+    if (sin.stride(0) != cos.stride(0)) {
+      fail_value("rotary_sin.stride(0)", std::to_string(sin.stride(0)),
+                 "must be rotary_cos's, " + std::to_string(cos.stride(0)));
+    }
+  }
   p.rotary_cos = cos.data();
   p.rotary_sin = sin.data();
   p.rotary_dtype = cos.dtype();
@@ -131,15 +152,18 @@ void append_kv(Reader &args) {
   p.q_rotary_per_token = args.integer32("q_rotary_per_token", 1);
   const Tensor k_descale = args.optional_tensor("k_descale"), v_descale = args.optional_tensor("v_descale");
   t.slot_mapping = args.optional_tensor("slot_mapping");
+  t.rotary_positions = args.optional_tensor("rotary_positions");
   if (t.slot_mapping) {
-    for (const Tensor &other : {seqlens, t.cu_seqlens_new, t.page_table, t.kv_batch_index, leftpad, t.q, cos, sin}) {
+    for (const Tensor &other : {seqlens, t.cu_seqlens_new, t.page_table, t.kv_batch_index, leftpad}) {
       if (other) fail_value(other.name(), "given", "must be None when slot_mapping is given");
     }
+    if (cos && !t.rotary_positions)
+      fail_value("rotary_positions", "None", "must be given with slot_mapping and rotary_cos: slots tell no positions");
   }
 
   read_new_rows(t, p);
   read_cache(t, p);
-  read_rotary(cos, sin, p);
+  read_rotary(cos, sin, t.rotary_positions, p);
   p.seqlens = seqlens.int32_vector(p.num_seqs, "the number of sequences");
   p.leftpad_k = leftpad.int32_vector(p.num_seqs, "the number of sequences");
   p.k_descale = k_descale.per_head_scale(p.num_seqs, p.num_heads_kv);

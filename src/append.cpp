@@ -10,10 +10,10 @@ namespace {
 
 // Rotary embedding (Su et al., RoFormer, 2021) of the first rotary_dim elements of `row`, read and written in `dtype`.
 void rotate(const AppendParams &p, void *row, int64_t offset, int32_t dtype, int64_t position) {
-  const int64_t half = p.rotary_dim / 2;
+  const int64_t half = p.rotary_dim / 2, at = position * rotary_stride(p);
   for (int64_t n = 0; n < half; ++n) {
-    const float c = load_as_float(p.rotary_cos, position * half + n, p.rotary_dtype);
-    const float s = load_as_float(p.rotary_sin, position * half + n, p.rotary_dtype);
+    const float c = load_as_float(p.rotary_cos, at + n, p.rotary_dtype);
+    const float s = load_as_float(p.rotary_sin, at + n, p.rotary_dtype);
     const int64_t i0 = offset + (p.rotary_interleaved ? 2 * n : n);
     const int64_t i1 = offset + (p.rotary_interleaved ? 2 * n + 1 : n + half);
     const float x0 = load_as_float(row, i0, dtype), x1 = load_as_float(row, i1, dtype);
@@ -53,6 +53,10 @@ AppendSequence append_sequence(const AppendParams &p, int64_t b) {
   return s;
 }
 
+int64_t position_of(const AppendParams &p, const AppendSequence &s, int64_t i) {
+  return p.rotary_positions != nullptr ? p.rotary_positions[i] : s.position0 + i;
+}
+
 int64_t new_offset(const AppendParams &p, const flashspark_tensor &t, const AppendSequence &s, int64_t i, int64_t h) {
   return (p.cu_seqlens_new ? 0 : s.b * t.batch_stride) + (s.new_row + i) * t.token_stride + h * t.head_stride;
 }
@@ -84,11 +88,11 @@ void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
       float row[512];
       const int64_t from = new_offset(p, p.k_new, s, i, h);
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] = load_as_float(p.k_new.data, from + d, p.k_new.dtype);
-      rotate(p, row, 0, FLASHSPARK_FLOAT32, s.position0 + i);
+      rotate(p, row, 0, FLASHSPARK_FLOAT32, position_of(p, s, i));
       copy_row({row, 0, 0, 0, FLASHSPARK_FLOAT32, 0}, 0, p.k_cache, k_at, p.head_dim, k_descale);
     } else {
       copy_row(p.k_new, new_offset(p, p.k_new, s, i, h), p.k_cache, k_at, p.head_dim, 1.0f);
-      rotate(p, p.k_cache.data, k_at, p.k_cache.dtype, s.position0 + i);
+      rotate(p, p.k_cache.data, k_at, p.k_cache.dtype, position_of(p, s, i));
     }
     copy_row(p.v_new, new_offset(p, p.v_new, s, i, h), p.v_cache, cache_offset(p, p.v_cache, s, i, h), p.head_dim_v,
              v_descale);
@@ -107,9 +111,9 @@ void append_kv(const AppendParams &p) {
   if (p.q.data == nullptr) return;
   cpu::parallel_for(threads, p.num_seqs * p.num_heads_q, [&](int64_t n) {
     const AppendSequence s = append_sequence(p, n / p.num_heads_q);
+    const bool per_token = p.q_rotary_per_token != 0 || p.rotary_positions != nullptr;
     for (int64_t i = 0; i < s.rows; ++i) {
-      rotate(p, p.q.data, new_offset(p, p.q, s, i, n % p.num_heads_q), p.q.dtype,
-             s.position0 + (p.q_rotary_per_token ? i : 0));
+      rotate(p, p.q.data, new_offset(p, p.q, s, i, n % p.num_heads_q), p.q.dtype, position_of(p, s, per_token ? i : 0));
     }
   });
 }

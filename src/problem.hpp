@@ -12,6 +12,11 @@ namespace flashspark {
 using Params = flashspark_attention_params;
 using AppendParams = flashspark_append_params;
 
+// Elements from one position of rotary_cos to the next.
+inline int64_t rotary_stride(const AppendParams &p) {
+  return p.rotary_stride != 0 ? p.rotary_stride : p.rotary_dim / 2;
+}
+
 inline bool is_paged(const Params &p) {
   return p.page_table != nullptr;
 }

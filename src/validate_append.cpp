@@ -25,6 +25,14 @@ void check_rotary(const AppendParams &p) {
   if (p.q.data != nullptr && p.rotary_cos == nullptr) {
     fail("q", std::string("given"), "must be NULL without rotary_cos: nothing would be done to it");
   }
+  const bool turns_slots = p.slot_mapping != nullptr && p.rotary_cos != nullptr;
+  if (turns_slots && p.rotary_positions == nullptr) {
+    fail("rotary_positions", std::string("NULL"),
+         "must be given with slot_mapping and rotary_cos: slots tell no positions");
+  }
+  if (!turns_slots && p.rotary_positions != nullptr) {
+    fail("rotary_positions", std::string("given"), "must be NULL without slot_mapping and rotary_cos");
+  }
   if (p.rotary_cos == nullptr) return;
   check::dtype("rotary_dtype", p.rotary_dtype, false);
   check::in_range("rotary_interleaved", p.rotary_interleaved, 0, 1);
@@ -32,6 +40,10 @@ void check_rotary(const AppendParams &p) {
   check::in_range("seqlen_rotary", p.seqlen_rotary, 0, INT32_MAX);
   if (p.rotary_dim < 2 || p.rotary_dim > p.head_dim || p.rotary_dim % 2 != 0) {
     fail("rotary_dim", p.rotary_dim, "must be even and from 2 to head_dim = " + std::to_string(p.head_dim));
+  }
+  if (p.rotary_stride != 0 && p.rotary_stride < p.rotary_dim / 2) {
+    fail("rotary_stride", p.rotary_stride,
+         "must be 0 or at least rotary_dim / 2 = " + std::to_string(p.rotary_dim / 2));
   }
   if (p.k_new.dtype == FLASHSPARK_FLOAT8_E4M3) {
     fail("k_new.dtype", std::string("float8_e4m3"), "rotary embedding takes 16- or 32-bit rows",
@@ -48,9 +60,6 @@ void check_slots(const AppendParams &p) {
   absent("kv_batch_index", p.kv_batch_index);
   absent("leftpad_k", p.leftpad_k);
   absent("page_table", p.page_table);
-  if (p.rotary_cos != nullptr) {
-    fail("rotary_cos", std::string("given"), "must be NULL when slot_mapping is given: slots tell no positions");
-  }
   if (p.num_seqs != 1) fail("num_seqs", p.num_seqs, "must be 1 when slot_mapping is given");
   check::in_range("num_pages", p.num_pages, 0, INT32_MAX);
   check::in_range("page_size", p.page_size, 1, INT32_MAX);
@@ -67,6 +76,11 @@ void check_slot_numbers(const AppendParams &p) {
     if (p.slot_mapping[t] >= slots) {
       fail(check::at("slot_mapping", t), p.slot_mapping[t],
            "must be negative or name one of the " + std::to_string(slots) + " slots of the cache");
+    }
+    const bool turns = p.rotary_positions != nullptr && (p.slot_mapping[t] >= 0 || p.q.data != nullptr);
+    if (turns && (p.rotary_positions[t] < 0 || p.rotary_positions[t] >= p.seqlen_rotary)) {
+      fail(check::at("rotary_positions", t), p.rotary_positions[t],
+           "must be from 0 to " + std::to_string(p.seqlen_rotary - 1));
     }
   }
 }
@@ -137,6 +151,7 @@ void validate(const AppendParams &p) {
   check::int32_pointer("leftpad_k", p.leftpad_k);
   check::int32_pointer("page_table", p.page_table);
   check::int64_pointer("slot_mapping", p.slot_mapping);
+  check::int64_pointer("rotary_positions", p.rotary_positions);
 
   const bool varlen = p.cu_seqlens_new != nullptr || slots;
   const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_new : p.seqlen_new;

@@ -5,13 +5,15 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${TUNE_OUT:-/tmp/tune}
 mkdir -p "$out"
-nvcc -std=c++20 -O3 -c -Ikernels -Iinclude -Isrc src/cuda/plan.cpp -o "$out/plan.o"
+for part in arguments plan; do
+  nvcc -std=c++20 -O3 -c -Ikernels -Iinclude -Isrc src/cuda/$part.cpp -o "$out/$part.o"
+done
 build() {
   set -- $1
   exe=$out/$(tr ' ' _ <<<"${*:1:9}")
   [[ -x $exe ]] || nvcc -std=c++20 -O3 -arch=sm_90 -I"${TUNE_KERNELS:-kernels}" -Iinclude -Isrc -DFLASHSPARK_NAME="$1" -DTUNE_WARPS="$2" \
     -DTUNE_ROWS="$3" -DTUNE_KEYS="$4" -DTUNE_SCORES="$5" -DTUNE_GROUPS="$6" -DTUNE_SCHEDULE="$7" -DTUNE_QUERIES="$8" -DTUNE_BLOCKS="$9" ${TUNE_FLAGS:-} \
-    bench/gpu/tune.cu "$out/plan.o" -o "$exe" || echo "does not build: $*"
+    bench/gpu/tune.cu "$out/plan.o" "$out/arguments.o" -o "$exe" || echo "does not build: $*"
 }
 export -f build
 export out

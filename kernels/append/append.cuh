@@ -1,6 +1,7 @@
 // New keys and values into the cache, with rotary embedding (Su et al., RoFormer, 2021) and rounding to e4m3 on the
 // way. One block a new row of tokens; its warps take the heads in turn. Rows that have no place (a length beyond the
-// cache, a page number, a slot or a sequence out of range, as padded rows of a captured batch carry) are left out.
+// cache, a page number, a slot, a position or a sequence out of range, as padded rows of a captured batch carry) are
+// left out.
 #pragma once
 
 #include "append/arguments.hpp"
@@ -33,7 +34,8 @@ FLASHSPARK_DEVICE void store_number(void *to, int64_t n, Number number, float x)
 
 // Where a new row comes from and goes to.
 struct AppendRow {
-  bool found;
+  bool found;          // the cache has a place for it
+  bool turned;         // q's row is to be turned: where slots say nothing else, that of a row with a place
   int32_t seq, index;  // token `index` of those that are new in sequence `seq`
   int64_t token;       // of its sequence (dense) or of all (cu_seqlens_new, slot_mapping)
   int32_t place;       // row of the cache's sequence
@@ -47,7 +49,13 @@ FLASHSPARK_DEVICE AppendRow find_append_row(const AppendArguments &a, int32_t ro
   if (a.slot_mapping != nullptr) {  // all rows are sequence 0, whose factors they take
     const int64_t slot = a.slot_mapping[row];
     r.token = row;
-    r.found = slot >= 0 && slot < a.capacity;  // vLLM pads with -1
+    if (a.rotary_positions != nullptr) {
+      const int64_t position = a.rotary_positions[row];
+      if (position < 0 || position >= a.seqlen_rotary) return r;
+      r.position = static_cast<int32_t>(position);
+      r.turned = true;
+    }
+    r.found = slot >= 0 && slot < a.capacity;  // vLLM pads with -1, and marks what another rank stores
     if (!r.found) return r;
     const Quotient at = divide(static_cast<int32_t>(slot), a.page_size);
     r.batch = at.quotient;
@@ -89,7 +97,7 @@ FLASHSPARK_DEVICE AppendRow find_append_row(const AppendArguments &a, int32_t ro
   } else if (a.kv_batch_index != nullptr) {
     r.batch = a.kv_batch_index[r.seq];
   }
-  r.found = r.batch >= 0 && r.batch < a.cache_batches;
+  r.found = r.turned = r.batch >= 0 && r.batch < a.cache_batches;
   return r;
 }
 
@@ -97,9 +105,10 @@ FLASHSPARK_DEVICE AppendRow find_append_row(const AppendArguments &a, int32_t ro
 FLASHSPARK_DEVICE void turn_row(const AppendArguments &a, const void *from, Number number, void *to, Number to_number,
                                 float factor, int32_t position) {
   const int32_t half = a.rotary_dim / 2;
+  const int64_t at = position * a.rotary_stride;
   for (int32_t n = static_cast<int32_t>(ptx::thread_index() % 32); n < half; n += 32) {
-    const float c = load_number(a.rotary_cos, static_cast<int64_t>(position) * half + n, a.rotary_number);
-    const float s = load_number(a.rotary_sin, static_cast<int64_t>(position) * half + n, a.rotary_number);
+    const float c = load_number(a.rotary_cos, at + n, a.rotary_number);
+    const float s = load_number(a.rotary_sin, at + n, a.rotary_number);
     const int32_t first = a.rotary_interleaved != 0 ? 2 * n : n,
                   second = a.rotary_interleaved != 0 ? first + 1 : n + half;
     const float x = load_number(from, first, number), y = load_number(from, second, number);
@@ -138,7 +147,6 @@ FLASHSPARK_DEVICE void append(const AppendArguments &a) {
   ptx::grid_dependency_wait();  // every block, as in forward()
   ptx::grid_dependency_launch();
   const AppendRow r = find_append_row(a, static_cast<int32_t>(ptx::block_x()));
-  if (!r.found) return;
   const int64_t new_batch = a.cu_seqlens_new != nullptr ? 0 : r.seq;
   const int32_t size = bytes_of(a.new_number), cache_size = bytes_of(a.cache_number);
   const auto source = [&](const void *data, const Strides &s, int32_t head) {
@@ -148,7 +156,7 @@ FLASHSPARK_DEVICE void append(const AppendArguments &a) {
     return static_cast<char *>(data) + (r.batch * s.batch + r.slot * s.token + head * s.head) * cache_size;
   };
   const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32);
-  for (int32_t head = warp; head < a.num_heads_kv; head += kAppendWarps) {
+  for (int32_t head = warp; r.found && head < a.num_heads_kv; head += kAppendWarps) {
     const char *from = source(a.k_new, a.k_new_strides, head);
     char *to = target(a.k_cache, a.k_cache_strides, head);
     const float factor = inverse_scale(a.k_descale, r, head);
@@ -157,7 +165,7 @@ FLASHSPARK_DEVICE void append(const AppendArguments &a) {
     copy_row(source(a.v_new, a.v_new_strides, head), a.new_number, target(a.v_cache, a.v_cache_strides, head),
              a.cache_number, inverse_scale(a.v_descale, r, head), 0, a.head_dim_v);
   }
-  if (a.q == nullptr) return;
+  if (a.q == nullptr || !r.turned) return;
   const int32_t position = a.q_rotary_per_token != 0 ? r.position : r.position - r.index;
   for (int32_t head = warp; head < a.num_heads_q; head += kAppendWarps) {
     const int64_t offset = new_batch * a.q_strides.batch + r.token * a.q_strides.token + head * a.q_strides.head;

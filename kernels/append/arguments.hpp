@@ -25,6 +25,8 @@ struct AppendArguments {
   Scale k_descale, v_descale;  // NULL unless the cache is e4m3 and the new rows are not
 
   const void *rotary_cos, *rotary_sin;
+  const int64_t *rotary_positions;
+  int64_t rotary_stride;
   int32_t rotary_interleaved, rotary_dim, seqlen_rotary, q_rotary_per_token;
 };
 

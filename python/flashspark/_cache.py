@@ -30,6 +30,7 @@ def append_kv(
     k_descale: Array | None = None,
     v_descale: Array | None = None,
     slot_mapping: Array | None = None,
+    rotary_positions: Array | None = None,
 ) -> None:
     """Writes new keys and values into a dense or paged cache, in place.
 
@@ -40,9 +41,12 @@ def append_kv(
     rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotary embedding of the new keys, and of q **in place** when it
     is given: q's row i turns by cache_seqlens + i - cache_leftpad, all rows by the first of these without
     q_rotary_per_token. rotary_interleaved: pairs (0, 1), (2, 3) ..; else (0, rotary_dim / 2), (1, ..) ..
-    slot_mapping: int64 (num_tokens,), in place of lengths, block_table and rotary embedding: row t of k and v,
-    (total, num_heads_kv, head_dim) with total >= num_tokens, goes to page slot_mapping[t] // page_size, row
-    slot_mapping[t] % page_size of it; negative entries are skipped. Any page_size; descales of one sequence.
+    slot_mapping: int64 (num_tokens,), in place of lengths and block_table: row t of k and v, (total, num_heads_kv,
+    head_dim) with total >= num_tokens, goes to page slot_mapping[t] // page_size, row slot_mapping[t] % page_size of
+    it; negative entries are skipped. Any page_size; descales of one sequence.
+    rotary_positions: int64, at least num_tokens: with slot_mapping and rotary_cos, the position by which row t of k and
+    of q (total, num_heads_q, head_dim) turns; of q also where slot_mapping[t] is negative. With vLLM's cos_sin_cache:
+    rotary_cos, rotary_sin = cos_sin_cache.chunk(2, -1).
     """
     if isinstance(q, np.ndarray) and not q.flags.writeable:
         raise ValueError("q = read-only array: must be writable, it is turned in place")
@@ -58,7 +62,7 @@ def append_kv(
     args = (
         stored_as, k, v, k_cache, v_cache, q, rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, block_table,
         cache_batch_idx, cache_leftpad, rotary_interleaved, q_rotary_per_token, k_descale, v_descale,
-        slot_mapping,
+        slot_mapping, rotary_positions,
     )
     # fmt: on
     call(_core.append_kv, APPEND_ARGUMENTS, args)

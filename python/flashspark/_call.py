@@ -39,7 +39,7 @@ CU_SEQLENS_Q, SINKS, OUTPUT_SCALE, REL_LOGITS = (
 APPEND_ARGUMENTS = (
     *("stored_as", "k", "v", "k_cache", "v_cache", "q", "rotary_cos", "rotary_sin", "cache_seqlens"),
     *("cu_seqlens_k_new", "block_table", "cache_batch_idx", "cache_leftpad", "rotary_interleaved"),
-    *("q_rotary_per_token", "k_descale", "v_descale", "slot_mapping"),
+    *("q_rotary_per_token", "k_descale", "v_descale", "slot_mapping", "rotary_positions"),
 )
 _WRITTEN = frozenset({"out", "lse", "k_cache", "v_cache"})
 

@@ -37,7 +37,7 @@ _library.define(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? cache_seqlens, Tensor(c!)? q, "
     "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cu_seqlens_k_new, Tensor? block_table, Tensor? cache_batch_idx, "
     "Tensor? cache_leftpad, bool rotary_interleaved, bool q_rotary_per_token, Tensor? k_descale, Tensor? v_descale, "
-    "Tensor? slot_mapping=None) -> ()"
+    "Tensor? slot_mapping=None, Tensor? rotary_positions=None) -> ()"
 )
 
 
@@ -68,12 +68,14 @@ def _attention(q, k, v, *rest):
 def _append(
     k, v, k_cache, v_cache, cache_seqlens, q, rotary_cos, rotary_sin, cu_seqlens_k_new, block_table, cache_batch_idx,
     cache_leftpad, rotary_interleaved, q_rotary_per_token, k_descale, v_descale, slot_mapping=None,
+    rotary_positions=None,
 ):  # fmt: skip
     _cache.append_kv(
         k, v, k_cache, v_cache, cache_seqlens, q=q, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         cu_seqlens_k_new=cu_seqlens_k_new, block_table=block_table, cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad, rotary_interleaved=rotary_interleaved, q_rotary_per_token=q_rotary_per_token,
         k_descale=k_descale, v_descale=v_descale, slot_mapping=slot_mapping,
+        rotary_positions=rotary_positions,
     )  # fmt: skip
 
 
@@ -131,12 +133,13 @@ def append_kv(
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
     slot_mapping: torch.Tensor | None = None,
+    rotary_positions: torch.Tensor | None = None,
 ) -> None:
     """flashspark.append_kv as an operator."""
     torch.ops.flashspark.append_kv(
         k, v, k_cache, v_cache, cache_seqlens, q, rotary_cos, rotary_sin, cu_seqlens_k_new, block_table,
         cache_batch_idx, cache_leftpad, rotary_interleaved, q_rotary_per_token, k_descale, v_descale,
-        slot_mapping,
+        slot_mapping, rotary_positions,
     )  # fmt: skip
 
 

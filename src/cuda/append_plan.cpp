@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/append.hpp"
+#include "cuda/arguments.hpp"
 
 namespace flashspark::cuda {
 namespace {
@@ -50,6 +51,8 @@ AppendPlan make_append_plan(const AppendParams &p) {
   }
   a.rotary_cos = p.rotary_cos;
   a.rotary_sin = p.rotary_sin;
+  a.rotary_positions = p.rotary_positions;
+  a.rotary_stride = rotary_stride(p);
   a.rotary_interleaved = p.rotary_interleaved;
   a.rotary_dim = static_cast<int32_t>(p.rotary_dim);
   a.seqlen_rotary = static_cast<int32_t>(p.seqlen_rotary);

@@ -2,6 +2,7 @@
 
 #include <bit>
 
+#include "cuda/arguments.hpp"
 #include "cuda/device.hpp"
 #include "cuda/fatbins.hpp"
 #include "cuda/launch.hpp"

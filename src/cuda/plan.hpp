@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstddef>
-#include <string>
+#include <cstdint>
 
 #include "forward/arguments.hpp"
 #include "forward/instances.hpp"
@@ -36,17 +36,6 @@ struct Plan {
   Launch merge;                  // fatbin "merge_<out>", function flashspark_merge
   size_t workspace = 0;          // bytes that arguments.partial_out and partial_lse lie in
 };
-
-// Fields of the interface as the kernels take them.
-Number number_of(int32_t dtype);
-Strides strides_of(const flashspark_tensor &t);
-Scale scale_of(const flashspark_scale &s);
-
-// Exact for every n < 2^31; 1 <= d <= 2^30.
-Divisor make_divisor(uint32_t d);
-
-// What the kernels lack for this problem, in words; empty if nothing.
-std::string unsupported(const Params &p);
 
 // Whether an instance can run the problem at all; make_plan() chooses among those that do.
 bool fits(const Instance &instance, const Params &p);

@@ -199,6 +199,15 @@ TEST_F(Cuda, AppendIsOneLaunch) {
   EXPECT_EQ(fake.launches[1].grid[0], 7u);
   EXPECT_EQ(fake.launches[1].append.capacity, 1600);
   EXPECT_EQ(fake.launches[1].append.slot_mapping, address(7));
+  p.rotary_cos = p.rotary_sin = address(8);
+  p.rotary_dtype = FLASHSPARK_BFLOAT16, p.rotary_dim = 32, p.seqlen_rotary = 4096;
+  p.rotary_positions = static_cast<int64_t *>(address(9));
+  ASSERT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_EQ(fake.launches[2].append.rotary_positions, address(9));
+  EXPECT_EQ(fake.launches[2].append.rotary_stride, 16);
+  p.rotary_stride = 32;
+  ASSERT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_EQ(fake.launches[3].append.rotary_stride, 32);
   p.device_index = kOld;
   EXPECT_EQ(flashspark_append_kv(&p), FLASHSPARK_UNSUPPORTED);
 }

@@ -29,7 +29,7 @@ struct Problem {
   AppendParams p{};
   std::vector<uint8_t> k_new, v_new, k_cache, v_cache, q, cos, sin;
   std::vector<int32_t> seqlens, cu, index, leftpad, pages;
-  std::vector<int64_t> slots;
+  std::vector<int64_t> slots, positions;
   std::vector<float> k_descale, v_descale;
 
   static void fill(std::vector<uint8_t> &bytes, int64_t count, int32_t dtype, std::mt19937 &rng, float spread) {
@@ -97,9 +97,15 @@ struct Problem {
     if (s.rotary_dim > 0) {
       p.rotary_dim = s.rotary_dim, p.seqlen_rotary = 48, p.rotary_dtype = FLASHSPARK_FLOAT32;
       p.rotary_interleaved = s.interleaved, p.q_rotary_per_token = s.q_per_token;
-      fill(cos, 48 * s.rotary_dim / 2, FLASHSPARK_FLOAT32, rng, 0.7f);
-      fill(sin, 48 * s.rotary_dim / 2, FLASHSPARK_FLOAT32, rng, 0.7f);
+      p.rotary_stride = s.odd_strides ? s.rotary_dim / 2 + 5 : 0;
+      const int64_t numbers = 47 * (s.odd_strides ? p.rotary_stride : s.rotary_dim / 2) + s.rotary_dim / 2;
+      fill(cos, numbers, FLASHSPARK_FLOAT32, rng, 0.7f);
+      fill(sin, numbers, FLASHSPARK_FLOAT32, rng, 0.7f);
       p.rotary_cos = cos.data(), p.rotary_sin = sin.data();
+    }
+    if (s.rotary_dim > 0 && s.slots) {
+      for (int64_t t = 0; t < p.total_new; ++t) positions.push_back(from(0, 47));
+      p.rotary_positions = positions.data();
     }
     if (s.leftpad) {
       for (int32_t before : seqlens) leftpad.push_back(from(0, before));
@@ -189,6 +195,8 @@ TEST(Append, SlotMapping) {
           s.slots = true, s.cache_dtype = cache, s.odd_strides = odd, s.heads_first = heads_first;
           s.page_size = page_size, s.head_dim = odd ? 40 : 128, s.head_dim_v = odd ? 72 : 128;
           compare(s, ++seed);
+          s.rotary_dim = odd ? 12 : 128, s.interleaved = heads_first, s.turn_q = true, s.q_per_token = page_size == 7;
+          compare(s, ++seed);
         }
       }
     }
@@ -200,9 +208,10 @@ TEST(Append, RowsWithoutAPlaceAreLeftOut) {
   const auto untouched = [](const Spec &spec, auto &&spoil) {
     Problem got(spec, 5);
     spoil(got);
-    const std::vector<uint8_t> before = got.k_cache;
+    const std::vector<uint8_t> before = got.k_cache, q_before = got.q;
     ASSERT_NO_THROW(run(got.p, 5));
     EXPECT_EQ(got.k_cache, before);
+    if (got.slots.empty() || got.slots[1] >= 0) EXPECT_EQ(got.q, q_before);  // without a slot q is turned all the same
   };
   Spec s;
   untouched(s, [](Problem &x) { std::fill(x.pages.begin(), x.pages.end(), -1); });
@@ -214,6 +223,12 @@ TEST(Append, RowsWithoutAPlaceAreLeftOut) {
   untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), -1); });
   untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), x.p.num_pages * x.p.page_size); });
   untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), int64_t{1} << 32); });
+  s.rotary_dim = 16, s.turn_q = true;
+  untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), -1); });
+  untouched(s, [](Problem &x) { std::fill(x.positions.begin(), x.positions.end(), 48); });
+  untouched(s, [](Problem &x) { std::fill(x.positions.begin(), x.positions.end(), -1); });
+  untouched(s, [](Problem &x) { std::fill(x.positions.begin(), x.positions.end(), int64_t{1} << 32); });
+  s.rotary_dim = 0, s.turn_q = false;
   s.slots = false, s.paged = false, s.batch_index = true;
   untouched(s, [](Problem &x) { std::fill(x.index.begin(), x.index.end(), static_cast<int32_t>(x.p.num_cache_rows)); });
   s.rotary_dim = 16;

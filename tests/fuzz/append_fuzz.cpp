@@ -20,12 +20,12 @@ using P = flashspark_append_params;
   }
 #define TENSOR(t) F(t.batch_stride), F(t.token_stride), F(t.head_stride), F(t.dtype)
 constexpr Field kFields[] = {
-    F(struct_size),    F(abi_version),       F(device),         F(device_index),       F(num_seqs),
-    F(num_heads_q),    F(num_heads_kv),      F(head_dim),       F(head_dim_v),         F(seqlen_new),
-    F(total_new),      F(seqlen_cache),      F(num_cache_rows), F(num_pages),          F(page_size),
-    F(num_page_slots), TENSOR(k_new),        TENSOR(v_new),     TENSOR(k_cache),       TENSOR(v_cache),
-    TENSOR(q),         F(page_table_stride), F(rotary_dtype),   F(rotary_interleaved), F(seqlen_rotary),
-    F(rotary_dim),     F(q_rotary_per_token)};
+    F(struct_size),    F(abi_version),        F(device),         F(device_index),       F(num_seqs),
+    F(num_heads_q),    F(num_heads_kv),       F(head_dim),       F(head_dim_v),         F(seqlen_new),
+    F(total_new),      F(seqlen_cache),       F(num_cache_rows), F(num_pages),          F(page_size),
+    F(num_page_slots), TENSOR(k_new),         TENSOR(v_new),     TENSOR(k_cache),       TENSOR(v_cache),
+    TENSOR(q),         F(page_table_stride),  F(rotary_dtype),   F(rotary_interleaved), F(seqlen_rotary),
+    F(rotary_dim),     F(q_rotary_per_token), F(rotary_stride)};
 
 void bound(int64_t &value, int64_t most, int64_t legal_most) {
   if (value > most && value <= legal_most) value = value % most;
@@ -92,7 +92,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Stream in(data, size);
   const uint8_t bits = in.raw<uint8_t>();
   const bool slots = bits & 128;
-  const uint8_t flavour = slots && bits & 1 ? 0 : bits;  // slots go with nothing else: half of them stand alone
+  const uint8_t flavour = slots && bits & 1 ? bits & (4 | 64) : bits;  // slots go with rotation alone: half of them do
   const bool paged = flavour & 1, varlen = flavour & 2, rotary = flavour & 4;
   P p = legal_problem(in, paged || slots);
   if (slots) p.num_seqs = 1, p.total_new = p.seqlen_new;
@@ -105,6 +105,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   bound(p.num_page_slots, 64, INT32_MAX);
   bound(p.page_table_stride, 256, INT64_MAX / 16);
   bound(p.seqlen_rotary, 4096, INT32_MAX);
+  bound(p.rotary_stride, 512, INT64_MAX);
   if (slots) bound(p.total_new, 64, INT32_MAX);
   const int64_t seqs = std::clamp<int64_t>(p.num_seqs, 0, 16);
   std::vector<int32_t> seqlens(seqs), cu(seqs + 1), index(seqs), leftpad(seqs), pages;
@@ -130,9 +131,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   p.leftpad_k = flavour & 32 ? leftpad.data() : nullptr;
   p.page_table = paged && !pages.empty() ? pages.data() : nullptr;
   if (slots) p.slot_mapping = slot_mapping.data();
-  const std::vector<float> table(static_cast<size_t>(std::clamp<int64_t>(p.seqlen_rotary, 0, 4096) *
-                                                     std::clamp<int64_t>(p.rotary_dim / 2, 1, 256)),
-                                 0.5f);
+  const int64_t half = std::clamp<int64_t>(p.rotary_dim / 2, 1, 256),
+                table_rows = std::clamp<int64_t>(p.seqlen_rotary, 0, 4096);
+  const int64_t row = p.rotary_stride != 0 ? std::clamp<int64_t>(p.rotary_stride, 1, 512) : half;
+  const std::vector<float> table(static_cast<size_t>(table_rows == 0 ? 0 : (table_rows - 1) * row + half), 0.5f);
+  std::vector<int64_t> positions(slot_mapping.size());
+  for (int64_t &position : positions) position = in.below(20) == 1 ? in.number() : in.below(40);
+  if (slots && rotary && bits != 0xFF) p.rotary_positions = positions.data();
   if (rotary && !table.empty()) p.rotary_cos = p.rotary_sin = table.data();
   if (rotary && flavour & 64) p.q.data = &p;
   Block blocks[5];

@@ -104,6 +104,68 @@ def test_slot_mapping(types, kind, device):
             torch.testing.assert_close(got.float(), x, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+                                   (torch.bfloat16, E4M3), (torch.float32, E4M3)], ids=str)  # fmt: skip
+def test_slot_mapping_with_rotary(types, interleaved, device):
+    """Beside the CPU's, in a captured graph whose slots and positions change; q turns where no slot takes k, too."""
+    new_type, cache_type = types
+    torch.manual_seed(6)
+    heads, dim, tokens = 3, 64, 37
+    rows = [torch.randn(tokens + 4, h, dim).to(new_type) for h in (heads, heads, 2 * heads)]
+    cos, sin = torch.randn(50, 48, dtype=torch.bfloat16).chunk(2, -1)
+    pair = cache("separate", 9, heads, dim, cache_type)
+    k, v, q = (x.to(device) for x in rows)
+    on_gpu = [on_device(x, device) for x in pair]
+    slots, positions = (torch.zeros(n, dtype=torch.int64, device=device) for n in (tokens, tokens + 4))
+    options = {"rotary_interleaved": interleaved}
+    turn = [on_device(x, device) for x in (cos, sin)]
+
+    def call() -> None:
+        flashspark.append_kv(
+            k,
+            v,
+            *on_gpu,
+            q=q,
+            rotary_cos=turn[0],
+            rotary_sin=turn[1],
+            slot_mapping=slots,
+            rotary_positions=positions,
+            **options,
+        )
+
+    graph = None
+    if device.type == "cuda":  # the CPU refuses what has no position
+        slots.fill_(-1)
+        positions.fill_(-1)
+        call()
+        torch.testing.assert_close(q.cpu(), rows[2], rtol=0, atol=0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    for round_ in range(3):
+        slots.copy_(torch.randperm(9 * 16)[:tokens])
+        slots[round_::5] = -1
+        positions.copy_(torch.randint(0, 50, (tokens + 4,)))
+        q.copy_(rows[2])
+        want = rows[2].clone()
+        flashspark.append_kv(
+            *rows[:2],
+            *pair,
+            q=want,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            slot_mapping=slots.cpu(),
+            rotary_positions=positions.cpu(),
+            **options,
+        )
+        graph.replay() if graph else call()
+        for name, got, x in zip("kvq", (*on_gpu, q), (*pair, want)):
+            # A step of the type at most; of e4m3 below 2^-6 that is 2^-9.
+            step, least = (0, 0) if name == "v" else (0.13, 0.002) if x.dtype is E4M3 else (0.008, 1e-5)
+            torch.testing.assert_close(got.cpu().float(), x.float(), rtol=step, atol=least, equal_nan=True)
+
+
 @pytest.mark.needs_gpu
 def test_attention_with_new_keys(device):
     """flash_attn_with_kvcache writes k and v and attends to them, in a captured graph, too."""

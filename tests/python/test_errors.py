@@ -207,13 +207,21 @@ def test_kvcache(change, error, text):
 
 
 i64 = lambda *x: np.array(x, np.int64)  # noqa: E731
+TURN = dict(rotary_cos=z(20, 4), rotary_sin=z(20, 4), rotary_positions=i64(3, 19, 0))
 SLOTS = [
     (dict(cache_seqlens=i32(1)), ValueError, "cache_seqlens = given"),
     (dict(cu_seqlens_k_new=i32(0, 3)), ValueError, "cu_seqlens_k_new = given"),
     (dict(block_table=np.zeros((1, 2), np.int32)), ValueError, "block_table = given"),
     (dict(cache_batch_idx=i32(0)), ValueError, "cache_batch_idx = given"),
     (dict(cache_leftpad=i32(0)), ValueError, "cache_leftpad = given"),
-    (dict(rotary_cos=z(20, 4), rotary_sin=z(20, 4)), ValueError, "rotary_cos = given"),
+    (dict(rotary_cos=z(20, 4), rotary_sin=z(20, 4)), ValueError, "rotary_positions = None"),
+    (dict(rotary_positions=i64(1, 2, 3)), ValueError, "rotary_positions = given"),
+    (TURN | dict(rotary_positions=i64(1, 2)), ValueError, "rotary_positions.shape[0] = 2"),
+    (TURN | dict(rotary_positions=i32(1, 2, 3)), TypeError, "rotary_positions.dtype = int32"),
+    (TURN | dict(rotary_positions=i64(0, 0, 20)), ValueError, "rotary_positions[2] = 20"),
+    (TURN | dict(rotary_positions=i64(0, -5, 0), q=z(3, 4, 32)), ValueError, "rotary_positions[1] = -5"),
+    (TURN | dict(rotary_sin=z(20, 8)[:, :4]), ValueError, "rotary_sin.stride(0) = 8"),
+    (TURN | dict(rotary_cos=np.broadcast_to(z(4), (20, 4))), ValueError, "rotary_cos.stride(0) = 0"),
     (dict(q=z(3, 4, 32)), ValueError, "q = given"),
     (dict(k=z(1, 3, 2, 32), v=z(1, 3, 2, 32)), ValueError, "k.shape = (1, 3, 2, 32)"),
     (dict(slot_mapping=i64(1, 2, 3, 4)), ValueError, "k.shape[0] = 3"),

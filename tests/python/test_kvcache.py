@@ -191,6 +191,30 @@ def test_slot_mapping(normal, rng, dtype, layout):
     np.testing.assert_array_equal(memory, want)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_slot_mapping_with_rotary(normal, rng, dtype, interleaved):
+    """As vLLM has it: cos and sin are halves of one table, rows beyond the slots are padding."""
+    k_cache, v_cache = np.zeros((5, 7, 2, 32), dtype), np.zeros((5, 7, 2, 32), dtype)
+    q, k, v = (normal(15, h, 32, dtype=dtype) for h in (4, 2, 2))
+    angle = np.arange(80)[:, None] / 10 ** np.linspace(0, 3, 8)
+    cos, sin = np.split(np.concatenate([np.cos(angle), np.sin(angle)], -1).astype(dtype), 2, -1)
+    slots, positions = rng.permutation(35)[:12], rng.integers(0, 80, 15)
+    slots[[0, 5, 11]] = -1
+    kept = slots >= 0
+    turned_q, turned_k = (rotate(x[:12], cos, sin, positions[:12], interleaved) for x in (q, k))
+    rest = q[12:].copy()
+    append_kv(
+        k, v, k_cache, v_cache, q=q, rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved, slot_mapping=slots,
+        rotary_positions=positions,
+    )  # fmt: skip
+    step = {"float32": 1e-6, "float16": 1e-3}.get(np.dtype(dtype).name, 8e-3)
+    np.testing.assert_allclose(wide(k_cache).reshape(35, 2, 32)[slots[kept]], turned_k[kept], step, step)
+    np.testing.assert_array_equal(v_cache.reshape(35, 2, 32)[slots[kept]], v[:12][kept])
+    np.testing.assert_allclose(wide(q[:12]), turned_q, step, step)
+    np.testing.assert_array_equal(q[12:], rest)
+    assert not wide(np.delete(k_cache.reshape(35, 2, 32), slots[kept], 0)).any()
+
+
 def test_slot_mapping_to_an_fp8_cache(normal):
     e4m3 = ml_dtypes.float8_e4m3fn
     k_cache, v_cache = np.zeros((3, 16, 2, 32), e4m3), np.zeros((3, 16, 2, 32), e4m3)

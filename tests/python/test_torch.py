@@ -232,6 +232,19 @@ def test_slot_mapping(cache_type):
         assert torch.equal(pages.float().view_as(want), want)
         append(k, v, *pages, slot_mapping=torch.empty(0, dtype=torch.int64))  # has no address
         assert torch.equal(pages.float().view_as(want), want)
+    cos, sin = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(30, 1).chunk(2, -1)  # even positions turn by 90
+    turn = {"rotary_cos": cos, "rotary_sin": sin, "rotary_positions": torch.tensor([1, 0, 0, 3, 2, 1, 1, 0])}
+    for append in (flashspark.append_kv, torch_ops.append_kv, compiled):
+        pages, q = torch.zeros(2, 5, 12, 2, 32, dtype=cache_type), torch.randn(9, 4, 32)
+        turned = q.clone()
+        append(k, v, *pages, slot_mapping=slots, q=turned, **turn)
+        even = turn["rotary_positions"][:7] % 2 == 0
+        want_q = q.clone()
+        want_q[:7][even, :, 0], want_q[:7][even, :, 1] = -q[:7][even, :, 1], q[:7][even, :, 0]
+        assert torch.equal(turned, want_q)
+        got = pages[0].float().view(60, 2, 32)
+        assert torch.equal(got[40], want[0][40])
+        assert torch.equal(got[0, :, 1], want[0][0, :, 0])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

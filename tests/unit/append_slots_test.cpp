@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <numeric>
@@ -24,8 +25,9 @@ enum Layout { kTokensFirst, kHeadsFirst, kPacked, kSpread, kBackwards, kLayouts 
 struct Slots {
   std::mt19937_64 rng;
   flashspark_append_params p;
-  std::vector<unsigned char> k_new, v_new, k_cache, v_cache;
-  std::vector<int64_t> slots;
+  std::vector<unsigned char> k_new, v_new, k_cache, v_cache, q;
+  std::vector<int64_t> slots, positions;
+  std::vector<float> table;
   std::vector<float> scale{0.5f, 2, 4};  // powers of two: how they are divided by does not matter
 
   int64_t from(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
@@ -109,6 +111,80 @@ TEST(AppendSlots, WritesTheRowsAndNothingElse) {
   }
 }
 
+constexpr int64_t kPositions = 50;
+
+// Gives a problem rotary embedding of k and of a q with twice the heads: rows of cos and sin side by side in one table,
+// as vLLM's cos_sin_cache has them.
+void turn(Slots &f) {
+  f.positions.resize(f.slots.size());
+  for (int64_t &position : f.positions) position = f.from(0, kPositions - 1);
+  f.p.rotary_positions = f.positions.data();
+  f.p.rotary_dim = 8, f.p.seqlen_rotary = kPositions, f.p.rotary_dtype = kF32, f.p.rotary_stride = 8;
+  f.p.rotary_interleaved = f.slots.size() % 2;
+  f.table.resize(kPositions * 8);
+  for (int64_t n = 0; n < kPositions * 4; ++n) {
+    const double angle = static_cast<double>(n / 4) / std::pow(10.0, n % 4);
+    f.table[n / 4 * 8 + n % 4] = static_cast<float>(std::cos(angle));
+    f.table[n / 4 * 8 + 4 + n % 4] = static_cast<float>(std::sin(angle));
+  }
+  f.p.rotary_cos = f.table.data();
+  f.p.rotary_sin = f.table.data() + 4;
+  f.p.num_heads_q = 2 * f.p.num_heads_kv;
+  f.fill(f.q, f.p.total_new * f.p.num_heads_q * f.p.head_dim, kF32);
+  f.p.q = {f.q.data(), 0, f.p.num_heads_q * f.p.head_dim, f.p.head_dim, kF32, 0};
+}
+
+// The first eight numbers of a row, turned by the formula.
+std::array<double, 8> turned(const Slots &f, const flashspark_tensor &rows, size_t t, int64_t h) {
+  std::array<double, 8> x{};
+  for (int64_t d = 0; d < 8; ++d) {
+    x[d] = load_as_float(rows.data, static_cast<int64_t>(t) * rows.token_stride + h * rows.head_stride + d, rows.dtype);
+  }
+  std::array<double, 8> y{};
+  for (int64_t n = 0; n < 4; ++n) {
+    const int64_t first = f.p.rotary_interleaved ? 2 * n : n, second = f.p.rotary_interleaved ? first + 1 : n + 4;
+    const double angle = static_cast<double>(f.positions[t]) / std::pow(10.0, n);
+    y[first] = x[first] * std::cos(angle) - x[second] * std::sin(angle);
+    y[second] = x[first] * std::sin(angle) + x[second] * std::cos(angle);
+  }
+  return y;
+}
+
+// Keys turn by their own positions, and so does q, also where no slot takes the key: another rank stores that.
+TEST(AppendSlots, RowsTurnByTheirPositions) {
+  for (uint64_t seed = 0; seed < 120; ++seed) {
+    Slots f(seed);
+    if (f.p.k_new.dtype == kFp8) continue;
+    turn(f);
+    const auto q_before = f.q;
+    ASSERT_EQ(flashspark_append_kv(&f.p), FLASHSPARK_OK) << flashspark_last_error();
+    const double step = f.p.k_cache.dtype == kFp8 ? 0.07 : f.p.k_cache.dtype == kF32 ? 1e-5 : 0.005;
+    for (size_t t = 0; t < f.slots.size(); ++t) {
+      for (int64_t h = 0; h < f.p.num_heads_kv && f.slots[t] >= 0; ++h) {
+        const auto want = turned(f, f.p.k_new, t, h);
+        const flashspark_tensor &cache = f.p.k_cache;
+        const int64_t at = f.slots[t] / f.p.page_size * cache.batch_stride +
+                           f.slots[t] % f.p.page_size * cache.token_stride + h * cache.head_stride;
+        for (int64_t d = 0; d < 8; ++d) {
+          const double scale = cache.dtype == kFp8 ? f.scale[h] : 1;
+          const double got = load_as_float(cache.data, at + d, cache.dtype) * scale;
+          ASSERT_NEAR(got, want[d], step * std::fabs(want[d]) + 0.005 * (cache.dtype == kFp8 ? scale : 1e-3)) << seed;
+        }
+      }
+      flashspark_tensor before = f.p.q;
+      before.data = const_cast<unsigned char *>(q_before.data());
+      for (int64_t h = 0; h < f.p.num_heads_q; ++h) {
+        const auto want = turned(f, before, t, h);
+        for (int64_t d = 0; d < f.p.head_dim; ++d) {
+          const auto at = static_cast<int64_t>(t) * before.token_stride + h * before.head_stride + d;
+          const double x = load_as_float(f.q.data(), at, kF32);
+          ASSERT_NEAR(x, d < 8 ? want[d] : load_as_float(q_before.data(), at, kF32), 1e-5) << seed;
+        }
+      }
+    }
+  }
+}
+
 TEST(AppendSlots, NoRowsOrPaddingAloneTouchNothing) {
   Slots f(0);
   const auto before = f.k_cache;
@@ -133,7 +209,25 @@ TEST(AppendSlots, WhatIsWrongIsNamed) {
          f.p.rotary_cos = f.p.rotary_sin = table;
          f.p.rotary_dim = 2, f.p.seqlen_rotary = 64, f.p.rotary_dtype = kF32;
        },
-       "rotary_cos = given"},
+       "rotary_positions = NULL"},
+      {[](Slots &f) { f.p.rotary_positions = f.slots.data(); }, "rotary_positions = given"},
+      {[](Slots &f) {
+         turn(f);
+         f.p.rotary_stride = f.p.rotary_dim / 2 - 1;
+       },
+       "rotary_stride = 3: must be 0 or at least rotary_dim / 2 = 4"},
+      {[](Slots &f) {
+         turn(f);
+         f.slots[1] = 0;
+         f.positions[1] = kPositions;
+       },
+       "rotary_positions[1] = 50: must be from 0 to 49"},
+      {[](Slots &f) {
+         turn(f);
+         f.positions[0] = -1;  // of q, whatever the slot
+         f.slots[0] = -1;
+       },
+       "rotary_positions[0] = -1"},
       {[](Slots &f) { f.p.num_seqs = 2; }, "num_seqs = 2"},
       {[](Slots &f) { f.p.page_size = 0; }, "page_size = 0"},
       {[](Slots &f) { f.p.num_pages = -1; }, "num_pages = -1"},

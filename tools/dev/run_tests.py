@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -46,6 +47,7 @@ class Log:
     failed: int = 0
     skipped: int = 0
     failures: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the counts, where programs run beside each other
 
     def run(self, *command: str | Path, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None) -> str:
         words = [str(word) for word in command]
@@ -78,11 +80,19 @@ class Log:
         passed = re.search(r"\[  PASSED  \] (\d+) test", out)
         if not ran or not passed:
             raise Failed(f"{Path(str(command[0])).name} did not finish")
-        skipped = re.search(r"\[  SKIPPED \] (\d+) test", out)
-        self.passed += int(passed[1])
-        self.skipped += int(skipped[1]) if skipped else 0
-        self.failed += int(ran[1]) - int(passed[1]) - (int(skipped[1]) if skipped else 0)
-        self.failures += re.findall(r"\[  FAILED  \] (\S+),? ", out)
+        found = re.search(r"\[  SKIPPED \] (\d+) test", out)
+        skipped = int(found[1]) if found else 0
+        with self.lock:
+            self.passed += int(passed[1])
+            self.skipped += skipped
+            self.failed += int(ran[1]) - int(passed[1]) - skipped
+            self.failures += re.findall(r"\[  FAILED  \] (\S+),? ", out)
+
+    def gtest_shards(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
+        """The same tests, dealt out to one process a core."""
+        shards = [{"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(n)} | (env or {}) for n in range(JOBS)]
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(lambda shard: self.gtest(*command, env=shard), shards))
 
     def preset(self, name: str, *targets: str) -> Path:
         self.run("cmake", "--preset", name)
@@ -152,8 +162,8 @@ def clang_tidy(log: Log) -> None:
 def sanitizers(log: Log) -> None:
     build = log.preset("asan")
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    log.gtest(build / "tests/unit_tests", env=options)
-    log.gtest(build / "tests/property_tests", env=options)
+    log.gtest_shards(build / "tests/unit_tests", env=options)
+    log.gtest_shards(build / "tests/property_tests", env=options)
 
 
 def fuzz(log: Log) -> None:
@@ -348,7 +358,7 @@ def aarch64(log: Log) -> None:
     inspect_wheel(log, built_wheel("aarch64"), "aarch64")
     build = log.preset("aarch64", "unit_tests")
     # fork in a threaded process and 64 GiB mappings test the kernel, which here is an emulator's.
-    log.gtest(
+    log.gtest_shards(
         "qemu-aarch64",
         "-L",
         "/usr/aarch64-linux-gnu",
@@ -372,12 +382,7 @@ def emulator(log: Log) -> None:
     build = log.preset("emulator", *programs) / "tests/emulator"
     log.gtest(build / "emulator_test")
     log.gtest(build / "emulator_append_test")
-
-    def shard(number: int) -> None:
-        log.gtest(
-            build / "emulator_forward_test",
-            env={"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(number)},
-        )
+    log.gtest_shards(build / "emulator_forward_test")
 
     def batches(number: int) -> str:
         cases = -(-FUZZ_CASES // JOBS)
@@ -385,7 +390,6 @@ def emulator(log: Log) -> None:
         return log.run(build / "emulator_fuzz", *map(str, options), check=False)
 
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(shard, range(JOBS)))
         outputs = list(pool.map(batches, range(JOBS)))
     done = 0
     for out in outputs:

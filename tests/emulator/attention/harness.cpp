@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/arguments.hpp"
 #include "forward/merge.cuh"
 #include "guarded.hpp"
 #include "validate.hpp"
