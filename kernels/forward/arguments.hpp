@@ -31,8 +31,9 @@ struct Scale {
   int64_t seq_stride, head_stride;
 };
 
-// The merge kernel's blocks: warps, columns of a block, and shared memory of a warp.
-constexpr int32_t kMergeWarps = 8, kMergeColumns = 128, kMergeWarpBytes = kMergeColumns * 4 + 16;
+// The merge kernel's blocks: warps, columns of a block, shared memory of a warp, and pieces of a row that it reads at
+// once.
+constexpr int32_t kMergeWarps = 8, kMergeColumns = 128, kMergeWarpBytes = kMergeColumns * 4 + 16, kMergePieces = 8;
 
 // How the device may cut all work into shares: so many, of which each is to have 2^least_shift tiles of keys at least;
 // only few_shares for fewer than few_total tiles; the start of a row tile counts as so many tiles.
@@ -97,8 +98,9 @@ struct ForwardArguments {
   int32_t pair_distance;         // of a lane's two pairs of columns in a piece: 8, or 2 where V is e4m3
   int32_t tile_rows, tile_keys;  // of the forward kernel
   int32_t key_groups;            // of tiles that let the host choose (Tile::flexible): 1 or 2
-  int32_t merge_warps;           // that share the pieces of a row: a power of two up to kMergeWarps
-  int32_t merge_tiles;           // row tiles of a sequence and KV head; 0: block x of the merge kernel is for share x
+  // The merge kernel's grid: blocks of y, at least one for kMergeWarps rows, and row tiles of a sequence and KV head
+  // where block x is for row tile x; 0: for share x.
+  int32_t merge_blocks, merge_tiles;
 };
 
 }  // namespace flashspark

@@ -1,6 +1,8 @@
 // Joins the pieces of split row tiles: out = sum of 2^(lse_n - lse) out_n, and the sink enters here. Block (x, y, z) is
-// for a row tile, some of its rows and columns [128 z, 128 z + 128). One warp joins a row, or where there are many
-// pieces up to eight, through shared memory. What follows from the lengths is worked out while the forward kernel runs.
+// for a row tile, some of its rows and columns [128 z, 128 z + 128). Where x counts shares, all that end in a row tile
+// and go on with it in the next share join it together: a tile of many pieces, one long sequence's among short ones,
+// has as many blocks. One warp joins a row, or where there are many pieces up to eight, through shared memory. What
+// follows from the lengths is worked out while the forward kernel runs.
 #pragma once
 
 #include "forward/results.cuh"
@@ -29,13 +31,16 @@ FLASHSPARK_DEVICE void rebase(Sums &sums, float base) {
 // What the merge kernel has to join.
 struct SplitTile {
   Work work;
-  int32_t count;        // pieces; < 2: nothing to do
-  int32_t first, rest;  // places of the pieces: first, then rest + 1, rest + 2, ...
+  int32_t count;            // pieces; < 2: nothing to do
+  int32_t first, rest;      // places of the pieces: first, then rest + 1, rest + 2, ...
+  int32_t worker, workers;  // among the x that join it
+  bool surplus;             // no share is the block's: it may end at once
 };
 
 FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
-  const auto block = static_cast<int32_t>(ptx::block_x());
+  auto block = static_cast<int32_t>(ptx::block_x());
   SplitTile split{};
+  split.workers = 1;
   if (a.share_limits.shares == 0) {
     split.work = find_work(a, find_place(a), a.tile_rows);
     split.count = split.work.found ? a.num_splits : 0;
@@ -59,30 +64,37 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
     if (row_tile >= row_tiles) return split;
     position = before + ptx::shuffle(of.passed + all.start * of.passed_units, lane) -
                ((a.num_heads_kv - head) * row_tiles - row_tile) * each;
-  } else {  // the tile in which the block's share ends, if it begins there
+  } else {                                      // the tile in which the block's share ends
+    block = a.share_limits.shares - 1 - block;  // shares that are too many first: their blocks leave room for others
     const auto [begin, end] = all.stretch(block);
+    split.surplus = begin >= end && block > 0;
     if (begin >= end) return split;
     position = end - 1;
   }
   const RowTile tile = row_tile_at(a, a.tile_rows, a.tile_keys, position, all.start, w);
   const Pieces pieces = pieces_of(all, tile.begin, tile.count);
-  if (a.merge_tiles == 0 && pieces.first_share != block) return split;
-  return {tile.work, pieces.count, pieces.first_share, a.share_limits.shares + pieces.first_share - 1};
+  int32_t worker = 0, workers = 1;
+  if (a.merge_tiles == 0) {
+    worker = block - pieces.first_share;
+    workers = pieces.count - 1;
+    if (worker == workers) return split;  // the last may as well go on with another tile, and end there
+  }
+  return {tile.work, pieces.count, pieces.first_share, a.share_limits.shares + pieces.first_share - 1, worker,
+          workers,   false};
 }
 
-// Pieces first, first + step, ... of a row; what a lane needs of eight of them is read at once.
+// Pieces first, first + step, ... of a row; what a lane needs of kMergePieces of them is read at once.
 FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &tile, int32_t tile_row, int32_t first,
                                   int32_t step, int32_t column, int32_t lane) {
-  constexpr int32_t kAtOnce = 8;
   Sums sums{minus_infinity(), 0, {}};
   const float *outs = a.partial_out + piece_row(a, tile_row) + piece_column(lane, column),
               *lses = a.partial_lse + tile_row;
-  for (; first < tile.count; first += kAtOnce * step) {
-    float lse[kAtOnce];
-    ptx::Vector16 out[kAtOnce];
+  for (; first < tile.count; first += kMergePieces * step) {
+    float lse[kMergePieces];
+    ptx::Vector16 out[kMergePieces];
     float high = sums.base;
     FLASHSPARK_UNROLL
-    for (int32_t i = 0; i < kAtOnce; ++i) {
+    for (int32_t i = 0; i < kMergePieces; ++i) {
       const int32_t n = first + i * step;
       const int64_t row = (n == 0 ? tile.first : tile.rest + n) * static_cast<int64_t>(a.tile_rows);
       lse[i] = n < tile.count ? lses[row] * kLog2E : minus_infinity();
@@ -91,10 +103,10 @@ FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &ti
         out[i] = *reinterpret_cast<const ptx::Vector16 *>(outs + row * a.partial_columns);
     }
     FLASHSPARK_UNROLL
-    for (int32_t i = 0; i < kAtOnce; ++i) high = larger(high, lse[i]);
+    for (int32_t i = 0; i < kMergePieces; ++i) high = larger(high, lse[i]);
     rebase(sums, high);
     FLASHSPARK_UNROLL
-    for (int32_t i = 0; i < kAtOnce; ++i) {
+    for (int32_t i = 0; i < kMergePieces; ++i) {
       const float weight = ptx::exp2_approx(lse[i] - finite_base(high));
       sums.sum += weight;
       FLASHSPARK_UNROLL
@@ -142,20 +154,28 @@ template <class Number>
 FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
   // Lengths may be read before the forward kernel has ended: it lets this one begin once what is before it has.
   const SplitTile tile = find_split(a);
-  ptx::grid_dependency_wait();  // every block, as in forward()
-  ptx::grid_dependency_launch();
-  if (tile.count < 2) return;
   const auto warp = static_cast<int32_t>(ptx::thread_index() / 32),
              lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const auto y = static_cast<int32_t>(ptx::block_y());
-  const int32_t tile_row = (y * kMergeWarps + warp) >> ptx::lowest_bit(static_cast<uint32_t>(a.merge_warps));
+  // The block's rows, and the warps of each: as many as there is room for and pieces to do.
+  const int32_t rows = max_of(0, min_of(a.tile_rows, tile.work.end_row - tile.work.first_row));
+  const int32_t blocks = tile.workers * a.merge_blocks;
+  const int32_t block = tile.worker * a.merge_blocks + static_cast<int32_t>(ptx::block_y());
+  const int32_t each = quotient(rows + blocks - 1, blocks);
+  int32_t shift = 0;
+  while ((each << shift) * 2 <= kMergeWarps && kMergePieces << shift < tile.count) ++shift;
+  const int32_t warps = 1 << shift, of_block = warp >> shift, tile_row = block * each + of_block;
+  // The next kernel must not begin before the forward kernel has ended: the block of share 0 always waits for that.
+  if (tile.surplus) return;
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+  if (tile.count < 2) return;
   const int32_t row = tile.work.first_row + tile_row;
   const int32_t column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane / 4 * 16;  // of the lane
-  const bool in_use = tile_row < a.tile_rows && row < tile.work.end_row;
+  const bool in_use = of_block < each && tile_row < rows;
   Sums sums{minus_infinity(), 0, {}};
-  if (in_use) sums = sum_pieces(a, tile, tile_row, warp % a.merge_warps, a.merge_warps, column, lane);
-  if (a.merge_warps > 1) join_warps(sums, warp, lane, a.merge_warps);
-  if (!in_use || warp % a.merge_warps != 0) return;
+  if (in_use) sums = sum_pieces(a, tile, tile_row, warp % warps, warps, column, lane);
+  if (warps > 1) join_warps(sums, warp, lane, warps);
+  if (!in_use || warp % warps != 0) return;
   const ResultRow r = result_row(a, tile.work, row);
   const Joined joined = join_sink(sums.base, sink_of(a, r.head));
   const float sum = sums.sum * joined.factor + joined.sink;

@@ -20,8 +20,6 @@ constexpr int64_t kMostSplits = 128;
 // Scratch memory above which a caller's own number of splits is taken for a mistake and cut: a dense batch of 155
 // prompts and 7 splits would ask for 72 GiB.
 constexpr int64_t kMostScratch = int64_t{1} << 30;
-// Pieces of a row up to which one warp joins them.
-constexpr int64_t kPiecesOfWarp = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -221,20 +219,21 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   a.partial_out = static_cast<float *>(workspace);
   a.partial_lse = workspace == nullptr ? nullptr : a.partial_out + outs;
 
-  // One block for each row tile there may be, or for each share, which begins one at most that goes on elsewhere.
+  // One block (of x) for each row tile that there may be, if all are cut into many pieces; or for each share, since
+  // nobody here knows which of them meet in one row tile.
   const int64_t row_tiles = ceil_div(sizes.rows, a.tile_rows),
                 row_tiles_of_all = row_tiles * p.num_seqs * p.num_heads_kv;
-  const bool by_tile = shares && row_tiles_of_all <= blocks;
+  const bool by_tile = shares && row_tiles_of_all * kMergePieces <= blocks;
   const int64_t merge_blocks = by_tile ? row_tiles_of_all : blocks;
   a.merge_tiles = static_cast<int32_t>(by_tile ? row_tiles : 0);
-  // As many warps a row as its pieces keep busy, and as leave two blocks an SM.
+  // Of y as many as have so many warps a row as its pieces keep busy, and as leave two blocks an SM.
   const int64_t pieces = shares ? blocks / merge_blocks : a.num_splits;
   const int64_t most_warps = 2 * machine.sm_count * kMergeWarps / (merge_blocks * rows);
-  a.merge_warps = 1;
-  while (a.merge_warps < std::min<int64_t>({kMergeWarps, most_warps, ceil_div(pieces, kPiecesOfWarp)}))
-    a.merge_warps *= 2;
+  int64_t warps = 1;
+  while (warps < std::min<int64_t>({kMergeWarps, most_warps, ceil_div(pieces, kMergePieces)})) warps *= 2;
+  a.merge_blocks = static_cast<int32_t>(ceil_div(rows * warps, kMergeWarps));
   plan.merge.grid[0] = static_cast<uint32_t>(merge_blocks);
-  plan.merge.grid[1] = static_cast<uint32_t>(ceil_div(rows * a.merge_warps, kMergeWarps));
+  plan.merge.grid[1] = static_cast<uint32_t>(a.merge_blocks);
   plan.merge.grid[2] = static_cast<uint32_t>(ceil_div(p.head_dim_v, kMergeColumns));
   plan.merge.threads = kMergeWarps * 32;
   plan.merge.shared_bytes = kMergeWarps * kMergeWarpBytes;

@@ -80,6 +80,11 @@ void check_pieces(const Batch &batch, const Spread &all, int32_t most) {
       at = end;
     }
     ASSERT_EQ(at, begin + tiles);
+    // Shares that end in it, from which the merge's blocks find it: all but the last, which may.
+    for (int32_t n = 0; n + 1 < pieces.count; ++n) {
+      const int32_t last = all.stretch(pieces.first_share + n).end - 1;
+      ASSERT_TRUE(begin <= last && last < begin + tiles);
+    }
     begin += tiles;
   }
 }

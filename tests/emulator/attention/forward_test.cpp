@@ -94,18 +94,23 @@ TEST(Forward, WorkIsWhatTheMaskKeeps) {
 // Blocks share all work evenly, whatever it is: one long sequence among short ones, sequences without keys, with
 // windows and without rows, on 1 to 7 SMs.
 TEST(Forward, DecodeOfUnequalLengths) {
-  const std::vector<std::vector<cases::SeqLen>> batches = {
-      {{1, 1500}, {1, 3}, {1, 0}, {2, 70}, {0, 40}, {1, 1}},
-      {{1, 2500}},  // so many pieces that several warps join a row
-      {{2, 0}, {1, 0}, {1, 900}},
-      {{1, 513}, {1, 513}, {1, 513}},
-      {{45, 400}, {1, 200}, {20, 25}},  // several row tiles of a sequence, with seed 11: the L2 is large then
-      std::vector<cases::SeqLen>(37, {1, 200}),
+  struct Batch {
+    int64_t heads_kv;
+    std::vector<cases::SeqLen> lens;
   };
-  for (const auto &lens : batches) {
+  const Batch batches[] = {
+      {2, {{1, 1500}, {1, 3}, {1, 0}, {2, 70}, {0, 40}, {1, 1}}},
+      {1, {{1, 2500}}},  // so many pieces that several warps join a row, in the block of their row tile
+      {1, {{1, 40}, {1, 2500}, {1, 3}}},  // ... and in those of all shares that meet in it
+      {2, {{2, 0}, {1, 0}, {1, 900}}},
+      {2, {{1, 513}, {1, 513}, {1, 513}}},
+      {2, {{45, 400}, {1, 200}, {20, 25}}},  // several row tiles of a sequence, with seed 11: the L2 is large then
+      {2, std::vector<cases::SeqLen>(37, {1, 200})},
+  };
+  for (const auto &[heads_kv, lens] : batches) {
     for (const int64_t window : {-1, 100}) {
       cases::Case c = plain(lens);
-      c.heads_q = 6, c.heads_kv = 2;
+      c.heads_q = 3 * heads_kv, c.heads_kv = heads_kv;
       c.kv_layout = cases::Layout::kPaged;
       c.causal = true;
       c.window_left = window;
