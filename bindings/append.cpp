@@ -12,11 +12,16 @@ struct Tensors {
   Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, page_table, kv_batch_index, slot_mapping, rotary_positions;
 };
 
+// Where the numbers lie; torch gives an empty tensor no address.
+const int64_t *numbers_of(const Tensor &vector) {
+  static constexpr int64_t kNone = 0;
+  const int64_t *numbers = vector.int64_vector();
+  return numbers != nullptr ? numbers : &kNone;
+}
+
 // slot_mapping's length is what counts: k and v may have more rows, as vLLM's have.
 void read_slots(const Tensors &t, flashspark_append_params &p) {
-  static constexpr int64_t kNone = 0;
-  const int64_t *slots = t.slot_mapping.int64_vector();
-  p.slot_mapping = slots != nullptr ? slots : &kNone;  // torch gives an empty tensor no address
+  p.slot_mapping = numbers_of(t.slot_mapping);
   p.num_seqs = 1;
   p.total_new = t.slot_mapping.size(0);
   if (t.k.size(0) < p.total_new) {
@@ -92,10 +97,8 @@ void read_cache(const Tensors &t, flashspark_append_params &p) {
 
 // Rows may lie apart, as the halves of vLLM's cos_sin_cache do.
 void read_rotary(const Tensor &cos, const Tensor &sin, const Tensor &positions, flashspark_append_params &p) {
-  static constexpr int64_t kNone = 0;
   if (positions) {
-    const int64_t *data = positions.int64_vector();
-    p.rotary_positions = data != nullptr ? data : &kNone;
+    p.rotary_positions = numbers_of(positions);
     if (positions.size(0) < p.total_new) {
       fail_value("rotary_positions.shape[0]", std::to_string(positions.size(0)),
                  "must be at least slot_mapping's length, " + std::to_string(p.total_new));

@@ -66,7 +66,6 @@ inline constexpr Name kAppendNames[] = {
     {"page_table_stride", {"block_table.stride(0)", "block_table.stride(0)", "block_table.stride(0)"}},
     {"rotary_dim", {"2 * rotary_cos.shape[1]", "2 * rotary_cos.shape[1]", "2 * rotary_cos.shape[1]"}},
     {"rotary_dtype", {"rotary_cos.dtype", "rotary_cos.dtype", "rotary_cos.dtype"}},
-    {"rotary_stride", {"rotary_cos.stride(0)", "rotary_cos.stride(0)", "rotary_cos.stride(0)"}},
     {"seqlen_rotary", {"rotary_cos.shape[0]", "rotary_cos.shape[0]", "rotary_cos.shape[0]"}},
 };
 

@@ -207,10 +207,9 @@ typedef struct flashspark_append_params {
   int64_t page_table_stride;
   flashspark_scale k_descale, v_descale; /* of an e4m3 cache */
 
-  const void *rotary_cos,
-      *rotary_sin;            /* (seqlen_rotary, rotary_dim / 2), rows rotary_stride apart. NULL: no rotation */
-  int32_t rotary_dtype;       /* f32, f16, bf16 */
-  int32_t rotary_interleaved; /* 1: pairs (0, 1), (2, 3) ..; 0: pairs (0, r/2), (1, r/2 + 1) .. */
+  const void *rotary_cos, *rotary_sin; /* (seqlen_rotary, rotary_dim / 2), see rotary_stride. NULL: no rotation */
+  int32_t rotary_dtype;                /* f32, f16, bf16 */
+  int32_t rotary_interleaved;          /* 1: pairs (0, 1), (2, 3) ..; 0: pairs (0, r/2), (1, r/2 + 1) .. */
   int64_t seqlen_rotary;
   int64_t rotary_dim;         /* multiple of 2, <= D */
   int32_t q_rotary_per_token; /* 1: q row i turns by position seqlens[b] + i; 0: all rows by seqlens[b] */
@@ -225,8 +224,7 @@ typedef struct flashspark_append_params {
    * by position rotary_positions[t], which is from 0 to seqlen_rotary - 1. q's row turns where no slot takes k's, too.
    */
   const int64_t *rotary_positions;
-  int64_t
-      rotary_stride; /* elements from one position of rotary_cos, and of rotary_sin, to the next; 0: rotary_dim / 2 */
+  int64_t rotary_stride; /* elements between positions of rotary_cos, and of rotary_sin; 0: rotary_dim / 2 */
 } flashspark_append_params;
 
 /* Zeroes the struct and sets struct_size, abi_version, open windows and softmax_scale = 1. */

@@ -224,15 +224,15 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   const int64_t row_tiles = ceil_div(sizes.rows, a.tile_rows),
                 row_tiles_of_all = row_tiles * p.num_seqs * p.num_heads_kv;
   const bool by_tile = shares && row_tiles_of_all * kMergePieces <= blocks;
-  const int64_t merge_blocks = by_tile ? row_tiles_of_all : blocks;
+  const int64_t merge_x = by_tile ? row_tiles_of_all : blocks;
   a.merge_tiles = static_cast<int32_t>(by_tile ? row_tiles : 0);
   // Of y as many as have so many warps a row as its pieces keep busy, and as leave two blocks an SM.
-  const int64_t pieces = shares ? blocks / merge_blocks : a.num_splits;
-  const int64_t most_warps = 2 * machine.sm_count * kMergeWarps / (merge_blocks * rows);
+  const int64_t pieces = shares ? blocks / merge_x : a.num_splits;
+  const int64_t most_warps = 2 * machine.sm_count * kMergeWarps / (merge_x * rows);
   int64_t warps = 1;
   while (warps < std::min<int64_t>({kMergeWarps, most_warps, ceil_div(pieces, kMergePieces)})) warps *= 2;
   a.merge_blocks = static_cast<int32_t>(ceil_div(rows * warps, kMergeWarps));
-  plan.merge.grid[0] = static_cast<uint32_t>(merge_blocks);
+  plan.merge.grid[0] = static_cast<uint32_t>(merge_x);
   plan.merge.grid[1] = static_cast<uint32_t>(a.merge_blocks);
   plan.merge.grid[2] = static_cast<uint32_t>(ceil_div(p.head_dim_v, kMergeColumns));
   plan.merge.threads = kMergeWarps * 32;

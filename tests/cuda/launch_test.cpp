@@ -295,6 +295,9 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
   Params p = decode(4096);
   p.num_splits = 0, p.num_seqs = 1, p.max_seqlen_q = 40;
   EXPECT_GT(make_plan(p, machine, nullptr).arguments.share_limits.shares, 0);
+  Params one_head = p;
+  one_head.num_heads_q /= one_head.num_heads_kv, one_head.num_heads_kv = 1;
+  EXPECT_GT(make_plan(one_head, machine, nullptr).arguments.merge_tiles, 1);
   p.num_seqs = 300;
   EXPECT_EQ(make_plan(p, machine, nullptr).arguments.share_limits.shares, 0);
 }

@@ -137,7 +137,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   const std::vector<float> table(static_cast<size_t>(table_rows == 0 ? 0 : (table_rows - 1) * row + half), 0.5f);
   std::vector<int64_t> positions(slot_mapping.size());
   for (int64_t &position : positions) position = in.below(20) == 1 ? in.number() : in.below(40);
-  if (slots && rotary && bits != 0xFF) p.rotary_positions = positions.data();
+  const bool missing = bits == 0xFF;  // which is refused
+  if (slots && rotary && !missing) p.rotary_positions = positions.data();
   if (rotary && !table.empty()) p.rotary_cos = p.rotary_sin = table.data();
   if (rotary && flavour & 64) p.q.data = &p;
   Block blocks[5];

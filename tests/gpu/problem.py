@@ -4,6 +4,7 @@ byte of q, k and v that no query may see, garbage behind the end of every page t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,18 @@ ON_CPU = os.environ.get("FLASHSPARK_GPU_TESTS_ON_CPU") == "1"
 # Behind a list of lengths or pages lies a number that no kernel survives using.
 POISON_INT = 2**30 + 7
 GUARD = 1024  # elements of NaN before and behind every tensor; a multiple of 16 bytes
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """What replays `call` from a CUDA graph; `call` has run before: a capture loads no kernels. CPU: `call`."""
+    if ON_CPU:
+        return call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
 
 METADATA = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "kv_batch_index", "page_table"),

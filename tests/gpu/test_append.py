@@ -5,7 +5,7 @@ from __future__ import annotations
 import flashspark
 import pytest
 import torch
-from problem import guarded
+from problem import captured, guarded
 
 E4M3 = torch.float8_e4m3fn
 
@@ -85,11 +85,7 @@ def test_slot_mapping(types, kind, device):
 
     slots.fill_(-1)
     call()
-    graph = None
-    if device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+    replay = captured(call)
     for round_ in range(3):
         slots.copy_(torch.randperm(9 * 16)[:tokens])
         slots[round_::5] = -1
@@ -99,7 +95,7 @@ def test_slot_mapping(types, kind, device):
         for x, rows in zip(want, (k, v)):
             numbers = rows[:tokens][kept].float()
             x[at] = (numbers / scale if factors and new_type is not E4M3 else numbers).to(cache_type).float()
-        graph.replay() if graph else call()
+        replay()
         for got, x in zip(pair, want):
             torch.testing.assert_close(got.float(), x, rtol=0, atol=0, equal_nan=True)
 
@@ -123,26 +119,16 @@ def test_slot_mapping_with_rotary(types, interleaved, device):
 
     def call() -> None:
         flashspark.append_kv(
-            k,
-            v,
-            *on_gpu,
-            q=q,
-            rotary_cos=turn[0],
-            rotary_sin=turn[1],
-            slot_mapping=slots,
-            rotary_positions=positions,
+            k, v, *on_gpu, q=q, rotary_cos=turn[0], rotary_sin=turn[1], slot_mapping=slots, rotary_positions=positions,
             **options,
-        )
+        )  # fmt: skip
 
-    graph = None
     if device.type == "cuda":  # the CPU refuses what has no position
         slots.fill_(-1)
         positions.fill_(-1)
         call()
         torch.testing.assert_close(q.cpu(), rows[2], rtol=0, atol=0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+    replay = captured(call)
     for round_ in range(3):
         slots.copy_(torch.randperm(9 * 16)[:tokens])
         slots[round_::5] = -1
@@ -150,16 +136,10 @@ def test_slot_mapping_with_rotary(types, interleaved, device):
         q.copy_(rows[2])
         want = rows[2].clone()
         flashspark.append_kv(
-            *rows[:2],
-            *pair,
-            q=want,
-            rotary_cos=cos,
-            rotary_sin=sin,
-            slot_mapping=slots.cpu(),
-            rotary_positions=positions.cpu(),
-            **options,
-        )
-        graph.replay() if graph else call()
+            *rows[:2], *pair, q=want, rotary_cos=cos, rotary_sin=sin, slot_mapping=slots.cpu(),
+            rotary_positions=positions.cpu(), **options,
+        )  # fmt: skip
+        replay()
         for name, got, x in zip("kvq", (*on_gpu, q), (*pair, want)):
             # A step of the type at most; of e4m3 below 2^-6 that is 2^-9.
             step, least = (0, 0) if name == "v" else (0.13, 0.002) if x.dtype is E4M3 else (0.008, 1e-5)
@@ -184,11 +164,9 @@ def test_attention_with_new_keys(device):
         )
 
     call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    replay = captured(call)
     out.fill_(float("nan"))
-    graph.replay()
+    replay()
     torch.testing.assert_close(out.cpu().float(), want.float(), rtol=0.02, atol=0.02)
     torch.testing.assert_close(k_cache.cpu(), host[1], rtol=0, atol=0)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import failures, poison_unseen
-from problem import GUARD, ON_CPU, POISON_INT, Problem, Spec, arena, build, guarded, offsets
+from problem import GUARD, ON_CPU, POISON_INT, Problem, Spec, arena, build, captured, guarded, offsets
 
 RUNS = 5 if ON_CPU else 50
 LENGTH_SETS = 10 if ON_CPU else 100
@@ -128,20 +128,12 @@ def test_replay_at_other_lengths(name, device):
     beside = build(Spec([2, 1], [500, 90], (4, 2), engine.problem.spec.dims, num_splits=3), 5, device)
     engine.next_step()
     engine.step()  # loads the kernels; a capture may not
-    graph = None
-    if not ON_CPU:
-        synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            engine.step()
+    replay = captured(engine.step)
     for number in range(LENGTH_SETS):
         engine.next_step()
         if number % 10 == 0:
             beside.run()  # an eager call between must not disturb what the graph keeps
-        if graph is not None:
-            graph.replay()
-        else:
-            engine.step()
+        replay()
         found = failures(engine.problem, *engine.results)
         assert not found, f"length set {number}: {found}\n{engine.problem.host}"
 

@@ -83,6 +83,12 @@ struct Slots {
     p.v_descale = {scale.data() + 1, 0, 0};
   }
 
+  // Where row t of a head goes.
+  int64_t place(const flashspark_tensor &cache, size_t t, int64_t h) const {
+    return slots[t] / p.page_size * cache.batch_stride + slots[t] % p.page_size * cache.token_stride +
+           h * cache.head_stride;
+  }
+
   // What flashspark_append_kv should do to one of the caches.
   void write(const flashspark_tensor &fresh, const flashspark_tensor &cache, int64_t width,
              const flashspark_scale &descale) const {
@@ -91,8 +97,7 @@ struct Slots {
       for (int64_t n = 0; n < p.num_heads_kv * width; ++n) {
         const int64_t h = n / width, d = n % width;
         const float x = load_as_float(fresh.data, t * fresh.token_stride + h * fresh.head_stride + d, fresh.dtype);
-        const int64_t at = slots[t] / p.page_size * cache.batch_stride + slots[t] % p.page_size * cache.token_stride +
-                           h * cache.head_stride + d;
+        const int64_t at = place(cache, t, h) + d;
         const bool divide = cache.dtype == kFp8 && fresh.dtype != kFp8;
         store_from_float(cache.data, at, cache.dtype, divide ? x / descale.data[h * descale.head_stride] : x);
       }
@@ -163,8 +168,7 @@ TEST(AppendSlots, RowsTurnByTheirPositions) {
       for (int64_t h = 0; h < f.p.num_heads_kv && f.slots[t] >= 0; ++h) {
         const auto want = turned(f, f.p.k_new, t, h);
         const flashspark_tensor &cache = f.p.k_cache;
-        const int64_t at = f.slots[t] / f.p.page_size * cache.batch_stride +
-                           f.slots[t] % f.p.page_size * cache.token_stride + h * cache.head_stride;
+        const int64_t at = f.place(cache, t, h);
         for (int64_t d = 0; d < 8; ++d) {
           const double scale = cache.dtype == kFp8 ? f.scale[h] : 1;
           const double got = load_as_float(cache.data, at + d, cache.dtype) * scale;
