@@ -82,11 +82,14 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
   const bool whole = T::kShares ? piece.whole : a.num_splits == 1;
   if (T::kKeyGroups > 1 || whole)
     ptx::block_barrier();  // all are done with K, V and Q, whose memory the results pass through
-  const Result<T> result = join_groups<T>(a, block.o, block.state, block.shared);
-  if (whole) {
-    store_final<T>(a, work, result, value_scale, block.shared, first_column);
+  const Result<T> result = join_groups<T>(a, work, block.o, block.state, block.shared);
+  const int32_t column = first_column + Result<T>::column();
+  if (!whole) {
+    store_partial<T>(a, work, result, value_scale, column, T::kShares ? piece.place : split_evenly(a).place);
+  } else if constexpr (T::kOwnKeys) {
+    store_columns<T>(a, work, result, value_scale, column);
   } else {
-    store_partial<T>(a, work, result, value_scale, first_column, T::kShares ? piece.place : split_evenly(a).place);
+    store_final<T>(a, work, result, value_scale, block.shared, column);
   }
 }
 
@@ -98,21 +101,21 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   ptx::grid_dependency_wait();  // every block, or the next kernel might start before the one before this has ended
   ptx::grid_dependency_launch();
   const bool shared = T::kShares && a.share_limits.shares > 0;
-  int32_t at = -1;  // position that the share goes on at: all else is found again, or d256 would spill it
-  do {
+  const ptx::SharedAddress memory = ptx::shared_memory() + T::kLoopBytes + ptx::thread_index() / 32 * kShareBytes;
+  for (bool first = true;; first = false) {
     Work work;
     Piece piece;
     if (shared) {
-      piece = take_piece(a, rows_of<T>(a), T::kKeys, at, work);
+      piece = take_piece(a, rows_of<T>(a), T::kKeys, first, memory, work);
     } else {
       work = find_work(a, place, T::kRows);
       piece = split_evenly(a);
     }
     if (!work.found) return;  // surplus blocks have read no tensor
     compute<T>(a, work, piece);
-    at = piece.next;
-    if (at >= 0) ptx::block_barrier();  // all are done with this piece's shared memory
-  } while (at >= 0);
+    if (!piece.more) return;
+    ptx::block_barrier();  // all are done with this piece's shared memory
+  }
 }
 
 }  // namespace flashspark

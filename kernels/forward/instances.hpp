@@ -9,7 +9,7 @@ enum class Schedule : uint8_t { single, ring };
 // Where Q lives: in shared memory; in registers, which it reaches through the second stage of K and V; or through
 // memory of its own, so that the second tile of keys need not wait for it.
 enum class QueryPlace : uint8_t { shared, registers, apart };
-enum class Kind : uint8_t { wide, few, changed };
+enum class Kind : uint8_t { wide, few, narrow, changed };
 enum class Architecture : uint8_t { sm_80, sm_90, sm_120f };
 
 struct Tile {
@@ -57,9 +57,10 @@ enum class InstanceIndex : int32_t {
 };
 #undef FLASHSPARK_TILE
 
-// Of the shared memory that results pass through, what a warp has: its rows, or with two key groups first what the warp
-// of the same rows in the other group hands over, 16 bytes a lane at once.
+// Of the shared memory that results pass through, what a warp has: its rows, or with key groups first what the warps of
+// the same rows in other groups hand over, 16 bytes a lane at once: half a row each of two, all of more.
 constexpr int32_t result_bytes(const Instance &instance, const Tile &tile) {
+  if (tile.key_groups > 2) return (instance.head_dim_v / 8 + 1) * 512;
   const int32_t rows = tile.warp_rows * instance.head_dim_v * 2;
   const int32_t handed = tile.warp_rows / 16 * (instance.head_dim_v / 16 + 1) * 512;
   return tile.key_groups == 1 || (tile.flexible() && rows > handed) ? rows : handed;
@@ -78,7 +79,7 @@ constexpr int32_t stored_columns(int32_t columns, bool converts) {
 constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile, bool converts) {
   return tile.keys * (stored_columns(instance.head_dim, converts) + stored_columns(instance.head_dim_v, converts)) * 2;
 }
-constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool converts = false) {
+constexpr int32_t loop_bytes(const Instance &instance, const Tile &tile, bool converts) {
   const int32_t stage = stage_bytes(instance, tile, converts), queries = query_bytes(instance, tile);
   const int32_t ring = stage * tile.stages();
   // At the end: rows of the result, or what key groups hand to each other (see join_groups).
@@ -86,6 +87,12 @@ constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool 
   const int32_t loop =
       tile.queries != QueryPlace::registers ? ring + queries : (ring > stage + queries ? ring : stage + queries);
   return loop > joined ? loop : joined;
+}
+// What a warp of kernels with shares keeps of its share lies behind all (shares.cuh).
+constexpr int32_t kShareBytes = 32;
+constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool converts = false) {
+  const bool shares = instance.kind == Kind::few || instance.kind == Kind::narrow;
+  return loop_bytes(instance, tile, converts) + (shares ? tile.warps * kShareBytes : 0);
 }
 
 }  // namespace flashspark

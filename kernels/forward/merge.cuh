@@ -71,7 +71,8 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
     if (begin >= end) return split;
     position = end - 1;
   }
-  const RowTile tile = row_tile_at(a, a.tile_rows, a.tile_keys, position, all.start, w);
+  Passed passed{0, 0};
+  const RowTile tile = row_tile_at(a, a.tile_rows, a.tile_keys, position, all.start, w, passed);
   const Pieces pieces = pieces_of(all, tile.begin, tile.count);
   int32_t worker = 0, workers = 1;
   if (a.merge_tiles == 0) {
@@ -83,27 +84,56 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
           workers,   false};
 }
 
-// Pieces first, first + step, ... of a row; what a lane needs of kMergePieces of them is read at once.
-FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &tile, int32_t tile_row, int32_t first,
-                                  int32_t step, int32_t column, int32_t lane) {
+// A row that a warp joins: where its pieces lie, and where its result goes to. All that is known before they are there.
+struct MergeRow {
+  bool in_use;
+  int32_t column;     // the first of the lane's 16
+  int32_t out_piece;  // of the lane's four columns among those of a place
+  int32_t lse_piece;
+  ResultRow result;
+  int64_t out;  // offset of the row in out
+  float sink;
+};
+
+FLASHSPARK_DEVICE MergeRow find_row(const ForwardArguments &a, const SplitTile &tile, int32_t tile_row, bool in_use,
+                                    int32_t lane) {
+  MergeRow row{};
+  row.in_use = in_use;
+  if (!in_use) return row;
+  row.column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane / 4 * 16;
+  row.out_piece = static_cast<int32_t>(piece_row(a, tile_row)) + piece_column(lane, row.column);
+  row.lse_piece = tile_row;
+  row.result = result_row(a, tile.work, tile.work.first_row + tile_row);
+  row.out = out_offset(a, tile.work, row.result);
+  row.sink = sink_of(a, row.result.head);
+  return row;
+}
+
+// Pieces first, first + step, ... of a row. What a lane needs of kMergePieces of them is read before anything is looked
+// at: scratch memory is 1 GiB at most, and offsets in it 32 bits.
+FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &tile, const MergeRow &in, int32_t first,
+                                  int32_t step) {
   Sums sums{minus_infinity(), 0, {}};
-  const float *outs = a.partial_out + piece_row(a, tile_row) + piece_column(lane, column),
-              *lses = a.partial_lse + tile_row;
+  const bool reads_out = in.column < a.head_dim_v;
   for (; first < tile.count; first += kMergePieces * step) {
     float lse[kMergePieces];
     ptx::Vector16 out[kMergePieces];
-    float high = sums.base;
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kMergePieces; ++i) {
       const int32_t n = first + i * step;
-      const int64_t row = (n == 0 ? tile.first : tile.rest + n) * static_cast<int64_t>(a.tile_rows);
-      lse[i] = n < tile.count ? lses[row] * kLog2E : minus_infinity();
+      const int32_t row = (i == 0 && first == 0 ? tile.first : tile.rest + n) * a.tile_rows;
+      lse[i] = minus_infinity();
       out[i] = {};
-      if (n < tile.count && column < a.head_dim_v)
-        out[i] = *reinterpret_cast<const ptx::Vector16 *>(outs + row * a.partial_columns);
+      if (n < tile.count) lse[i] = a.partial_lse[row + in.lse_piece];
+      if (n < tile.count && reads_out)
+        out[i] = *reinterpret_cast<const ptx::Vector16 *>(a.partial_out + (row * a.partial_columns + in.out_piece));
     }
+    float high = sums.base;
     FLASHSPARK_UNROLL
-    for (int32_t i = 0; i < kMergePieces; ++i) high = larger(high, lse[i]);
+    for (int32_t i = 0; i < kMergePieces; ++i) {
+      lse[i] *= kLog2E;
+      high = larger(high, lse[i]);
+    }
     rebase(sums, high);
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kMergePieces; ++i) {
@@ -120,7 +150,7 @@ FLASHSPARK_DEVICE Sums sum_pieces(const ForwardArguments &a, const SplitTile &ti
 FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane, int32_t warps) {
   const auto memory = [](int32_t of_warp) { return ptx::shared_memory() + of_warp * kMergeWarpBytes; };
   const auto of_lane = static_cast<uint32_t>(lane) * 16;
-  const bool first = warp % warps == 0;
+  const bool first = (warp & (warps - 1)) == 0;
   if (!first) {
     store_4(memory(warp) + of_lane, sums.at[0], sums.at[1], sums.at[2], sums.at[3]);
     if (lane == 0) store_4(memory(warp) + kMergeColumns * 4, sums.base, sums.sum, 0, 0);
@@ -151,6 +181,20 @@ FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane, int32_
 }
 
 template <class Number>
+FLASHSPARK_DEVICE void store_row(const ForwardArguments &a, const Work &work, const MergeRow &row, const Sums &sums,
+                                 int32_t lane) {
+  const Joined joined = join_sink(sums.base, row.sink);
+  const float sum = sums.sum * joined.factor + joined.sink;
+  const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
+  if (lane == 0 && row.column == 0) store_lse(a, work, row.result, lse_of(joined.maximum, sum));
+  const int32_t own = row.column + lane % 4 * (a.pair_distance == 8 ? 2 : 4);
+  auto *to = static_cast<Number *>(a.out) + row.out + own;
+  if (own < a.head_dim_v) store_2(to, ptx::pack<Number>(sums.at[0] * inverse, sums.at[1] * inverse));
+  if (own + a.pair_distance < a.head_dim_v)
+    store_2(to + a.pair_distance, ptx::pack<Number>(sums.at[2] * inverse, sums.at[3] * inverse));
+}
+
+template <class Number>
 FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
   // Lengths may be read before the forward kernel has ended: it lets this one begin once what is before it has.
   const SplitTile tile = find_split(a);
@@ -163,29 +207,28 @@ FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
   const int32_t each = quotient(rows + blocks - 1, blocks);
   int32_t shift = 0;
   while ((each << shift) * 2 <= kMergeWarps && kMergePieces << shift < tile.count) ++shift;
-  const int32_t warps = 1 << shift, of_block = warp >> shift, tile_row = block * each + of_block;
+  const int32_t warps = 1 << shift, of_row = warp & (warps - 1);
+  const int32_t at_once = kMergeWarps >> shift;  // rows
+  const auto row_of = [&](int32_t of_block) {
+    const int32_t tile_row = block * each + of_block;
+    return find_row(a, tile, tile_row, of_block < each && tile_row < rows, lane);
+  };
+  MergeRow row = row_of(warp >> shift);
   // The next kernel must not begin before the forward kernel has ended: the block of share 0 always waits for that.
   if (tile.surplus) return;
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   if (tile.count < 2) return;
-  const int32_t row = tile.work.first_row + tile_row;
-  const int32_t column = static_cast<int32_t>(ptx::block_z()) * kMergeColumns + lane / 4 * 16;  // of the lane
-  const bool in_use = of_block < each && tile_row < rows;
-  Sums sums{minus_infinity(), 0, {}};
-  if (in_use) sums = sum_pieces(a, tile, tile_row, warp % warps, warps, column, lane);
-  if (warps > 1) join_warps(sums, warp, lane, warps);
-  if (!in_use || warp % warps != 0) return;
-  const ResultRow r = result_row(a, tile.work, row);
-  const Joined joined = join_sink(sums.base, sink_of(a, r.head));
-  const float sum = sums.sum * joined.factor + joined.sink;
-  const float inverse = sum == 0 ? 0.0f : joined.factor / sum;
-  if (lane == 0 && column == 0) store_lse(a, tile.work, r, lse_of(joined.maximum, sum));
-  const int32_t own = column + lane % 4 * (a.pair_distance == 8 ? 2 : 4);
-  auto *to = static_cast<Number *>(a.out) + out_offset(a, tile.work, r) + own;
-  if (own < a.head_dim_v) store_2(to, ptx::pack<Number>(sums.at[0] * inverse, sums.at[1] * inverse));
-  if (own + a.pair_distance < a.head_dim_v)
-    store_2(to + a.pair_distance, ptx::pack<Number>(sums.at[2] * inverse, sums.at[3] * inverse));
+  // More than once only where a row is one warp's.
+  for (int32_t first = 0;;) {
+    Sums sums{minus_infinity(), 0, {}};
+    if (row.in_use) sums = sum_pieces(a, tile, row, of_row, warps);
+    if (warps > 1) join_warps(sums, warp, lane, warps);
+    if (row.in_use && of_row == 0) store_row<Number>(a, tile.work, row, sums, lane);
+    first += at_once;
+    if (first >= each) return;
+    row = row_of(first + (warp >> shift));
+  }
 }
 
 }  // namespace flashspark

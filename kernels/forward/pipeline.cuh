@@ -109,6 +109,16 @@ FLASHSPARK_DEVICE void start(Block<T> &block) {
   ptx::cp_async_commit();
 }
 
+// What a tile's copies are for: the warps of the block, or the warp itself.
+template <class T>
+FLASHSPARK_DEVICE void copies_barrier() {
+  if constexpr (T::kOwnKeys) {
+    ptx::warp_barrier();
+  } else {
+    ptx::block_barrier();
+  }
+}
+
 // One buffer of K and one of V. Every barrier does two things: the copy awaited before it becomes visible to all, and
 // all are done with the other buffer, which is refilled after it.
 template <class T>
@@ -124,7 +134,7 @@ FLASHSPARK_DEVICE void run_single(Block<T> &block) {
     block.look_up(n + 1);
     if (meets) block.scores(s, n, 0);
     ptx::cp_async_wait<0>();  // V of this tile
-    ptx::block_barrier();     // ... for all; and all are done with K
+    copies_barrier<T>();      // ... for all; and all are done with K
     block.copy_keys(n + 1);
     ptx::cp_async_commit();
     if (meets) {
@@ -132,7 +142,7 @@ FLASHSPARK_DEVICE void run_single(Block<T> &block) {
       block.finish(s, n, 0);
     }
     ptx::cp_async_wait<0>();  // K of the next tile
-    ptx::block_barrier();     // ... for all; and all are done with V
+    copies_barrier<T>();      // ... for all; and all are done with V
     block.copy_values(n + 1);
     ptx::cp_async_commit();
   }
@@ -156,8 +166,8 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
     }
   };
   const auto step = [&](int32_t n) {
-    wait(n);               // for this tile
-    ptx::block_barrier();  // ... for all; and all are done with the tile before (and with Q's passage)
+    wait(n);              // for this tile
+    copies_barrier<T>();  // ... for all; and all are done with the tile before (and with Q's passage)
     if (!asked_for(n)) block.copy(n + 1);
     FLASHSPARK_NO_UNROLL
     for (int32_t piece = 0; piece < block.pieces(); ++piece) {
@@ -180,7 +190,7 @@ FLASHSPARK_DEVICE void run_ring(Block<T> &block) {
     FLASHSPARK_NO_UNROLL
     for (; n < block.plain_end; ++n) {
       wait(n);  // as in step()
-      ptx::block_barrier();
+      copies_barrier<T>();
       FLASHSPARK_NO_UNROLL
       for (int32_t piece = 0; piece < block.pieces(); ++piece) {
         Scores<T> s;

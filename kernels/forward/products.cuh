@@ -40,14 +40,12 @@ FLASHSPARK_DEVICE void load_queries(Queries<T> &q, ptx::SharedAddress queries, c
 template <class T>
 FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::SharedAddress queries,
                                      ptx::SharedAddress keys, const LaneOffsets &lane) {
+  // A score is a chain of products that wait for each other. With 16 keys a warp has but two such chains, and makes
+  // four of them: columns of the head in turn.
+  constexpr int32_t kChains = T::kOwnKeys && T::kKeySteps == 1 ? 2 : 1;
+  Scores<T> part[kChains];
   FLASHSPARK_UNROLL
-  for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
-    FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < T::kScoreKeys / 8; ++n) {
-      FLASHSPARK_UNROLL
-      for (int32_t x = 0; x < 4; ++x) s.at[slab][n][x] = 0;
-    }
-  }
+  for (int32_t chain = 0; chain < kChains; ++chain) part[chain] = Scores<T>{};
   FLASHSPARK_UNROLL
   for (int32_t d = 0; d < T::kDimSteps; ++d) {
     uint32_t a[T::kSlabs][4];
@@ -74,8 +72,19 @@ FLASHSPARK_DEVICE void multiply_keys(Scores<T> &s, const Queries<T> &q, ptx::Sha
       }
       FLASHSPARK_UNROLL
       for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
-        ptx::mma_m16n8k16<typename T::Number>(s.at[slab][2 * n], a[slab], b[0], b[1]);
-        ptx::mma_m16n8k16<typename T::Number>(s.at[slab][2 * n + 1], a[slab], b[2], b[3]);
+        ptx::mma_m16n8k16<typename T::Number>(part[d % kChains].at[slab][2 * n], a[slab], b[0], b[1]);
+        ptx::mma_m16n8k16<typename T::Number>(part[d % kChains].at[slab][2 * n + 1], a[slab], b[2], b[3]);
+      }
+    }
+  }
+  s = part[0];
+  if constexpr (kChains > 1) {
+    FLASHSPARK_UNROLL
+    for (int32_t slab = 0; slab < T::kSlabs; ++slab) {
+      FLASHSPARK_UNROLL
+      for (int32_t n = 0; n < T::kScoreKeys / 8; ++n) {
+        FLASHSPARK_UNROLL
+        for (int32_t x = 0; x < 4; ++x) s.at[slab][n][x] += part[1].at[slab][n][x];
       }
     }
   }

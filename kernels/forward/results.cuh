@@ -91,20 +91,25 @@ FLASHSPARK_DEVICE float in_order(const Output<T> &o, int32_t n, int32_t c, int32
   return o.at[n / 2][c][n % 2 * 2 + x];
 }
 
-// What a warp stores: all of its rows, or with two key groups those eights of rows that its group has joined. Row
-// lane / 4 of eight n is a lane's; at holds its two columns of each n8 tile.
+// What a warp stores: all of its rows, with two key groups those eights of rows that its group has joined, with more
+// those columns. Row lane / 4 of eight n is a lane's; at holds its two columns of each n8 tile.
 template <class T>
 struct Result {
-  static constexpr int32_t kEights = T::kFlexible ? T::kLaneRows : T::kLaneRows / T::kKeyGroups;
-  float at[kEights][T::kHeadDimV / 8][2];
+  static constexpr int32_t kEights = T::kFlexible || T::kOwnKeys ? T::kLaneRows : T::kLaneRows / T::kKeyGroups;
+  static constexpr int32_t kColumns = T::kOwnKeys ? T::kHeadDimV / T::kKeyGroups : T::kHeadDimV;
+  float at[kEights][kColumns / 8][2];
   float base[kEights], sum[kEights];
 
+  // First column of the warp among those of the block.
+  static FLASHSPARK_DEVICE int32_t column() {
+    return T::kOwnKeys ? static_cast<int32_t>(ptx::thread_index() / 32) * kColumns : 0;
+  }
   static FLASHSPARK_DEVICE int32_t eights(const ForwardArguments &a) {
     return T::kFlexible && !side_by_side<T>(a) ? kEights / T::kKeyGroups : kEights;
   }
   // First row of an eight among the rows of the warp.
   static FLASHSPARK_DEVICE int32_t row(const ForwardArguments &a, int32_t eight) {
-    return side_by_side<T>(a) ? eight * 8 : eight * 16 + key_group<T>(a) * 8;
+    return T::kOwnKeys || side_by_side<T>(a) ? eight * 8 : eight * 16 + key_group<T>(a) * 8;
   }
 };
 
@@ -120,6 +125,66 @@ FLASHSPARK_DEVICE void store_4(ptx::SharedAddress to, float a, float b, float c,
   ptx::store_shared_16(to, vector_of(a, b, c, d));
 }
 
+// Sums of whole rows from those of the lanes' columns.
+template <int32_t rows>
+FLASHSPARK_DEVICE void add_lanes(float (&sum)[rows], int32_t in_use) {
+  FLASHSPARK_UNROLL
+  for (int32_t lanes = 1; lanes <= 2; lanes *= 2) {
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < rows && n < in_use; ++n) sum[n] += ptx::shuffle_xor(sum[n], static_cast<uint32_t>(lanes));
+  }
+}
+
+// Every warp has sums of all rows and columns over keys of its own: each hands over all of them and finishes a part of
+// the columns. Of 16 rows the last eight may not exist.
+template <class T>
+FLASHSPARK_DEVICE Result<T> join_columns(const Work &work, const Output<T> &o, const LaneState<T> &state,
+                                         ptx::SharedAddress shared) {
+  constexpr int32_t kPairs = T::kHeadDimV / 16, kOwn = kPairs / T::kKeyGroups, kEights = Result<T>::kEights;
+  static_assert(kEights == 2 && kPairs % T::kKeyGroups == 0);
+  const auto warp = static_cast<int32_t>(ptx::thread_index() / 32);
+  const ptx::SharedAddress lane = shared + ptx::thread_index() % 32 * 16;
+  const auto place = [lane](int32_t of_warp, int32_t vector) {
+    return lane + static_cast<uint32_t>(of_warp) * T::kResultBytes + static_cast<uint32_t>(vector) * 512;
+  };
+  const int32_t eights = work.end_row - work.first_row > 8 ? 2 : 1;
+  float sum[kEights] = {state.sum[0], state.sum[1]};
+  add_lanes(sum, kEights);
+  store_4(place(warp, kEights * kPairs), state.base[0], sum[0], state.base[1], sum[1]);
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < kEights; ++n) {
+    if (n >= eights) break;
+    FLASHSPARK_UNROLL
+    for (int32_t c = 0; c < kPairs; ++c)
+      store_4(place(warp, n * kPairs + c), in_order<T>(o, n, 2 * c, 0), in_order<T>(o, n, 2 * c, 1),
+              in_order<T>(o, n, 2 * c + 1, 0), in_order<T>(o, n, 2 * c + 1, 1));
+  }
+  ptx::block_barrier();  // all have handed over
+  Result<T> r{};
+  ptx::Vector16 ends[T::kKeyGroups];
+  FLASHSPARK_UNROLL
+  for (int32_t w = 0; w < T::kKeyGroups; ++w) ends[w] = ptx::load_shared_16(place(w, kEights * kPairs));
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < kEights; ++n) {
+    if (n >= eights) break;
+    r.base[n] = kLowest;
+    FLASHSPARK_UNROLL
+    for (int32_t w = 0; w < T::kKeyGroups; ++w) r.base[n] = larger(r.base[n], ptx::as_float(ends[w].word[2 * n]));
+    FLASHSPARK_UNROLL
+    for (int32_t w = 0; w < T::kKeyGroups; ++w) {
+      const float factor = ptx::exp2_approx(ptx::as_float(ends[w].word[2 * n]) - r.base[n]);
+      r.sum[n] += ptx::as_float(ends[w].word[2 * n + 1]) * factor;
+      FLASHSPARK_UNROLL
+      for (int32_t c = 0; c < kOwn; ++c) {
+        const ptx::Vector16 v = ptx::load_shared_16(place(w, n * kPairs + warp * kOwn + c));
+        FLASHSPARK_UNROLL
+        for (int32_t x = 0; x < 4; ++x) r.at[n][2 * c + x / 2][x % 2] += ptx::as_float(v.word[x]) * factor;
+      }
+    }
+  }
+  return r;
+}
+
 // This warp's part of the shared memory that results pass through: with two key groups it first holds what the warp of
 // the same rows in the other group hands over.
 template <class T>
@@ -130,8 +195,8 @@ FLASHSPARK_DEVICE ptx::SharedAddress result_memory(ptx::SharedAddress shared, in
 // Of each 16 rows the first key group finishes the first eight and the second group the others: each hands over its
 // share of the rest, and both halves of the warps store.
 template <class T>
-FLASHSPARK_DEVICE Result<T> join_groups(const ForwardArguments &a, const Output<T> &o, const LaneState<T> &state,
-                                        ptx::SharedAddress shared) {
+FLASHSPARK_DEVICE Result<T> join_rows(const ForwardArguments &a, const Output<T> &o, const LaneState<T> &state,
+                                      ptx::SharedAddress shared) {
   constexpr int32_t kColumns = T::kHeadDimV / 8;
   static_assert(T::kKeyGroups <= 2 && kColumns % 2 == 0);
   Result<T> r;
@@ -192,14 +257,18 @@ FLASHSPARK_DEVICE Result<T> join_groups(const ForwardArguments &a, const Output<
     }
     ptx::warp_barrier();  // all lanes have read what the rows of the result will lie on
   }
-  // Sums of whole rows.
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < Result<T>::kEights && n < Result<T>::eights(a); ++n)
-    r.sum[n] += ptx::shuffle_xor(r.sum[n], 1);
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < Result<T>::kEights && n < Result<T>::eights(a); ++n)
-    r.sum[n] += ptx::shuffle_xor(r.sum[n], 2);
+  add_lanes(r.sum, Result<T>::eights(a));
   return r;
+}
+
+template <class T>
+FLASHSPARK_DEVICE Result<T> join_groups(const ForwardArguments &a, const Work &work, const Output<T> &o,
+                                        const LaneState<T> &state, ptx::SharedAddress shared) {
+  if constexpr (T::kOwnKeys) {
+    return join_columns<T>(work, o, state, shared);
+  } else {
+    return join_rows<T>(a, o, state, shared);
+  }
 }
 
 // One piece of a split problem: out / sum in float and the lse of the piece; 0 and -inf if it saw no key.
@@ -219,11 +288,48 @@ FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const Work &work
     const float inverse = lse == minus_infinity() ? 0.0f : (T::kConverts ? value_scale : 1.0f) / result.sum[n];
     float *to = a.partial_out + piece_row(a, row) + piece_column(lane, first_column);
     FLASHSPARK_UNROLL
-    for (int32_t c = 0; c < T::kHeadDimV / 8; c += 2) {
+    for (int32_t c = 0; c < Result<T>::kColumns / 8; c += 2) {
       if (first_column + c * 8 >= a.head_dim_v) continue;
       *reinterpret_cast<ptx::Vector16 *>(to + c * 64) =
           vector_of(result.at[n][c][0] * inverse, result.at[n][c][1] * inverse, result.at[n][c + 1][0] * inverse,
                     result.at[n][c + 1][1] * inverse);
+    }
+  }
+}
+
+// What finishes an eight of rows: the factor of its numbers. The lse goes out here.
+template <class T>
+FLASHSPARK_DEVICE float finish(const ForwardArguments &a, const Work &work, const Result<T> &result, int32_t n,
+                               const ResultRow &r, float value_scale, int32_t first_column) {
+  const Joined joined = join_sink(result.base[n], r.in_use ? sink_of(a, r.head) : minus_infinity());
+  const float sum = result.sum[n] * joined.factor + joined.sink;
+  const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
+  if (r.in_use && ptx::thread_index() % 4 == 0 && first_column == 0) store_lse(a, work, r, lse_of(joined.maximum, sum));
+  return T::kConverts ? inverse * value_scale : inverse;
+}
+template <class T>
+FLASHSPARK_DEVICE uint32_t pack_out(const ForwardArguments &a, float low, float high) {
+  return T::kConverts && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
+                                                          : ptx::pack<typename T::Number>(low, high);
+}
+
+// Few columns of few rows, from the registers.
+template <class T>
+FLASHSPARK_DEVICE void store_columns(const ForwardArguments &a, const Work &work, const Result<T> &result,
+                                     float value_scale, int32_t first_column) {
+  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  constexpr int32_t kPair = T::kConverts ? 2 : 8;  // from a lane's first two columns of 16 to its others (in_order)
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < Result<T>::kEights; ++n) {
+    const ResultRow r = result_row(a, work, work.first_row + n * 8 + lane / 4);
+    const float inverse = finish<T>(a, work, result, n, r, value_scale, first_column);
+    if (!r.in_use) continue;
+    auto *to = static_cast<typename T::Number *>(a.out) + out_offset(a, work, r);
+    FLASHSPARK_UNROLL
+    for (int32_t c = 0; c < Result<T>::kColumns / 8; ++c) {
+      const int32_t column = first_column + c / 2 * 16 + lane % 4 * (T::kConverts ? 4 : 2) + c % 2 * kPair;
+      if (column < a.head_dim_v)
+        store_2(to + column, pack_out<T>(a, result.at[n][c][0] * inverse, result.at[n][c][1] * inverse));
     }
   }
 }
@@ -240,15 +346,9 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
   for (int32_t n = 0; n < Result<T>::kEights; ++n) {
     if (n >= Result<T>::eights(a)) break;
     const ResultRow r = result_row(a, work, first_row + Result<T>::row(a, n) + lane / 4);
-    const Joined joined = join_sink(result.base[n], r.in_use ? sink_of(a, r.head) : minus_infinity());
-    const float sum = result.sum[n] * joined.factor + joined.sink;
-    float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
-    if constexpr (T::kConverts) inverse *= value_scale;
-    if (r.in_use && lane % 4 == 0 && first_column == 0) store_lse(a, work, r, lse_of(joined.maximum, sum));
+    const float inverse = finish<T>(a, work, result, n, r, value_scale, first_column);
     const auto word = [&](int32_t c) {
-      const float low = result.at[n][c][0] * inverse, high = result.at[n][c][1] * inverse;
-      return T::kConverts && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
-                                                              : ptx::pack<typename T::Number>(low, high);
+      return pack_out<T>(a, result.at[n][c][0] * inverse, result.at[n][c][1] * inverse);
     };
     const int32_t row = n * 8 + lane / 4;
     if constexpr (T::kConverts) {

@@ -75,19 +75,25 @@ FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t 
   const int32_t seq = first_seq + static_cast<int32_t>(ptx::thread_index() % 32);
   SequenceWork w{};
   if (seq < a.num_seqs) {
-    // All is read at once, even where no row makes the lengths stale: reads that wait for each other would cost as many
-    // round trips.
-    const int32_t tokens = tokens_of(a, seq);
-    Keys used = keys_of(a, seq);
-    if (a.cu_seqlens_q != nullptr) w.q_row = a.cu_seqlens_q[seq];
-    w.tokens = max_of(tokens, 0);
-    used.begin = tokens > 0 ? used.begin : 0;
-    used.end = tokens > 0 ? max_of(used.begin, used.end) : 0;
+    // All is read before anything is looked at, even where no row makes the lengths stale: reads that wait for each
+    // other cost as many round trips (tokens_of() and keys_of() here: one more, 0.3 us of 9.9 for 64/8 B1 2k).
+    const auto read = [seq](const int32_t *from, int32_t ahead) { return from != nullptr ? from[seq + ahead] : 0; };
+    w.q_row = read(a.cu_seqlens_q, 0);
+    const int32_t q_end = read(a.cu_seqlens_q, 1), k_begin = read(a.cu_seqlens_k, 0), k_end = read(a.cu_seqlens_k, 1);
+    const int32_t used_q = read(a.seqused_q, 0), used_k = read(a.seqused_k, 0), pad = read(a.leftpad_k, 0);
+    const int32_t given = a.cu_seqlens_q != nullptr ? q_end - w.q_row : a.max_seqlen_q;
+    w.tokens = max_of(0, a.seqused_q != nullptr ? used_q : given);
+    const int32_t held = a.cu_seqlens_k != nullptr ? k_end - k_begin : a.max_seqlen_k;
+    Keys used{};
+    if (w.tokens > 0) {
+      used.begin = pad;
+      used.end = max_of(pad, a.seqused_k != nullptr ? used_k : held);
+    }
     const Mask mask = find_mask(a, {true, seq, 0, w.tokens, w.q_row, 0, 0}, used);
     const int32_t begin = seen(a, mask, 0).begin, end = seen(a, mask, w.tokens - 1).end;
     w.first_tile = begin / keys;
     const int32_t tiles = max_of(1, ceil_div(end, keys) - w.first_tile);  // rows without keys have results, too
-    w.tiles = tokens > 0 ? tiles : 0;
+    w.tiles = w.tokens > 0 ? tiles : 0;
     w.row_tiles = (w.tokens * static_cast<int32_t>(a.group.value) + rows - 1) >> ptx::lowest_bit(rows);
   }
   w.passed = prefix_sum(w.tiles * w.row_tiles * a.num_heads_kv);
@@ -120,15 +126,20 @@ struct RowTile {
   int32_t first_tile;  // of the sequence's keys
 };
 
-// The row tile at a position; `w` is the work of the first 32 sequences.
+// Sequences, a multiple of 32, and their positions.
+struct Passed {
+  int32_t seqs, positions;
+};
+
+// The row tile at a position behind what is passed; `w` is the work of the 32 sequences there. Passes on to those that
+// hold the position.
 FLASHSPARK_DEVICE RowTile row_tile_at(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t position,
-                                      int32_t start, SequenceWork w) {
-  int32_t first_seq = 0, passed = 0;  // of the 32 sequences in view, and of the positions before them
+                                      int32_t start, SequenceWork w, Passed &passed) {
   uint32_t beyond;
-  while ((beyond = ptx::ballot(passed + w.passed + start * w.passed_units > position)) == 0) {
-    passed += ptx::shuffle(w.passed + start * w.passed_units, 31);
-    first_seq += 32;
-    w = sequence_work(a, rows, keys, first_seq);
+  while ((beyond = ptx::ballot(passed.positions + w.passed + start * w.passed_units > position)) == 0) {
+    passed.positions += ptx::shuffle(w.passed + start * w.passed_units, 31);
+    passed.seqs += 32;
+    w = sequence_work(a, rows, keys, passed.seqs);
   }
   const uint32_t lane = ptx::lowest_bit(beyond);
   const auto of_lane = [lane](int32_t x) { return ptx::uniform(ptx::shuffle(x, lane)); };
@@ -136,11 +147,12 @@ FLASHSPARK_DEVICE RowTile row_tile_at(const ForwardArguments &a, int32_t rows, i
   tile.count = of_lane(w.tiles) + start;
   tile.first_tile = of_lane(w.first_tile);
   const int32_t row_tiles = of_lane(w.row_tiles);
-  const int32_t first = passed + of_lane(w.passed + start * w.passed_units) - tile.count * row_tiles * a.num_heads_kv;
+  const int32_t first =
+      passed.positions + of_lane(w.passed + start * w.passed_units) - tile.count * row_tiles * a.num_heads_kv;
   const int32_t unit = quotient(position - first, tile.count);
   tile.begin = first + unit * tile.count;
   tile.work.found = true;
-  tile.work.seq = first_seq + static_cast<int32_t>(lane);
+  tile.work.seq = passed.seqs + static_cast<int32_t>(lane);
   tile.work.head_kv = quotient(unit, row_tiles);
   tile.work.seqlen_q = of_lane(w.tokens);
   tile.work.q_row = of_lane(w.q_row);
@@ -154,33 +166,64 @@ struct Piece {
   int32_t first, count;
   bool whole;     // all of them: the result is final
   int32_t place;  // of the piece's result, unless whole
-  int32_t next;   // position that the block's share goes on at; -1: its end
+  bool more;      // the block's share goes on in another row tile
 };
 
 // Without shares block (x, y) takes the y-th of num_splits pieces of the x-th row tile, whatever it is.
 FLASHSPARK_DEVICE Piece split_evenly(const ForwardArguments &a) {
   const auto block = static_cast<int32_t>(ptx::block_x()), piece = static_cast<int32_t>(ptx::block_y());
-  return {0, 0, a.num_splits == 1, block * a.num_splits + piece, -1};
+  return {0, 0, a.num_splits == 1, block * a.num_splits + piece, false};
 }
 
-// The row tile at position `at` of the block's share (-1: at its begin), and the keys of it that fall to the block.
-FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t at, Work &work) {
-  const SequenceWork w = sequence_work(a, rows, keys, 0);
-  const Spread all = find_spread(a, rows, keys, w);
+// Where a block's share goes on behind a piece. Every warp keeps it in shared memory of its own: d256 has no registers
+// for it, and finding all anew costs a round trip for each 32 sequences.
+struct Share {
+  int32_t at, end, start;  // positions; `start` of them before the keys of each row tile
+  Passed passed;           // behind which `at` lies
+};
+FLASHSPARK_DEVICE void keep(ptx::SharedAddress memory, const Share &share) {
+  ptx::warp_barrier();  // all lanes have read what was kept before
+  if (ptx::thread_index() % 32 == 0) {
+    ptx::store_shared_8(memory, static_cast<uint32_t>(share.at), static_cast<uint32_t>(share.end));
+    ptx::store_shared_8(memory + 8, static_cast<uint32_t>(share.start), 0);
+    ptx::store_shared_8(memory + 16, static_cast<uint32_t>(share.passed.seqs),
+                        static_cast<uint32_t>(share.passed.positions));
+  }
+  ptx::warp_barrier();  // it is there
+}
+FLASHSPARK_DEVICE Share kept(ptx::SharedAddress memory) {
+  const auto of = [](uint32_t word) { return ptx::uniform(static_cast<int32_t>(word)); };
+  const ptx::Vector16 x = ptx::load_shared_16(memory), y = ptx::load_shared_16(memory + 16);
+  return {of(x.word[0]), of(x.word[1]), of(x.word[2]), {of(y.word[0]), of(y.word[1])}};
+}
+
+// The next row tile of the block's share, and the keys of it that fall to the block; `memory` holds what is kept of the
+// share after its first piece. No work is found where the block has no share.
+FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t rows, int32_t keys, bool is_first,
+                                   ptx::SharedAddress memory, Work &work) {
+  Share share{};
+  if (!is_first) share = kept(memory);
+  const SequenceWork w = sequence_work(a, rows, keys, share.passed.seqs);
   const auto block = static_cast<int32_t>(ptx::block_x());
-  const auto [begin, end] = all.stretch(block);
-  work.found = begin < end;
-  if (!work.found) return {};
-  if (at < 0) at = begin;
-  const RowTile tile = row_tile_at(a, rows, keys, at, all.start, w);
+  if (is_first) {
+    const Spread all = find_spread(a, rows, keys, w);
+    const auto [begin, end] = all.stretch(block);
+    work.found = begin < end;
+    if (!work.found) return {};
+    share = {begin, end, all.start, {0, 0}};
+  }
+  const RowTile tile = row_tile_at(a, rows, keys, share.at, share.start, w, share.passed);
   work = tile.work;
-  const int32_t first = at - tile.begin, count = min_of(tile.count - first, end - at);
-  const int32_t first_key = max_of(first - all.start, 0), end_key = max_of(first + count - all.start, 0);
+  const int32_t first = share.at - tile.begin, count = min_of(tile.count - first, share.end - share.at);
+  share.at += count;
+  const bool more = share.at < share.end;
+  if (more) keep(memory, share);
+  const int32_t first_key = max_of(first - share.start, 0), end_key = max_of(first + count - share.start, 0);
   if (a.page_table != nullptr)  // its latency passes while masks are worked out
     ptx::prefetch(a.page_table + work.seq * a.page_table_stride +
                   divide((tile.first_tile + first_key) * keys, a.page_size).quotient);
   return {tile.first_tile + first_key, end_key - first_key, count == tile.count,
-          first == 0 ? block : a.share_limits.shares + block - 1, at + count < end ? at + count : -1};
+          first == 0 ? block : a.share_limits.shares + block - 1, more};
 }
 
 }  // namespace flashspark

@@ -14,10 +14,12 @@ template <class T>
 struct KeyLoader {
   using Stored = typename T::Stored;
   static constexpr int32_t kChunkNumbers = 16 / sizeof(Stored);
-  // Rows of a tile lie on aligned groups of 16, and a page holds a multiple of 16: a thread's rows of one pass share a
-  // page with their group.
+  // Rows of a tile lie on aligned groups of 16, and a page holds a multiple of 16: a thread's rows of one pass, or of
+  // kGroupPasses passes of a warp for itself, share a page with their group.
   static constexpr int32_t kGroupRows = 16;
-  static_assert(T::kPassRows % kGroupRows == 0 && T::kKeys % kGroupRows == 0);
+  static constexpr int32_t kGroupPasses = T::kOwnKeys ? kGroupRows / T::kPassRows : 1;
+  static constexpr int32_t kGroups = T::kPasses / kGroupPasses;  // of a thread, in a tile
+  static_assert(T::kPassRows * kGroupPasses % kGroupRows == 0 && T::kCopyRows % kGroupRows == 0);
 
   const ForwardArguments &a;
   const Stored *k, *v;   // of this KV head, at this thread's first chunk of its row of tile 0 (or of page row 0)
@@ -26,10 +28,14 @@ struct KeyLoader {
   uint32_t place;     // of this thread in a tile of K
   int32_t group_row;  // of its group of rows in a pass
   // Page numbers of the next whole tile: read one tile ahead, since their latency would else stand before every copy.
-  int32_t page[T::kPasses];
+  int32_t page[kGroups];
 
-  // This thread's row in a pass and its first chunk of 16 bytes.
-  static FLASHSPARK_DEVICE int32_t row() { return static_cast<int32_t>(ptx::thread_index() / T::kRowThreads); }
+  // This thread's row of the first pass, in the tile, and its first chunk of 16 bytes.
+  static FLASHSPARK_DEVICE int32_t row() {
+    const uint32_t thread = ptx::thread_index();
+    if constexpr (T::kOwnKeys) return static_cast<int32_t>(thread / 32 * T::kCopyRows + thread % 32 / T::kRowThreads);
+    return static_cast<int32_t>(thread / T::kRowThreads);
+  }
   static FLASHSPARK_DEVICE int32_t chunk() { return static_cast<int32_t>(ptx::thread_index() % T::kRowThreads); }
   // Columns of K or V that this block reads.
   template <bool values>
@@ -51,8 +57,8 @@ struct KeyLoader {
 
   // The same for all lanes: a warp's rows of a pass are at most 16. Said to the compiler, it works addresses out in the
   // uniform units, and a page costs a lane one addition.
-  FLASHSPARK_DEVICE int32_t group(int32_t tile, int32_t pass) const {
-    return tile * T::kKeys + pass * T::kPassRows + group_row;
+  FLASHSPARK_DEVICE int32_t group(int32_t tile, int32_t n) const {
+    return tile * T::kKeys + n * kGroupPasses * T::kPassRows + group_row;
   }
   FLASHSPARK_DEVICE void look_up(int32_t tile) {
     if (reads_all(tile)) look_up_whole(tile);
@@ -60,8 +66,7 @@ struct KeyLoader {
   FLASHSPARK_DEVICE void look_up_whole(int32_t tile) {
     if (pages == nullptr) return;
     FLASHSPARK_UNROLL
-    for (int32_t pass = 0; pass < T::kPasses; ++pass)
-      page[pass] = pages[divide(group(tile, pass), a.page_size).quotient];
+    for (int32_t n = 0; n < kGroups; ++n) page[n] = pages[divide(group(tile, n), a.page_size).quotient];
   }
 
   // Tiles [begin, end) are whole: all their keys are read and all columns exist.
@@ -86,12 +91,14 @@ struct KeyLoader {
     const ptx::SharedAddress to = target<values>(stage);
     if (pages != nullptr) {
       FLASHSPARK_UNROLL
-      for (int32_t pass = 0; pass < T::kPasses; ++pass) {
+      for (int32_t n = 0; n < kGroups; ++n) {
         const PageSteps &steps = values ? a.v_pages : a.k_pages;
-        const int32_t slot = divide(group(tile, pass), a.page_size).remainder;
-        const int64_t offset = static_cast<int64_t>(page[pass] * steps.page + slot * steps.slot) * steps.unit;
-        copy_row<values>(to, pass,
-                         reinterpret_cast<const Stored *>(reinterpret_cast<const char *>(values ? v : k) + offset));
+        const int32_t slot = divide(group(tile, n), a.page_size).remainder;
+        const int64_t offset = static_cast<int64_t>(page[n] * steps.page + slot * steps.slot) * steps.unit;
+        from = reinterpret_cast<const Stored *>(reinterpret_cast<const char *>(values ? v : k) + offset);
+        FLASHSPARK_UNROLL
+        for (int32_t pass = 0; pass < kGroupPasses; ++pass, from += T::kPassRows * strides.token)
+          copy_row<values>(to, n * kGroupPasses + pass, from);
       }
     } else {
       FLASHSPARK_UNROLL
@@ -144,7 +151,7 @@ struct KeyLoader {
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < kLoads<values>; ++n) {
       if (exists<values>(n))
-        ptx::cp_async_16(place_of<values>(to, n) + pass * T::kPassRows * LayoutOf<values>::kPitch,
+        ptx::cp_async_16(LayoutOf<values>::down(place_of<values>(to, n), pass * T::kPassRows),
                          from + n * T::kRowThreads * kChunkNumbers);
     }
   }
@@ -155,13 +162,14 @@ struct KeyLoader {
     const Strides &strides = values ? a.v_strides : a.k_strides;
     const Stored *base = values ? v : k;
     FLASHSPARK_NO_UNROLL
-    for (int32_t pass = 0; pass < T::kPasses; ++pass, to += T::kPassRows * LayoutOf<values>::kPitch) {
+    for (int32_t pass = 0; pass < T::kPasses; ++pass, to = LayoutOf<values>::down(to, T::kPassRows)) {
       const int32_t first = tile * T::kKeys + pass * T::kPassRows;
       const bool reads_key = reads(first + row());
       const Stored *from = base;
       if (reads_key && pages != nullptr) {
-        const Quotient at = divide(group(tile, pass), a.page_size);
-        from += pages[at.quotient] * strides.batch + at.remainder * strides.token;
+        const Quotient at = divide(group(tile, pass / kGroupPasses), a.page_size);
+        from +=
+            pages[at.quotient] * strides.batch + (at.remainder + pass % kGroupPasses * T::kPassRows) * strides.token;
       } else if (reads_key) {
         from += first * strides.token;
       }
@@ -189,8 +197,9 @@ FLASHSPARK_DEVICE KeyLoader<T> make_loader(const ForwardArguments &a, const Work
       keys.pages,
       {hull.hull[0], hull.hull[1]},
       T::KeyLayout::offset(row, chunk),
-      T::kPassRows > KeyLoader<T>::kGroupRows ? ptx::uniform(row / KeyLoader<T>::kGroupRows * KeyLoader<T>::kGroupRows)
-                                              : 0,
+      T::kOwnKeys || T::kPassRows > KeyLoader<T>::kGroupRows
+          ? ptx::uniform(row / KeyLoader<T>::kGroupRows * KeyLoader<T>::kGroupRows)
+          : 0,
       {}};
   if (keys.pages != nullptr) {
     loader.k += row % KeyLoader<T>::kGroupRows * a.k_strides.token;

@@ -26,6 +26,10 @@ struct TileLayout {
   static FLASHSPARK_DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
     return row * kPitch + ((chunk ^ swizzle(row)) << 4);
   }
+  // From offset(row, c) to offset(row + rows, c), where rows is a multiple of 4.
+  static FLASHSPARK_DEVICE uint32_t down(uint32_t offset, uint32_t rows) {
+    return (offset ^ swizzle(rows) << 4) + rows * kPitch;
+  }
   // From offset(row, c) to the offset of chunk c + chunks, where c < kGroup and the bits of c and chunks are disjoint.
   // Bits 4 to 6 (or 5) of an offset are the permuted chunk alone, since pitches leave them 0.
   static FLASHSPARK_DEVICE uint32_t step(uint32_t offset, uint32_t chunks) {
@@ -49,7 +53,9 @@ struct Traits {
 #endif
   static constexpr bool kChanged = kInstance.kind == Kind::changed;
   // Kernels that decode: their blocks can take even shares of all work (shares.cuh).
-  static constexpr bool kShares = kInstance.kind == Kind::few;
+  static constexpr bool kShares = kInstance.kind == Kind::few || kInstance.kind == Kind::narrow;
+  // Every warp copies the keys that it uses, and no warp waits for another before the end.
+  static constexpr bool kOwnKeys = kInstance.kind == Kind::narrow;
   static constexpr Schedule kSchedule = kTile.schedule;
   static constexpr int32_t kStages = kTile.stages();
   static constexpr bool kQueriesInRegisters = kTile.queries != QueryPlace::shared;
@@ -83,6 +89,7 @@ struct Traits {
   static constexpr uint32_t kKeyBytes = kKeys * KeyLayout::kPitch;
   static constexpr uint32_t kStageBytes = stage_bytes(kInstance, kTile, kConverts);
   static constexpr uint32_t kQueryOffset = kStageBytes * (kTile.queries == QueryPlace::registers ? 1 : kTile.stages());
+  static constexpr uint32_t kLoopBytes = loop_bytes(kInstance, kTile, kConverts);
   static constexpr uint32_t kSharedBytes = shared_bytes(kInstance, kTile, kConverts);
   static_assert(kSharedBytes <= 99 * 1024, "an SM12x block has 99 KB");
   static_assert(kWarpRows % 16 == 0 && kTile.warps % kKeyGroups == 0);
@@ -96,9 +103,12 @@ struct Traits {
   static constexpr int32_t kQueryThreads =
       QueryLayout::kGroup < ResultLayout::kGroup ? QueryLayout::kGroup : ResultLayout::kGroup;
   static constexpr int32_t kQueryPassRows = kThreads / kQueryThreads;
-  static constexpr int32_t kPassRows = kThreads / kRowThreads;
-  static constexpr int32_t kPasses = kKeys / kPassRows;
-  static_assert(kKeys % kPassRows == 0 && kRows % kQueryPassRows == 0);
+  // Those that copy a tile of keys together, a pass of so many rows at a time: the block, or a warp for itself.
+  static constexpr int32_t kCopyRows = kOwnKeys ? kKeys / kTile.warps : kKeys;
+  static constexpr int32_t kPassRows = (kOwnKeys ? 32 : kThreads) / kRowThreads;
+  static constexpr int32_t kPasses = kCopyRows / kPassRows;
+  static_assert(kCopyRows % kPassRows == 0 && kRows % kQueryPassRows == 0);
+  static_assert(!kOwnKeys || (kRowWarps == 1 && kKeyGroups > 2), "the keys of a warp are those of its group");
 };
 
 // True: all warps of a flexible tile go side by side, and none shares keys with another.

@@ -21,6 +21,10 @@ constexpr int64_t kMostSplits = 128;
 // prompts and 7 splits would ask for 72 GiB.
 constexpr int64_t kMostScratch = int64_t{1} << 30;
 
+// Rows of a share's row tile that one block of the merge kernel joins at most, eight at a time: with a block for every
+// eight 64/8 B8 2k q=8 launched 2112 blocks and took 48.7 us instead of 39 (H100).
+constexpr int64_t kMostMergeRows = 32;
+
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -80,9 +84,10 @@ int64_t visible_keys(const Params &p, int64_t tile_tokens) {
 }
 
 // Short rows and long keys, whose lengths nobody knows here: blocks share the work evenly.
-bool is_decode(const Params &p, const Sizes &sizes, const Instance &few, const Machine &machine) {
-  const Tile &tile = few.tile(tiles_of(machine));
-  if (few.kind != Kind::few || p.num_splits != 0 || p.deterministic != 0) return false;
+bool is_decode(const Params &p, const Sizes &sizes, const Instance &instance, const Machine &machine) {
+  const Tile &tile = instance.tile(tiles_of(machine));
+  if (instance.kind != Kind::few && instance.kind != Kind::narrow) return false;
+  if (p.num_splits != 0 || p.deterministic != 0) return false;
   constexpr int64_t kLongKeys = 8;  // times the rows: what is less is prefill, where masks cut tiles of rows apart
   if (p.max_seqlen_k < kLongKeys * p.max_seqlen_q) return false;
   // Several row tiles read the same keys, which pays while the L2 holds most of them: 32/2 D256 q=8 over 2k, four
@@ -97,7 +102,8 @@ bool is_decode(const Params &p, const Sizes &sizes, const Instance &few, const M
 }
 
 // Measured on H100 and H200, pages of 16.
-ShareLimits share_limits(const Sizes &sizes, const Tile &tile, int64_t slots, const Machine &machine) {
+ShareLimits share_limits(const Sizes &sizes, const Instance &instance, int64_t slots, const Machine &machine) {
+  const Tile &tile = instance.tile(tiles_of(machine));
   ShareLimits limits{};
   limits.shares = static_cast<int32_t>(slots);
   // Pieces of 64 keys, or of more where many rows of float are written and read again for each.
@@ -105,7 +111,11 @@ ShareLimits share_limits(const Sizes &sizes, const Tile &tile, int64_t slots, co
   const int64_t times = std::max<int64_t>(1, rows / 32), least = ceil_div(64 * times, tile.keys);
   // Little work on one block an SM: pieces are fewer, and the merge kernel's blocks find room beside them.
   limits.few_shares = machine.sm_count;
-  const int64_t few_tiles = std::min<int64_t>(4, 256 / times / tile.keys);  // an SM
+  // Keys an SM; of narrow kernels 16/2 D128 B1 32k takes 19.2 us so and 20.3 with all blocks, 16/1 D256 21.6 and 24.6,
+  // and 16/8 D64 8k, 500 keys an SM, 12.3 and 11.7 (H100).
+  const int64_t few_keys =
+      instance.kind == Kind::narrow ? std::min(5 * instance.head_dim, 640) : std::min<int64_t>(4 * tile.keys, 256);
+  const int64_t few_tiles = few_keys / tile.keys;
   limits.few_total = static_cast<int32_t>(slots > machine.sm_count ? few_tiles * machine.sm_count : 0);
   while ((1 << limits.least_shift) < least) ++limits.least_shift;
   limits.start = 2;  // one long sequence among 63 short ones: 192 us without, 172 with 2 to 4
@@ -155,6 +165,9 @@ const Instance &choose_instance(const Params &p, const Sizes &sizes, const Machi
   if (wide == nullptr || wide->head_dim > few.head_dim) return few;
   // Another kernel adds up in another order: nothing about the rest of a batch may choose it.
   if (p.deterministic != 0) return *wide;
+  const Instance *narrow = find(p, Kind::narrow);
+  if (narrow != nullptr && narrow->head_dim == few.head_dim && sizes.rows <= narrow->tile(tiles_of(machine)).rows())
+    return *narrow;
   if (sizes.rows <= few.tile(tiles_of(machine)).rows() || is_decode(p, sizes, few, machine)) return few;
   return cost(p, sizes, *wide, machine) < cost(p, sizes, few, machine) ? *wide : few;
 }
@@ -191,7 +204,7 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   a.tiles = static_cast<int32_t>(tiles);
   a.units = static_cast<int32_t>(shares ? 1 : sizes.units);
   a.section_units = static_cast<int32_t>(shares ? 1 : section_units(p, sizes, tiles, slots, machine));
-  if (shares) a.share_limits = share_limits(sizes, tile, slots, machine);
+  if (shares) a.share_limits = share_limits(sizes, *plan.instance, slots, machine);
   a.num_splits = static_cast<int32_t>(shares ? 1 : choose_splits(p, sizes, *plan.instance, machine));
   const int64_t blocks = tiles * a.units;
   plan.forward.grid[0] = static_cast<uint32_t>(blocks);
@@ -226,12 +239,16 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   const bool by_tile = shares && row_tiles_of_all * kMergePieces <= blocks;
   const int64_t merge_x = by_tile ? row_tiles_of_all : blocks;
   a.merge_tiles = static_cast<int32_t>(by_tile ? row_tiles : 0);
-  // Of y as many as have so many warps a row as its pieces keep busy, and as leave two blocks an SM.
-  const int64_t pieces = shares ? blocks / merge_x : a.num_splits;
-  const int64_t most_warps = 2 * machine.sm_count * kMergeWarps / (merge_x * rows);
-  int64_t warps = 1;
-  while (warps < std::min<int64_t>({kMergeWarps, most_warps, ceil_div(pieces, kMergePieces)})) warps *= 2;
-  a.merge_blocks = static_cast<int32_t>(ceil_div(rows * warps, kMergeWarps));
+  if (shares && !by_tile) {
+    a.merge_blocks = static_cast<int32_t>(ceil_div(rows, kMostMergeRows));
+  } else {
+    // Of y as many as have so many warps a row as its pieces keep busy, and as leave two blocks an SM.
+    const int64_t pieces = shares ? blocks / merge_x : a.num_splits;
+    const int64_t most_warps = 2 * machine.sm_count * kMergeWarps / (merge_x * rows);
+    int64_t warps = 1;
+    while (warps < std::min<int64_t>({kMergeWarps, most_warps, ceil_div(pieces, kMergePieces)})) warps *= 2;
+    a.merge_blocks = static_cast<int32_t>(ceil_div(rows * warps, kMergeWarps));
+  }
   plan.merge.grid[0] = static_cast<uint32_t>(merge_x);
   plan.merge.grid[1] = static_cast<uint32_t>(a.merge_blocks);
   plan.merge.grid[2] = static_cast<uint32_t>(ceil_div(p.head_dim_v, kMergeColumns));

@@ -221,6 +221,7 @@ TEST_F(Cuda, TheChoiceOfKernelFollowsTheGrid) {
     p.num_seqs = num_seqs, p.max_seqlen_q = p.max_seqlen_k = rows;
     return make_plan(p, machine, nullptr).instance->kind;
   };
+  EXPECT_EQ(kind_of(1, 1), Kind::narrow);
   EXPECT_EQ(kind_of(1, 16), Kind::few);
   EXPECT_EQ(kind_of(1, 512), Kind::few);
   EXPECT_EQ(kind_of(64, 4096), Kind::wide);
@@ -276,7 +277,7 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
     p.num_splits = 0, p.num_seqs = num_seqs;
     const Plan plan = make_plan(p, machine, nullptr);
     const auto shares = static_cast<int64_t>(plan.arguments.share_limits.shares);
-    EXPECT_EQ(plan.instance->kind, Kind::few);
+    EXPECT_EQ(plan.instance->kind, Kind::narrow);
     EXPECT_GE(shares, machine.sm_count);
     EXPECT_EQ(shares % machine.sm_count, 0);
     EXPECT_EQ(plan.forward.grid[0], shares);
@@ -295,6 +296,7 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
   Params p = decode(4096);
   p.num_splits = 0, p.num_seqs = 1, p.max_seqlen_q = 40;
   EXPECT_GT(make_plan(p, machine, nullptr).arguments.share_limits.shares, 0);
+  EXPECT_EQ(make_plan(p, machine, nullptr).instance->kind, Kind::few);
   Params one_head = p;
   one_head.num_heads_q /= one_head.num_heads_kv, one_head.num_heads_kv = 1;
   EXPECT_GT(make_plan(one_head, machine, nullptr).arguments.merge_tiles, 1);
@@ -385,7 +387,7 @@ TEST_F(Cuda, ManyThreadsLoadAKernelOnce) {
 
 TEST_F(Cuda, ExplainNamesTheGpuTheKernelsAndTheSplits) {
   const std::string text = explain(split(4), FLASHSPARK_OK);
-  EXPECT_TRUE(contains(text, "cuda (NVIDIA Imagined, sm_120f kernels, d128_few, 4 splits): chosen")) << text;
+  EXPECT_TRUE(contains(text, "cuda (NVIDIA Imagined, sm_120f kernels, d128_narrow, 4 splits): chosen")) << text;
   EXPECT_TRUE(contains(text, "cpu-engine (")) << text;
   EXPECT_TRUE(fake.launches.empty());
 }

@@ -23,6 +23,7 @@ PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+),", re.M)
 
 WIDE = Spec([200, 65, 0, 300] * 12, [330, 65, 9, 300] * 12, (8, 4))  # rows enough to fill the largest GPU's SMs
 FEW = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
+NARROW = Spec([1, 5, 0, 8], [200, 70, 9, 300], (4, 2))
 CHANGED = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
 
 
@@ -30,7 +31,7 @@ def cases() -> dict[str, Spec]:
     """The kind of a kernel decides what makes the host choose it: many rows, few, or features that need it."""
     found: dict[str, Spec] = {}
     for name, dim, dim_v, kind in PATTERN.findall(INSTANCES.read_text(encoding="utf-8")):
-        shape = WIDE if kind == "wide" else FEW
+        shape = {"wide": WIDE, "narrow": NARROW}.get(kind, FEW)
         spec = replace(shape, dims=(int(dim), int(dim_v)), num_splits=1)
         if kind == "changed":
             spec = replace(spec, **CHANGED)
@@ -38,6 +39,8 @@ def cases() -> dict[str, Spec]:
         if int(dim) <= 256:
             found[f"{name}_e4m3"] = replace(spec, fp8="kv")
     found["merge"] = replace(FEW, dims=(128, 128), num_splits=3, k_lens=[700, 300, 9, 400])
+    # Blocks that go through several row tiles, and row tiles that several blocks meet in.
+    found["shares"] = replace(NARROW, q_lens=[1, 0, 2] * 30, k_lens=[150, 7, 900] * 30, dims=(128, 128), num_splits=0)
     found["contiguous"] = replace(FEW, dims=(128, 128), layout="varlen")
     found["dense"] = replace(WIDE, dims=(128, 128), layout="dense", causal=False, sinks=torch.float32)
     found["rswa"] = replace(FEW, rswa=30)
