@@ -184,17 +184,18 @@ struct Share {
 FLASHSPARK_DEVICE void keep(ptx::SharedAddress memory, const Share &share) {
   ptx::warp_barrier();  // all lanes have read what was kept before
   if (ptx::thread_index() % 32 == 0) {
-    ptx::store_shared_8(memory, static_cast<uint32_t>(share.at), static_cast<uint32_t>(share.end));
-    ptx::store_shared_8(memory + 8, static_cast<uint32_t>(share.start), 0);
-    ptx::store_shared_8(memory + 16, static_cast<uint32_t>(share.passed.seqs),
-                        static_cast<uint32_t>(share.passed.positions));
+    const auto word = [](int32_t x) { return static_cast<uint32_t>(x); };
+    ptx::store_shared_8(memory, word(share.at), word(share.end));
+    ptx::store_shared_8(memory + 8, word(share.start), word(share.passed.seqs));
+    ptx::store_shared_8(memory + 16, word(share.passed.positions), 0);
+    ptx::store_shared_8(memory + 24, 0, 0);  // read with the word before
   }
   ptx::warp_barrier();  // it is there
 }
 FLASHSPARK_DEVICE Share kept(ptx::SharedAddress memory) {
   const auto of = [](uint32_t word) { return ptx::uniform(static_cast<int32_t>(word)); };
   const ptx::Vector16 x = ptx::load_shared_16(memory), y = ptx::load_shared_16(memory + 16);
-  return {of(x.word[0]), of(x.word[1]), of(x.word[2]), {of(y.word[0]), of(y.word[1])}};
+  return {of(x.word[0]), of(x.word[1]), of(x.word[2]), {of(x.word[3]), of(y.word[0])}};
 }
 
 // The next row tile of the block's share, and the keys of it that fall to the block; `memory` holds what is kept of the
