@@ -18,7 +18,7 @@ constexpr bool kTilesOfSm120f = false;
 constexpr int64_t kFewestSplitKeys = 512;
 constexpr int64_t kMostSplits = 128;
 // Scratch memory above which a caller's own number of splits is taken for a mistake and cut: a dense batch of 155
-// prompts and 7 splits would ask for 72 GiB.
+// prompts and 7 splits would ask for 72 GiB. The merge kernel counts on offsets of 32 bits.
 constexpr int64_t kMostScratch = int64_t{1} << 30;
 
 // Rows of a share's row tile that one block of the merge kernel joins at most, eight at a time: with a block for every
@@ -122,13 +122,18 @@ ShareLimits share_limits(const Sizes &sizes, const Instance &instance, int64_t s
   return limits;
 }
 
+// Columns of a piece in scratch memory.
+int64_t partial_columns(const Params &p) {
+  return ceil_div(p.head_dim_v, 16) * 16;
+}
+
 int64_t choose_splits(const Params &p, const Sizes &sizes, const Instance &instance, const Machine &machine) {
   const Tile &tile = instance.tile(tiles_of(machine));
   const int64_t keys = std::max<int64_t>(1, visible_keys(p, ceil_div(tile.rows(), sizes.group)));
   const int64_t most = ceil_div(keys, tile.keys);
   if (p.num_splits > 0) {
     const int64_t rows = tiles_per_unit(p, sizes, tile.rows()) * sizes.units * tile.rows();
-    const int64_t held = kMostScratch / (rows * p.head_dim_v * static_cast<int64_t>(sizeof(float)));
+    const int64_t held = kMostScratch / (rows * partial_columns(p) * static_cast<int64_t>(sizeof(float)));
     return std::max<int64_t>(1, std::min<int64_t>({p.num_splits, most, kMostSplits, held}));
   }
   if (p.deterministic != 0) return 1;  // a sequence must not depend on its neighbours, whose number sets the splits
@@ -228,7 +233,7 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   a.tile_rows = side_by_side ? tile.most_rows() : tile.rows();
   a.tile_keys = tile.keys;
   const int64_t rows = std::min<int64_t>(a.tile_rows, sizes.rows);
-  a.partial_columns = static_cast<int32_t>(ceil_div(p.head_dim_v, 16) * 16);
+  a.partial_columns = static_cast<int32_t>(partial_columns(p));
   a.pair_distance = converts(p) ? 2 : 8;
   const size_t outs = static_cast<size_t>(places * a.tile_rows * a.partial_columns);
   plan.workspace = sizeof(float) * (outs + static_cast<size_t>(places * a.tile_rows));
