@@ -151,13 +151,13 @@ TEST_F(Cuda, KeysInE4m3) {
   p.k_descale = {scale, 0, 1};
   p.q_descale = {scale, 0, 0};  // not read: q is no e4m3
   run(p);
-  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_few_e4m3");
+  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_narrow_e4m3");
   const ForwardArguments &a = fake.launches[0].arguments;
   EXPECT_EQ(a.k_descale.data, scale);
   EXPECT_EQ(a.k_descale.head_stride, 1);
   EXPECT_EQ(a.q_descale.data, nullptr);
   EXPECT_EQ(int64_t{a.k_pages.page} * a.k_pages.unit, p.k.batch_stride) << "bytes of e4m3";
-  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), "d128_few_e4m3): chosen"));
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), "d128_narrow_e4m3): chosen"));
   p.q.dtype = FLASHSPARK_FLOAT8_E4M3;
   run(p);
   EXPECT_EQ(fake.launches[1].arguments.q_descale.data, scale);
