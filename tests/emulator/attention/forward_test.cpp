@@ -101,6 +101,7 @@ TEST(Forward, DecodeOfUnequalLengths) {
   const Batch batches[] = {
       {2, {{1, 1500}, {1, 3}, {1, 0}, {2, 70}, {0, 40}, {1, 1}}},
       {1, {{1, 2500}}},  // so many pieces that several warps join a row, in the block of their row tile
+      {1, {{6, 2500}}},  // ... of 18 rows, for which an SM holds two blocks
       {1, {{1, 40}, {1, 2500}, {1, 3}}},  // ... and in those of all shares that meet in it
       {2, {{2, 0}, {1, 0}, {1, 900}}},
       {2, {{1, 513}, {1, 513}, {1, 513}}},
