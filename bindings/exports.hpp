@@ -12,6 +12,7 @@ const char *error_kind(flashspark_status status);  // the Python exception that 
 void attention_forward(Reader &args);
 std::string attention_explain(Reader &args);
 void attention_validate(Reader &args);
+int64_t attention_schedule(Reader &args);  // elements of scheduler_metadata
 void append_kv(Reader &args);
 
 }  // namespace flashspark::ffi

@@ -46,6 +46,13 @@ FLASHSPARK_EXPORT(attention_validate) {
   });
 }
 
+FLASHSPARK_EXPORT(attention_schedule) {
+  return guarded([&] {
+    Reader reader(args, count);
+    give_integer(flashspark::ffi::attention_schedule(reader), result);
+  });
+}
+
 FLASHSPARK_EXPORT(append_kv) {
   static_cast<void>(result);
   return guarded([&] {

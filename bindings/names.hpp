@@ -69,6 +69,16 @@ inline constexpr Name kAppendNames[] = {
     {"seqlen_rotary", {"rotary_cos.shape[0]", "rotary_cos.shape[0]", "rotary_cos.shape[0]"}},
 };
 
+inline constexpr Name kScheduleNames[] = {
+    {"num_seqs", {"batch_size"}},
+    {"head_dim", {"headdim"}},
+    {"head_dim_v", {"headdim_v"}},
+    {"window_left", {"window_size[0]"}},
+    {"window_right", {"window_size[1]"}},
+    {"scheduler_metadata", {"out"}},
+    {"scheduler_metadata_size", {"out.shape[0]"}},
+};
+
 // Replaces the field that the core's error text starts with: "page_table[0][3] = 9: ..." -> "block_table[0][3] = 9:
 // ...".
 template <size_t N>

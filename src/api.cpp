@@ -8,6 +8,7 @@
 #include "cpu/engine.hpp"
 #include "cpu/thread_pool.hpp"
 #include "cuda/append.hpp"
+#include "cuda/forward.hpp"
 #include "dispatch.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
@@ -38,9 +39,14 @@ flashspark_status guarded(F &&f) noexcept {
 }
 
 template <class T>
-const T &checked(const T *params) {
+const T &given(const T *params) {
   if (params == nullptr) fs::fail("params", std::string("NULL"), "must point to the problem");
-  fs::validate(*params);
+  return *params;
+}
+
+template <class T>
+const T &checked(const T *params) {
+  fs::validate(given(params));
   return *params;
 }
 
@@ -73,6 +79,21 @@ flashspark_status flashspark_attention_workspace_size(const flashspark_attention
     const fs::Params &p = checked(params);
     if (size == nullptr) fs::fail("size", std::string("NULL"), "must point to the result");
     *size = fs::choose(p).workspace(p);
+  });
+}
+
+flashspark_status flashspark_attention_schedule(const flashspark_attention_params *params) {
+  return guarded([&] {
+    fs::validate_schedule(given(params));
+    if (params->device == FLASHSPARK_CUDA) fs::cuda::schedule(*params);
+  });
+}
+
+flashspark_status flashspark_attention_schedule_size(const flashspark_attention_params *params, int64_t *size) {
+  return guarded([&] {
+    fs::validate_schedule(given(params));
+    if (size == nullptr) fs::fail("size", std::string("NULL"), "must point to the result");
+    *size = params->device == FLASHSPARK_CUDA ? fs::cuda::schedule_size(*params) : 0;
   });
 }
 

@@ -51,9 +51,11 @@ void check_layout(const Params &p) {
   check::int32_pointer("causal_per_seq", p.causal_per_seq);
   check::int32_pointer("prefix_ranges", p.prefix_ranges);
   check::int32_pointer("rswa_prefix_lens", p.rswa_prefix_lens);
+  check::int32_pointer("scheduler_metadata", p.scheduler_metadata);
+  check::in_range("scheduler_metadata_size", p.scheduler_metadata_size, 0, INT64_MAX);
 }
 
-void check_tensors(const Params &p) {
+void check_types(const Params &p) {
   check::dtype("q.dtype", p.q.dtype, true);
   check::dtype("k.dtype", p.k.dtype, true);
   check::dtype("v.dtype", p.v.dtype, true);
@@ -65,6 +67,9 @@ void check_tensors(const Params &p) {
   if (p.k.dtype != p.q.dtype && p.k.dtype != FLASHSPARK_FLOAT8_E4M3) {
     type_error("k.dtype", p.k.dtype, std::string("must be q's (") + dtype_name(p.q.dtype) + ") or float8_e4m3");
   }
+}
+
+void check_tensors(const Params &p) {
   const int64_t q_batch = is_varlen_q(p) ? 1 : p.num_seqs;
   const int64_t q_tokens = is_varlen_q(p) ? p.total_q : p.max_seqlen_q;
   check::tensor("q", p.q, q_batch, q_tokens, p.num_heads_q);
@@ -217,15 +222,28 @@ void check_lengths(const Params &p) {
 
 }  // namespace
 
-void validate(const Params &p) {
+namespace {
+// What does not ask for tensors.
+void check_problem(const Params &p) {
   check::version(p.struct_size, sizeof(Params), p.abi_version, "flashspark_attention_params");
   check::device(p.device, p.device_index);
   check_sizes(p);
   check_layout(p);
+  check_types(p);
+}
+}  // namespace
+
+void validate(const Params &p) {
+  check_problem(p);
   check_tensors(p);
   check_scores(p);
   check_mask(p);
   if (p.device == FLASHSPARK_CPU) check_lengths(p);
+}
+
+void validate_schedule(const Params &p) {
+  check_problem(p);
+  check_mask(p);
 }
 
 }  // namespace flashspark

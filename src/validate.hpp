@@ -8,6 +8,8 @@ namespace flashspark {
 // Throws Error naming the argument, its value and the rule. Reads only host-visible memory: the lengths and pages of a
 // CPU problem are checked entry by entry, those of a GPU problem are the kernels' business.
 void validate(const Params &p);
+// The same of what flashspark_attention_schedule() looks at.
+void validate_schedule(const Params &p);
 void validate(const AppendParams &p);
 
 // Pieces that both share.

@@ -33,6 +33,11 @@ def ours(x: Inputs, **options: Any) -> Call:
     if w.fp8:
         ones = torch.ones(w.batch, w.heads_kv, device=x.q.device)
         options |= {"k_descale": ones, "v_descale": ones}
+    if w.page_size:
+        options["scheduler_metadata"] = flashspark.get_scheduler_metadata(
+            w.batch, w.seqlen_q, w.seqlen_k, w.heads_q, w.heads_kv, w.head_dim, x.seqused_k,
+            x.k.dtype, cu_seqlens_q=x.cu_seqlens_q, causal=w.causal,
+        )  # fmt: skip
     return lambda: flashspark.flash_attn_varlen_func(
         x.q, x.k, x.v, x.cu_seqlens_q, None if w.page_size else x.cu_seqlens_k, w.seqlen_q, w.seqlen_k,
         causal=w.causal, out=x.out, block_table=x.page_table, seqused_k=x.seqused_k if w.page_size else None, **options,

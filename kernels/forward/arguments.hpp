@@ -41,6 +41,8 @@ struct ShareLimits {
   int32_t shares, least_shift, few_shares, few_total, start;
 };
 
+constexpr int32_t kScheduleWords = 32;  // of a block: a line of the L2
+
 struct ForwardArguments {
   const void *q, *k, *v;
   void *out;
@@ -91,6 +93,10 @@ struct ForwardArguments {
   int32_t num_splits;     // y: pieces of the keys of every tile
   // shares > 0: block x takes the x-th of so many even shares of all work instead, found from the lengths (shares.cuh).
   ShareLimits share_limits;
+  // What the schedule kernel has found of them (schedule.cuh): (blocks of x, kScheduleWords); NULL: nothing.
+  int32_t *schedule;
+  int32_t schedule_key;   // of these arguments
+  int32_t schedule_keys;  // that page_table has room for
   // Pieces of split row tiles, which the merge kernel joins: (places, tile_rows, partial_columns), as piece_row() says,
   // and (places, tile_rows) float.
   float *partial_out, *partial_lse;

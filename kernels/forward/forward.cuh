@@ -4,20 +4,28 @@
 
 #include "forward/pipeline.cuh"
 #include "forward/results.cuh"
-#include "forward/shares.cuh"
+#include "forward/schedule.cuh"
 
 namespace flashspark {
 
-// Computes a piece of a row tile and stores it.
+// The wait for the kernel ahead: of every block, or the next kernel might start before the one before this has ended.
+FLASHSPARK_DEVICE void wait_for_kernel_ahead() {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+}
+
+// Computes a piece of a row tile and stores it. Before the wait for the kernel ahead it comes from a line of a schedule
+// (`scheduled`), and is left alone, with false, where that turns out to be of other lengths.
 template <class T>
-FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piece piece) {
-  const Keys keys = find_keys(a, work.seq);
-  if constexpr (!T::kConverts) {
-    // Q is on its way while the masks are worked out.
+FLASHSPARK_DEVICE bool compute(const ForwardArguments &a, const Work &work, Piece piece, bool scheduled, Line line) {
+  const auto start_queries = [&] {
     copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
     ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
-  }
-  const Mask mask = find_mask(a, work, keys);
+  };
+  const Keys keys = T::kShares && scheduled ? keys_of(a, line, work.seq) : find_keys(a, work.seq);
+  // Q is on its way while the masks are worked out, unless the kernel ahead may still write it.
+  if constexpr (!T::kConverts && !T::kShares) start_queries();
+  const Mask mask = find_mask(a, work, keys, T::kShares && scheduled ? line[kCausal] != 0 : is_causal(a, work.seq));
   const int32_t end_row = min_of(work.first_row + rows_of<T>(a), work.end_row);
   const Hull hull = hull_of<T::kChanged>(a, mask, work.first_row, end_row);
   const KeyTiles tiles = tiles_of<T::kKeys>(hull);
@@ -57,6 +65,11 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
                  {},
                  {},
                  0};
+  if (T::kShares && scheduled) wait_for_kernel_ahead();
+  block.look_up(begin);
+  // Page numbers are on their way; the line's keys are within the table, whatever lengths they are of.
+  if (T::kShares && scheduled && sum_of_lengths(a) != line[kLengths]) return false;
+  if constexpr (!T::kConverts && T::kShares) start_queries();
   start(block);
   if constexpr (T::kAhead) block.warp_hull = find_warp_hull();
   float value_scale = 1;
@@ -91,28 +104,45 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, const Work &work, Piec
   } else {
     store_final<T>(a, work, result, value_scale, block.shared, column);
   }
+  return true;
 }
 
 template <class T>
 FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
+  Line line{};
+  // Before all else: the rest up to the wait takes as long as its way.
+  if (T::kShares && a.schedule != nullptr) line = read_line(a);
   const Place place = find_place(a);
   // Never: but what it asks for has to be there before the wait, and not after it.
   if (place.rank < 0 || !fetch(a)) return;
-  ptx::grid_dependency_wait();  // every block, or the next kernel might start before the one before this has ended
-  ptx::grid_dependency_launch();
   const bool shared = T::kShares && a.share_limits.shares > 0;
   const ptx::SharedAddress memory = ptx::shared_memory() + T::kLoopBytes + ptx::thread_index() / 32 * kShareBytes;
-  for (bool first = true;; first = false) {
+  // Whether the next piece is the line's, and the wait still to come.
+  bool scheduled = T::kShares && a.schedule != nullptr && is_of(a, line);
+  if (!scheduled) wait_for_kernel_ahead();
+  for (bool first = true;;) {
     Work work;
     Piece piece;
-    if (shared) {
+    if (T::kShares && scheduled) {
+      work = work_of(a, line);
+      piece = piece_of(line);
+      if (piece.more) keep(memory, share_of(line));
+      if (!work.found) {
+        wait_for_kernel_ahead();
+        if (sum_of_lengths(a) == line[kLengths]) return;
+        scheduled = false;
+        continue;
+      }
+    } else if (shared) {
       piece = take_piece(a, rows_of<T>(a), T::kKeys, first, memory, work);
     } else {
       work = find_work(a, place, T::kRows);
       piece = split_evenly(a);
     }
     if (!work.found) return;  // surplus blocks have read no tensor
-    compute<T>(a, work, piece);
+    first = !compute<T>(a, work, piece, scheduled, line);
+    scheduled = false;
+    if (first) continue;  // with the piece that the lengths say
     if (!piece.more) return;
     ptx::block_barrier();  // all are done with this piece's shared memory
   }

@@ -35,6 +35,7 @@ struct SplitTile {
   int32_t first, rest;      // places of the pieces: first, then rest + 1, rest + 2, ...
   int32_t worker, workers;  // among the x that join it
   bool surplus;             // no share is the block's: it may end at once
+  bool lets_next_begin;     // before the forward kernel has ended
 };
 
 FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
@@ -49,6 +50,10 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
   }
   const SequenceWork w = sequence_work(a, a.tile_rows, a.tile_keys, 0);
   const Spread all = find_spread(a, a.tile_rows, a.tile_keys, w);
+  // The next kernel's start-up passes beside this one: 32/2 D256 B1 2k 8.4 to 7.5 us, 64/8 B1 2k q=2 9.2 to 8.4,
+  // B2 11.0 to 10.7 (H100). Only with little work in tiles of 16 rows, kind `narrow`: blocks that come in while many
+  // SMs are still busy lie unevenly (16/8 D64 B32 8k 182 to 198, 16/2 B8 2k q=8, which are `few`'s, 15.5 to 16.7).
+  split.lets_next_begin = a.tile_rows == 16 && all.total < a.share_limits.few_total;
   int32_t position;
   if (a.merge_tiles > 0) {  // the block's own row tile
     const int32_t tiles = a.merge_tiles * a.num_heads_kv, seq = quotient(block, tiles), inside = block - seq * tiles;
@@ -80,8 +85,8 @@ FLASHSPARK_DEVICE SplitTile find_split(const ForwardArguments &a) {
     workers = pieces.count - 1;
     if (worker == workers) return split;  // the last may as well go on with another tile, and end there
   }
-  return {tile.work, pieces.count, pieces.first_share, a.share_limits.shares + pieces.first_share - 1, worker,
-          workers,   false};
+  return {tile.work, pieces.count, pieces.first_share,   a.share_limits.shares + pieces.first_share - 1, worker,
+          workers,   false,        split.lets_next_begin};
 }
 
 // A row that a warp joins: where its pieces lie, and where its result goes to. All that is known before they are there.
@@ -214,7 +219,8 @@ FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
     return find_row(a, tile, tile_row, of_block < each && tile_row < rows, lane);
   };
   MergeRow row = row_of(warp >> shift);
-  // The next kernel must not begin before the forward kernel has ended: the block of share 0 always waits for that.
+  if (tile.lets_next_begin) ptx::grid_dependency_launch();
+  // This kernel must not end before the forward kernel has: the block of share 0 always waits for that.
   if (tile.surplus) return;
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();

@@ -94,10 +94,10 @@ struct Block {
   }
 };
 
-// The copies of the first tile, or two: what else the loop needs is worked out while they are on their way.
+// The copies of the first tile, or two, whose pages have been looked up: what else the loop needs is worked out while
+// they are on their way.
 template <class T>
 FLASHSPARK_DEVICE void start(Block<T> &block) {
-  block.look_up(block.begin);
   if constexpr (T::kAhead) {
     FLASHSPARK_NO_UNROLL
     for (int32_t n = block.begin; n < block.begin + 2; ++n) block.copy(n);

@@ -41,13 +41,17 @@ struct Mask {
   int64_t token_row;  // row of token 0 in the tables by token (rel_logits, prefix_ranges)
 };
 
-FLASHSPARK_DEVICE Mask find_mask(const ForwardArguments &a, const Work &work, const Keys &keys) {
+FLASHSPARK_DEVICE bool is_causal(const ForwardArguments &a, int32_t seq) {
+  return (a.causal_per_seq != nullptr ? a.causal_per_seq[seq] : a.causal) != 0;
+}
+
+FLASHSPARK_DEVICE Mask find_mask(const ForwardArguments &a, const Work &work, const Keys &keys, bool causal) {
   Mask mask{};
   mask.seq = work.seq;
   mask.begin = keys.begin;
   mask.end = keys.end;
   mask.shift = keys.end - work.seqlen_q;
-  mask.causal = (a.causal_per_seq != nullptr ? a.causal_per_seq[work.seq] : a.causal) != 0;
+  mask.causal = causal;
   mask.token_row = a.cu_seqlens_q != nullptr ? work.q_row : static_cast<int64_t>(work.seq) * a.max_seqlen_q;
   return mask;
 }

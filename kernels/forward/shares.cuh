@@ -71,25 +71,33 @@ struct SequenceWork {
   int32_t passed, passed_units;  // tiles of keys and row tiles of it and of the sequences of the lanes before it
 };
 
+// All that memory says of a sequence's lengths; 0 where it says nothing.
+struct Lengths {
+  int32_t q_begin, q_end, k_begin, k_end, used_q, used_k, pad;
+};
+FLASHSPARK_DEVICE Lengths read_lengths(const ForwardArguments &a, int32_t seq) {
+  // All is read before anything is looked at, even where no row makes the lengths stale: reads that wait for each other
+  // cost as many round trips (tokens_of() and keys_of() here: one more, 0.2 us of 9.9 for 64/8 B1 2k).
+  const auto read = [seq](const int32_t *from, int32_t ahead) { return from != nullptr ? from[seq + ahead] : 0; };
+  return {read(a.cu_seqlens_q, 0), read(a.cu_seqlens_q, 1), read(a.cu_seqlens_k, 0), read(a.cu_seqlens_k, 1),
+          read(a.seqused_q, 0),    read(a.seqused_k, 0),    read(a.leftpad_k, 0)};
+}
+
 FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t first_seq) {
   const int32_t seq = first_seq + static_cast<int32_t>(ptx::thread_index() % 32);
   SequenceWork w{};
   if (seq < a.num_seqs) {
-    // All is read before anything is looked at, even where no row makes the lengths stale: reads that wait for each
-    // other cost as many round trips (tokens_of() and keys_of() here: one more, 0.2 us of 9.9 for 64/8 B1 2k).
-    const auto read = [seq](const int32_t *from, int32_t ahead) { return from != nullptr ? from[seq + ahead] : 0; };
-    w.q_row = read(a.cu_seqlens_q, 0);
-    const int32_t q_end = read(a.cu_seqlens_q, 1), k_begin = read(a.cu_seqlens_k, 0), k_end = read(a.cu_seqlens_k, 1);
-    const int32_t used_q = read(a.seqused_q, 0), used_k = read(a.seqused_k, 0), pad = read(a.leftpad_k, 0);
-    const int32_t given = a.cu_seqlens_q != nullptr ? q_end - w.q_row : a.max_seqlen_q;
-    w.tokens = max_of(0, a.seqused_q != nullptr ? used_q : given);
-    const int32_t held = a.cu_seqlens_k != nullptr ? k_end - k_begin : a.max_seqlen_k;
+    const Lengths x = read_lengths(a, seq);
+    w.q_row = x.q_begin;
+    const int32_t given = a.cu_seqlens_q != nullptr ? x.q_end - x.q_begin : a.max_seqlen_q;
+    w.tokens = max_of(0, a.seqused_q != nullptr ? x.used_q : given);
+    const int32_t held = a.cu_seqlens_k != nullptr ? x.k_end - x.k_begin : a.max_seqlen_k;
     Keys used{};
     if (w.tokens > 0) {
-      used.begin = pad;
-      used.end = max_of(pad, a.seqused_k != nullptr ? used_k : held);
+      used.begin = x.pad;
+      used.end = max_of(x.pad, a.seqused_k != nullptr ? x.used_k : held);
     }
-    const Mask mask = find_mask(a, {true, seq, 0, w.tokens, w.q_row, 0, 0}, used);
+    const Mask mask = find_mask(a, {true, seq, 0, w.tokens, w.q_row, 0, 0}, used, is_causal(a, seq));
     const int32_t begin = seen(a, mask, 0).begin, end = seen(a, mask, w.tokens - 1).end;
     w.first_tile = begin / keys;
     const int32_t tiles = max_of(1, ceil_div(end, keys) - w.first_tile);  // rows without keys have results, too
@@ -198,12 +206,10 @@ FLASHSPARK_DEVICE Share kept(ptx::SharedAddress memory) {
   return {of(x.word[0]), of(x.word[1]), of(x.word[2]), {of(x.word[3]), of(y.word[0])}};
 }
 
-// The next row tile of the block's share, and the keys of it that fall to the block; `memory` holds what is kept of the
-// share after its first piece. No work is found where the block has no share.
-FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t rows, int32_t keys, bool is_first,
-                                   ptx::SharedAddress memory, Work &work) {
-  Share share{};
-  if (!is_first) share = kept(memory);
+// The next row tile of the block's share, from where `share` is, and the keys of it that fall to the block. No work is
+// found where the block has no share.
+FLASHSPARK_DEVICE Piece find_piece(const ForwardArguments &a, int32_t rows, int32_t keys, bool is_first, Share &share,
+                                   Work &work) {
   const SequenceWork w = sequence_work(a, rows, keys, share.passed.seqs);
   const auto block = static_cast<int32_t>(ptx::block_x());
   if (is_first) {
@@ -217,14 +223,22 @@ FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t rows, int3
   work = tile.work;
   const int32_t first = share.at - tile.begin, count = min_of(tile.count - first, share.end - share.at);
   share.at += count;
-  const bool more = share.at < share.end;
-  if (more) keep(memory, share);
   const int32_t first_key = max_of(first - share.start, 0), end_key = max_of(first + count - share.start, 0);
   if (a.page_table != nullptr)  // its latency passes while masks are worked out
     ptx::prefetch(a.page_table + work.seq * a.page_table_stride +
                   divide((tile.first_tile + first_key) * keys, a.page_size).quotient);
   return {tile.first_tile + first_key, end_key - first_key, count == tile.count,
-          first == 0 ? block : a.share_limits.shares + block - 1, more};
+          first == 0 ? block : a.share_limits.shares + block - 1, share.at < share.end};
+}
+
+// The same, of a share that is kept in `memory` after its first piece.
+FLASHSPARK_DEVICE Piece take_piece(const ForwardArguments &a, int32_t rows, int32_t keys, bool is_first,
+                                   ptx::SharedAddress memory, Work &work) {
+  Share share{};
+  if (!is_first) share = kept(memory);
+  const Piece piece = find_piece(a, rows, keys, is_first, share, work);
+  if (piece.more) keep(memory, share);
+  return piece;
 }
 
 }  // namespace flashspark

@@ -82,6 +82,17 @@ FLASHSPARK_DEVICE void prefetch(const void *from) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 
+// ld.relaxed.gpu: from the L2, whatever the L1 holds.
+FLASHSPARK_DEVICE int32_t load_of_device(const int32_t *from) {
+  int32_t x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(from)) : "memory");
+  return x;
+}
+// fence.acq_rel.gpu: what this thread has written is where the whole device sees it.
+FLASHSPARK_DEVICE void fence() {
+  __threadfence();
+}
+
 // cp.async.cg: 16 bytes from global to shared memory past L1; both aligned to 16. They may land at any time until the
 // wait for their group. With valid = false nothing is read and 16 zero bytes land.
 FLASHSPARK_DEVICE void cp_async_16(SharedAddress to, const void *from) {
@@ -309,12 +320,15 @@ FLASHSPARK_DEVICE uint32_t ballot(bool x) {
 FLASHSPARK_DEVICE bool any(bool x) {
   return __any_sync(0xffffffffu, x);
 }
-// redux.sync: the smallest and the largest of the warp.
+// redux.sync: the smallest, the largest and the sum of the warp.
 FLASHSPARK_DEVICE int32_t reduce_min(int32_t x) {
   return __reduce_min_sync(0xffffffffu, x);
 }
 FLASHSPARK_DEVICE int32_t reduce_max(int32_t x) {
   return __reduce_max_sync(0xffffffffu, x);
+}
+FLASHSPARK_DEVICE uint32_t reduce_add(uint32_t x) {
+  return __reduce_add_sync(0xffffffffu, x);
 }
 // The same x of every lane, once more: redux.sync gives its result in a uniform register, and the compiler then knows
 // that what follows from it does not diverge.

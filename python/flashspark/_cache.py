@@ -107,6 +107,7 @@ def flash_attn_with_kvcache(
     rswa_prefix_lens: Array | None = None,
     rswa_window: int = 0,
     causal_per_seq: Array | None = None,
+    scheduler_metadata: Array | None = None,
     deterministic: bool = False,
     implementation: str | None = None,
     num_threads: int = 0,
@@ -127,6 +128,7 @@ def flash_attn_with_kvcache(
     cache_batch_idx: int32 (num_seqs,): the cache row of each sequence.
     cache_leftpad: int32 (num_seqs,): keys to skip at the start; they count in cache_seqlens.
     block_table: int32 (num_seqs, pages per sequence).
+    scheduler_metadata: int32, from get_scheduler_metadata: decoding on a GPU starts sooner.
     The other arguments are flash_attn_func's. With explain, nothing is written into the cache.
 
     Returns out, like q with v's head size; (out, lse) with return_softmax_lse.
@@ -154,6 +156,7 @@ def flash_attn_with_kvcache(
                 cu_seqlens_q, max_seqlen_q, None, max_seqlen_k, seqused_q, seqused_k, block_table, cache_leftpad,
                 cache_batch_idx, sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits,
                 causal_per_seq, prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window,
+                scheduler_metadata,
             ),
             *function,
         )

@@ -30,7 +30,7 @@ ATTENTION_ARGUMENTS = (
     *("softcap", "num_splits", "deterministic", "implementation", "num_threads", "cu_seqlens_q", "max_seqlen_q"),
     *("cu_seqlens_k", "max_seqlen_k", "seqused_q", "seqused_k", "block_table", "leftpad_k", "kv_batch_index", "sinks"),
     *("alibi_slopes", "q_descale", "k_descale", "v_descale", "output_scale", "rel_logits", "causal_per_seq"),
-    *("prefix_ranges", "prefix_clamp_window", "rswa_prefix_lens", "rswa_window"),
+    *("prefix_ranges", "prefix_clamp_window", "rswa_prefix_lens", "rswa_window", "scheduler_metadata"),
 )
 _TAIL = ATTENTION_ARGUMENTS.index("num_threads") + 1
 CU_SEQLENS_Q, SINKS, OUTPUT_SCALE, REL_LOGITS = (

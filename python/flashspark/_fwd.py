@@ -12,7 +12,7 @@ from ._call import FORWARD, Array, attend, empty_lse, empty_out
 _TUNING = frozenset(
     {
         *("tile_mn", "m_block_size", "n_block_size", "mma_pv_is_rs", "intra_wg_overlap", "num_threads", "pack_gqa"),
-        *("_arch", "_compute_capability", "fp8_kv_dequant", "scheduler_metadata", "seqlen_k_per_split"),
+        *("_arch", "_compute_capability", "fp8_kv_dequant", "seqlen_k_per_split"),
         *("disable_scheduler_metadata", "min_seqlen_k", "aux_tensor_leading_dims"),
     }
 )
@@ -54,6 +54,7 @@ def _flash_attn_fwd(
     *,
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
+    scheduler_metadata: Array | None = None,
     implementation: str | None = None,
     explain: bool = False,
     **knobs: Any,
@@ -69,6 +70,7 @@ def _flash_attn_fwd(
     score_mod, mask_mod: None or a tag of flashspark.mods, with its data in aux_tensors.
     q_descale, k_descale, v_descale: float32 (num_seqs, num_heads_kv), for float8_e4m3 tensors.
     deterministic: the same bits on every run, and whatever the rest of the batch.
+    scheduler_metadata: int32, from get_scheduler_metadata; what FlashAttention 4 itself makes is ignored.
     compile_only: allocate the results and return without computing; so do fake tensors of torch.
     Knobs that tune FlashAttention 4's kernels are accepted and ignored; what would change the result and is not
     supported raises NotImplementedError; an unknown name that is not None or False raises TypeError.
@@ -102,6 +104,7 @@ def _flash_attn_fwd(
             learnable_sink, alibi_slopes, q_descale, k_descale, v_descale, output_scale, native.get("rel_logits"),
             dynamic_causal, native.get("prefix_ranges"), native.get("prefix_clamp_window", False),
             native.get("rswa_prefix_lens"), native.get("rswa_window", 0),
+            scheduler_metadata if hasattr(scheduler_metadata, "dtype") else None,
         ),
     )
     # fmt: on

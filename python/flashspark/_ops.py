@@ -170,6 +170,7 @@ def flash_attn_varlen_func(
     rswa_prefix_lens: Array | None = None,
     rswa_window: int = 0,
     causal_per_seq: Array | None = None,
+    scheduler_metadata: Array | None = None,
     num_splits: int = 0,
     implementation: str | None = None,
     num_threads: int = 0,
@@ -184,6 +185,7 @@ def flash_attn_varlen_func(
     block_table, cu_seqlens_k only gives lengths, and may be None when seqused_k is given.
     max_seqlen_q, max_seqlen_k: int, upper bounds of the lengths; None: taken from the shapes.
     block_table: int32 (num_seqs, pages per sequence), any row stride; entries past a sequence's end are never read.
+    scheduler_metadata: int32, from get_scheduler_metadata: decoding on a GPU starts sooner.
     The other arguments are flash_attn_func's.
 
     Returns out (total_q, num_heads, head_dim of v), or (out, lse) with lse (num_heads, total_q).
@@ -205,7 +207,7 @@ def flash_attn_varlen_func(
         (
             cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, block_table, None, None,
             sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window,
+            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, scheduler_metadata,
         ),
     )
     # fmt: on

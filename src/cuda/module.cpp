@@ -19,7 +19,7 @@ struct Slot {
 constexpr size_t kNumInstances = std::size(kInstances);
 constexpr const char *kSuffix[] = {"_bf16", "_fp16", "_e4m3"};  // by NumberType
 Slot slots[kNumInstances + 1][std::size(kSuffix)];              // the last is merge's
-Slot append_slot;
+Slot schedule_slot, append_slot;
 std::mutex loading;
 
 // Loading allocates, which a captured stream's thread may do only after it has said that it means it.
@@ -86,6 +86,10 @@ Kernel forward_kernel(const Instance &instance, NumberType number, int index, ui
 Kernel merge_kernel(NumberType number, int index) {
   const auto n = static_cast<size_t>(number);
   return kernel_of(slots[kNumInstances][n], "merge", kSuffix[n], "flashspark_merge", index, 0);
+}
+
+Kernel schedule_kernel(int index) {
+  return kernel_of(schedule_slot, "schedule", "", "flashspark_schedule", index, 0);
 }
 
 Kernel append_kernel(int index) {

@@ -122,6 +122,25 @@ ShareLimits share_limits(const Sizes &sizes, const Instance &instance, int64_t s
   return limits;
 }
 
+// Of all that a share depends on beside the lengths themselves: FNV-1a, by Fowler, Noll and Vo.
+int32_t schedule_key(const ForwardArguments &a) {
+  uint32_t key = 2166136261u;
+  const auto add = [&key](int64_t value) { key = (key ^ static_cast<uint32_t>(value)) * 16777619u; };
+  for (const int32_t n :
+       {a.tile_rows, a.tile_keys, a.num_seqs, a.num_heads_kv, a.window_left, a.window_right, a.share_limits.shares,
+        a.share_limits.least_shift, a.share_limits.few_shares, a.share_limits.few_total, a.share_limits.start})
+    add(n);
+  add(a.group.value);
+  for (const int32_t *lengths :
+       {a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_q, a.seqused_k, a.leftpad_k, a.kv_batch_index, a.causal_per_seq})
+    add(lengths != nullptr);
+  // Of bounds and modes what some sequence's own number does not take the place of.
+  if (a.causal_per_seq == nullptr) add(a.causal);
+  if (a.cu_seqlens_q == nullptr && a.seqused_q == nullptr) add(a.max_seqlen_q);
+  if (a.cu_seqlens_k == nullptr && a.seqused_k == nullptr) add(a.max_seqlen_k);
+  return static_cast<int32_t>(key);
+}
+
 // Columns of a piece in scratch memory.
 int64_t partial_columns(const Params &p) {
   return ceil_div(p.head_dim_v, 16) * 16;
@@ -232,6 +251,11 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   const int64_t places = shares ? 2 * blocks : blocks * a.num_splits;
   a.tile_rows = side_by_side ? tile.most_rows() : tile.rows();
   a.tile_keys = tile.keys;
+  if (shares) {
+    a.schedule_key = schedule_key(a);
+    a.schedule_keys = static_cast<int32_t>(is_paged(p) ? std::min(p.num_page_slots * p.page_size, kMost) : kMost);
+    if (p.scheduler_metadata_size >= plan.schedule_size()) a.schedule = p.scheduler_metadata;
+  }
   const int64_t rows = std::min<int64_t>(a.tile_rows, sizes.rows);
   a.partial_columns = static_cast<int32_t>(partial_columns(p));
   a.pair_distance = converts(p) ? 2 : 8;

@@ -35,6 +35,12 @@ struct Plan {
   ForwardArguments arguments{};  // of both kernels
   Launch merge;                  // fatbin "merge_<out>", function flashspark_merge
   size_t workspace = 0;          // bytes that arguments.partial_out and partial_lse lie in
+
+  // Elements of params.scheduler_metadata, a line a block; 0: blocks find no shares that could be scheduled.
+  int64_t schedule_size() const {
+    return arguments.share_limits.shares > 0 ? int64_t{forward.grid[0]} * kScheduleWords : 0;
+  }
+  Launch schedule() const { return {{forward.grid[0], 1, 1}, 32, 0}; }  // fatbin and function flashspark_schedule
 };
 
 // Whether an instance can run the problem at all; make_plan() chooses among those that do.

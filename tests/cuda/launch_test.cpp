@@ -92,6 +92,7 @@ TEST(Fatbins, EveryInstanceIsThere) {
     expected.push_back(std::string("merge") + suffix);
   }
   for (const Instance &instance : kInstances) expected.push_back(std::string(instance.name) + "_e4m3");
+  expected.push_back("schedule");
   expected.push_back("append");
   expected.push_back("peak");
   std::vector<std::string> found;
@@ -302,6 +303,95 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
   EXPECT_GT(make_plan(one_head, machine, nullptr).arguments.merge_tiles, 1);
   p.num_seqs = 300;
   EXPECT_EQ(make_plan(p, machine, nullptr).arguments.share_limits.shares, 0);
+}
+
+TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
+  Params p = decode(4096);
+  p.num_splits = 0;
+  Params asked = p;  // as an engine asks before it has tensors
+  asked.q.data = asked.k.data = asked.v.data = asked.out.data = nullptr, asked.page_table = nullptr;
+  asked.page_size = asked.num_pages = asked.num_page_slots = asked.page_table_stride = 0;
+  int64_t size = 0;
+  ASSERT_EQ(flashspark_attention_schedule_size(&asked, &size), FLASHSPARK_OK) << flashspark_last_error();
+  const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+  ASSERT_EQ(size, 32 * int64_t{plan.forward.grid[0]});
+  EXPECT_EQ(flashspark_attention_schedule(&asked), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "scheduler_metadata = NULL")) << flashspark_last_error();
+  asked.scheduler_metadata = static_cast<int32_t *>(address(9));
+  asked.scheduler_metadata_size = size - 1;
+  EXPECT_EQ(flashspark_attention_schedule(&asked), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "scheduler_metadata_size = " + std::to_string(size - 1)));
+  ASSERT_TRUE(fake.launches.empty());
+  asked.scheduler_metadata_size = size;
+  ASSERT_EQ(flashspark_attention_schedule(&asked), FLASHSPARK_OK) << flashspark_last_error();
+  ASSERT_EQ(fake.launches.size(), 1u);
+  EXPECT_STREQ(name_of(fake.launches[0].image), "schedule");
+  EXPECT_EQ(fake.launches[0].function, "flashspark_schedule");
+  EXPECT_EQ(fake.launches[0].grid[0], plan.forward.grid[0]);
+  EXPECT_EQ(fake.launches[0].threads, 32u);
+  EXPECT_EQ(fake.launches[0].stream, p.stream);
+  const ForwardArguments written = fake.launches[0].arguments;
+  EXPECT_EQ(written.schedule, asked.scheduler_metadata);
+  // The call finds it by the same key, and looks no further than its page table reaches.
+  p.scheduler_metadata = asked.scheduler_metadata, p.scheduler_metadata_size = size;
+  run(p);
+  EXPECT_EQ(fake.launches[1].arguments.schedule, p.scheduler_metadata);
+  EXPECT_EQ(fake.launches[1].arguments.schedule_key, written.schedule_key);
+  EXPECT_EQ(fake.launches[1].arguments.schedule_keys, 4096);
+  // One that is too small is none.
+  p.scheduler_metadata_size = size - 1;
+  fake.launches.clear();
+  run(p);
+  EXPECT_EQ(fake.launches[0].arguments.schedule, nullptr);
+}
+
+// Whatever moves a share makes another key; what does not, does not: a graph keeps the bounds it was captured with.
+TEST_F(Cuda, AScheduleIsOfOneProblem) {
+  const auto key = [](const Params &p) {
+    const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+    EXPECT_GT(plan.schedule_size(), 0);
+    return plan.arguments.schedule_key;
+  };
+  Params p = decode(4096);
+  p.num_splits = 0;
+  const int32_t same = key(p);
+  Params q = p;
+  q.max_seqlen_k = 8192, q.num_page_slots = q.page_table_stride = 512,
+  q.seqused_k = static_cast<int32_t *>(address(77));
+  q.softmax_scale = 3, q.sinks = address(8), q.sinks_dtype = FLASHSPARK_FLOAT32;
+  EXPECT_EQ(key(q), same);
+  const auto differs = [&](auto change) {
+    Params r = p;
+    change(r);
+    return key(r) != same;
+  };
+  int32_t *lengths = static_cast<int32_t *>(address(7));
+  EXPECT_TRUE(differs([](Params &r) { r.num_seqs = 5; }));
+  EXPECT_TRUE(differs([](Params &r) { r.num_heads_kv = 8; }));
+  EXPECT_TRUE(differs([](Params &r) { r.head_dim = r.head_dim_v = 64; })) << "other tiles";
+  EXPECT_TRUE(differs([](Params &r) { r.max_seqlen_q = 2; }));
+  EXPECT_TRUE(differs([](Params &r) { r.causal = 0; }));
+  EXPECT_TRUE(differs([](Params &r) { r.window_left = 500; }));
+  EXPECT_TRUE(differs([](Params &r) { r.window_right = 5; }));
+  EXPECT_TRUE(differs([&](Params &r) { r.causal_per_seq = lengths; }));
+  EXPECT_TRUE(differs([&](Params &r) { r.leftpad_k = lengths; }));
+  EXPECT_TRUE(differs([&](Params &r) { r.seqused_q = lengths; }));
+  EXPECT_TRUE(differs([&](Params &r) { r.cu_seqlens_q = lengths, r.total_q = 4; }));
+  const auto none = [&](auto change) {
+    Params r = p;
+    change(r);
+    int64_t size = 99;
+    EXPECT_EQ(flashspark_attention_schedule_size(&r, &size), FLASHSPARK_OK) << flashspark_last_error();
+    return size == 0;
+  };
+  EXPECT_TRUE(none([](Params &r) { r.num_splits = 1; }));
+  EXPECT_TRUE(none([](Params &r) { r.deterministic = 1; }));
+  EXPECT_TRUE(none([](Params &r) { r.softcap = 30; }));
+  EXPECT_TRUE(none([](Params &r) { r.max_seqlen_q = 4096; }));
+  EXPECT_TRUE(none([](Params &r) { r.num_seqs = 0; }));
+  p.device_index = kOld;
+  int64_t size = 0;
+  EXPECT_EQ(flashspark_attention_schedule_size(&p, &size), FLASHSPARK_UNSUPPORTED);
 }
 
 TEST_F(Cuda, SplitsThatWouldTakeTheMemoryOfTheGpuAreCut) {

@@ -180,9 +180,10 @@ TEST(Warp, ShufflesVotesAndReductions) {
     EXPECT_EQ(ptx::reduce_min(static_cast<int32_t>(lane) - 7 - static_cast<int32_t>(warp)),
               -7 - static_cast<int32_t>(warp));
     EXPECT_EQ(ptx::reduce_max(-mine), -static_cast<int32_t>(100 * warp));
+    EXPECT_EQ(ptx::reduce_add(0xf0000000u + lane), 32 * 31 / 2) << "modulo 2^32";
     EXPECT_EQ(ptx::uniform(-5 - static_cast<int32_t>(warp)), -5 - static_cast<int32_t>(warp));
   });
-  EXPECT_EQ(counters.shuffles, 2u * (6 + 1 + 3 + 2 + 2 + 1));
+  EXPECT_EQ(counters.shuffles, 2u * (6 + 1 + 3 + 2 + 3 + 1));
 }
 
 // The manual's formulas for element i of a lane's fragment of mma.m16n8k16, written as there.

@@ -8,9 +8,10 @@
 namespace flashspark::emulator {
 
 const char *name(Operation operation) {
-  constexpr const char *names[] = {"nothing",    "block_barrier", "warp_barrier", "ldmatrix_x4", "ldmatrix_x4_trans",
-                                   "mma (bf16)", "mma (fp16)",    "shuffle_xor",  "shuffle",     "shuffle_up",
-                                   "ballot",     "any",           "reduce_min",   "reduce_max",  "uniform"};
+  constexpr const char *names[] = {"nothing",           "block_barrier", "warp_barrier", "ldmatrix_x4",
+                                   "ldmatrix_x4_trans", "mma (bf16)",    "mma (fp16)",   "shuffle_xor",
+                                   "shuffle",           "shuffle_up",    "ballot",       "any",
+                                   "reduce_min",        "reduce_max",    "reduce_add",   "uniform"};
   return names[static_cast<int>(operation)];
 }
 
@@ -58,12 +59,13 @@ void Machine::perform_load(uint32_t warp_index) {
 // in[0]: the value; in[1]: the lane, mask or distance.
 void Machine::perform_exchange(Warp &warp) {
   const Operation operation = warp.meeting.operation;
-  uint32_t votes = 0;
+  uint32_t votes = 0, sum = 0;
   auto smallest = static_cast<int32_t>(warp.lane[0]->in[0]);
   int32_t largest = smallest;
   for (uint32_t l = 0; l < kLanes; l++) {
     const uint32_t value = warp.lane[l]->in[0];
     votes |= static_cast<uint32_t>(value != 0) << l;
+    sum += value;
     smallest = std::min(smallest, static_cast<int32_t>(value));
     largest = std::max(largest, static_cast<int32_t>(value));
   }
@@ -88,6 +90,9 @@ void Machine::perform_exchange(Warp &warp) {
         break;
       case Operation::any:
         out = votes != 0;
+        break;
+      case Operation::reduce_add:
+        out = sum;
         break;
       default:
         out = static_cast<uint32_t>(operation == Operation::reduce_min ? smallest : largest);

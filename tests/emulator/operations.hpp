@@ -37,6 +37,7 @@ enum class Operation : uint8_t {
   any,
   reduce_min,
   reduce_max,
+  reduce_add,
   uniform,
 };
 

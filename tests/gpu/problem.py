@@ -71,6 +71,7 @@ class Spec:
     lse: bool = True
     num_splits: int = 0
     deterministic: bool = False
+    schedule: str = ""  # scheduler_metadata: fresh, or stale: made of other lengths
 
 
 @dataclass
@@ -84,6 +85,24 @@ class Problem:
     options: dict[str, Any] = field(default_factory=dict)
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    metadata: torch.Tensor | None = None
+
+    def reschedule(self) -> None:
+        """Makes or renews `metadata`, in place; has no elements where there is nothing to schedule."""
+        d, spec, dense = self.device, self.spec, self.q.ndim == 4
+        if not spec.schedule or "seqused_k" not in d:
+            return
+        lengths = d["seqused_k"]
+        if spec.schedule == "stale":
+            lengths = torch.from_numpy(self.host["seqused_k"] // 2).to(lengths.device)
+        self.metadata = flashspark.get_scheduler_metadata(
+            len(spec.q_lens), self.q.shape[1] if dense else self.max_seqlen_q, self.max_seqlen_k, *spec.heads,
+            spec.dims[0], lengths, torch.float8_e4m3fn if spec.fp8 else spec.dtype, spec.dims[1],
+            d.get("cu_seqlens_q"), cache_leftpad=d.get("leftpad_k"), causal=spec.causal, window_size=spec.window,
+            has_softcap=spec.softcap > 0, num_splits=spec.num_splits, seqused_q=d.get("seqused_q"),
+            cache_batch_idx=d.get("kv_batch_index"), causal_per_seq=d.get("causal_per_seq"),
+            deterministic=spec.deterministic, out=self.metadata,
+        )  # fmt: skip
 
     def sequences(self) -> np.ndarray:
         """(5, B): first query row, queries, first key row, keys, causal. As flashspark.h says, in NumPy."""
@@ -127,6 +146,9 @@ class Problem:
         if spec.fp8:
             q, k, v = as_e4m3(q) if spec.fp8 == "qkv" else q, as_e4m3(k), as_e4m3(v)
         table = d.get("page_table")
+        plain = self.q.ndim == 4 and table is None and not (spec.leftpad or spec.batch_index)  # flash_attn_func
+        if self.metadata is not None and not plain:
+            arguments["scheduler_metadata"] = self.metadata
         if spec.leftpad or spec.batch_index or (table is not None and self.q.ndim == 4):
             result = flashspark.flash_attn_with_kvcache(
                 q, k, v, cache_seqlens=d.get("seqused_k"), cache_leftpad=d.get("leftpad_k"),
@@ -317,6 +339,7 @@ def build(spec: Spec, seed: int, device: torch.device | str) -> Problem:
     counted = k_used if spec.layout == "varlen" else np.where(idle, 0, k_used)
     problem.max_seqlen_k = int(counted.max(initial=0)) + (20 if spec.seqused_k else 0) + 10 * loose
     problem.device = arena(host, like["device"])
+    problem.reschedule()
     return problem
 
 

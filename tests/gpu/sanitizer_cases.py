@@ -41,6 +41,8 @@ def cases() -> dict[str, Spec]:
     found["merge"] = replace(FEW, dims=(128, 128), num_splits=3, k_lens=[700, 300, 9, 400])
     # Blocks that go through several row tiles, and row tiles that several blocks meet in.
     found["shares"] = replace(NARROW, q_lens=[1, 0, 2] * 30, k_lens=[150, 7, 900] * 30, dims=(128, 128), num_splits=0)
+    found["scheduled"] = replace(found["shares"], schedule="fresh")
+    found["stale"] = replace(found["shares"], schedule="stale")
     found["contiguous"] = replace(FEW, dims=(128, 128), layout="varlen")
     found["dense"] = replace(WIDE, dims=(128, 128), layout="dense", causal=False, sinks=torch.float32)
     found["rswa"] = replace(FEW, rswa=30)
@@ -55,9 +57,11 @@ def to_device(problem: Problem, device: torch.device) -> Problem:
 
     options = {name: copy(x) if isinstance(x, torch.Tensor) else x for name, x in problem.options.items()}
     lists = {name: torch.from_numpy(values).to(device) for name, values in problem.host.items()}
-    return replace(
-        problem, q=copy(problem.q), k=copy(problem.k), v=copy(problem.v), options=options, device=lists
+    moved = replace(
+        problem, q=copy(problem.q), k=copy(problem.k), v=copy(problem.v), options=options, device=lists, metadata=None
     )  # fmt: skip
+    moved.reschedule()
+    return moved
 
 
 def main() -> int:

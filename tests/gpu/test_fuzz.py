@@ -104,7 +104,9 @@ def draw(seed: int) -> Spec:
         options["fp8"] = "kv" if often(0.6) else "qkv"
     options |= {"lse": often(0.6), "deterministic": often(0.2)}
     options["num_splits"] = int(rng.choice([0, 0, 0, 1, 2, 3, 7]))
-    return Spec(q_lens, k_lens, heads, dims, torch.bfloat16 if often(0.6) else torch.float16, **options)
+    dtype = torch.bfloat16 if often(0.6) else torch.float16
+    options["schedule"] = str(rng.choice(["", "fresh", "stale"]))
+    return Spec(q_lens, k_lens, heads, dims, dtype, **options)
 
 
 def failures_of(spec: Spec, seed: int, device: torch.device) -> list[str]:
@@ -151,5 +153,13 @@ def test_what_the_batches_cover():
     assert max(max(s.q_lens) for s in specs) >= (500 if ON_CPU else 4000)
     for name in ("leftpad", "batch_index", "causal_per_seq", "shared_prefix", "rswa", "rel_extent", "alibi", "clamp"):
         assert sum(bool(getattr(s, name)) for s in specs) >= 20, name
-    for name, values in {"fp8": 3, "layout": 4, "cache": 4, "prefix": 3, "dtype": 2, "num_splits": 5}.items():
+    for name, values in {
+        "fp8": 3,
+        "layout": 4,
+        "cache": 4,
+        "prefix": 3,
+        "dtype": 2,
+        "num_splits": 5,
+        "schedule": 3,
+    }.items():
         assert len({getattr(s, name) for s in specs}) == values, name

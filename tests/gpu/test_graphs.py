@@ -68,6 +68,7 @@ class Engine:
         if spec.alibi:
             options["alibi_slopes"] = torch.rand(spec.heads[0], device=device) * 0.3
         self.results = self.problem.empty_results()
+        self.problem.reschedule()
 
     def next_step(self) -> None:
         """Other lengths and pages; idle slots, in between or at the end, keep what an earlier step left there."""
@@ -94,6 +95,8 @@ class Engine:
         host["cu_seqlens_q"][:] = offsets(q_lens)
         for name, values in host.items():
             self.problem.device[name].copy_(torch.from_numpy(values))
+        if rng.random() < 0.7:  # else the schedule is an earlier step's
+            self.problem.reschedule()
         for x, y in zip((self.problem.q, self.problem.k, self.problem.v), self.fresh):
             x.copy_(y)
         self.problem.q[int(q_lens.sum()) :] = float("nan")
@@ -110,6 +113,8 @@ class Engine:
 ENGINES: dict[str, tuple[dict, int, int, int]] = {  # Spec, slots, rows, longest_k
     "decode": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1)}, 48, 48, 900),
     "decode, few": ({"q_lens": [1], "dims": (128, 128), "heads": (16, 2)}, 3, 3, 4000),
+    "decode, scheduled": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1), "schedule": "fresh"}, 48, 48, 900),
+    "verify, scheduled": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2), "schedule": "fresh"}, 20, 160, 1600),
     "verify": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2)}, 20, 160, 600),
     "verify, 5 splits": ({"q_lens": [6], "dims": (256, 256), "num_splits": 5}, 6, 36, 1500),
     "mixed": ({"q_lens": [300], "dims": (128, 128), "heads": (4, 2)}, 12, 700, 800),

@@ -106,5 +106,35 @@ TEST(Abi, CpuNeedsNoWorkspace) {
   EXPECT_EQ(flashspark_attention_workspace_size(&p, nullptr), FLASHSPARK_INVALID_ARGUMENT);
 }
 
+// The CPU has nothing to schedule, and neither addresses nor strides of tensors are asked for.
+TEST(Abi, CpuNeedsNoSchedule) {
+  int64_t size = 99;
+  flashspark_attention_params p;
+  flashspark_attention_params_init(&p);
+  p.num_seqs = 3, p.max_seqlen_q = 1, p.max_seqlen_k = 4096;
+  p.num_heads_q = p.num_heads_kv = 1;
+  p.head_dim = p.head_dim_v = 128;
+  p.q.dtype = p.k.dtype = p.v.dtype = p.out.dtype = FLASHSPARK_BFLOAT16;
+  EXPECT_EQ(flashspark_attention_schedule_size(&p, &size), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_EQ(size, 0);
+  EXPECT_EQ(flashspark_attention_schedule(&p), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_EQ(flashspark_attention_schedule_size(&p, nullptr), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(flashspark_attention_schedule(nullptr), FLASHSPARK_INVALID_ARGUMENT);
+  int32_t two[2];
+  p.scheduler_metadata = reinterpret_cast<int32_t *>(reinterpret_cast<char *>(two) + 1);
+  EXPECT_EQ(flashspark_attention_schedule(&p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(std::string(flashspark_last_error()).rfind("scheduler_metadata = ", 0), 0u) << flashspark_last_error();
+  p.scheduler_metadata = two;
+  p.scheduler_metadata_size = -1;
+  EXPECT_EQ(flashspark_attention_schedule(&p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(std::string(flashspark_last_error()).rfind("scheduler_metadata_size = -1", 0), 0u);
+  p.scheduler_metadata_size = 2;
+  p.window_left = -2;
+  EXPECT_EQ(flashspark_attention_schedule(&p), FLASHSPARK_INVALID_ARGUMENT);
+  p.window_left = -1;
+  p.q.dtype = 77;
+  EXPECT_EQ(flashspark_attention_schedule(&p), FLASHSPARK_INVALID_TYPE);
+}
+
 }  // namespace
 }  // namespace flashspark

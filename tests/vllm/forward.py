@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import sys
 import types
 from dataclasses import fields
@@ -47,7 +48,12 @@ def _metadata(call: Call, **more: Any) -> Any:
 
 
 def _run(
-    c: Context, spec: Spec, metadata: dict[str, Any], layer: dict[str, Any] | None = None, **expected: Any
+    c: Context,
+    spec: Spec,
+    metadata: dict[str, Any],
+    layer: dict[str, Any] | None = None,
+    schedule: Any = None,
+    **expected: Any,
 ) -> None:
     from flashspark.vllm.versions import RELEASES
 
@@ -60,7 +66,9 @@ def _run(
     q = torch.cat([call.q, torch.full_like(call.q[:3], float("nan"))])
     out = torch.full((len(q), *call.out.shape[1:]), float("nan"), dtype=q.dtype)
     given = {n: v(call) if callable(v) else v for n, v in metadata.items()}
-    _implementation(spec, call).forward(holder, q, q, q, call.whole, _metadata(call, **given), out)
+    step = _metadata(call, **given)
+    step.flashspark_schedule = schedule
+    _implementation(spec, call).forward(holder, q, q, q, call.whole, step, out)
     call.check(out[: len(call.q)], call.expected(**expected)[0])
     assert out[len(call.q) :].isnan().all()
 
@@ -116,6 +124,66 @@ def out_of_memory(c: Context) -> None:
         _call.attend.__defaults__ = native
     assert len(calls) == 1, "tried again"
     _run(c, Spec(), {})
+
+
+def scheduled(c: Context) -> str:
+    """A step's schedule is asked for with the step's own numbers, and reaches the attention calls of its layers."""
+    import flashspark
+    from flashspark.vllm import calls
+    from flashspark.vllm.backend import FlashSparkBackend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    builder_class, stock = FlashSparkBackend.get_builder_cls(), sys.modules[FLASH_ATTN].FlashAttentionMetadataBuilder
+    assert "num_heads_q" in stock.__init__.__code__.co_names
+    asked: list[dict[str, Any]] = []
+    real, native, build_stock = flashspark.get_scheduler_metadata, calls._forward(), stock.build
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(real).bind(*args, **kwargs).arguments
+        asked.append(given)
+        assert not len(real(*args, **kwargs)), "the CPU has no schedule"
+        return given["out"].new_zeros(1)
+
+    call = build(Spec())
+    sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": 128}
+    specs = [
+        (FullAttentionSpec(**sizes, dtype=torch.bfloat16), torch.bfloat16, (-1, -1)),
+        (FullAttentionSpec(**sizes, dtype=torch.uint8), torch.float8_e4m3fn, (-1, -1)),
+        (SlidingWindowSpec(**sizes, dtype=torch.float16, sliding_window=64), torch.float16, (63, 0)),
+    ]
+    flashspark.get_scheduler_metadata = recorded
+    stock.build = lambda self, *args, **kwargs: _metadata(call)
+    try:
+        for spec, dtype, window in specs:
+            builder = object.__new__(builder_class)
+            builder.kv_cache_spec, builder.num_heads_q, builder.flashspark_serves = spec, 16, True
+            step = builder.build(0, None)
+            assert step.flashspark_schedule is builder.build(0, None).flashspark_schedule, "not the same memory"
+            given = asked.pop()
+            assert given["cache_seqlens"] is call.seqused and given["cu_seqlens_q"] is call.cu_q
+            assert given["batch_size"] == len(call.seqused), given
+            sizes_of_step = (given["max_seqlen_q"], given["max_seqlen_k"], given["num_heads_q"], given["num_heads_kv"])
+            assert sizes_of_step == (max(call.spec.q_lens), 4096, 16, 2) and given["headdim"] == 128, given
+            assert (given["qkv_dtype"], given["window_size"], given["causal"]) == (dtype, window, True), given
+        builder.flashspark_serves = False
+        assert not hasattr(builder.build(0, None), "flashspark_schedule")
+    finally:
+        flashspark.get_scheduler_metadata, stock.build = real, build_stock
+    # Of the layers' calls.
+    schedule, seen = torch.zeros(64, dtype=torch.int32), []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["scheduler_metadata"])
+        return native(*args, **kwargs)
+
+    loader, calls._forward = calls._forward, lambda: watched
+    try:
+        _run(c, Spec(), {}, schedule=schedule)
+        _run(c, Spec(), {})
+    finally:
+        calls._forward = loader
+    assert seen[-2] is schedule and seen[-1] is None, seen
+    return f"{len(specs)} kinds of layers"
 
 
 def _mm_prefix(c: Context, factory: str) -> None:
@@ -265,4 +333,4 @@ def _spoilt(wrong: Any) -> Any:
     return spoilt
 
 
-FORWARD = (forward, out_of_memory, inkling, verify)
+FORWARD = (forward, scheduled, out_of_memory, inkling, verify)

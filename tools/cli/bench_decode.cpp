@@ -106,6 +106,12 @@ void measure(Timing &t, int64_t sets, const Place &place, Cache &cache, const Be
   const Memory workspace(gpu, p.workspace_size);
   p.workspace = workspace.data();
   t.implementation = choose(p).name;
+  // As an engine makes it once a step for all layers.
+  status = flashspark_attention_schedule_size(&p, &p.scheduler_metadata_size);
+  const Memory schedule(gpu, p.scheduler_metadata_size * sizeof(int32_t));
+  p.scheduler_metadata = reinterpret_cast<int32_t *>(schedule.data());
+  if (status == FLASHSPARK_OK) status = flashspark_attention_schedule(&p);
+  if (status != FLASHSPARK_OK) return t.refuse(status, options);
 
   const int32_t *tables = p.page_table;
   int64_t next = 0;

@@ -1,7 +1,7 @@
 """vLLM's FlashAttention backend with flashspark's answers: the class on the FLASH_ATTN slot.
 
-Imported by vLLM when it resolves the slot. Builder, cache layout and forward are the stock ones, whose forward ends in
-the module's flash_attn_varlen_func, which is ours. The name stays FLASH_ATTN.
+Imported by vLLM when it resolves the slot. Cache layout and forward are the stock ones, whose forward ends in the
+module's flash_attn_varlen_func, which is ours; so is the builder, which adds a schedule. The name stays FLASH_ATTN.
 """
 
 from __future__ import annotations
@@ -11,14 +11,24 @@ from typing import Any
 
 from vllm.v1.attention.backends import flash_attn as stock
 
-from . import calls, probe, report
+from . import calls, probe, report, schedule
 from .features import FEATURES, FP8_NAMES
 
 
 class FlashSparkMetadataBuilder(stock.FlashAttentionMetadataBuilder):
-    """The stock builder; only the CUDA-graph class is stated anew, as of version 4."""
+    """The stock builder, with the CUDA-graph class of version 4 and a schedule for each step's decoding."""
 
     _cudagraph_support = probe.graph_support(stock)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.flashspark_serves = ours()
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        metadata = super().build(*args, **kwargs)
+        if self.flashspark_serves:
+            metadata.flashspark_schedule = schedule.of_step(self, metadata)
+        return metadata
 
 
 class FlashSparkImpl(stock.FlashAttentionImpl):
@@ -31,7 +41,8 @@ class FlashSparkImpl(stock.FlashAttentionImpl):
 
     def forward(self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any,
                 **kwargs: Any) -> Any:  # fmt: skip
-        calls.rswa.window = getattr(attn_metadata, "rswa_window", None)
+        calls.forward.rswa_window = getattr(attn_metadata, "rswa_window", None)
+        calls.forward.schedule = getattr(attn_metadata, "flashspark_schedule", None)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
 

@@ -176,6 +176,7 @@ def _attend(
         "output_scale": output_scale,
         "dynamic_causal": dynamic_causal,
         "alibi_slopes": alibi_slopes,
+        "scheduler_metadata": getattr(forward, "schedule", None) if block_table is not None else None,
     }
     kind = (
         *(q.shape[-1], v.shape[-1], q_type, v_type, block_table is None, causal, left, right, softcap, s_aux is None),
@@ -187,6 +188,8 @@ def _attend(
     return _forward()(q, k, v, **arguments)
 
 
+# Of the forward in progress, what its metadata knows and vLLM's call does not say: rswa_window, as an int, and schedule.
+forward = threading.local()
 _known: set[tuple[Any, ...]] = set()  # kinds of calls that the log has a line for
 
 
@@ -388,16 +391,12 @@ def mm_prefix_factory(stock: Function) -> Function:
     return _make_mm_prefix_mask_mod
 
 
-# .window: the R-SWA window of the forward in progress, which the backend knows as an int and the factory does not get.
-rswa = threading.local()
-
-
 def rswa_factory(stock: Function) -> Function:
     """flash_attn._make_rswa_mask_mod: a tag with the window, so that no tensor has to be read back."""
 
     @functools.wraps(stock)
     def _make_rswa_mask_mod() -> mods.RSwa:
-        window = getattr(rswa, "window", None)
+        window = getattr(forward, "rswa_window", None)
         if window is None:
             raise NotImplementedError("R-SWA outside flashspark's FLASH_ATTN backend: its window is not known there")
         return mods.RSwa(window=window)

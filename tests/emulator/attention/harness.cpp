@@ -6,6 +6,7 @@
 
 #include "cuda/arguments.hpp"
 #include "forward/merge.cuh"
+#include "forward/schedule.cuh"
 #include "guarded.hpp"
 #include "validate.hpp"
 
@@ -83,6 +84,33 @@ void spoil_unkept_keys(cases::Problem &problem) {
   }
 }
 
+// What a forward kernel may be given of a schedule: none, one of its own lengths, of others, or of another problem.
+enum class ScheduleOf : uint64_t { none, lengths, other_lengths, other_problem };
+
+// Its lines, written by the schedule kernel; empty for a problem that has none.
+Guarded<int32_t> make_schedule(const Params &p, const cuda::Machine &machine, const Instance *instance, ScheduleOf of,
+                               uint64_t seed, Counters &counters) {
+  auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, nullptr, instance));
+  if (of == ScheduleOf::none || plan->schedule_size() == 0) return {};
+  Guarded<int32_t> lines(static_cast<size_t>(plan->schedule_size()));
+  std::fill(lines.begin(), lines.end(), -1);
+  plan->arguments.schedule = lines.data();
+  if (of == ScheduleOf::other_problem) {
+    ShareLimits &limits = plan->arguments.share_limits;
+    limits.least_shift += 1, limits.few_total = 0, limits.start += 3;
+    plan->arguments.schedule_key += 1;
+  }
+  // Other lengths are those of the same sequences with half their keys.
+  std::vector<int32_t> used(p.seqused_k, p.seqused_k + (p.seqused_k != nullptr ? p.num_seqs : 0));
+  for (int32_t &keys : used) keys /= 2;
+  if (of == ScheduleOf::other_lengths && p.seqused_k != nullptr) plan->arguments.seqused_k = used.data();
+  add(counters, launch_one(plan->schedule(), seed, [&plan] { schedule(plan->arguments); }));
+  if (of == ScheduleOf::other_lengths && p.seqused_k == nullptr) {
+    for (size_t n = kLengths; n < lines.size(); n += kScheduleWords) lines[n] += 1;
+  }
+  return lines;
+}
+
 }  // namespace
 
 Registration::Registration(const Kernel &kernel) {
@@ -114,7 +142,7 @@ bool can_run(const Kernel &kernel, const cases::Problem &problem) {
 }
 
 Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
-  const Params &p = problem.params;
+  Params p = problem.params;
   problem.poison();
   // A small GPU, so that small problems make several waves, splits and sections; which one depends on the seed.
   const cuda::Machine machine{
@@ -124,9 +152,13 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
   const size_t bytes = cuda::make_plan(p, machine, nullptr, instance).workspace;
   Guarded<float> workspace(bytes / sizeof(float));
   std::fill(workspace.begin(), workspace.end(), std::numeric_limits<float>::quiet_NaN());
+  Run result;
+  Guarded<int32_t> lines =
+      make_schedule(p, machine, instance, static_cast<ScheduleOf>(seed / 2 % 4), seed + 2, result.counters);
+  p.scheduler_metadata = lines.data();
+  p.scheduler_metadata_size = static_cast<int64_t>(lines.size());
   // On the heap: one copy for all threads, as the constant bank of a GPU.
   const auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, workspace.data(), instance));
-  Run result;
   if (plan->forward.grid[0] > 0) {
     const Kernel &chosen = kernel != nullptr ? *kernel : find(*plan->instance, p.k.dtype, machine.arch);
     if (kernel == nullptr && chosen.tiles != machine.arch)

@@ -74,6 +74,10 @@ inline SharedAddress shared_memory() {
 }
 
 inline void prefetch(const void *) {}  // without a fault wherever it leads
+inline int32_t load_of_device(const int32_t *from) {
+  return *from;
+}
+inline void fence() {}
 
 inline void cp_async_16(SharedAddress to, const void *from, FLASHSPARK_CALLER) {
   emulator::copy_async(to, from, true, site);
@@ -270,6 +274,9 @@ inline int32_t reduce_min(int32_t x, FLASHSPARK_CALLER) {
 }
 inline int32_t reduce_max(int32_t x, FLASHSPARK_CALLER) {
   return static_cast<int32_t>(emulator::exchange(emulator::Operation::reduce_max, static_cast<uint32_t>(x), 0, site));
+}
+inline uint32_t reduce_add(uint32_t x, FLASHSPARK_CALLER) {
+  return emulator::exchange(emulator::Operation::reduce_add, x, 0, site);
 }
 // A lane that holds another value is a fault of the kernel.
 inline int32_t uniform(int32_t x, FLASHSPARK_CALLER) {
