@@ -88,11 +88,15 @@ constexpr int32_t loop_bytes(const Instance &instance, const Tile &tile, bool co
       tile.queries != QueryPlace::registers ? ring + queries : (ring > stage + queries ? ring : stage + queries);
   return loop > joined ? loop : joined;
 }
+// Kernels that decode: their blocks can take even shares of all work (shares.cuh).
+constexpr bool takes_shares(Kind kind) {
+  return kind == Kind::few || kind == Kind::narrow;
+}
 // What a warp of kernels with shares keeps of its share lies behind all (shares.cuh).
 constexpr int32_t kShareBytes = 32;
 constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool converts = false) {
-  const bool shares = instance.kind == Kind::few || instance.kind == Kind::narrow;
-  return loop_bytes(instance, tile, converts) + (shares ? tile.warps * kShareBytes : 0);
+  const int32_t share = takes_shares(instance.kind) ? tile.warps * kShareBytes : 0;
+  return loop_bytes(instance, tile, converts) + share;
 }
 
 }  // namespace flashspark

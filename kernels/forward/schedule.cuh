@@ -22,7 +22,7 @@ enum ScheduleWord : int32_t {
   kFound, kFirst, kCount, kWhole, kPlace, kMore,
   kSeq, kHead, kTokens, kQueryRow, kFirstRow,
   kKeysBegin, kKeysEnd, kKeysRow, kKeysBatch, kCausal,
-  kShareAt, kShareEnd, kShareStart, kPassedSeqs, kPassedPositions,
+  kShareAt, kShareEnd, kShareStart, kPassedSeqs, kPassedPositions, kShareSkip,
   kScheduleFields
 };
 // clang-format on
@@ -91,7 +91,11 @@ FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, const Line &line, int3
           a.page_table == nullptr ? nullptr : a.page_table + seq * a.page_table_stride};
 }
 FLASHSPARK_DEVICE Share share_of(const Line &line) {
-  return {line[kShareAt], line[kShareEnd], line[kShareStart], {line[kPassedSeqs], line[kPassedPositions]}};
+  return {line[kShareAt],
+          line[kShareEnd],
+          line[kShareStart],
+          {line[kPassedSeqs], line[kPassedPositions]},
+          line[kShareSkip]};
 }
 
 // One warp, block x, writes the line of block x of the forward kernel.
@@ -129,6 +133,7 @@ FLASHSPARK_DEVICE void schedule(const ForwardArguments &a) {
   put(kShareStart, share.start);
   put(kPassedSeqs, share.passed.seqs);
   put(kPassedPositions, share.passed.positions);
+  put(kShareSkip, share.skip);
   a.schedule[ptx::block_x() * kScheduleWords + lane] = word;
   ptx::fence();
 }

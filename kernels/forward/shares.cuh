@@ -14,6 +14,9 @@ namespace flashspark {
 struct Spread {
   int32_t total, period, shares;  // shares of a period
   int32_t start;                  // positions before the keys of each row tile
+  // apart > 0: shares are of whole row tiles, all of `tile` positions; the x-th takes those at x * tile, and at `apart`
+  // positions further, and so on.
+  int32_t apart, tile;
 
   // The positions of a share: none for those that are too many.
   FLASHSPARK_DEVICE Interval stretch(int32_t share) const {
@@ -21,6 +24,11 @@ struct Spread {
     const int32_t each = quotient(period, shares), more = period - each * shares;
     const int32_t begin = of_period * period + inside * each + min_of(inside, more);
     return {min_of(total, begin), min_of(total, begin + each + (inside < more ? 1 : 0))};
+  }
+  // From its first position to behind its last: what lies between is all its own only where apart == 0.
+  FLASHSPARK_DEVICE Interval share(int32_t n) const {
+    if (apart == 0) return stretch(n);
+    return n * tile < apart ? Interval{n * tile, total} : Interval{0, 0};
   }
   // The share that holds a position.
   FLASHSPARK_DEVICE int32_t at(int32_t position) const {
@@ -39,14 +47,17 @@ FLASHSPARK_DEVICE Spread spread(int32_t total, int32_t units, int32_t of_each, c
   // twentieth above the mean.
   if (of_each > 0 && units <= used) {
     const int32_t pieces = quotient(used, units);
-    if (pieces * units * 21 >= used * 20) return {total, of_each, pieces, 0};
+    if (pieces * units * 21 >= used * 20) return {total, of_each, pieces, 0, 0, 0};
   } else if (of_each > 0) {
     const int32_t together = quotient(units + used - 1, used);
-    if (units * 21 >= together * used * 20) return {total, together * of_each, 1, 0};
+    // Shares side by side take neighbouring tiles, the KV heads of a sequence, whose rows lie beside each other: 16/8
+    // D64 B128 2k with an e4m3 cache, of which a head's row is 64 bytes, 139 us with four tiles in turn.
+    if (units * 21 >= together * used * 20)
+      return {total, together * of_each, 1, 0, quotient(units + together - 1, together) * of_each, of_each};
   }
   // Shares that begin in the middle of a tile start as well as those that come upon several: only the latter count.
   const int32_t start = units > used / 2 ? limits.start : 0;
-  return {total + start * units, total + start * units, used, start};
+  return {total + start * units, total + start * units, used, start, 0, 0};
 }
 
 // Where the pieces of a row tile lie whose positions are [begin, begin + tiles): the block that begins it has a place
@@ -123,7 +134,7 @@ FLASHSPARK_DEVICE Spread find_spread(const ForwardArguments &a, int32_t rows, in
   most = ptx::reduce_max(most);
   least = ptx::reduce_min(least);
   total = ptx::uniform(total);
-  return total == 0 ? Spread{0, 1, 1, 0}
+  return total == 0 ? Spread{0, 1, 1, 0, 0, 0}
                     : spread(total, ptx::uniform(units), most == least ? ptx::uniform(most) : 0, a.share_limits);
 }
 
@@ -188,6 +199,7 @@ FLASHSPARK_DEVICE Piece split_evenly(const ForwardArguments &a) {
 struct Share {
   int32_t at, end, start;  // positions; `start` of them before the keys of each row tile
   Passed passed;           // behind which `at` lies
+  int32_t skip;            // positions between its row tiles, which are others'
 };
 FLASHSPARK_DEVICE void keep(ptx::SharedAddress memory, const Share &share) {
   ptx::warp_barrier();  // all lanes have read what was kept before
@@ -195,7 +207,7 @@ FLASHSPARK_DEVICE void keep(ptx::SharedAddress memory, const Share &share) {
     const auto word = [](int32_t x) { return static_cast<uint32_t>(x); };
     ptx::store_shared_8(memory, word(share.at), word(share.end));
     ptx::store_shared_8(memory + 8, word(share.start), word(share.passed.seqs));
-    ptx::store_shared_8(memory + 16, word(share.passed.positions), 0);
+    ptx::store_shared_8(memory + 16, word(share.passed.positions), word(share.skip));
     ptx::store_shared_8(memory + 24, 0, 0);  // read with the word before
   }
   ptx::warp_barrier();  // it is there
@@ -203,7 +215,7 @@ FLASHSPARK_DEVICE void keep(ptx::SharedAddress memory, const Share &share) {
 FLASHSPARK_DEVICE Share kept(ptx::SharedAddress memory) {
   const auto of = [](uint32_t word) { return ptx::uniform(static_cast<int32_t>(word)); };
   const ptx::Vector16 x = ptx::load_shared_16(memory), y = ptx::load_shared_16(memory + 16);
-  return {of(x.word[0]), of(x.word[1]), of(x.word[2]), {of(x.word[3]), of(y.word[0])}};
+  return {of(x.word[0]), of(x.word[1]), of(x.word[2]), {of(x.word[3]), of(y.word[0])}, of(y.word[1])};
 }
 
 // The next row tile of the block's share, from where `share` is, and the keys of it that fall to the block. No work is
@@ -214,15 +226,15 @@ FLASHSPARK_DEVICE Piece find_piece(const ForwardArguments &a, int32_t rows, int3
   const auto block = static_cast<int32_t>(ptx::block_x());
   if (is_first) {
     const Spread all = find_spread(a, rows, keys, w);
-    const auto [begin, end] = all.stretch(block);
+    const auto [begin, end] = all.share(block);
     work.found = begin < end;
     if (!work.found) return {};
-    share = {begin, end, all.start, {0, 0}};
+    share = {begin, end, all.start, {0, 0}, max_of(0, all.apart - all.tile)};
   }
   const RowTile tile = row_tile_at(a, rows, keys, share.at, share.start, w, share.passed);
   work = tile.work;
   const int32_t first = share.at - tile.begin, count = min_of(tile.count - first, share.end - share.at);
-  share.at += count;
+  share.at += count + share.skip;
   const int32_t first_key = max_of(first - share.start, 0), end_key = max_of(first + count - share.start, 0);
   if (a.page_table != nullptr)  // its latency passes while masks are worked out
     ptx::prefetch(a.page_table + work.seq * a.page_table_stride +

@@ -52,8 +52,7 @@ struct Traits {
   static constexpr Tile kTile = kInstance.tile(arch);
 #endif
   static constexpr bool kChanged = kInstance.kind == Kind::changed;
-  // Kernels that decode: their blocks can take even shares of all work (shares.cuh).
-  static constexpr bool kShares = kInstance.kind == Kind::few || kInstance.kind == Kind::narrow;
+  static constexpr bool kShares = takes_shares(kInstance.kind);
   // Every warp copies the keys that it uses, and no warp waits for another before the end.
   static constexpr bool kOwnKeys = kInstance.kind == Kind::narrow;
   static constexpr Schedule kSchedule = kTile.schedule;

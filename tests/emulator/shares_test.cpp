@@ -57,6 +57,25 @@ void check_shares(const Batch &batch, const Spread &all, const ShareLimits &limi
   ASSERT_LE(longest, perfect * 1.05 + 1);  // a tile is not cut
 }
 
+// Shares of whole row tiles: each tile in one, as many in each as in the stretches that they stand for, and nothing
+// left for the shares that are too many.
+void check_whole_tiles(const Batch &batch, const Spread &all, const ShareLimits &limits) {
+  const auto units = static_cast<int32_t>(batch.tiles.size());
+  ASSERT_EQ(all.tile, batch.of_each);
+  ASSERT_EQ(all.apart % all.tile, 0);
+  std::vector<int32_t> taken(batch.tiles.size());
+  for (int32_t share = 0; share < limits.shares; ++share) {
+    const auto [begin, end] = all.share(share);
+    int32_t count = 0;
+    for (int32_t at = begin; at < end; at += all.apart, ++count) {
+      ASSERT_EQ(at % all.tile, 0);
+      ++taken[static_cast<size_t>(at / all.tile)];
+    }
+    ASSERT_LE(count * all.tile, all.period);
+  }
+  ASSERT_EQ(std::count(taken.begin(), taken.end(), 1), units);
+}
+
 // What take_piece() and the merge kernel make of them: every position in one piece, every piece in a place of its own
 // that the merge of its row tile names.
 void check_pieces(const Batch &batch, const Spread &all, int32_t most) {
@@ -93,6 +112,7 @@ TEST(Shares, OfAMillionBatches) {
   const char *text = std::getenv("FLASHSPARK_SHARES_CASES");
   const int32_t cases = text != nullptr ? std::atoi(text) : 1000000;
   std::mt19937 random(20261126);
+  int32_t whole = 0;
   for (int32_t n = 0; n < cases; ++n) {
     const Batch batch = draw(random);
     constexpr int32_t kSms[] = {48, 70, 84, 132, 170, 188};  // GB10 and RTX parts; the stand-in among them
@@ -101,6 +121,7 @@ TEST(Shares, OfAMillionBatches) {
                              most * static_cast<int32_t>(random() % 5), static_cast<int32_t>(random() % 4)};
     const Spread all = spread(batch.total, static_cast<int32_t>(batch.tiles.size()), batch.of_each, limits);
     check_shares(batch, all, limits);
+    if (all.apart > 0) check_whole_tiles(batch, all, limits), ++whole;
     if (n % 16 == 0) check_pieces(batch, all, most);
     if (HasFatalFailure()) {
       ADD_FAILURE() << "batch " << n << ": " << batch.tiles.size() << " row tiles, " << batch.total << " positions, "
@@ -108,6 +129,7 @@ TEST(Shares, OfAMillionBatches) {
       return;
     }
   }
+  EXPECT_GT(whole, cases / 100);
 }
 
 }  // namespace

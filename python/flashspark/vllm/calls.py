@@ -188,7 +188,7 @@ def _attend(
     return _forward()(q, k, v, **arguments)
 
 
-# Of the forward in progress, what its metadata knows and vLLM's call does not say: rswa_window, as an int, and schedule.
+# Of the forward in progress, what its metadata knows and vLLM's call does not say: rswa_window, an int, and schedule.
 forward = threading.local()
 _known: set[tuple[Any, ...]] = set()  # kinds of calls that the log has a line for
 

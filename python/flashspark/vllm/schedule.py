@@ -1,4 +1,4 @@
-"""One schedule a step for the layers of a group: how decoding is spread over the GPU, found before the first of them."""
+"""One schedule a step for the layers of a group: how decoding is spread over the GPU, found before the first layer."""
 
 from __future__ import annotations
 
