@@ -101,7 +101,7 @@ FLASHSPARK_DEVICE Share share_of(const Line &line) {
 // One warp, block x, writes the line of block x of the forward kernel.
 FLASHSPARK_DEVICE void schedule(const ForwardArguments &a) {
   ptx::grid_dependency_wait();
-  Work work;
+  Work work{};  // where nothing is found a line has numbers, too
   Share share{};
   const Piece piece = find_piece(a, a.tile_rows, a.tile_keys, true, share, work);
   const Keys keys = work.found ? find_keys(a, work.seq) : Keys{};
