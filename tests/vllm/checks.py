@@ -347,9 +347,9 @@ def masks(c: Context) -> str:
     rswa = getattr(module, "_make_rswa_mask_mod", None)
     if rswa is None:
         return "PrefixLM"
-    calls.rswa.window = 100
+    calls.forward.rswa_window = 100
     assert rswa() == mods.RSwa(window=100)
-    calls.rswa.window = None
+    calls.forward.rswa_window = None
     return "PrefixLM, R-SWA"
 
 
