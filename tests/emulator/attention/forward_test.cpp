@@ -122,6 +122,23 @@ TEST(Forward, DecodeOfUnequalLengths) {
   }
 }
 
+// A schedule knows what each layout counts keys from, and which sequences are causal; one of other lengths is not
+// believed.
+TEST(Forward, ScheduledDecodeOfEveryLayout) {
+  cases::Case padded = plain({{1, 700}, {1, 30}, {2, 333}, {1, 90}});
+  padded.heads_q = 3;
+  padded.kv_layout = cases::Layout::kDense, padded.seqused_k = true;
+  cases::Case varlen = padded, indexed = padded, mixed = padded;
+  padded.leftpad = 9;
+  varlen.kv_layout = cases::Layout::kVarlen;
+  indexed.kv_batch_index = true;
+  mixed.kv_layout = cases::Layout::kPaged, mixed.causal_per_seq = true;
+  for (const cases::Case &c : {padded, varlen, indexed, mixed}) {
+    for (const uint64_t seed : {3, 11, 5, 13, 23, 31})  // of its own lengths, of others, of another problem; twice each
+      EXPECT_EQ(check(c, nullptr, seed), "") << "leftpad " << c.leftpad << ", layout " << static_cast<int>(c.kv_layout);
+  }
+}
+
 // Metadata of sequences without query rows is never read: page numbers and lengths of padded rows are stale.
 TEST(Forward, PaddedRowsReadNothing) {
   cases::Case c = plain({{3, 100}, {1, 40}, {0, 30}, {0, 20}});
