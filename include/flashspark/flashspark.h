@@ -245,7 +245,7 @@ FLASHSPARK_API flashspark_status flashspark_attention_workspace_size(const flash
 
 /* Work distribution of decoding, found once for many calls: layers of a model that attend to sequences of the same
  * lengths, or replays of a graph. Writes params->scheduler_metadata on the stream, from the lengths on the device at
- * that time; calls behind it that are given it start sooner (by 1 to 2 us on an H100). Needed of the params: device,
+ * that time; calls behind it that are given it start sooner (by 1 us on an H100). Needed of the params: device,
  * stream, sizes, dtypes, lengths, mask, num_splits and deterministic as the calls will have them; tensors' addresses
  * and strides and page_table are not looked at. Where the problem is none that a schedule serves, nothing is written.
  */
