@@ -171,11 +171,7 @@ void append_kv(Reader &args) {
   p.leftpad_k = leftpad.int32_vector(p.num_seqs, "the number of sequences");
   p.k_descale = k_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
   p.v_descale = v_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
-  if (args.on_cuda()) {
-    p.device = FLASHSPARK_CUDA;
-    p.device_index = args.device_index();
-    p.stream = TVMFFIEnvGetStream(kDLCUDA, args.device_index());
-  }
+  args.place(p);
   const flashspark_status status = flashspark_append_kv(&p);
   if (status == FLASHSPARK_OK) return;
   throw CallError{error_kind(status), in_callers_words(flashspark_last_error(), kAppendNames, kCache)};

@@ -34,8 +34,14 @@ class Reader {
   bool is_none() const { return next_ >= count_ || args_[next_].type_index == kTVMFFINone; }
   std::string text(const char *name);  // "" for None
 
-  bool on_cuda() const { return on_cuda_; }
-  int32_t device_index() const { return device_index_; }
+  // Where the tensors read so far are, and the caller's stream there.
+  template <class Params>
+  void place(Params &params) const {
+    if (!on_cuda_) return;
+    params.device = FLASHSPARK_CUDA;
+    params.device_index = device_index_;
+    params.stream = TVMFFIEnvGetStream(kDLCUDA, device_index_);
+  }
 
  private:
   const TVMFFIAny &take() { return next_ < count_ ? args_[next_++] : none_; }

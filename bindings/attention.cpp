@@ -223,18 +223,9 @@ void read_call(Reader &args, Call &call) {
   p.prefix_clamp_window = args.integer32("prefix_clamp_window", 0);
   p.rswa_prefix_lens = args.optional_tensor("rswa_prefix_lens").int32_vector(p.num_seqs, one_per_sequence);
   p.rswa_window = args.integer32("rswa_window", 0);
-  if (const Tensor metadata = args.optional_tensor("scheduler_metadata")) {
-    metadata.require_ndim({1}, "of one dimension");
-    metadata.require_unit_stride();
-    p.scheduler_metadata = const_cast<int32_t *>(metadata.int32_data());
-    p.scheduler_metadata_size = metadata.size(0);
-  }
+  read_schedule(args.optional_tensor("scheduler_metadata"), p);
 
-  if (args.on_cuda()) {
-    p.device = FLASHSPARK_CUDA;
-    p.device_index = args.device_index();
-    p.stream = TVMFFIEnvGetStream(kDLCUDA, args.device_index());
-  }
+  args.place(p);
 }
 
 void require_ok(flashspark_status status, Face face) {

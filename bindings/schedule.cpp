@@ -12,6 +12,14 @@ void require_ok(flashspark_status status) {
 
 }  // namespace
 
+void read_schedule(const Tensor &metadata, flashspark_attention_params &p) {
+  if (!metadata) return;
+  metadata.require_ndim({1}, "of one dimension");
+  metadata.require_unit_stride();
+  p.scheduler_metadata = const_cast<int32_t *>(metadata.int32_data());
+  p.scheduler_metadata_size = metadata.size(0);
+}
+
 int64_t attention_schedule(Reader &args) {
   flashspark_attention_params p;
   flashspark_attention_params_init(&p);
@@ -40,17 +48,8 @@ int64_t attention_schedule(Reader &args) {
   p.deterministic = args.integer32("deterministic", 0);
   if (p.cu_seqlens_q != nullptr) p.total_q = p.num_seqs * p.max_seqlen_q;  // a bound
   p.num_kv_seqs = p.num_seqs;
-  if (args.on_cuda()) {
-    p.device = FLASHSPARK_CUDA;
-    p.device_index = args.device_index();
-    p.stream = TVMFFIEnvGetStream(kDLCUDA, args.device_index());
-  }
-  if (metadata) {
-    metadata.require_ndim({1}, "of one dimension");
-    metadata.require_unit_stride();
-    p.scheduler_metadata = const_cast<int32_t *>(metadata.int32_data());
-    p.scheduler_metadata_size = metadata.size(0);
-  }
+  args.place(p);
+  read_schedule(metadata, p);
   int64_t size = 0;
   require_ok(flashspark_attention_schedule_size(&p, &size));
   if (metadata && size > 0) require_ok(flashspark_attention_schedule(&p));

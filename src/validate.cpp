@@ -220,9 +220,6 @@ void check_lengths(const Params &p) {
   }
 }
 
-}  // namespace
-
-namespace {
 // What does not ask for tensors.
 void check_problem(const Params &p) {
   check::version(p.struct_size, sizeof(Params), p.abi_version, "flashspark_attention_params");

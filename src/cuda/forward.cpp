@@ -70,23 +70,29 @@ size_t workspace(const Params &p) {
   return make_plan(p, device_facts(p.device_index).machine, nullptr).workspace;
 }
 
-int64_t schedule_size(const Params &p) {
+namespace {
+Plan schedule_plan(const Params &p) {
   if (const std::string lack = device_lack(p.device_index); !lack.empty())
     throw Error(FLASHSPARK_UNSUPPORTED, "schedule: no implementation fits: cuda: " + lack);
-  return make_plan(p, device_facts(p.device_index).machine, nullptr).schedule_size();
+  return make_plan(p, device_facts(p.device_index).machine, nullptr);
+}
+}  // namespace
+
+int64_t schedule_size(const Params &p) {
+  return schedule_plan(p).schedule_size();
 }
 
 void schedule(const Params &p) {
-  const int64_t size = schedule_size(p);
+  const Plan plan = schedule_plan(p);
+  const int64_t size = plan.schedule_size();
   if (size == 0) return;
   if (p.scheduler_metadata == nullptr)
     fail("scheduler_metadata", std::string("NULL"), "must point to " + std::to_string(size) + " elements");
   if (p.scheduler_metadata_size < size)
     fail("scheduler_metadata_size", p.scheduler_metadata_size, "must be at least " + std::to_string(size));
-  const Architecture arch = device_facts(p.device_index).machine.arch;
-  const Plan plan = make_plan(p, device_facts(p.device_index).machine, nullptr);
   const CurrentDevice current(p.device_index);
-  launch(schedule_kernel(p.device_index), plan.schedule(), &plan.arguments, static_cast<Stream>(p.stream), arch);
+  launch(schedule_kernel(p.device_index), plan.schedule(), &plan.arguments, static_cast<Stream>(p.stream),
+         device_facts(p.device_index).machine.arch);
 }
 
 std::string detail(const Params &p) {
