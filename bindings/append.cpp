@@ -168,7 +168,7 @@ void append_kv(Reader &args) {
   read_cache(t, p);
   read_rotary(cos, sin, t.rotary_positions, p);
   p.seqlens = seqlens.int32_vector(p.num_seqs, "the number of sequences");
-  p.leftpad_k = leftpad.int32_vector(p.num_seqs, "the number of sequences");
+  leftpad.int32_vector(p.num_seqs, "the number of sequences");
   p.k_descale = k_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
   p.v_descale = v_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
   args.place(p);

@@ -49,7 +49,7 @@ AppendSequence append_sequence(const AppendParams &p, int64_t b) {
     s.rows = p.total_new;
   }
   if (p.seqlens != nullptr) s.before = p.seqlens[b];
-  s.position0 = s.before - (p.leftpad_k != nullptr ? p.leftpad_k[b] : 0);
+  s.position0 = p.rotary_seqlens != nullptr ? p.rotary_seqlens[b] : s.before;
   return s;
 }
 

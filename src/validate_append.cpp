@@ -58,7 +58,6 @@ void check_slots(const AppendParams &p) {
   absent("seqlens", p.seqlens);
   absent("cu_seqlens_new", p.cu_seqlens_new);
   absent("kv_batch_index", p.kv_batch_index);
-  absent("leftpad_k", p.leftpad_k);
   absent("page_table", p.page_table);
   if (p.num_seqs != 1) fail("num_seqs", p.num_seqs, "must be 1 when slot_mapping is given");
   check::in_range("num_pages", p.num_pages, 0, INT32_MAX);
@@ -108,12 +107,8 @@ void check_lengths(const AppendParams &p) {
       fail(check::at("kv_batch_index", b), int64_t{p.kv_batch_index[b]},
            "must name one of the " + std::to_string(p.num_cache_rows) + " sequences of the cache");
     }
-    const int64_t leftpad = p.leftpad_k != nullptr ? p.leftpad_k[b] : 0;
-    if (leftpad < 0 || leftpad > before) {
-      fail(check::at("leftpad_k", b), leftpad, "must be from 0 to the sequence's length, " + std::to_string(before));
-    }
-    if (p.rotary_cos != nullptr && before - leftpad + rows > p.seqlen_rotary) {
-      fail("seqlen_rotary", p.seqlen_rotary, "must cover position " + std::to_string(before - leftpad + rows - 1));
+    if (p.rotary_cos != nullptr && before + rows > p.seqlen_rotary) {
+      fail("seqlen_rotary", p.seqlen_rotary, "must cover position " + std::to_string(before + rows - 1));
     }
     if (paged) {
       check::pages_in_use(p.page_table, p.page_table_stride, b, before, before + rows, p.page_size, p.num_pages);
@@ -148,7 +143,6 @@ void validate(const AppendParams &p) {
   check::int32_pointer("seqlens", p.seqlens);
   check::int32_pointer("cu_seqlens_new", p.cu_seqlens_new);
   check::int32_pointer("kv_batch_index", p.kv_batch_index);
-  check::int32_pointer("leftpad_k", p.leftpad_k);
   check::int32_pointer("page_table", p.page_table);
   check::int64_pointer("slot_mapping", p.slot_mapping);
   check::int64_pointer("rotary_positions", p.rotary_positions);

@@ -101,7 +101,9 @@ typedef struct flashspark_attention_params {
   int32_t num_threads;        /* CPU threads; 0: all */
   int32_t num_splits;         /* KV splits: 0 chooses, 1 forbids splitting, n asks for n (within 1 GiB of scratch) */
   int32_t deterministic;      /* 1: bit-identical on every run, and a sequence does not depend on its neighbours */
-  int32_t reserved0;
+  int32_t check_device;       /* 1: on CUDA, read the metadata back, check it as on the CPU and fail as there. Waits for
+                               * the stream, and fails while that is being captured. FLASHSPARK_CHECK=1 asks it of
+                               * every call */
 
   /* Sizes. */
   int64_t num_seqs;       /* B >= 0 */
@@ -110,12 +112,12 @@ typedef struct flashspark_attention_params {
   int64_t head_dim;       /* D: multiple of 8, 8..512 */
   int64_t head_dim_v;     /* Dv: multiple of 8, 8..512 */
   int64_t max_seqlen_q;   /* upper bound of Tq; exact for dense q */
-  int64_t max_seqlen_k;   /* upper bound of Tk; exact for dense k without seqused_k */
+  int64_t max_seqlen_k;   /* upper bound of Tk; exact for dense and paged k without seqused_k */
   int64_t total_q;        /* varlen: rows of q and out; dense: 0 */
   int64_t total_k;        /* varlen k, v: rows; dense and paged: 0 */
-  int64_t num_kv_seqs;    /* dense k, v: batch rows that kv_batch_index may name; 0: num_seqs */
+  int64_t num_kv_seqs;    /* rows of k, v (dense) or of page_table that kv_batch_index may name; 0: num_seqs */
   int64_t num_pages;      /* paged: pages in the cache; else 0 */
-  int64_t page_size;      /* paged: tokens in a page, a multiple of 16; else 0 */
+  int64_t page_size;      /* paged: tokens in a page, 1 to 2^20, fast on a GPU in multiples of 16; else 0 */
   int64_t num_page_slots; /* paged: entries in one row of page_table */
 
   /* Tensors. */
@@ -124,14 +126,21 @@ typedef struct flashspark_attention_params {
   flashspark_tensor v;   /* the same with Dv; may lie inside k's rows (packed caches); dtype of k */
   flashspark_tensor out; /* dense (B, Tq, Hq, Dv) or varlen (total_q, Hq, Dv) */
 
-  /* Lengths and pages: contiguous int32 on the device. NULL where absent. */
+  /* Lengths and pages: contiguous int32 on the device. NULL where absent.
+   *
+   * The CPU checks every entry and refuses what is out of range. A GPU call does not look at them on the host: whatever
+   * they hold, its kernels read and write nothing outside the tensors. Offsets are cut to [0, total_q] and [0, total_k],
+   * lengths to what the offsets, the tensor or the page table have room for, leftpad_k to the sequence's length, and a
+   * page number or batch index that names none stands for the last one. Which numbers come out is then nobody's
+   * promise. check_device finds such entries. */
   const int32_t *cu_seqlens_q; /* (B + 1) row offsets into q and out; NULL: q is dense */
   const int32_t *cu_seqlens_k; /* (B + 1) row offsets into k and v; not with page_table */
   const int32_t *seqused_q;    /* (B) query rows in use; the rest of the sequence's rows are left untouched */
   const int32_t *seqused_k;    /* (B) keys in use */
   const int32_t *leftpad_k;    /* (B) keys to skip at the start of a dense or paged sequence; they count in seqused_k */
-  const int32_t *kv_batch_index; /* (B) dense k, v: the batch row that holds this sequence */
-  const int32_t *page_table;     /* (B, num_page_slots) page numbers; entries past a sequence's end are never read */
+  const int32_t *kv_batch_index; /* (B) the batch row of dense k, v, or the row of page_table, of this sequence */
+  const int32_t *page_table;     /* (B, num_page_slots), or with kv_batch_index (num_kv_seqs, num_page_slots): page
+                                  * numbers; entries past a sequence's end are never read */
   int64_t page_table_stride;     /* elements from row to row, >= num_page_slots */
 
   /* Scores. */
@@ -150,12 +159,13 @@ typedef struct flashspark_attention_params {
   int64_t alibi_batch_stride; /* elements; 0: one set of slopes for all sequences */
 
   /* Mask. keep(i, j) = [j <= pos if causal] and [pos - j <= window_left] and [j - pos <= window_right]; widened by
-   * prefix ranges and R-SWA as their fields say. */
+   * prefix ranges and R-SWA as their fields say. pos = i + Tk - Tq; i, j and pos count from the sequence's first row. */
   int32_t causal;                /* 0 or 1 */
   int32_t prefix_mode;           /* flashspark_prefix_mode */
   const int32_t *causal_per_seq; /* (B), 1: causal; replaces `causal` when given */
   int64_t window_left;           /* inclusive, counted from pos; -1: open */
   int64_t window_right;          /* inclusive; -1: open */
+  int64_t attention_chunk;       /* > 0: and [floor(j / attention_chunk) == floor(pos / attention_chunk)]; 0: off */
   const int32_t
       *prefix_ranges;          /* inclusive [start, end] on the key axis: keep also every j in a range that holds pos */
   int64_t num_prefix_ranges;   /* slots a sequence (FLASHSPARK_PREFIX_PER_SEQ) */
@@ -180,14 +190,21 @@ typedef struct flashspark_attention_params {
 } flashspark_attention_params;
 
 /* Writes new keys and values into a dense or paged cache, turning the new keys (and q, in place) by rotary embedding
- * when cos and sin are given. Row i of sequence b goes to key position seqlens[b] + i, or, with slot_mapping, row t to
- * the slot of the cache that slot_mapping[t] says. Sizes as above. */
+ * when cos and sin are given. Row i of sequence b goes to row seqlens[b] + i of its cache, or, with slot_mapping, row t
+ * to the slot of the cache that slot_mapping[t] says. It turns by position seqlens[b] + i, left padding included, or
+ * rotary_seqlens[b] + i. Sizes as above.
+ *
+ * No two rows may go to one place, and k_new, v_new and q must not overlap the cache: which row stays is then undefined.
+ * The CPU checks every length, page and slot and refuses what is out of range before it writes; a GPU leaves out rows
+ * that have no place in the cache, or no position in cos and sin. */
 typedef struct flashspark_append_params {
   uint32_t struct_size; /* sizeof(flashspark_append_params) */
   uint32_t abi_version;
   int32_t device; /* flashspark_device */
   int32_t device_index;
   void *stream;
+  int32_t check_device; /* as above */
+  int32_t reserved0;
 
   int64_t num_seqs;
   int64_t num_heads_q; /* only with rotary embedding of q */
@@ -196,19 +213,23 @@ typedef struct flashspark_append_params {
   int64_t head_dim_v;
   int64_t seqlen_new;     /* new rows of each sequence (dense k_new), or their upper bound (cu_seqlens_new) */
   int64_t total_new;      /* rows of k_new with cu_seqlens_new or slot_mapping; else 0 */
+  int64_t seqlen_q;       /* rows of each sequence (dense q), or their upper bound (cu_seqlens_q) */
+  int64_t total_q;        /* rows of q with cu_seqlens_q or slot_mapping; else 0 */
   int64_t seqlen_cache;   /* dense: rows of one cache sequence; paged: 0 */
-  int64_t num_cache_rows; /* dense: sequences in the cache (kv_batch_index points into them) */
+  int64_t num_cache_rows; /* sequences of a dense cache, or rows of page_table, that kv_batch_index may name */
   int64_t num_pages, page_size, num_page_slots;
 
   flashspark_tensor k_new, v_new;     /* (B, seqlen_new, Hkv, D | Dv) or (total_new, Hkv, D | Dv) */
   flashspark_tensor k_cache, v_cache; /* as k and v above; e4m3 caches take f32, f16, bf16 rows divided by k_scale */
-  flashspark_tensor q;                /* optional: rotated in place; (B, seqlen_new, Hq, D) or (total_new, Hq, D) */
+  flashspark_tensor q;                /* optional: rotated in place; (B, seqlen_q, Hq, D) or (total_q, Hq, D) */
 
   const int32_t *seqlens;        /* (B) keys in the cache before the call. NULL: 0 */
   const int32_t *cu_seqlens_new; /* (B + 1) or NULL */
-  const int32_t *kv_batch_index; /* (B) or NULL */
-  const int32_t *leftpad_k;      /* (B) or NULL: rotary positions count from here */
-  const int32_t *page_table;
+  const int32_t *cu_seqlens_q;   /* (B + 1) or NULL: row offsets into q */
+  const int32_t *seqused_q;      /* (B) or NULL: rows of q in use; the others are not turned */
+  const int32_t *kv_batch_index; /* (B) or NULL: the sequence of a dense cache, or the row of page_table */
+  const int32_t *rotary_seqlens; /* (B) or NULL: take the place of seqlens in rotary positions */
+  const int32_t *page_table;     /* (B or num_cache_rows, num_page_slots) */
   int64_t page_table_stride;
   flashspark_scale k_descale, v_descale; /* of an e4m3 cache */
 
@@ -218,12 +239,13 @@ typedef struct flashspark_append_params {
   int64_t seqlen_rotary;
   int64_t rotary_dim;         /* multiple of 2, <= D */
   int32_t q_rotary_per_token; /* 1: q row i turns by position seqlens[b] + i; 0: all rows by seqlens[b] */
-  int32_t reserved0;
+  int32_t reserved1;
 
   /* (total_new) contiguous, on the device: row t goes to row slot_mapping[t] % page_size of page slot_mapping[t] /
    * page_size; rows of negative entries are left out, no two others are equal. num_seqs is 1 then, which is the
    * sequence of the scales; page_size may be any number, num_pages * page_size below 2^31. NULL: not so. Not with
-   * seqlens, cu_seqlens_new, kv_batch_index, leftpad_k or page_table. */
+   * seqlens, cu_seqlens_new, cu_seqlens_q, seqused_q, kv_batch_index, rotary_seqlens or page_table; q has total_new rows
+   * (total_q is total_new). */
   const int64_t *slot_mapping;
   /* (total_new) contiguous, on the device; with slot_mapping and rotary_cos, else NULL: row t of k_new and of q turns
    * by position rotary_positions[t], which is from 0 to seqlen_rotary - 1. q's row turns where no slot takes k's, too.

@@ -84,7 +84,7 @@ FLASHSPARK_DEVICE AppendRow find_append_row(const AppendArguments &a, int32_t ro
   if (!r.found) return r;
   const int32_t before = a.seqlens != nullptr ? a.seqlens[r.seq] : 0;
   r.place = before + r.index;
-  r.position = r.place - (a.leftpad_k != nullptr ? a.leftpad_k[r.seq] : 0);
+  r.position = r.place;
   r.found = before >= 0 && r.place < a.capacity;
   if (a.rotary_cos != nullptr) r.found = r.found && r.position >= r.index && r.position < a.seqlen_rotary;
   if (!r.found) return r;

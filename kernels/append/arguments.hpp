@@ -19,7 +19,7 @@ struct AppendArguments {
   int32_t cache_batches;  // pages, or sequences of the cache
   Divisor page_size;      // value 0: not paged
 
-  const int32_t *seqlens, *cu_seqlens_new, *kv_batch_index, *leftpad_k, *page_table;
+  const int32_t *seqlens, *cu_seqlens_new, *kv_batch_index, *page_table;
   int64_t page_table_stride;
   const int64_t *slot_mapping;
   Scale k_descale, v_descale;  // NULL unless the cache is e4m3 and the new rows are not

@@ -41,7 +41,6 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.seqlens = p.seqlens;
   a.cu_seqlens_new = p.cu_seqlens_new;
   a.kv_batch_index = p.kv_batch_index;
-  a.leftpad_k = p.leftpad_k;
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
   a.slot_mapping = p.slot_mapping;
