@@ -66,8 +66,8 @@ constexpr FeatureSet without(std::initializer_list<std::string_view> left_out) {
   }
   return set;
 }
-constexpr FeatureSet kCudaFeatures = without({"float32", "fp8 out"});
-static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 2);
+constexpr FeatureSet kCudaFeatures = without({"float32"});
+static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 1);
 
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;
