@@ -1,15 +1,18 @@
 // Writing new keys and values into a cache from Python: tensors become flashspark_append_params. Rotates q in place
-// (the caller passes its copy). The order of the arguments is the contract with _ops.py.
+// (the caller passes its copy). The arguments are signature.def's.
 #include "exports.hpp"
 #include "names.hpp"
 
 namespace flashspark::ffi {
 namespace {
 
+using A = append::Argument;
+
 enum { kStoredK, kStoredV, kStoredKCache, kStoredVCache, kStoredQ, kStoredCos, kStoredSin };  // places in `stored_as`
 
 struct Tensors {
-  Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, page_table, kv_batch_index, slot_mapping, rotary_positions;
+  Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, cu_seqlens_q, page_table, kv_batch_index, slot_mapping;
+  Tensor rotary_positions;
 };
 
 // Where the numbers lie; torch gives an empty tensor no address.
@@ -56,9 +59,25 @@ void read_new_rows(const Tensors &t, flashspark_append_params &p) {
   p.head_dim_v = t.v.size(-1);
   p.k_new = t.k.rows();
   p.v_new = t.v.rows();
+}
+
+// Queries have lengths of their own, but for slot_mapping, which counts them with the new rows.
+void read_queries(const Tensors &t, flashspark_append_params &p) {
   if (!t.q) return;
-  t.q.require_ndim({t.k.ndim()}, "of as many dimensions as k");
-  for (int32_t i = 0; i + 2 < t.k.ndim(); ++i) t.q.require_size(i, t.k.size(i), "k's when rotary embedding turns both");
+  const bool varlen = static_cast<bool>(t.cu_seqlens_q), slots = static_cast<bool>(t.slot_mapping);
+  t.q.require_ndim({varlen || slots ? 3 : 4}, slots    ? "(total, num_heads, head_dim) with slot_mapping"
+                                              : varlen ? "(total_q, num_heads, head_dim) with cu_seqlens_q"
+                                                       : "(num_seqs, seqlen_q, num_heads, head_dim)");
+  if (slots) {
+    t.q.require_size(0, t.k.size(0), "k's");
+    p.total_q = p.total_new;
+  } else if (varlen) {
+    p.cu_seqlens_q = t.cu_seqlens_q.int32_vector(p.num_seqs + 1, "num_seqs + 1");
+    p.total_q = p.seqlen_q = t.q.size(0);
+  } else {
+    t.q.require_size(0, p.num_seqs, "the number of sequences");
+    p.seqlen_q = t.q.size(1);
+  }
   t.q.require_size(-1, p.head_dim, "k's head size");
   p.num_heads_q = t.q.size(-2);
   p.q = t.q.rows();
@@ -74,23 +93,25 @@ void read_cache(const Tensors &t, flashspark_append_params &p) {
   p.k_cache = t.k_cache.rows();
   p.v_cache = t.v_cache.rows();
   p.kv_batch_index = t.kv_batch_index.int32_vector(p.num_seqs, "the number of sequences");
+  const bool indexed = static_cast<bool>(t.kv_batch_index);
   if (t.slot_mapping) {
     p.num_pages = t.k_cache.size(0);
     p.page_size = t.k_cache.size(1);
     return;
   }
   if (!t.page_table) {
-    if (!t.kv_batch_index) t.k_cache.require_size(0, p.num_seqs, "the number of sequences");
+    if (!indexed) t.k_cache.require_size(0, p.num_seqs, "the number of sequences");
     p.num_cache_rows = t.k_cache.size(0);
     p.seqlen_cache = t.k_cache.size(1);
     return;
   }
   t.page_table.require_ndim({2}, "(num_seqs, pages per sequence)");
-  t.page_table.require_size(0, p.num_seqs, "the number of sequences");
+  if (!indexed) t.page_table.require_size(0, p.num_seqs, "the number of sequences");
   t.page_table.require_unit_stride();
   p.page_table = t.page_table.int32_data();
   p.page_table_stride = t.page_table.size(0) > 1 ? t.page_table.stride(0) : t.page_table.size(1);
   p.num_page_slots = t.page_table.size(1);
+  p.num_cache_rows = t.page_table.size(0);
   p.num_pages = t.k_cache.size(0);
   p.page_size = t.k_cache.size(1);
 }
@@ -137,27 +158,27 @@ void read_rotary(const Tensor &cos, const Tensor &sin, const Tensor &positions, 
 void append_kv(Reader &args) {
   flashspark_append_params p;
   flashspark_append_params_init(&p);
+  args.call_them(append::kNames);
   Tensors t;
-  const int64_t stored_as = args.integer("stored_as", 0);
-  t.k = args.tensor("k", stored_type(stored_as, kStoredK));
-  t.v = args.tensor("v", stored_type(stored_as, kStoredV));
-  t.k_cache = args.tensor("k_cache", stored_type(stored_as, kStoredKCache));
-  t.v_cache = args.tensor("v_cache", stored_type(stored_as, kStoredVCache));
-  t.q = args.optional_tensor("q", stored_type(stored_as, kStoredQ));
-  const Tensor cos = args.optional_tensor("rotary_cos", stored_type(stored_as, kStoredCos));
-  const Tensor sin = args.optional_tensor("rotary_sin", stored_type(stored_as, kStoredSin));
-  const Tensor seqlens = args.optional_tensor("cache_seqlens");
-  t.cu_seqlens_new = args.optional_tensor("cu_seqlens_k_new");
-  t.page_table = args.optional_tensor("block_table");
-  t.kv_batch_index = args.optional_tensor("cache_batch_idx");
-  const Tensor leftpad = args.optional_tensor("cache_leftpad");
-  p.rotary_interleaved = args.integer32("rotary_interleaved", 1);
-  p.q_rotary_per_token = args.integer32("q_rotary_per_token", 1);
-  const Tensor k_descale = args.optional_tensor("k_descale"), v_descale = args.optional_tensor("v_descale");
-  t.slot_mapping = args.optional_tensor("slot_mapping");
-  t.rotary_positions = args.optional_tensor("rotary_positions");
+  const int64_t stored_as = args.integer(A::stored_as, 0);
+  t.k = args.tensor(A::k, stored_type(stored_as, kStoredK));
+  t.v = args.tensor(A::v, stored_type(stored_as, kStoredV));
+  t.k_cache = args.tensor(A::k_cache, stored_type(stored_as, kStoredKCache));
+  t.v_cache = args.tensor(A::v_cache, stored_type(stored_as, kStoredVCache));
+  t.q = args.optional_tensor(A::q, stored_type(stored_as, kStoredQ));
+  const Tensor cos = args.optional_tensor(A::rotary_cos, stored_type(stored_as, kStoredCos));
+  const Tensor sin = args.optional_tensor(A::rotary_sin, stored_type(stored_as, kStoredSin));
+  const Tensor seqlens = args.optional_tensor(A::cache_seqlens), leftpad = args.optional_tensor(A::cache_leftpad);
+  const Tensor rotary_seqlens = args.optional_tensor(A::rotary_seqlens), used = args.optional_tensor(A::seqused_q);
+  t.cu_seqlens_new = args.optional_tensor(A::cu_seqlens_k_new);
+  t.cu_seqlens_q = args.optional_tensor(A::cu_seqlens_q);
+  t.page_table = args.optional_tensor(A::block_table);
+  t.kv_batch_index = args.optional_tensor(A::cache_batch_idx);
+  t.slot_mapping = args.optional_tensor(A::slot_mapping);
+  t.rotary_positions = args.optional_tensor(A::rotary_positions);
   if (t.slot_mapping) {
-    for (const Tensor &other : {seqlens, t.cu_seqlens_new, t.page_table, t.kv_batch_index, leftpad}) {
+    for (const Tensor &other :
+         {seqlens, t.cu_seqlens_new, t.cu_seqlens_q, used, t.page_table, t.kv_batch_index, leftpad, rotary_seqlens}) {
       if (other) fail_value(other.name(), "given", "must be None when slot_mapping is given");
     }
     if (cos && !t.rotary_positions)
@@ -165,12 +186,19 @@ void append_kv(Reader &args) {
   }
 
   read_new_rows(t, p);
+  read_queries(t, p);
   read_cache(t, p);
   read_rotary(cos, sin, t.rotary_positions, p);
-  p.seqlens = seqlens.int32_vector(p.num_seqs, "the number of sequences");
-  leftpad.int32_vector(p.num_seqs, "the number of sequences");
-  p.k_descale = k_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
-  p.v_descale = v_descale.per_head_scale(p.num_seqs, p.num_heads_kv);
+  const char *one_per_sequence = "the number of sequences";
+  p.seqlens = seqlens.int32_vector(p.num_seqs, one_per_sequence);
+  p.rotary_seqlens = rotary_seqlens.int32_vector(p.num_seqs, one_per_sequence);
+  p.seqused_q = used.int32_vector(p.num_seqs, one_per_sequence);
+  leftpad.int32_vector(p.num_seqs, one_per_sequence);  // moves nothing, but must be what the attention can take
+  p.k_descale = args.optional_tensor(A::k_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.v_descale = args.optional_tensor(A::v_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.rotary_interleaved = args.flag(A::rotary_interleaved, 1);
+  p.q_rotary_per_token = args.flag(A::q_rotary_per_token, 1);
+  p.check_device = args.flag(A::check_device, 0);
   args.place(p);
   const flashspark_status status = flashspark_append_kv(&p);
   if (status == FLASHSPARK_OK) return;

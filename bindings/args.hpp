@@ -20,19 +20,24 @@ inline int32_t stored_type(int64_t stored_as, int tensor) {
   return static_cast<int32_t>(stored_as >> 4 * tensor & 0xf);
 }
 
-// Takes the arguments one after the other. Trailing arguments may be left out: they read as None.
+// Gives arguments by their places in signature.def; names are what errors call them. Trailing arguments may be left
+// out: they read as None.
 class Reader {
  public:
   Reader(const TVMFFIAny *args, int32_t count) : args_(args), count_(count) {}
+  void call_them(const char *const *names) { names_ = names; }
+  const char *name(int32_t place) const { return names_ != nullptr ? names_[place] : "argument"; }
 
   // All tensors of a call share one device.
-  Tensor tensor(const char *name, int32_t stored_as = 0);
-  Tensor optional_tensor(const char *name, int32_t stored_as = 0);
-  int64_t integer(const char *name, int64_t fallback);
-  int32_t integer32(const char *name, int32_t fallback);
-  double real(const char *name, double fallback);
-  bool is_none() const { return next_ >= count_ || args_[next_].type_index == kTVMFFINone; }
-  std::string text(const char *name);  // "" for None
+  Tensor tensor(int32_t place, int32_t stored_as = 0);
+  Tensor optional_tensor(int32_t place, int32_t stored_as = 0);
+  int64_t integer(int32_t place, int64_t fallback) const;
+  int64_t bound(int32_t place) const;  // -1 for None; others are not negative
+  int32_t integer32(int32_t place, int32_t fallback) const;
+  int32_t flag(int32_t place, int32_t fallback) const;  // a bool, or 0 or 1
+  double real(int32_t place, double fallback) const;
+  bool is_none(int32_t place) const { return at(place).type_index == kTVMFFINone; }
+  std::string text(int32_t place) const;  // "" for None
 
   // Where the tensors read so far are, and the caller's stream there.
   template <class Params>
@@ -44,13 +49,13 @@ class Reader {
   }
 
  private:
-  const TVMFFIAny &take() { return next_ < count_ ? args_[next_++] : none_; }
+  const TVMFFIAny &at(int32_t place) const { return place < count_ ? args_[place] : none_; }
   void check_device(const Tensor &tensor);
 
   static constexpr TVMFFIAny none_{kTVMFFINone, {0}, {0}};
   const TVMFFIAny *args_;
   int32_t count_;
-  int32_t next_ = 0;
+  const char *const *names_ = nullptr;
   const char *first_tensor_ = nullptr;
   bool on_cuda_ = false;
   int32_t device_index_ = 0;

@@ -1,5 +1,4 @@
-// Attention from Python: tensors become flashspark_attention_params. The order of the arguments is the contract with
-// _ops.py, which passes every one of them by position; trailing ones may be left out.
+// Attention from Python: tensors become flashspark_attention_params. The arguments are signature.def's.
 #include <cmath>
 
 #include "exports.hpp"
@@ -7,6 +6,8 @@
 
 namespace flashspark::ffi {
 namespace {
+
+using A = attention::Argument;
 
 struct Call {
   Face face = kFunc;
@@ -62,44 +63,51 @@ void read_heads(const Tensor &k, const Tensor &v, flashspark_attention_params &p
   p.head_dim_v = v.size(-1);
 }
 
-struct KeyLayout {
-  Tensor cu_seqlens_k, page_table, kv_batch_index;
-  int64_t max_seqlen_k;
-};
+void read_pages(const Tensor &k, const Tensor &table, bool indexed, flashspark_attention_params &p) {
+  k.require_ndim({4}, "(num_pages, page_size, num_heads_kv, head_dim) with a page table");
+  table.require_ndim({2}, "(num_seqs, pages per sequence)");
+  if (!indexed) table.require_size(0, p.num_seqs, "the number of sequences");
+  table.require_unit_stride();
+  p.page_table = table.int32_data();
+  // The stride of a dimension of one element means nothing, and producers fill in what they like.
+  p.page_table_stride = table.size(0) > 1 ? table.stride(0) : table.size(1);
+  p.num_page_slots = table.size(1);
+  p.num_pages = k.size(0);
+  p.page_size = k.size(1);
+  p.num_kv_seqs = table.size(0);
+}
 
-void read_keys(const Tensor &k, const KeyLayout &layout, flashspark_attention_params &p) {
+// k's layout, and lengths of keys.
+void read_keys(const Tensor &k, Reader &args, flashspark_attention_params &p) {
   k.require_size(-1, p.head_dim, "q's head size");
-  const int64_t bound = layout.max_seqlen_k;
-  if (layout.page_table) {
-    const Tensor &table = layout.page_table;
-    k.require_ndim({4}, "(num_pages, page_size, num_heads_kv, head_dim) with a page table");
-    table.require_ndim({2}, "(num_seqs, pages per sequence)");
-    table.require_size(0, p.num_seqs, "the number of sequences");
-    table.require_unit_stride();
-    p.page_table = table.int32_data();
-    // The stride of a dimension of one element means nothing, and producers fill in what they like.
-    p.page_table_stride = table.size(0) > 1 ? table.stride(0) : table.size(1);
-    p.num_page_slots = table.size(1);
-    p.num_pages = k.size(0);
-    p.page_size = k.size(1);
-    p.max_seqlen_k = bound >= 0 ? bound : p.num_page_slots * p.page_size;
-  } else if (layout.cu_seqlens_k) {
+  const Tensor cu_seqlens_k = args.optional_tensor(A::cu_seqlens_k), table = args.optional_tensor(A::page_table);
+  const Tensor index = args.optional_tensor(A::kv_batch_index), used = args.optional_tensor(A::seqused_k);
+  const int64_t bound = args.bound(A::max_seqlen_k);
+  if (table) {
+    read_pages(k, table, static_cast<bool>(index), p);
+    // Without lengths every sequence has the whole of its row, and the bound is exact.
+    p.max_seqlen_k = used && bound >= 0 ? bound : p.num_page_slots * p.page_size;
+  } else if (cu_seqlens_k) {
     k.require_ndim({3}, "(total_k, num_heads_kv, head_dim) with cu_seqlens_k");
     p.total_k = k.size(0);
     p.max_seqlen_k = bound >= 0 ? bound : p.total_k;
   } else {
     k.require_ndim({4}, "(num_seqs, seqlen_k, num_heads_kv, head_dim) without cu_seqlens_k");
-    if (!layout.kv_batch_index) {
-      k.require_size(0, p.num_seqs, "the number of sequences");
-    } else if (k.size(0) == 0 && p.num_seqs > 0) {  // num_kv_seqs == 0 would mean "as many as num_seqs"
-      fail_value(std::string(k.name()) + ".shape[0]", "0",
-                 std::string("must hold the rows of ") + layout.kv_batch_index.name());
-    }
+    if (!index) k.require_size(0, p.num_seqs, "the number of sequences");
     p.num_kv_seqs = k.size(0);
     p.max_seqlen_k = k.size(1);
   }
-  p.cu_seqlens_k = layout.cu_seqlens_k.int32_vector(p.num_seqs + 1, "num_seqs + 1");
-  p.kv_batch_index = layout.kv_batch_index.int32_vector(p.num_seqs, "the number of sequences");
+  // num_kv_seqs == 0 would mean "as many as num_seqs".
+  if (index && !cu_seqlens_k && p.num_kv_seqs == 0 && p.num_seqs > 0) {
+    fail_value(std::string((table ? table : k).name()) + ".shape[0]", "0",
+               std::string("must hold the rows of ") + index.name());
+  }
+  const char *one_per_sequence = "the number of sequences";
+  p.cu_seqlens_k = cu_seqlens_k.int32_vector(p.num_seqs + 1, "num_seqs + 1");
+  p.kv_batch_index = index.int32_vector(p.num_seqs, one_per_sequence);
+  p.seqused_q = args.optional_tensor(A::seqused_q).int32_vector(p.num_seqs, one_per_sequence);
+  p.seqused_k = used.int32_vector(p.num_seqs, one_per_sequence);
+  p.leftpad_k = args.optional_tensor(A::leftpad_k).int32_vector(p.num_seqs, one_per_sequence);
 }
 
 void read_bias(const Tensor &sinks, const Tensor &alibi_slopes, const Tensor &rel_logits,
@@ -160,71 +168,68 @@ void read_prefix(const Tensor &ranges, flashspark_attention_params &p) {
   }
 }
 
+void read_scales(Reader &args, flashspark_attention_params &p) {
+  p.q_descale = args.optional_tensor(A::q_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.k_descale = args.optional_tensor(A::k_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
+  p.v_descale = args.optional_tensor(A::v_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
+  const Tensor output_scale = args.optional_tensor(A::output_scale);
+  if (!output_scale) return;
+  output_scale.require_float32();
+  output_scale.require_ndim({0, 1}, "of one element");
+  if (output_scale.ndim() == 1) output_scale.require_size(0, 1, "one element");
+  p.output_scale = static_cast<const float *>(output_scale.data());
+}
+
+void read_mask(Reader &args, flashspark_attention_params &p) {
+  const char *one_per_sequence = "the number of sequences";
+  p.causal = args.flag(A::causal, 0);
+  p.window_left = args.integer(A::window_left, -1);
+  p.window_right = args.integer(A::window_right, -1);
+  p.attention_chunk = args.integer(A::attention_chunk, 0);
+  p.causal_per_seq = args.optional_tensor(A::causal_per_seq).int32_vector(p.num_seqs, one_per_sequence);
+  read_prefix(args.optional_tensor(A::prefix_ranges), p);
+  p.prefix_clamp_window = args.flag(A::prefix_clamp_window, 0);
+  p.rswa_prefix_lens = args.optional_tensor(A::rswa_prefix_lens).int32_vector(p.num_seqs, one_per_sequence);
+  p.rswa_window = args.integer32(A::rswa_window, 0);
+}
+
+void read_options(const Reader &args, Call &call) {
+  flashspark_attention_params &p = call.params;
+  p.softmax_scale = args.is_none(A::softmax_scale) ? 1 / std::sqrt(static_cast<float>(p.head_dim))
+                                                   : static_cast<float>(args.real(A::softmax_scale, 0));
+  p.softcap = static_cast<float>(args.real(A::softcap, 0));
+  p.num_splits = args.integer32(A::num_splits, 0);
+  p.deterministic = args.flag(A::deterministic, 0);
+  call.implementation = args.text(A::implementation);
+  if (!call.implementation.empty()) p.implementation = call.implementation.c_str();
+  p.num_threads = args.integer32(A::num_threads, 0);
+  p.check_device = args.flag(A::check_device, 0);
+}
+
 void read_call(Reader &args, Call &call) {
   flashspark_attention_params &p = call.params;
   flashspark_attention_params_init(&p);
-  const int64_t face_index = args.integer("face", 0);
-  if (face_index < 0 || face_index >= kNumFaces) fail_value("face", std::to_string(face_index), "must be 0, 1 or 2");
-  const Face face = call.face = static_cast<Face>(face_index);
-  const int64_t stored_as = args.integer("stored_as", 0);
-  const Tensor q = args.tensor("q", stored_type(stored_as, kStoredQ));
-  const Tensor k = args.tensor(kK.face[face], stored_type(stored_as, kStoredK));
-  const Tensor v = args.tensor(kV.face[face], stored_type(stored_as, kStoredV));
-  const Tensor out = args.tensor("out", stored_type(stored_as, kStoredOut));
-  const Tensor lse = args.optional_tensor("lse");
-  const bool default_scale = args.is_none();
-  const double softmax_scale = args.real("softmax_scale", 0);
-  p.causal = args.integer32("causal", 0);
-  p.window_left = args.integer(kWindowLeft.face[face], -1);
-  p.window_right = args.integer(kWindowRight.face[face], -1);
-  p.softcap = static_cast<float>(args.real("softcap", 0));
-  p.num_splits = args.integer32("num_splits", 0);
-  p.deterministic = args.integer32("deterministic", 0);
-  call.implementation = args.text("implementation");
-  if (!call.implementation.empty()) p.implementation = call.implementation.c_str();
-  p.num_threads = args.integer32("num_threads", 0);
-
-  const Tensor cu_seqlens_q = args.optional_tensor("cu_seqlens_q");
-  const int64_t max_seqlen_q = args.integer("max_seqlen_q", -1);
-  KeyLayout keys;
-  keys.cu_seqlens_k = args.optional_tensor("cu_seqlens_k");
-  keys.max_seqlen_k = args.integer("max_seqlen_k", -1);
-  const Tensor seqused_q = args.optional_tensor("seqused_q");
-  const Tensor seqused_k = args.optional_tensor(kSequsedK.face[face]);
-  keys.page_table = args.optional_tensor(kPageTable.face[face]);
-  const Tensor leftpad_k = args.optional_tensor(kLeftpadK.face[face]);
-  keys.kv_batch_index = args.optional_tensor(kKvBatchIndex.face[face]);
-
+  const int64_t face = args.integer(A::face, 0);
+  if (face < 0 || face >= kNumFaces) fail_value("face", std::to_string(face), "must be 0, 1 or 2");
+  call.face = static_cast<Face>(face);
+  args.call_them(attention::kNames[face]);
+  const int64_t stored_as = args.integer(A::stored_as, 0);
+  const Tensor q = args.tensor(A::q, stored_type(stored_as, kStoredQ));
+  const Tensor k = args.tensor(A::k, stored_type(stored_as, kStoredK));
+  const Tensor v = args.tensor(A::v, stored_type(stored_as, kStoredV));
+  const Tensor out = args.tensor(A::out, stored_type(stored_as, kStoredOut));
+  const Tensor cu_seqlens_q = args.optional_tensor(A::cu_seqlens_q);
   read_heads(k, v, p);
-  read_queries(q, out, lse, cu_seqlens_q, p);
+  read_queries(q, out, args.optional_tensor(A::lse), cu_seqlens_q, p);
+  const int64_t max_seqlen_q = args.bound(A::max_seqlen_q);
   if (cu_seqlens_q) p.max_seqlen_q = max_seqlen_q >= 0 ? max_seqlen_q : p.total_q;
-  p.softmax_scale = default_scale ? 1 / std::sqrt(static_cast<float>(p.head_dim)) : static_cast<float>(softmax_scale);
-  read_keys(k, keys, p);
-  const char *one_per_sequence = "the number of sequences";
-  p.seqused_q = seqused_q.int32_vector(p.num_seqs, one_per_sequence);
-  p.seqused_k = seqused_k.int32_vector(p.num_seqs, one_per_sequence);
-  p.leftpad_k = leftpad_k.int32_vector(p.num_seqs, one_per_sequence);
-
-  const Tensor sinks = args.optional_tensor(kSinks.face[face], stored_type(stored_as, kStoredSinks));
-  const Tensor alibi_slopes = args.optional_tensor("alibi_slopes");
-  p.q_descale = args.optional_tensor("q_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
-  p.k_descale = args.optional_tensor("k_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
-  p.v_descale = args.optional_tensor("v_descale").per_head_scale(p.num_seqs, p.num_heads_kv);
-  if (const Tensor output_scale = args.optional_tensor("output_scale")) {
-    output_scale.require_float32();
-    output_scale.require_ndim({0, 1}, "of one element");
-    if (output_scale.ndim() == 1) output_scale.require_size(0, 1, "one element");
-    p.output_scale = static_cast<const float *>(output_scale.data());
-  }
-  read_bias(sinks, alibi_slopes, args.optional_tensor("rel_logits", stored_type(stored_as, kStoredRel)), p);
-
-  p.causal_per_seq = args.optional_tensor(kCausalPerSeq.face[face]).int32_vector(p.num_seqs, one_per_sequence);
-  read_prefix(args.optional_tensor("prefix_ranges"), p);
-  p.prefix_clamp_window = args.integer32("prefix_clamp_window", 0);
-  p.rswa_prefix_lens = args.optional_tensor("rswa_prefix_lens").int32_vector(p.num_seqs, one_per_sequence);
-  p.rswa_window = args.integer32("rswa_window", 0);
-  read_schedule(args.optional_tensor("scheduler_metadata"), p);
-
+  read_keys(k, args, p);
+  read_options(args, call);
+  read_bias(args.optional_tensor(A::sinks, stored_type(stored_as, kStoredSinks)), args.optional_tensor(A::alibi_slopes),
+            args.optional_tensor(A::rel_logits, stored_type(stored_as, kStoredRel)), p);
+  read_scales(args, p);
+  read_mask(args, p);
+  read_schedule(args.optional_tensor(A::scheduler_metadata), p);
   args.place(p);
 }
 

@@ -1,6 +1,7 @@
 // The functions that Python sees, as tvm-ffi finds them: C symbols named __tvm_ffi_<function>. tvm-ffi lets go of the
 // interpreter lock around each call.
 #include "exports.hpp"
+#include "signature.hpp"
 
 namespace {
 
@@ -61,6 +62,11 @@ FLASHSPARK_EXPORT(append_kv) {
   });
 }
 
+FLASHSPARK_EXPORT(signature) {
+  static_cast<void>(args), static_cast<void>(count);
+  return guarded([&] { give_text(flashspark::ffi::kSignature, result); });
+}
+
 FLASHSPARK_EXPORT(version) {
   static_cast<void>(args), static_cast<void>(count);
   return guarded([&] { give_text(flashspark_version(), result); });
@@ -79,14 +85,14 @@ FLASHSPARK_EXPORT(cpu_threads) {
 // implementation_name(index) and implementation_description(index): "" past the end.
 FLASHSPARK_EXPORT(implementation_name) {
   return guarded([&] {
-    const char *name = flashspark_implementation_name(Reader(args, count).integer32("index", 0));
+    const char *name = flashspark_implementation_name(Reader(args, count).integer32(0, 0));
     give_text(name != nullptr ? name : "", result);
   });
 }
 
 FLASHSPARK_EXPORT(implementation_description) {
   return guarded([&] {
-    const char *text = flashspark_implementation_description(Reader(args, count).integer32("index", 0));
+    const char *text = flashspark_implementation_description(Reader(args, count).integer32(0, 0));
     give_text(text != nullptr ? text : "", result);
   });
 }

@@ -4,37 +4,18 @@
 #include <cstring>
 #include <string>
 
-namespace flashspark::ffi {
+#include "signature.hpp"
 
-enum Face { kFunc = 0, kCache = 1, kForward = 2, kNumFaces = 3 };  // flash_attn_*func, *_with_kvcache, _flash_attn_fwd
+namespace flashspark::ffi {
 
 struct Name {
   const char *core;
   const char *face[kNumFaces];
 };
 
-inline constexpr Name kK{"k", {"k", "k_cache", "k"}};
-inline constexpr Name kV{"v", {"v", "v_cache", "v"}};
-inline constexpr Name kPageTable{"page_table", {"block_table", "block_table", "page_table"}};
-inline constexpr Name kSequsedK{"seqused_k", {"seqused_k", "cache_seqlens", "seqused_k"}};
-inline constexpr Name kLeftpadK{"leftpad_k", {"leftpad_k", "cache_leftpad", "leftpad_k"}};
-inline constexpr Name kKvBatchIndex{"kv_batch_index", {"kv_batch_index", "cache_batch_idx", "kv_batch_index"}};
-inline constexpr Name kSinks{"sinks", {"sinks", "sinks", "learnable_sink"}};
-inline constexpr Name kCausalPerSeq{"causal_per_seq", {"causal_per_seq", "causal_per_seq", "dynamic_causal"}};
-inline constexpr Name kWindowLeft{"window_left", {"window_size[0]", "window_size[0]", "window_size_left"}};
-inline constexpr Name kWindowRight{"window_right", {"window_size[1]", "window_size[1]", "window_size_right"}};
-
 inline constexpr Name kAttentionNames[] = {
-    kK,
-    kV,
-    kPageTable,
-    kSequsedK,
-    kLeftpadK,
-    kKvBatchIndex,
-    kSinks,
-    kCausalPerSeq,
-    kWindowLeft,
-    kWindowRight,
+#define ATTENTION(kind, field, fallback, func, cache, forward) {#field, {func, cache, forward}},
+#include "signature.def"
     {"num_heads_q", {"q.shape[-2]", "q.shape[-2]", "q.shape[-2]"}},
     {"num_heads_kv", {"k.shape[-2]", "k_cache.shape[-2]", "k.shape[-2]"}},
     {"head_dim", {"q.shape[-1]", "q.shape[-1]", "q.shape[-1]"}},
@@ -56,6 +37,7 @@ inline constexpr Name kAppendNames[] = {
     {"kv_batch_index", {"cache_batch_idx", "cache_batch_idx", "cache_batch_idx"}},
     {"leftpad_k", {"cache_leftpad", "cache_leftpad", "cache_leftpad"}},
     {"page_table", {"block_table", "block_table", "block_table"}},
+    {"seqlen_q", {"q.shape[1]", "q.shape[1]", "q.shape[1]"}},
     {"num_heads_q", {"q.shape[-2]", "q.shape[-2]", "q.shape[-2]"}},
     {"num_heads_kv", {"k_cache.shape[-2]", "k_cache.shape[-2]", "k_cache.shape[-2]"}},
     {"head_dim", {"k_cache.shape[-1]", "k_cache.shape[-1]", "k_cache.shape[-1]"}},

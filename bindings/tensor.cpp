@@ -47,6 +47,13 @@ int64_t Tensor::stride(int32_t i) const {
   return stride;
 }
 
+bool Tensor::empty() const {
+  for (int32_t i = 0; i < ndim(); ++i) {
+    if (size(i) == 0) return true;
+  }
+  return false;
+}
+
 std::string Tensor::shape_text() const {
   return list_text(tensor_->shape, tensor_->ndim);
 }
@@ -90,10 +97,8 @@ void Tensor::require_size(int32_t i, int64_t expected, const char *meaning) cons
 }
 
 void Tensor::require_unit_stride() const {
-  if (size(-1) <= 1 || stride(-1) == 1) return;
-  for (int32_t i = 0; i < ndim(); ++i) {
-    if (size(i) == 0) return;  // producers give the strides of an empty tensor no meaning
-  }
+  // Producers give the strides of an empty tensor no meaning.
+  if (size(-1) <= 1 || stride(-1) == 1 || empty()) return;
   fail_value(std::string(name_) + ".stride(-1)", std::to_string(stride(-1)),
              "must be 1: the last dimension is contiguous");
 }

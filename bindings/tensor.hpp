@@ -37,6 +37,7 @@ class Tensor {
   void *data() const { return static_cast<char *>(tensor_->data) + tensor_->byte_offset; }
   int32_t dtype() const { return dtype_; }
   DLDevice device() const { return tensor_->device; }
+  bool empty() const;  // without elements
   bool on_host() const { return tensor_->device.device_type == kDLCPU || tensor_->device.device_type == kDLCUDAHost; }
   std::string shape_text() const;
   std::string dtype_text() const;

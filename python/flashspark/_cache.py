@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from . import _core
-from ._call import APPEND_ARGUMENTS, CACHE, Array, attend, call, int32_full, is_torch, stored, window
+from ._call import CACHE, as_torch_raises, attend, call, is_plain, required, respelled
+from ._kinds import any_flag, flag, integer, is_open, one_spelling, pair, refuse_qv, settled
+from ._layout import contiguous_rows, copied, hand_over
+from ._signature import APPEND
+from ._tensors import Array, array, bump, int32_full, lengths, stored, sum_of
+
+_ZERO = 0  # the default of a number that is off
+_NUMBERS = frozenset({int, bool})
+_STORED = ("k", "v", "k_cache", "v_cache", "q", "rotary_cos", "rotary_sin")  # in the order of their bits in stored_as
+_PLACE = {name: place for place, name in enumerate(APPEND.names)}
 
 
 def append_kv(
@@ -31,41 +39,86 @@ def append_kv(
     v_descale: Array | None = None,
     slot_mapping: Array | None = None,
     rotary_positions: Array | None = None,
+    rotary_seqlens: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    seqused_q: Array | None = None,
+    check_device: bool = False,
+    strict: bool = False,
+    page_table: Array | None = None,
 ) -> None:
     """Writes new keys and values into a dense or paged cache, in place.
 
     k, v: (num_seqs, seqlen_new, num_heads_kv, head_dim), or (total, num_heads_kv, head_dim) with cu_seqlens_k_new.
-    k_cache, v_cache: (num_seqs, seqlen_cache, num_heads_kv, head_dim), or pages with block_table. Any strides; v_cache
-    may lie inside k_cache's rows. A float8_e4m3 cache takes wider rows, divided by k_descale and v_descale.
+    k_cache, v_cache: (num_seqs, seqlen_cache, num_heads_kv, head_dim), or pages with block_table (page_table is the
+    same argument). Any strides with a contiguous last dimension; v_cache may lie inside k_cache's rows. A float8_e4m3
+    cache takes wider rows, divided by k_descale and v_descale. k and v must not overlap the caches, and no two rows may
+    go to one place.
     cache_seqlens: int32 (num_seqs,), keys in the cache before the call; row i goes to cache_seqlens + i. None: 0.
+    cache_batch_idx: int32 (num_seqs,): the cache row, or the row of block_table, of each sequence.
+    cache_leftpad: int32 (num_seqs,): accepted beside the attention's, and without influence: rows go to and turn by
+    positions of the cache, padding included, as in flash-attention.
     rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotary embedding of the new keys, and of q **in place** when it
-    is given: q's row i turns by cache_seqlens + i - cache_leftpad, all rows by the first of these without
-    q_rotary_per_token. rotary_interleaved: pairs (0, 1), (2, 3) ..; else (0, rotary_dim / 2), (1, ..) ..
+    is given: its row i turns by cache_seqlens + i, all rows by cache_seqlens without q_rotary_per_token.
+    rotary_interleaved: pairs (0, 1), (2, 3) ..; else (0, rotary_dim / 2), (1, ..) ..
+    rotary_seqlens: int32 (num_seqs,): take the place of cache_seqlens in these positions, for keys and queries.
+    q: (num_seqs, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q int32
+    (num_seqs + 1,); as many rows as it likes. seqused_q: int32 (num_seqs,): rows that turn; the rest stay.
     slot_mapping: int64 (num_tokens,), in place of lengths and block_table: row t of k and v, (total, num_heads_kv,
     head_dim) with total >= num_tokens, goes to page slot_mapping[t] // page_size, row slot_mapping[t] % page_size of
     it; negative entries are skipped. Any page_size; descales of one sequence.
     rotary_positions: int64, at least num_tokens: with slot_mapping and rotary_cos, the position by which row t of k and
     of q (total, num_heads_q, head_dim) turns; of q also where slot_mapping[t] is negative. With vLLM's cos_sin_cache:
     rotary_cos, rotary_sin = cos_sin_cache.chunk(2, -1).
+    check_device: on a GPU, check lengths, pages and slots first, and raise ValueError as on the CPU (waits for it); a
+    GPU otherwise leaves out rows that have no place.
+    strict: do not copy k and v where their last dimension is not contiguous; raise ValueError.
     """
-    if isinstance(q, np.ndarray) and not q.flags.writeable:
-        raise ValueError("q = read-only array: must be writable, it is turned in place")
-    (k, k_as), (v, v_as) = stored(k, 0, "k"), stored(v, 1, "v")
-    (k_cache, k_cache_as), (v_cache, v_cache_as) = stored(k_cache, 2, "k_cache"), stored(v_cache, 3, "v_cache")
-    q, q_as = stored(q, 4, "q")
-    (rotary_cos, cos_as), (rotary_sin, sin_as) = (
-        stored(rotary_cos, 5, "rotary_cos"),
-        stored(rotary_sin, 6, "rotary_sin"),
-    )
-    stored_as = k_as | v_as | k_cache_as | v_cache_as | q_as | cos_as | sin_as
+    spelled: dict[str, str] = {}
+    if page_table is not None:
+        block_table = one_spelling(spelled, block_table=block_table, page_table=page_table)
     # fmt: off
-    args = (
-        stored_as, k, v, k_cache, v_cache, q, rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, block_table,
+    values = (
+        0, k, v, k_cache, v_cache, cache_seqlens, q, rotary_cos, rotary_sin, cu_seqlens_k_new, block_table,
         cache_batch_idx, cache_leftpad, rotary_interleaved, q_rotary_per_token, k_descale, v_descale,
-        slot_mapping, rotary_positions,
+        slot_mapping, rotary_positions, rotary_seqlens, cu_seqlens_q, seqused_q, check_device,
     )
     # fmt: on
-    call(_core.append_kv, APPEND_ARGUMENTS, args)
+    if not _append_quickly(values):
+        try:
+            _append_any(values, any_flag(strict=strict))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise respelled(error, spelled) from None
+    bump(k_cache, v_cache, q)
+
+
+def _append_quickly(values: tuple[Any, ...]) -> bool:
+    """Tries plain torch tensors as they are; says whether that has done it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not all(x is None or type(x) in _NUMBERS or is_plain(torch, x) for x in values):
+        return False
+    try:
+        _core.append_kv(*values)
+    except MemoryError as error:
+        raise as_torch_raises(error) from None
+    except Exception:  # noqa: BLE001 - the general way says what is wrong, or mends it
+        return False
+    return True
+
+
+def _append_any(values: tuple[Any, ...], strict: bool) -> None:
+    args = settled(APPEND, 0, values)
+    for name in ("k", "v", "k_cache", "v_cache"):
+        required(name, args[_PLACE[name]])
+    q = args[_PLACE["q"]]
+    if not strict:
+        for name in ("k", "v", "q"):
+            args[_PLACE[name]] = contiguous_rows(args[_PLACE[name]])
+    memory = args[_PLACE["q"]]
+    for bits, name in enumerate(_STORED):
+        args[_PLACE[name]], code = stored(args[_PLACE[name]], bits)
+        args[0] |= code
+    call(_core.append_kv, APPEND, tuple(args))
+    hand_over(memory, q)
 
 
 def flash_attn_with_kvcache(
@@ -93,6 +146,7 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     cu_seqlens_k_new: Array | None = None,
+    rotary_seqlens: Array | None = None,
     sinks: Array | None = None,
     out: Array | None = None,
     lse: Array | None = None,
@@ -106,12 +160,23 @@ def flash_attn_with_kvcache(
     prefix_clamp_window: bool = False,
     rswa_prefix_lens: Array | None = None,
     rswa_window: int = 0,
+    attention_chunk: int = 0,
     causal_per_seq: Array | None = None,
     scheduler_metadata: Array | None = None,
     deterministic: bool = False,
     implementation: str | None = None,
     num_threads: int = 0,
+    check_device: bool = False,
+    strict: bool = False,
     explain: bool = False,
+    s_aux: Array | None = None,
+    learnable_sink: Array | None = None,
+    page_table: Array | None = None,
+    return_lse: bool = False,
+    return_attn_probs: bool = False,
+    qv: None = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
     _attend: Callable[..., Any] = attend,
     _append: Callable[..., None] = append_kv,
 ) -> Any:
@@ -119,69 +184,126 @@ def flash_attn_with_kvcache(
 
     q: (num_seqs, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q.
     k_cache, v_cache: (num_rows, seqlen_cache, num_heads_kv, head_dim), or with block_table
-    (num_pages, page_size, num_heads_kv, head_dim), page_size a multiple of 16. Any strides; v_cache may lie inside
-    k_cache's rows.
+    (num_pages, page_size, num_heads_kv, head_dim), pages of any size up to 2^20, on a GPU quick in multiples of 16. Any
+    strides; v_cache may lie inside k_cache's rows.
     k, v: (num_seqs, seqlen_new, num_heads_kv, head_dim), or (total, num_heads_kv, head_dim) with cu_seqlens_k_new.
-    rotary_cos, rotary_sin: (positions, rotary_dim / 2): turns k, and q by the positions of its rows when causal or
-    windowed, else by cache_seqlens. Needs k and v, and as many rows in q. q itself is not changed.
-    cache_seqlens: int32 (num_seqs,) or int: keys in the cache before the call. None: all of a dense cache.
-    cache_batch_idx: int32 (num_seqs,): the cache row of each sequence.
-    cache_leftpad: int32 (num_seqs,): keys to skip at the start; they count in cache_seqlens.
-    block_table: int32 (num_seqs, pages per sequence).
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2): turns k by cache_seqlens + i, and row i of q as well when
+    causal, windowed or chunked, else all of them by cache_seqlens. Needs k and v; q may have more or fewer rows, or lie
+    end to end. q itself is not changed. rotary_seqlens: int32 (num_seqs,): take the place of cache_seqlens in these
+    positions.
+    cache_seqlens: int32 (num_seqs,) or int: keys in the cache before the call. None: all of a cache or of the pages of
+    block_table.
+    cache_batch_idx: int32 (num_seqs,): the cache row of each sequence; with block_table, the row of it.
+    cache_leftpad: int32 (num_seqs,): keys to skip at the start; they count in cache_seqlens and in rotary positions. At
+    most the sequence's length (the CPU refuses more; on a GPU it then has no keys).
+    block_table: int32 (num_seqs, pages per sequence); page_table is the same argument.
     scheduler_metadata: int32, from get_scheduler_metadata: decoding on a GPU starts sooner.
     The other arguments are flash_attn_func's. With explain, nothing is written into the cache.
 
-    Returns out, like q with v's head size; (out, lse) with return_softmax_lse.
+    Returns out, like q with v's head size; (out, lse) with return_softmax_lse, return_lse or return_attn_probs.
     """
-    left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else window(window_size)
-    if k is not None or v is not None:
-        if k is None or v is None:
-            raise ValueError(f"{'k' if k is None else 'v'} = None: k and v go together")
-        if cache_seqlens is None:
-            raise ValueError("cache_seqlens = None: must be given with k and v")
-    elif rotary_cos is not None or rotary_sin is not None:
-        raise ValueError("rotary_cos = given: must be None without k and v")
-    elif cu_seqlens_k_new is not None:
-        raise ValueError("cu_seqlens_k_new = given: must be None without k and v")
-    if isinstance(cache_seqlens, (int, np.integer)):
-        num_seqs = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-        cache_seqlens = int32_full(q, num_seqs, int(cache_seqlens))
-
-    def run(queries: Array, *function: Any) -> Any:
-        # fmt: off
-        return _attend(
-            CACHE, (queries, k_cache, v_cache), out, lse, return_softmax_lse, explain,
-            (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads),
-            (
-                cu_seqlens_q, max_seqlen_q, None, max_seqlen_k, seqused_q, seqused_k, block_table, cache_leftpad,
-                cache_batch_idx, sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits,
-                causal_per_seq, prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window,
-                scheduler_metadata,
-            ),
-            *function,
+    left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
+    want_lse, spelled = False, None
+    if not (return_softmax_lse is return_attn_probs is return_lse is explain is strict is False):
+        want_lse = any_flag(
+            return_softmax_lse=return_softmax_lse, return_lse=return_lse, return_attn_probs=return_attn_probs
         )
-        # fmt: on
+        explain, strict = any_flag(explain=explain), any_flag(strict=strict)
+    if not (qv is s_aux is learnable_sink is page_table is None):
+        refuse_qv(qv)
+        sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+        block_table = one_spelling(spelled, block_table=block_table, page_table=page_table)
+    if cache_seqlens is not None and not getattr(cache_seqlens, "shape", None):
+        cache_seqlens = _same_for_all(cache_seqlens, q, cu_seqlens_q)
+
+    def run(queries: Array, seqused_k: Array | None, *function: Any) -> Any:
+        tail: tuple[Any, ...] = (
+            *(cu_seqlens_q, max_seqlen_q, None, max_seqlen_k, seqused_q, seqused_k, block_table, cache_leftpad),
+            *(cache_batch_idx, scheduler_metadata),
+        )
+        if not (
+            sinks
+            is alibi_slopes
+            is q_descale
+            is k_descale
+            is v_descale
+            is output_scale
+            is rel_logits
+            is causal_per_seq
+            is prefix_ranges
+            is rswa_prefix_lens
+            is None
+        ) or not (rswa_window is attention_chunk is _ZERO and check_device is False):
+            tail += (
+                *(sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq),
+                *(prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device),
+            )  # fmt: skip
+        head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
+        tensors = (queries, k_cache, v_cache)
+        return _attend(
+            CACHE, tensors, out, lse, want_lse, explain, head, tail, *function, strict=strict, spelled=spelled
+        )
 
     seqused_k = cache_seqlens
-    if k is not None and hasattr(cache_seqlens, "shape"):
-        if cu_seqlens_k_new is not None:
-            seqused_k = cache_seqlens + (cu_seqlens_k_new[1:] - cu_seqlens_k_new[:-1])
-        else:
-            seqused_k = cache_seqlens + (k.shape[1] if len(k.shape) > 1 else 0)
+    if k is None and v is None:
+        _refuse_without_keys(
+            rotary_cos=rotary_cos, rotary_sin=rotary_sin, cu_seqlens_k_new=cu_seqlens_k_new,
+            rotary_seqlens=rotary_seqlens,
+        )  # fmt: skip
+    else:
+        seqused_k = _lengths_with_new(k, v, cache_seqlens, cu_seqlens_k_new)
         if not explain:
             if _attend is attend:
                 # A bad argument must not leave new rows in the cache: the attention is checked before they are written.
-                run(q, _core.attention_validate)
-            if rotary_cos is not None or rotary_sin is not None:
-                q = q.clone() if is_torch(q) else q.copy()
+                run(q, seqused_k, _core.attention_validate)
+            turns = rotary_cos is not None or rotary_sin is not None
+            if turns:
+                q = copied("q", q)
+            chunked = type(attention_chunk) is not int or attention_chunk > 0
             # fmt: off
             _append(
                 k, v, k_cache, v_cache, cache_seqlens, q=q if rotary_cos is not None else None, rotary_cos=rotary_cos,
                 rotary_sin=rotary_sin, cu_seqlens_k_new=cu_seqlens_k_new, block_table=block_table,
                 cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, rotary_interleaved=rotary_interleaved,
-                q_rotary_per_token=causal or left not in (-1, None) or right not in (-1, None), k_descale=k_descale,
-                v_descale=v_descale,
+                q_rotary_per_token=flag("causal", causal) or chunked or not (
+                    is_open("window_size[0]", left) and is_open("window_size[1]", right)
+                ),
+                k_descale=k_descale, v_descale=v_descale, rotary_seqlens=rotary_seqlens if turns else None,
+                cu_seqlens_q=cu_seqlens_q if turns else None, seqused_q=seqused_q if turns else None,
+                check_device=check_device, strict=strict,
             )
             # fmt: on
-    result = run(q)
-    return result if explain or return_softmax_lse else result[0]
+    result = run(q, seqused_k)
+    return result if explain or want_lse else result[0]
+
+
+def _same_for_all(value: Any, q: Array, cu_seqlens_q: Array | None) -> Array:
+    """int32 (num_seqs,) full of cache_seqlens, where that is one number."""
+    number = integer("cache_seqlens", value)
+    if not 0 <= number < 2**31:
+        raise ValueError(f"cache_seqlens = {number}: must be from 0 to 2147483647")
+    rows = q if cu_seqlens_q is None else cu_seqlens_q
+    if not getattr(rows, "shape", None):
+        array("q" if cu_seqlens_q is None else "cu_seqlens_q", rows)
+        raise ValueError(f"{'q' if cu_seqlens_q is None else 'cu_seqlens_q'}.shape = (): must have a dimension")
+    return int32_full(q, rows.shape[0] if cu_seqlens_q is None else max(rows.shape[0] - 1, 0), number)
+
+
+def _refuse_without_keys(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} = given: must be None without k and v")
+
+
+def _lengths_with_new(k: Array, v: Array, cache_seqlens: Any, cu_seqlens_k_new: Any) -> Array:
+    """The keys of each sequence once the new ones are in the cache."""
+    if k is None or v is None:
+        raise ValueError(f"{'k' if k is None else 'v'} = None: k and v go together")
+    if cache_seqlens is None:
+        raise ValueError("cache_seqlens = None: must be given with k and v")
+    if cu_seqlens_k_new is not None:
+        return sum_of("cache_seqlens", cache_seqlens, lengths("cu_seqlens_k_new", cu_seqlens_k_new))
+    shape = getattr(k, "shape", None)
+    if shape is None:
+        array("k", k)  # raises, naming k
+    return sum_of("cache_seqlens", cache_seqlens, shape[1] if len(shape) > 1 else 0)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import mods
-from ._call import FORWARD, Array, attend, empty_lse, empty_out
+from ._call import FORWARD, attend
+from ._kinds import any_flag, flag, integer, refuse_qv
+from ._tensors import Array, empty_lse, empty_out
 
 # Knobs of FlashAttention 4's own kernels: they do not change the result, so any value is accepted.
 _TUNING = frozenset(
@@ -18,6 +20,9 @@ _TUNING = frozenset(
 )
 # These would change it.
 _UNSUPPORTED = frozenset({"gather_kv_indices", "gather_kv_valid_length", "block_sparse_tensors", "aux_scalars"})
+
+
+_ZERO = 0  # the default of a number that is off
 
 
 def _flash_attn_fwd(
@@ -56,6 +61,9 @@ def _flash_attn_fwd(
     deterministic: bool = False,
     scheduler_metadata: Array | None = None,
     implementation: str | None = None,
+    attention_chunk: int = 0,
+    check_device: bool = False,
+    strict: bool = False,
     explain: bool = False,
     **knobs: Any,
 ) -> Any:
@@ -64,12 +72,16 @@ def _flash_attn_fwd(
     q: (total_q, num_heads, head_dim) with cu_seqlens_q, else (num_seqs, seqlen_q, num_heads, head_dim).
     k, v: (total_k, num_heads_kv, ..) with cu_seqlens_k, pages (num_pages, page_size, num_heads_kv, ..) with page_table,
     else (num_seqs, seqlen_k, num_heads_kv, ..).
-    max_seqlen_q, max_seqlen_k: upper bounds; None: taken from the shapes.
-    window_size_left, window_size_right: inclusive; None or negative: open. softcap: None or 0: off.
+    max_seqlen_q, max_seqlen_k: upper bounds; None: taken from the shapes. page_table without seqused_k: all of its
+    pages are in use.
+    window_size_left, window_size_right: inclusive; None: open. Both are open, too, where their sum is negative, as in
+    FlashAttention 4 (causal counts as a right side of 0). Other negative sides shift the window there: they raise
+    NotImplementedError. softcap: None or 0: off.
     learnable_sink: (num_heads,) sinks. dynamic_causal: int32 (num_seqs,), takes the place of `causal`.
     score_mod, mask_mod: None or a tag of flashspark.mods, with its data in aux_tensors.
     q_descale, k_descale, v_descale: float32 (num_seqs, num_heads_kv), for float8_e4m3 tensors.
     deterministic: the same bits on every run, and whatever the rest of the batch.
+    attention_chunk, check_device, strict, and what is copied: as in flashspark._ops.
     scheduler_metadata: int32, from get_scheduler_metadata; what FlashAttention 4 itself makes is ignored.
     compile_only: allocate the results and return without computing; so do fake tensors of torch.
     Knobs that tune FlashAttention 4's kernels are accepted and ignored; what would change the result and is not
@@ -77,37 +89,67 @@ def _flash_attn_fwd(
 
     Returns (out, lse); lse is None unless return_lse or lse is given.
     """
-    if qv is not None:
-        raise NotImplementedError("qv = given: must be None, a second query tensor is not supported")
+    refuse_qv(qv)
     for name, value in knobs.items():
         if value is None or value is False or name in _TUNING:
             continue
         if name in _UNSUPPORTED:
             raise NotImplementedError(f"{name} = given: must be None, it is not supported")
-        raise TypeError(f"{name} = {value!r}: flashspark's _flash_attn_fwd knows no such argument")
+        raise TypeError(f"{name} = {value!r:.80}: flashspark's _flash_attn_fwd knows no such argument")
+    if not (return_lse is explain is strict is compile_only is False):
+        return_lse, explain = any_flag(return_lse=return_lse), any_flag(explain=explain)
+        strict, compile_only = any_flag(strict=strict), any_flag(compile_only=compile_only)
     native = _native_modes(score_mod, mask_mod, aux_tensors)
-    causal = native.get("causal", causal)
     if compile_only or _is_fake(q):
         out = out if out is not None else empty_out(q, v, output_scale)
         return out, lse if lse is not None or not return_lse else empty_lse(q, cu_seqlens_q is not None)
-    window_left = native.get("window_left", window_size_left)
-    if window_left is not None and window_left < 0:
-        window_left = None
-    if window_size_right is not None and window_size_right < 0:
-        window_size_right = None
-    # fmt: off
-    return attend(
-        FORWARD, (q, k, v), out, lse, return_lse, explain,
-        (softmax_scale, causal, window_left, window_size_right, softcap, num_splits, deterministic, implementation, 0),
-        (
-            cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, page_table, None, None,
-            learnable_sink, alibi_slopes, q_descale, k_descale, v_descale, output_scale, native.get("rel_logits"),
-            dynamic_causal, native.get("prefix_ranges"), native.get("prefix_clamp_window", False),
-            native.get("rswa_prefix_lens"), native.get("rswa_window", 0),
-            scheduler_metadata if hasattr(scheduler_metadata, "dtype") else None,
-        ),
+    left, right = window_size_left, window_size_right
+    if not (left is right is None):
+        left, right = _window(causal, left, right, mask_mod is not None)
+    tail: tuple[Any, ...] = (
+        *(cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, page_table, None, None),
+        scheduler_metadata if hasattr(scheduler_metadata, "dtype") else None,
     )
-    # fmt: on
+    if (
+        native
+        or not (
+            learnable_sink
+            is alibi_slopes
+            is q_descale
+            is k_descale
+            is v_descale
+            is output_scale
+            is dynamic_causal
+            is None
+        )
+        or not (attention_chunk is _ZERO and check_device is False)
+    ):
+        tail += (
+            *(learnable_sink, alibi_slopes, q_descale, k_descale, v_descale, output_scale, native.get("rel_logits")),
+            *(dynamic_causal, native.get("prefix_ranges"), native.get("prefix_clamp_window", False)),
+            *(native.get("rswa_prefix_lens"), native.get("rswa_window", 0), attention_chunk, check_device),
+        )  # fmt: skip
+        causal, left = native.get("causal", causal), native.get("window_left", left)
+    head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, 0)
+    return attend(FORWARD, (q, k, v), out, lse, return_lse, explain, head, tail, strict=strict)
+
+
+def _window(causal: Any, left: Any, right: Any, masked: bool) -> tuple[int | None, int | None]:
+    """FlashAttention 4's reading of negative sides: open, or not supported here because they shift the window."""
+    left = None if left is None else integer("window_size_left", left)
+    right = None if right is None else integer("window_size_right", right)
+    if (left is None or left >= 0) and (right is None or right >= 0):
+        return left, right
+    if masked:  # no window beside a mask function there
+        return None if left is None or left < 0 else left, None if right is None or right < 0 else right
+    if flag("causal", causal):
+        right = 0
+    if left is not None and right is not None and left + right < 0:
+        return None, None
+    for name, side in (("window_size_left", left), ("window_size_right", right)):
+        if side is not None and side < 0:
+            raise NotImplementedError(f"{name} = {side}: a negative side, which shifts the window, is not supported")
+    return left, right
 
 
 def _native_modes(score_mod: Any, mask_mod: Any, aux_tensors: Sequence[Array] | None) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 Keyword arguments that both functions (and flash_attn_with_kvcache) share, beyond flash-attention's own:
 
 sinks : (num_heads,) float32, float16 or bfloat16
-    Logits that only enter the softmax denominator, one for each head. Not scaled.
+    Logits that only enter the softmax denominator, one for each head. Not scaled. s_aux and learnable_sink are the same
+    argument under the names of vLLM's and transformers' calls and of FlashAttention 4.
 out : like the result
-    Written in place and returned; any strides with a contiguous last dimension. Allocated when None.
+    Written in place and returned; any strides. Allocated when None.
 lse : float32, as below
     Written in place; allocated when None and asked for.
 return_softmax_lse : bool
     Return (out, lse). lse is the natural logarithm of the softmax denominator, the sink included:
-    (num_seqs, num_heads, seqlen_q), or (num_heads, total_q) with cu_seqlens_q. -inf for a row without keys.
+    (num_seqs, num_heads, seqlen_q), or (num_heads, total_q) with cu_seqlens_q. -inf for a row without keys. return_lse
+    is the same.
 seqused_q, seqused_k : (num_seqs,) int32
     Rows and keys in use. Rows past seqused_q are left untouched.
 q_descale, k_descale, v_descale : float32 (num_seqs, num_heads_kv), any strides, or one element
@@ -27,6 +29,8 @@ prefix_clamp_window : bool
 rswa_prefix_lens, rswa_window : (num_seqs,) int32, int
     With rswa_window > 0 a query sees keys up to its position that are among the first rswa_prefix_lens of the
     sequence, or less than rswa_window away.
+attention_chunk : int
+    Queries only see keys of their own chunk of so many positions (Llama 4); 0: off.
 causal_per_seq : (num_seqs,) int32
     1: this sequence is causal, 0: it is not. Takes the place of `causal`.
 num_splits : int
@@ -36,17 +40,35 @@ implementation : str
     One of flashspark.implementations(), by force. None: the best that fits.
 num_threads : int
     CPU threads; 0: all.
+check_device : bool
+    On a GPU, look at all lengths, offsets and page numbers before anything is computed, and raise ValueError for what
+    is out of range, as on the CPU. Waits for the GPU; not while a graph is being captured. FLASHSPARK_CHECK=1 asks it
+    of every call. Without it a GPU reads and writes nothing outside the tensors, but computes with what it finds.
+strict : bool
+    Copy nothing: raise ValueError for what would have to be copied (see below).
 explain : bool
     Compute nothing; return the text that says which implementation would run and why.
+pack_gqa, sm_margin
+    Knobs of FlashAttention 3's kernels; they change nothing here.
+qv
+    FlashAttention 3's second query. Must be None: NotImplementedError.
+
+Of several names of one argument, one is given; two that differ raise ValueError.
 
 Every function raises ValueError (a shape, stride, length, page, device or number breaks its rule), TypeError (a dtype
 or the kind of an argument) or NotImplementedError (legal, but no implementation here has it; the text lists what each
 one lacks). The text names the argument, its value and the rule. Nothing has been computed or written then.
 
 Types: float32, float16 and bfloat16; float8_e4m3 for k and v, with any of the 16-bit types or e4m3 for q. bfloat16 and
-float8_e4m3fn arrays of NumPy come from ml_dtypes. Inputs are never copied: the last dimension must be contiguous, the
-other strides are free. head_dim is a multiple of 8 up to 512, and v's may differ from q's. The number of query heads
-is a multiple of the number of KV heads.
+float8_e4m3fn arrays of NumPy come from ml_dtypes. head_dim is any up to 512, and v's may differ from q's. The number of
+query heads is a multiple of the number of KV heads. Numbers may be NumPy scalars or 0-d arrays and tensors.
+
+Nothing is copied where head_dim is a multiple of 8, the last dimension is contiguous and, on a GPU, every row lies at a
+multiple of 16 bytes (32 for float32); the other strides are free. What is otherwise is copied at every call: q, k and v
+whole, a paged cache with all its pages, and the result. Set strict to be told instead.
+
+Inference only: tensors that require gradients raise ValueError unless torch.no_grad() is in force. Results that are
+written in place have their version counted up, as torch expects.
 """
 
 from __future__ import annotations
@@ -54,7 +76,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._call import FUNC, Array, attend, refuse_dropout, window
+from ._call import FUNC, attend
+from ._kinds import any_flag, one_spelling, pair, refuse_dropout, refuse_qv
+from ._tensors import Array, lengths
+
+_ZERO = 0  # the default of a number that is off
 
 
 def flash_attn_func(
@@ -85,11 +111,21 @@ def flash_attn_func(
     prefix_clamp_window: bool = False,
     rswa_prefix_lens: Array | None = None,
     rswa_window: int = 0,
+    attention_chunk: int = 0,
     causal_per_seq: Array | None = None,
+    scheduler_metadata: Array | None = None,
     num_splits: int = 0,
     implementation: str | None = None,
     num_threads: int = 0,
+    check_device: bool = False,
+    strict: bool = False,
     explain: bool = False,
+    s_aux: Array | None = None,
+    learnable_sink: Array | None = None,
+    return_lse: bool = False,
+    qv: None = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
     _attend: Callable[..., Any] = attend,
 ) -> Any:
     """Attention of a batch of sequences of one length.
@@ -98,7 +134,7 @@ def flash_attn_func(
     own head size.
     dropout_p: must be 0. softmax_scale: None means head_dim ** -0.5.
     causal: query i sees key j when j <= i + seqlen_k - seqlen_q: the last query sees every key.
-    window_size: (left, right) keys around that position, inclusive; -1 or None: open.
+    window_size: (left, right) keys around that position, inclusive; None or negative: open.
     softcap: scores become softcap * tanh(score / softcap); 0: off.
     alibi_slopes: float32 (num_heads,) or (num_seqs, num_heads); subtracts slope * distance.
     deterministic: bit-identical on every run, and independent of the other sequences of the batch.
@@ -107,28 +143,41 @@ def flash_attn_func(
     Returns out (num_seqs, seqlen_q, num_heads, head_dim of v) in q's type (bfloat16 for a float8_e4m3 q), or (out, lse)
     with return_softmax_lse. The keyword arguments and the errors are described in flashspark._ops.
     """
-    if dropout_p:
+    if type(dropout_p) is not float or dropout_p:
         refuse_dropout(dropout_p)
-    left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else window(window_size)
-    want_lse = return_softmax_lse or return_attn_probs
-    # fmt: off
-    if (
-        sinks is None and alibi_slopes is None and seqused_q is None and seqused_k is None and q_descale is None
-        and k_descale is None and v_descale is None and output_scale is None and rel_logits is None
-        and causal_per_seq is None and prefix_ranges is None and rswa_prefix_lens is None and not rswa_window
-    ):
-        tail: tuple[Any, ...] = ()
-    else:
+    left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
+    want_lse, spelled = False, None
+    if not (return_softmax_lse is return_attn_probs is return_lse is explain is strict is False):
+        return_attn_probs = any_flag(return_attn_probs=return_attn_probs)
+        want_lse = any_flag(return_softmax_lse=return_softmax_lse, return_lse=return_lse) or return_attn_probs
+        explain, strict = any_flag(explain=explain), any_flag(strict=strict)
+    if not (qv is s_aux is learnable_sink is None):
+        refuse_qv(qv)
+        sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+    tail: tuple[Any, ...] = ()
+    if not (
+        sinks
+        is alibi_slopes
+        is seqused_q
+        is seqused_k
+        is q_descale
+        is k_descale
+        is v_descale
+        is output_scale
+        is rel_logits
+        is causal_per_seq
+        is prefix_ranges
+        is rswa_prefix_lens
+        is scheduler_metadata
+        is None
+    ) or not (rswa_window is attention_chunk is _ZERO and check_device is False):
         tail = (
-            None, None, None, None, seqused_q, seqused_k, None, None, None, sinks, alibi_slopes, q_descale, k_descale,
-            v_descale, output_scale, rel_logits, causal_per_seq, prefix_ranges, prefix_clamp_window, rswa_prefix_lens,
-            rswa_window,
-        )
-    result = _attend(
-        FUNC, (q, k, v), out, lse, want_lse, explain,
-        (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads), tail,
-    )
-    # fmt: on
+            *(None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata),
+            *(sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq),
+            *(prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device),
+        )  # fmt: skip
+    head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
+    result = _attend(FUNC, (q, k, v), out, lse, want_lse, explain, head, tail, strict=strict, spelled=spelled)
     if explain:
         return result
     if want_lse:
@@ -169,48 +218,82 @@ def flash_attn_varlen_func(
     prefix_clamp_window: bool = False,
     rswa_prefix_lens: Array | None = None,
     rswa_window: int = 0,
+    attention_chunk: int = 0,
     causal_per_seq: Array | None = None,
     scheduler_metadata: Array | None = None,
     num_splits: int = 0,
     implementation: str | None = None,
     num_threads: int = 0,
+    check_device: bool = False,
+    strict: bool = False,
     explain: bool = False,
+    s_aux: Array | None = None,
+    learnable_sink: Array | None = None,
+    page_table: Array | None = None,
+    return_lse: bool = False,
+    qv: None = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
     _attend: Callable[..., Any] = attend,
 ) -> Any:
     """Attention of sequences of different lengths, laid end to end.
 
     q: (total_q, num_heads, head_dim). k: (total_k, num_heads_kv, head_dim), v the same with its own head size; or, with
-    block_table, pages: (num_pages, page_size, num_heads_kv, ..), page_size a multiple of 16.
+    block_table, pages: (num_pages, page_size, num_heads_kv, ..) of any size up to 2^20, on a GPU quick in multiples of
+    16.
     cu_seqlens_q, cu_seqlens_k: int32 (num_seqs + 1,): where each sequence starts and the last one ends. With
-    block_table, cu_seqlens_k only gives lengths, and may be None when seqused_k is given.
+    block_table, cu_seqlens_k only gives lengths, and may be None: then seqused_k gives them, or all pages of the table
+    are in use.
     max_seqlen_q, max_seqlen_k: int, upper bounds of the lengths; None: taken from the shapes.
     block_table: int32 (num_seqs, pages per sequence), any row stride; entries past a sequence's end are never read.
+    page_table is the same argument.
     scheduler_metadata: int32, from get_scheduler_metadata: decoding on a GPU starts sooner.
     The other arguments are flash_attn_func's.
 
     Returns out (total_q, num_heads, head_dim of v), or (out, lse) with lse (num_heads, total_q).
     """
-    if dropout_p:
+    if type(dropout_p) is not float or dropout_p:
         refuse_dropout(dropout_p)
-    left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else window(window_size)
+    left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
+    want_lse, spelled = False, None
+    if not (return_softmax_lse is return_attn_probs is return_lse is explain is strict is False):
+        return_attn_probs = any_flag(return_attn_probs=return_attn_probs)
+        want_lse = any_flag(return_softmax_lse=return_softmax_lse, return_lse=return_lse) or return_attn_probs
+        explain, strict = any_flag(explain=explain), any_flag(strict=strict)
+    if not (qv is s_aux is learnable_sink is page_table is None):
+        refuse_qv(qv)
+        sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+        block_table = one_spelling(spelled, block_table=block_table, page_table=page_table)
     if cu_seqlens_q is None:
         raise TypeError("cu_seqlens_q = None: must be an int32 array (num_seqs + 1,)")
     if block_table is not None and cu_seqlens_k is not None:
         if seqused_k is None:
-            seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+            seqused_k = lengths("cu_seqlens_k", cu_seqlens_k)
+            spelled = {**(spelled or {}), "seqused_k": "cu_seqlens_k"}
         cu_seqlens_k = None
-    want_lse = return_softmax_lse or return_attn_probs
-    # fmt: off
-    result = _attend(
-        FUNC, (q, k, v), out, lse, want_lse, explain,
-        (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads),
-        (
-            cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, block_table, None, None,
-            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, scheduler_metadata,
-        ),
+    tail: tuple[Any, ...] = (
+        *(cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, block_table, None, None),
+        scheduler_metadata,
     )
-    # fmt: on
+    if not (
+        sinks
+        is alibi_slopes
+        is q_descale
+        is k_descale
+        is v_descale
+        is output_scale
+        is rel_logits
+        is causal_per_seq
+        is prefix_ranges
+        is rswa_prefix_lens
+        is None
+    ) or not (rswa_window is attention_chunk is _ZERO and check_device is False):
+        tail += (
+            *(sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq),
+            *(prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device),
+        )  # fmt: skip
+    head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
+    result = _attend(FUNC, (q, k, v), out, lse, want_lse, explain, head, tail, strict=strict, spelled=spelled)
     if explain:
         return result
     if want_lse:

@@ -1,91 +1,188 @@
 """flashspark as operators of torch: torch.compile keeps one graph around them. Importing this module registers them.
 
-    from flashspark.torch_ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from flashspark.torch_ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, append_kv
 
 These take and give what the package's functions of the same names do, for torch tensors; inference only. Outside
-torch.compile the package's own functions are quicker to call. Two differences: `explain` is not offered, and
-flash_attn_with_kvcache checks the attention's arguments after the new rows are in the cache.
+torch.compile the package's own functions are quicker to call. Fake and meta tensors give results without memory, of the
+right shapes and types. Two differences: `explain` is not offered, and flash_attn_with_kvcache checks the attention's
+arguments after the new rows are in the cache.
 
 The operators are flashspark::attention, which returns (out, lse), flashspark::attention_out, which fills tensors that
-it is given, and flashspark::append_kv. Their arguments go by the order of the native call.
+it is given, and flashspark::append_kv. Their arguments are those of bindings/signature.def, in its
+order; `face` says whose names errors use. A tensor that requires gradients raises ValueError.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
 
 from . import _cache, _call, _ops
+from ._kinds import KINDS, any_flag, one_spelling
+from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature
+from ._tensors import out_dtype
 
-# After q, k, v: ATTENTION_ARGUMENTS from softmax_scale on.
-_OPTIONS = """
-    float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, int num_splits,
-    bool deterministic, str? implementation, int num_threads, Tensor? cu_seqlens_q, SymInt? max_seqlen_q,
-    Tensor? cu_seqlens_k, SymInt? max_seqlen_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? block_table,
-    Tensor? leftpad_k, Tensor? kv_batch_index, Tensor? sinks, Tensor? alibi_slopes, Tensor? q_descale,
-    Tensor? k_descale, Tensor? v_descale, Tensor? output_scale, Tensor? rel_logits, Tensor? causal_per_seq,
-    Tensor? prefix_ranges, bool prefix_clamp_window, Tensor? rswa_prefix_lens, SymInt rswa_window"""
-_HEAD = 9  # options up to num_threads
-_NO_TAIL = (*(None,) * 18, False, None, 0)
+_NO_TAIL = NO_TAIL
+_NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and lse
+_KINDS, _FALLBACKS = ATTENTION.kinds[HEAD:], ATTENTION.fallbacks[HEAD:]
+_HEAD = len(_NAMES) - len(NO_TAIL)
+_FIRST = ATTENTION.index("q")
+_TYPES = {
+    **{"integer": "SymInt", "bound": "SymInt", "window": "SymInt"},
+    **{"real": "float", "flag": "bool", "text": "str"},
+}
 
+
+def _schema(signature: Signature, first: int, defaults: bool) -> str:
+    """The arguments from `first` on, as torch.library declares them; each that is written has a letter of its own."""
+    declared = []
+    for kind, name, fallback in list(zip(signature.kinds, signature.names, signature.fallbacks))[first:]:
+        letter = f"({chr(ord('a') + len(declared))}!)" if kind == "result" else ""
+        word = f"Tensor{letter}" if kind in TENSORS else _TYPES[kind]
+        optional = "?" if fallback is None else ""
+        default = f"={fallback}" if defaults and fallback is not REQUIRED else ""
+        declared.append(f"{word}{optional} {name}{default}")
+    return ", ".join(declared)
+
+
+_GIVEN = f"Tensor q, Tensor k, Tensor v, {_schema(ATTENTION, HEAD, False)}"
 _library = torch.library.Library("flashspark", "DEF")
-_library.define(f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool want_lse) -> (Tensor, Tensor)")
-_library.define(f"attention_out(Tensor q, Tensor k, Tensor v, {_OPTIONS}, Tensor(a!) out, Tensor(b!)? lse) -> ()")
-_library.define(
-    "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? cache_seqlens, Tensor(c!)? q, "
-    "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cu_seqlens_k_new, Tensor? block_table, Tensor? cache_batch_idx, "
-    "Tensor? cache_leftpad, bool rotary_interleaved, bool q_rotary_per_token, Tensor? k_descale, Tensor? v_descale, "
-    "Tensor? slot_mapping=None, Tensor? rotary_positions=None) -> ()"
-)
+_library.define(f"attention({_GIVEN}, bool want_lse, int face=0, bool strict=False) -> (Tensor, Tensor)")
+_library.define(f"attention_out({_GIVEN}, Tensor(a!) out, Tensor(b!)? lse, int face=0, bool strict=False) -> ()")
+_library.define(f"append_kv({_schema(APPEND, 1, True)}, bool strict=False) -> ()")
 
 
-def _attention_out(q, k, v, *rest):
-    *options, out, lse = rest
-    face = _call.FUNC if options[_HEAD + 7] is None and options[_HEAD + 8] is None else _call.CACHE
-    _call.attend(face, (q, k, v), out, lse, False, False, tuple(options[:_HEAD]), tuple(options[_HEAD:]))
-
-
-def _results(q, k, v, *rest):
-    """Empty out and lse; an lse that nobody wants has no elements."""
-    tail, want_lse = rest[_HEAD:-1], rest[-1]
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=_call.out_dtype(q, tail[_call.OUTPUT_SCALE]))
-    shape: tuple[int, ...] = (0,)
-    if want_lse and tail[_call.CU_SEQLENS_Q] is not None:
-        shape = (q.shape[1], q.shape[0])
-    elif want_lse:
-        shape = (q.shape[0], q.shape[2], q.shape[1])
-    return out, q.new_empty(shape, dtype=torch.float32)
+# torch leaves trailing arguments out where they have their defaults: face and strict, and most of append_kv's.
 
 
 def _attention(q, k, v, *rest):
-    out, lse = _results(q, k, v, *rest)
-    _attention_out(q, k, v, *rest[:-1], out, lse if rest[-1] else None)
+    options, (want_lse, *more) = rest[: len(_NAMES)], rest[len(_NAMES) :]
+    out, lse = _results((q, k, v), options, want_lse, *more)
+    _compute((q, k, v), options, out, lse if want_lse else None, *more)
     return out, lse
 
 
-def _append(
-    k, v, k_cache, v_cache, cache_seqlens, q, rotary_cos, rotary_sin, cu_seqlens_k_new, block_table, cache_batch_idx,
-    cache_leftpad, rotary_interleaved, q_rotary_per_token, k_descale, v_descale, slot_mapping=None,
-    rotary_positions=None,
-):  # fmt: skip
-    _cache.append_kv(
-        k, v, k_cache, v_cache, cache_seqlens, q=q, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-        cu_seqlens_k_new=cu_seqlens_k_new, block_table=block_table, cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad, rotary_interleaved=rotary_interleaved, q_rotary_per_token=q_rotary_per_token,
-        k_descale=k_descale, v_descale=v_descale, slot_mapping=slot_mapping,
-        rotary_positions=rotary_positions,
-    )  # fmt: skip
+def _attention_out(q, k, v, *rest):
+    options, (out, lse, *more) = rest[: len(_NAMES)], rest[len(_NAMES) :]
+    _compute((q, k, v), options, out, lse, *more)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("attention", _attention, _device)
-    _library.impl("attention_out", _attention_out, _device)
-    _library.impl("append_kv", _append, _device)
-torch.library.register_fake("flashspark::attention", _results, lib=_library)
-torch.library.register_fake("flashspark::attention_out", lambda *_: None, lib=_library)
-torch.library.register_fake("flashspark::append_kv", lambda *_: None, lib=_library)
+def _compute(tensors, options, out, lse, face=0, strict=False):
+    head, tail = options[:_HEAD], options[_HEAD:]
+    if all(map(is_, tail, NO_TAIL)):
+        tail = ()
+    _call.attend(face, tensors, out, lse, False, False, head, tail, strict=strict)
+
+
+def _fake_attention(q, k, v, *rest):
+    options, (want_lse, *more) = rest[: len(_NAMES)], rest[len(_NAMES) :]
+    _same_device((q, k, v, *options), _words(*more[:1]))
+    return _results((q, k, v), options, want_lse, *more)
+
+
+def _fake_attention_out(q, k, v, *rest):
+    options, (out, lse, *more) = rest[: len(_NAMES)], rest[len(_NAMES) :]
+    _same_device((q, k, v, *options, out, lse), (*_words(*more[:1]), "out", "lse"))
+
+
+def _fake_append(*args):
+    _same_device(args, APPEND.words[0][1:])
+
+
+def _words(face: int = 0) -> tuple[str, ...]:
+    """What a face calls q, k, v and the options."""
+    return (*ATTENTION.words[face][_FIRST : _FIRST + 3], *ATTENTION.words[face][HEAD:])
+
+
+def _same_device(args: Iterable[Any], names: Iterable[str]) -> None:
+    """Tensors without memory beside ones that have it: nothing could be computed, and nothing may be made up."""
+    first = None
+    for name, x in zip(names, args):
+        if not isinstance(x, torch.Tensor):
+            continue
+        if first is None:
+            first = x, name
+        elif x.device != first[0].device:
+            raise ValueError(f"{name}.device = {x.device}: must be the device of {first[1]}, {first[0].device}")
+
+
+def _results(tensors, options, want_lse, face=0, _strict=False):
+    """Empty out and lse; an lse that nobody wants has no elements."""
+    (q, k, v), words = tensors, _words(face)
+    varlen = options[_HEAD + _call.CU_SEQLENS_Q] is not None
+    for name, x, dimensions in ((words[0], q, (3,) if varlen else (4,)), (words[1], k, (3, 4)), (words[2], v, (3, 4))):
+        if x.dim() not in dimensions:
+            raise ValueError(
+                f"{name}.shape = {tuple(x.shape)}: must be of {' or '.join(map(str, dimensions))} dimensions"
+            )
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype(q, options[_HEAD + _call.OUTPUT_SCALE]))
+    shape: tuple[Any, ...] = (0,)
+    if want_lse:
+        shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(shape, dtype=torch.float32)
+
+
+def _append(*args):
+    _cache.append_kv(**dict(zip((*APPEND.names[1:], "strict"), args)))
+
+
+def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
+    """The operator's kernel for autograd: there is no backward pass, and no gradient may be lost without a word."""
+
+    def kernel(*args):
+        if torch.is_grad_enabled():
+            for name, x in zip(words(args), args):
+                if isinstance(x, torch.Tensor) and x.requires_grad:
+                    raise ValueError(
+                        f"{name}.requires_grad = True: must be False, or call under torch.no_grad(): "
+                        "flashspark computes inference only"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return kernel
+
+
+def _attention_words(others: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Iterable[str]]:
+    """Names for a call's arguments; `others` stand between the options and face."""
+    first = 3 + len(_NAMES) + len(others)
+    return lambda args: (*_words(args[first] if len(args) > first else 0), *others)
+
+
+def _register(name: str, kernel: Any, fake: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> None:
+    # Of backends without such memory as a kernel needs (sparse, quantized ..) the kernel says what is wrong.
+    for device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+        _library.impl(name, kernel, device)
+    torch.library.register_fake(f"flashspark::{name}", fake, lib=_library)
+    _library.impl(name, _refuses_gradients(getattr(torch.ops.flashspark, name).default, words), "Autograd")
+
+
+_register("attention", _attention, _fake_attention, _attention_words(("want_lse",)))
+_register("attention_out", _attention_out, _fake_attention_out, _attention_words(("out", "lse")))
+_register("append_kv", _append, _fake_append, lambda _: APPEND.words[0][1:])
+
+
+def _settled(kinds: Iterable[str], words: Iterable[str], fallbacks: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """The values as the operators' schemas want them. Raises TypeError or ValueError, naming what is wrong."""
+    result = []
+    for kind, word, fallback, value in zip(kinds, words, fallbacks, values):
+        if value is None and fallback is not REQUIRED:
+            result.append(fallback)
+        elif kind not in TENSORS:
+            result.append(KINDS[kind](word, value))
+        elif not isinstance(value, torch.Tensor):
+            raise TypeError(f"{word} = {'None' if value is None else type(value).__name__}: must be a torch tensor")
+        elif value.layout is not torch.strided or value.is_nested:
+            raise TypeError(f"{word}.layout = {value.layout}: must be torch.strided and not nested")
+        elif value.is_quantized:
+            raise TypeError(f"{word}.dtype = {value.dtype}: must be a plain type")
+        else:
+            result.append(value)
+    return result
 
 
 def _attend(
@@ -97,21 +194,29 @@ def _attend(
     explain: bool,
     head: tuple[Any, ...],
     tail: tuple[Any, ...],
+    *,
+    strict: bool = False,
+    spelled: Mapping[str, str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """_call.attend, through the operators."""
     if explain:
         raise ValueError("explain = True: must be False in flashspark.torch_ops; use the package's own function")
-    softmax_scale, causal, left, right, softcap, *rest = head
-    left, right = -1 if left is None else left, -1 if right is None else right
-    options = (softmax_scale, bool(causal), left, right, float(softcap or 0), *rest, *(tail or _NO_TAIL))
-    if out is None and lse is None:
-        out, lse = torch.ops.flashspark.attention(*tensors, *options, want_lse)
-        return out, lse if want_lse else None
-    empty_out, empty_lse = _results(*tensors, *options, want_lse)
-    out = empty_out if out is None else out
-    lse = empty_lse if lse is None and want_lse else lse
-    torch.ops.flashspark.attention_out(*tensors, *options, out, lse)
-    return out, lse
+    values = (*tensors, out, lse, *head, *tail, *NO_TAIL[len(tail) :])
+    fallbacks = (REQUIRED, REQUIRED, REQUIRED, None, None, *_FALLBACKS)
+    try:
+        q, k, v, out, lse, *options = _settled(
+            ATTENTION.kinds[_FIRST:], ATTENTION.words[face][_FIRST:], fallbacks, values
+        )
+        if out is None and lse is None:
+            out, lse = torch.ops.flashspark.attention(q, k, v, *options, want_lse, face, strict)
+            return out, lse if want_lse else None
+        empty_out, empty_lse = _results((q, k, v), options, want_lse, face)
+        out = empty_out if out is None else out
+        lse = empty_lse if lse is None and want_lse else lse
+        torch.ops.flashspark.attention_out(q, k, v, *options, out, lse, face, strict)
+        return out, lse
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise _call.respelled(error, spelled or {}) from None
 
 
 def append_kv(
@@ -121,28 +226,28 @@ def append_kv(
     v_cache: torch.Tensor,
     cache_seqlens: torch.Tensor | None = None,
     *,
-    q: torch.Tensor | None = None,
-    rotary_cos: torch.Tensor | None = None,
-    rotary_sin: torch.Tensor | None = None,
-    cu_seqlens_k_new: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    rotary_interleaved: bool = True,
-    q_rotary_per_token: bool = True,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    slot_mapping: torch.Tensor | None = None,
-    rotary_positions: torch.Tensor | None = None,
+    strict: bool = False,
+    page_table: torch.Tensor | None = None,
+    **options: Any,
 ) -> None:
-    """flashspark.append_kv as an operator."""
-    torch.ops.flashspark.append_kv(
-        k, v, k_cache, v_cache, cache_seqlens, q, rotary_cos, rotary_sin, cu_seqlens_k_new, block_table,
-        cache_batch_idx, cache_leftpad, rotary_interleaved, q_rotary_per_token, k_descale, v_descale,
-        slot_mapping, rotary_positions,
-    )  # fmt: skip
+    """flashspark.append_kv as an operator; `options` are its keyword arguments."""
+    if page_table is not None:
+        options["block_table"] = one_spelling({}, block_table=options.get("block_table"), page_table=page_table)
+    names = APPEND.names[1:]
+    given = dict(zip(names, (k, v, k_cache, v_cache, cache_seqlens))) | options
+    if unknown := given.keys() - set(names):
+        raise TypeError(f"append_kv() got an unexpected keyword argument {min(unknown)!r}")
+    values = [given.get(name) for name in names]
+    values = _settled(APPEND.kinds[1:], names, APPEND.fallbacks[1:], values)
+    torch.ops.flashspark.append_kv(*values, any_flag(strict=strict))
 
 
-flash_attn_func = partial(_ops.flash_attn_func, _attend=_attend)
-flash_attn_varlen_func = partial(_ops.flash_attn_varlen_func, _attend=_attend)
-flash_attn_with_kvcache = partial(_cache.flash_attn_with_kvcache, _attend=_attend, _append=append_kv)
+def _as_operator(function: Callable[..., Any], **through: Any) -> Callable[..., Any]:
+    operator = partial(function, **through)
+    operator.__doc__ = f"flashspark.{function.__name__} as an operator.\n\n{function.__doc__}"
+    return operator
+
+
+flash_attn_func = _as_operator(_ops.flash_attn_func, _attend=_attend)
+flash_attn_varlen_func = _as_operator(_ops.flash_attn_varlen_func, _attend=_attend)
+flash_attn_with_kvcache = _as_operator(_cache.flash_attn_with_kvcache, _attend=_attend, _append=append_kv)

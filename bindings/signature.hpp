@@ -1,0 +1,61 @@
+// The arguments of the native calls as C++ knows them: their places and their names. From signature.def.
+#pragma once
+
+#include <cstdint>
+
+namespace flashspark::ffi {
+
+enum Face { kFunc = 0, kCache = 1, kForward = 2, kNumFaces = 3 };  // flash_attn_*func, *_with_kvcache, _flash_attn_fwd
+
+namespace attention {
+enum Argument : int32_t {
+#define ATTENTION(kind, field, ...) field,
+#include "signature.def"
+  kCount
+};
+inline constexpr const char *kNames[kNumFaces][kCount] = {{
+#define ATTENTION(kind, field, fallback, func, cache, forward) func,
+#include "signature.def"
+                                                          },
+                                                          {
+#define ATTENTION(kind, field, fallback, func, cache, forward) cache,
+#include "signature.def"
+                                                          },
+                                                          {
+#define ATTENTION(kind, field, fallback, func, cache, forward) forward,
+#include "signature.def"
+                                                          }};
+}  // namespace attention
+
+namespace append {
+enum Argument : int32_t {
+#define APPEND(kind, name, fallback) name,
+#include "signature.def"
+};
+inline constexpr const char *kNames[] = {
+#define APPEND(kind, name, fallback) #name,
+#include "signature.def"
+};
+}  // namespace append
+
+namespace schedule {
+enum Argument : int32_t {
+#define SCHEDULE(kind, name, ...) name,
+#include "signature.def"
+};
+inline constexpr const char *kNames[] = {
+#define SCHEDULE(kind, name, fallback, word) word,
+#include "signature.def"
+};
+}  // namespace schedule
+
+// The table as text, a line an argument, its words as in signature.def: "attention rows k required k k_cache k".
+inline constexpr const char *kSignature =
+#define ATTENTION(kind, field, fallback, func, cache, forward) \
+  "attention " #kind " " #field " " #fallback " " func " " cache " " forward "\n"
+#define APPEND(kind, name, fallback) "append " #kind " " #name " " #fallback " " #name "\n"
+#define SCHEDULE(kind, name, fallback, word) "schedule " #kind " " #name " " #fallback " " word "\n"
+#include "signature.def"
+    ;
+
+}  // namespace flashspark::ffi

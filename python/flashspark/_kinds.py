@@ -1,0 +1,172 @@
+"""Arguments by their kinds (bindings/signature.def): what callers may write becomes what the native call takes.
+
+Numbers may be Python's, NumPy scalars, or 0-d arrays and tensors, whose value is read (on a GPU that waits for it).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ._signature import Signature
+from ._tensors import array, is_cupy, is_torch
+
+
+def _scalar(name: str, value: Any, wanted: str) -> Any:
+    """The number in a 0-d array or tensor; anything else as it is."""
+    if not isinstance(value, np.generic):
+        if not (isinstance(value, np.ndarray) or is_torch(value) or is_cupy(value)):
+            return value
+        if value.ndim != 0 or isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} = {_word(value)}: must be {wanted}")
+        value = array(name, value)
+    try:
+        return value.item()
+    except Exception as error:  # a stream that is being captured cannot be waited for
+        raise ValueError(f"{name} = {_word(value)}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _word(value: Any) -> str:
+    if hasattr(value, "shape"):
+        return "a tensor" if not isinstance(value, np.generic) else f"{value!r}"
+    if isinstance(value, (list, tuple)):
+        return "a list or tuple"
+    for kind, word in ((bool, "a bool"), (int, "an int"), (float, "a float"), (str, "a str")):
+        if isinstance(value, kind):
+            return word
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def integer(name: str, value: Any) -> int:
+    """An int of 64 bits. No bool: whoever gives one means something else."""
+    if type(value) is not int:
+        value = _scalar(name, value, "an int")
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} = {_word(value)}: must be an int")
+        value = operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} = {value}: must fit in 64 bits")
+    return value
+
+
+def bound(name: str, value: Any) -> int:
+    value = integer(name, value)
+    if value < 0:
+        raise ValueError(f"{name} = {value}: must be from 0 on, or None")
+    return value
+
+
+def window(name: str, value: Any) -> int:
+    """A side of a window; every negative one is open."""
+    return max(integer(name, value), -1)
+
+
+def real(name: str, value: Any) -> float:
+    if type(value) is not float:
+        value = _scalar(name, value, "a float")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} = {_word(value)}: must be a float")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} = {value}: must fit in a float") from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool, or 0 or 1."""
+    value = _scalar(name, value, "a bool")
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, int):
+        raise TypeError(f"{name} = {_word(value)}: must be a bool")
+    if value not in (0, 1):
+        raise ValueError(f"{name} = {value}: must be 0 or 1")
+    return bool(value)
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} = {_word(value)}: must be a str")
+    return str(value)
+
+
+def _result(name: str, value: Any) -> Any:
+    return array(name, value, written=True)
+
+
+def _code(_: str, value: Any) -> Any:
+    return value
+
+
+KINDS: dict[str, Callable[[str, Any], Any]] = {
+    **{"code": _code, "rows": array, "result": _result, "floats": array, "ints": array},
+    **{"integer": integer, "bound": bound, "window": window, "real": real, "flag": flag, "text": text},
+}
+
+
+def settled(signature: Signature, face: int, values: tuple[Any, ...]) -> list[Any]:
+    """The values of a native call, each as its kind wants it. Raises TypeError or ValueError, naming what is wrong."""
+    words = signature.words[face]
+    return [
+        value if value is None else KINDS[kind](word, value)
+        for kind, word, value in zip(signature.kinds, words, values)
+    ]
+
+
+def pair(window_size: Any) -> tuple[Any, Any]:
+    """(left, right) from flash-attention's window_size: a tuple, list or array of two; None stands for an open side."""
+    if window_size is None:
+        return None, None
+    try:
+        left, right = window_size
+    except Exception:  # noqa: BLE001 - whatever it is, it has no two sides
+        raise ValueError(
+            f"window_size = {_short(window_size)}: must be (left, right), -1 or None for an open side"
+        ) from None
+    return left, right
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}" if not hasattr(value, "shape") else f"tensor of shape {tuple(value.shape)}"
+
+
+def is_open(name: str, side: Any) -> bool:
+    """Whether a side of a window is open."""
+    return side is None or window(name, side) < 0
+
+
+def one_spelling(spelled: dict[str, str], **given: Any) -> Any:
+    """The value that is given under one of several names, the function's own first; None where there is none.
+
+    Notes in `spelled` which name it was, for errors. Raises ValueError where two names have different values.
+    """
+    own, chosen = next(iter(given)), None
+    for name, value in given.items():
+        if value is None or (chosen is not None and value is given[chosen]):
+            continue
+        if chosen is not None:
+            raise ValueError(f"{name} = given: must be None beside {chosen}, which means the same")
+        chosen = name
+    if chosen is None:
+        return None
+    if chosen != own:
+        spelled[own] = chosen
+    return given[chosen]
+
+
+def any_flag(**given: Any) -> bool:
+    """Whether one of these is true; all are bools."""
+    return any([flag(name, value) for name, value in given.items() if value is not None])
+
+
+def refuse_dropout(dropout_p: Any) -> None:
+    if dropout_p is not None and real("dropout_p", dropout_p) != 0:
+        raise ValueError(f"dropout_p = {dropout_p!r}: must be 0, flashspark has no dropout: it computes inference only")
+
+
+def refuse_qv(qv: Any) -> None:
+    if qv is not None:
+        raise NotImplementedError("qv = given: must be None, a second query tensor (MLA's) is not supported")

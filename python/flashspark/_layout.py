@@ -1,0 +1,113 @@
+"""Copies for what the native call cannot read in place: head sizes, strides and addresses.
+
+The native call takes head sizes in multiples of 8, a contiguous last dimension and, on a GPU, rows of 16 aligned bytes
+(32 of float32). flash-attention pads and copies in its Python functions, and so do these, unless told to be strict.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from ._tensors import Array, array, is_cupy, is_lazy, is_torch
+
+MOST = 512  # the widest head
+_STEP = 8  # numbers that head sizes are a multiple of
+_ROW = 16  # numbers that a copy's rows start at multiples of: 16 bytes of e4m3, 32 of 16-bit types
+
+
+def _on_cuda(x: Array) -> bool:
+    return is_cupy(x) or (is_torch(x) and x.is_cuda)
+
+
+def _can_copy(x: Array) -> bool:
+    return isinstance(x, np.ndarray) or is_torch(x) or is_cupy(x)
+
+
+def _strides(x: Array) -> tuple[int, ...]:
+    """In bytes."""
+    if is_torch(x):
+        return tuple(stride * x.itemsize for stride in x.stride())
+    return tuple(x.strides)
+
+
+def _address(x: Array) -> int:
+    return int(x.data_ptr() if is_torch(x) else x.data.ptr)
+
+
+def _aligned(x: Array) -> bool:
+    """Whether the kernels can copy x's rows: on a GPU, every row at a multiple of 16 bytes, of 32 in float32."""
+    if not _on_cuda(x):
+        return True
+    unit = 32 if x.dtype.itemsize == 4 else 16
+    steps = [stride for size, stride in zip(x.shape[:-1], _strides(x)) if size > 1]
+    return _address(x) % unit == 0 and all(step % unit == 0 for step in steps)
+
+
+def _contiguous_last(x: Array) -> bool:
+    return x.shape[-1] <= 1 or _strides(x)[-1] == x.dtype.itemsize or 0 in x.shape
+
+
+def padded(width: int) -> int:
+    """The head size that the native call computes with; the numbers behind `width` are zeros."""
+    return -(-width // _STEP) * _STEP
+
+
+def readable(x: Array) -> Array:
+    """x (.., width), or a copy of it that the native call can read, as wide as padded(width)."""
+    if not _can_copy(x) or len(x.shape) < 3 or not 0 < x.shape[-1] <= MOST:
+        return x  # the call says what is wrong with it
+    width = padded(x.shape[-1])
+    if width == x.shape[-1] and _contiguous_last(x) and _aligned(x):
+        return x
+    copy = _zeros(x, (*x.shape[:-1], -(-width // _ROW) * _ROW))
+    copy[..., : x.shape[-1]] = x
+    return copy[..., :width]
+
+
+def _zeros(x: Array, shape: tuple[int, ...]) -> Array:
+    if is_torch(x):
+        return x.new_zeros(shape)
+    if is_cupy(x):
+        with x.device:
+            return sys.modules["cupy"].zeros(shape, x.dtype)
+    return np.zeros(shape, x.dtype)
+
+
+def writable(out: Array, width: int) -> Array:
+    """out (.., width), or memory for the native call to write into, to be given to `hand_over` behind it."""
+    if not _can_copy(out) or len(out.shape) < 3 or out.shape[-1] != width or not 0 < width <= MOST:
+        return out
+    if padded(width) == width and _contiguous_last(out) and not is_lazy(out):
+        return out
+    memory = _zeros(out, (*out.shape[:-1], -(-padded(width) // _ROW) * _ROW))
+    memory[..., :width] = out  # rows past seqused_q keep what they hold
+    return memory[..., : padded(width)]
+
+
+def hand_over(memory: Array, out: Any) -> None:
+    """Gives the caller's tensor what the native call has written elsewhere; nothing where it is the same tensor."""
+    if memory is out:
+        return
+    if is_torch(out):
+        out.copy_(memory[..., : out.shape[-1]])
+    else:
+        out[...] = memory[..., : out.shape[-1]]
+
+
+def contiguous_rows(x: Array | None) -> Array | None:
+    """x, or a copy of it whose last dimension is contiguous; as wide as x."""
+    if x is None or not _can_copy(x) or len(x.shape) < 1 or _contiguous_last(x):
+        return x
+    return copied("", x)
+
+
+def copied(name: str, x: Array) -> Array:
+    """A contiguous copy of x."""
+    if is_torch(x):
+        return x.clone(memory_format=sys.modules["torch"].contiguous_format)
+    if not _can_copy(x):
+        x = np.from_dlpack(array(name, x))
+    return x.copy()

@@ -1,0 +1,208 @@
+"""What the package knows of NumPy arrays, torch and CuPy tensors: kinds, results, whether memory holds the values."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tvm_ffi
+
+Array = Any  # numpy.ndarray, torch.Tensor or another DLPack producer
+
+FLOAT32 = np.dtype(np.float32)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+# NumPy's own types have small numbers; ml_dtypes' are registered above them, and NumPy's DLPack refuses those. They
+# cross as integers of their width, with a flashspark_dtype beside them.
+LAST_NUMPY_TYPE = np.dtype(np.float16).num
+_STORED = {BFLOAT16.num: (np.dtype(np.uint16), 3), E4M3.num: (np.dtype(np.uint8), 4)}
+
+_WANTED = "must be a NumPy array, a torch tensor or another DLPack tensor"
+
+
+def is_torch(x: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def is_cupy(x: object) -> bool:
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+def array(name: str, x: Any, written: bool = False) -> Array:
+    """`x` as an array whose memory holds its values, without a gradient; raises what names it where it is none.
+
+    written: the call writes into it, so that it cannot be replaced by a copy.
+    """
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} = masked array: must be a plain array, masks of values are not looked at")
+        if written and not x.flags.writeable:
+            raise ValueError(f"{name} = read-only array: must be writable")
+        return x
+    if is_torch(x):
+        return _torch_array(name, x, written)
+    if x is None or isinstance(x, (str, bytes, int, float, complex, list, tuple, dict, set, np.generic)):
+        raise TypeError(f"{name} = {_described(x)}: {_WANTED}")
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"{name} = {type(x).__name__}: {_WANTED}")
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return x
+    try:
+        return tvm_ffi.from_dlpack(x)
+    except Exception as error:
+        raise TypeError(f"{name} = {type(x).__name__}: {_first_line(error)}") from None
+
+
+def _described(x: Any) -> str:
+    kinds = {bool: "a bool", int: "an int", float: "a float", str: "a str", list: "a list", tuple: "a tuple"}
+    return "None" if x is None else kinds.get(type(x), type(x).__name__)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _torch_array(name: str, x: Array, written: bool) -> Array:
+    torch = sys.modules["torch"]
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise TypeError(f"{name} = tensor inside torch.func or vmap: flashspark's functions cannot be transformed")
+    if x.requires_grad:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}.requires_grad = True: must be False, or call under torch.no_grad(): "
+                "flashspark computes inference only"
+            )
+        x = x.detach()
+    kind = type(x)
+    if kind is not torch.Tensor:
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(f"{name} = {kind.__name__}: must be a plain tensor, this kind's memory is not its values")
+        x = x.as_subclass(torch.Tensor)
+    if x.is_nested:
+        raise TypeError(f"{name} = nested tensor: must be a plain tensor; lengths go in cu_seqlens or seqused")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}.layout = {x.layout}: must be torch.strided")
+    if x.is_quantized or x.is_complex():
+        raise TypeError(f"{name}.dtype = {_dtype_name(x)}: must be a plain type")
+    if not (x.is_cpu or x.is_cuda):
+        raise NotImplementedError(f"{name}.device = {x.device}: must be the CPU or a CUDA device")
+    return x if written else _resolved(x)
+
+
+def _resolved(x: Array) -> Array:
+    """A torch tensor that says lazily that it is negated or zero, as one that holds its values."""
+    if x.is_neg():
+        return x.resolve_neg()
+    if x._is_zerotensor():
+        return sys.modules["torch"].zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x
+
+
+def is_lazy(x: Array) -> bool:
+    """Whether writing into x's memory would not give it the values that were written."""
+    return is_torch(x) and (x.is_neg() or x._is_zerotensor())
+
+
+def _dtype_name(x: Array) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def stored(x: Array, place: int) -> tuple[Array, int]:
+    """`x` in a type that DLPack knows, and its four bits of the `stored_as` argument."""
+    if isinstance(x, np.ndarray):
+        number = x.dtype.num
+        if number > LAST_NUMPY_TYPE and number in _STORED:
+            integer, code = _STORED[number]
+            return x.view(integer), code << 4 * place
+    elif is_torch(x) and x.dtype.itemsize == 1 and x.dtype is sys.modules["torch"].float8_e4m3fn:
+        return x.view(sys.modules["torch"].uint8), 4 << 4 * place
+    return x, 0
+
+
+def bump(*written: Array | None) -> None:
+    """Tells torch that these tensors have changed in place: a backward pass that has saved one of them finds out."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    for x in written:
+        if isinstance(x, torch.Tensor) and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
+def empty_like(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialised array of x's kind and device. `dtype` is NumPy's or torch's; see out_dtype."""
+    if isinstance(x, np.ndarray):
+        return np.empty(shape, dtype)
+    if is_torch(x):
+        return x.new_empty(shape, dtype=dtype)
+    if is_cupy(x):
+        with x.device:
+            return sys.modules["cupy"].empty(shape, dtype)
+    raise TypeError(
+        f"q = {type(x).__name__}: results are allocated for NumPy and CuPy arrays and torch tensors; "
+        "give out= (and lse=)"
+    )
+
+
+def int32_full(x: Array, count: int, value: int) -> Array:
+    if is_torch(x):
+        return x.new_full((count,), value, dtype=sys.modules["torch"].int32)
+    if is_cupy(x):
+        with x.device:
+            return sys.modules["cupy"].full(count, value, np.int32)
+    return np.full(count, value, np.int32)
+
+
+def out_dtype(q: Array, output_scale: Array | None) -> Any:
+    """q's type; bfloat16 when q is e4m3, unless output_scale asks for e4m3."""
+    dtype = q.dtype
+    if is_torch(q):
+        torch = sys.modules["torch"]
+        if output_scale is not None:
+            return torch.float8_e4m3fn
+        return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
+    if output_scale is not None:
+        return E4M3
+    return BFLOAT16 if dtype == E4M3 else dtype
+
+
+def empty_out(q: Array, v: Array, output_scale: Array | None) -> Array:
+    if not isinstance(q, np.ndarray) and not is_torch(q) and not is_cupy(q):
+        empty_like(q, (), None)  # raises, naming q
+    if not hasattr(v, "shape"):
+        array("v", v)  # the same
+    return empty_like(q, (*q.shape[:-1], *v.shape[-1:]), out_dtype(q, output_scale))
+
+
+def empty_lse(q: Array, varlen: bool) -> Array | None:
+    """float32 (num_heads, total_q) or (num_seqs, num_heads, seqlen_q). None for a q that the call will refuse."""
+    shape = tuple(q.shape)
+    if len(shape) != (3 if varlen else 4):
+        return None
+    float32 = sys.modules["torch"].float32 if is_torch(q) else FLOAT32
+    return empty_like(q, (shape[1], shape[0]) if varlen else (shape[0], shape[2], shape[1]), float32)
+
+
+def lengths(name: str, offsets: Array) -> Array:
+    """int32 (n,): the lengths between offsets int32 (n + 1,). Fake and meta tensors give such lengths."""
+    if not is_torch(offsets) or offsets.is_nested or offsets.layout is not sys.modules["torch"].strided:
+        offsets = array(name, offsets)
+    dtype = str(offsets.dtype).removeprefix("torch.")
+    if dtype != "int32":
+        raise TypeError(f"{name}.dtype = {dtype}: must be int32")
+    if len(offsets.shape) != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{name}.shape = {tuple(offsets.shape)}: must be (num_seqs + 1,)")
+    return offsets[1:] - offsets[:-1]
+
+
+def sum_of(name: str, x: Array, more: Any) -> Array:
+    """x + more for lengths int32 (n,). Fake and meta tensors give such lengths."""
+    try:
+        return x + more
+    except Exception:
+        array(name, x)  # says what is wrong with it
+        raise TypeError(f"{name} = {_described(x)}: must be an int32 array (num_seqs,)") from None
