@@ -97,7 +97,7 @@ void choose_cache(Draw &draw, cases::Case &c) {
   c.strided = draw.one_in(4);
   c.seqused_q = draw.one_in(4);
   c.seqused_k = draw.one_in(4);
-  c.kv_batch_index = c.kv_layout == Layout::kDense && draw.one_in(2);
+  c.kv_batch_index = c.kv_layout != Layout::kVarlen && draw.one_in(c.kv_layout == Layout::kDense ? 2 : 5);
   if (c.kv_layout != Layout::kVarlen && draw.one_in(6)) c.leftpad = draw.from(1, 20);
 }
 
@@ -106,6 +106,7 @@ void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
   c.causal_per_seq = draw.one_in(8);
   if (draw.one_in(4)) c.window_left = draw.from(0, draw.one_in(2) ? 20 : 200);
   if (draw.one_in(6)) c.window_right = draw.from(0, 60);
+  if (draw.one_in(6)) c.attention_chunk = draw.from(1, 120);
   c.sinks = draw.one_in(4);
   c.sinks_dtype = draw.of({FLASHSPARK_FLOAT32, FLASHSPARK_FLOAT16, FLASHSPARK_BFLOAT16});
   if (!limits.changed() || draw.one_in(4) == (limits.kernel != nullptr)) return;
@@ -122,7 +123,7 @@ void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
       break;
     case 3:
       c.rswa_window = static_cast<int32_t>(draw.from(1, 80)), c.causal = true;
-      c.window_left = c.window_right = -1, c.causal_per_seq = false;
+      c.window_left = c.window_right = -1, c.causal_per_seq = false, c.attention_chunk = 0;
       break;
     default:
       c.prefix_mode = draw.of<int32_t>({FLASHSPARK_PREFIX_PER_SEQ, FLASHSPARK_PREFIX_PER_TOKEN});
