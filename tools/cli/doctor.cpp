@@ -44,7 +44,7 @@ struct Switch {
 constexpr Switch kSwitches[] = {
     {"FLASHSPARK_FORCE_IMPLEMENTATION", "a name from the table of implementations, for every call"},
     {"FLASHSPARK_CPU_TARGET", "SIMD target: AVX-512, AVX2, SSE4, NEON, as far as the build and the CPU have it"},
-    {"FLASHSPARK_NUM_THREADS", "CPU threads of a call, 1 to 1024"},
+    {"FLASHSPARK_NUM_THREADS", "CPU threads of a call, up to 1024; 0: all"},
     {"FLASHSPARK_CHECK", "1: metadata in GPU memory is checked before every call; 0: it is not"},
     {"FLASHSPARK", "0: vLLM keeps its own attention"},
     {"FLASHSPARK_CAPABILITIES", "compute capabilities to take over in vLLM, such as 9.0,12.x"},
@@ -318,6 +318,39 @@ void print_python(const PythonEnvironment &env) {
   line("packages", packages.empty() ? "none of flashspark's" : packages);
 }
 
+void print_choices(const std::vector<Choice> &chosen, bool gpu_runs, bool verbose) {
+  std::vector<std::string> headers{"problem", "runs on", "because"};
+  if (gpu_runs) headers.insert(headers.begin() + 1, "in GPU memory");
+  Table table(headers);
+  for (const Choice &c : chosen) {
+    std::vector<std::string> cells{c.problem, c.implementation.empty() ? "nothing" : c.implementation,
+                                   c.implementation.empty() ? "see below" : c.reason};
+    if (gpu_runs) cells.insert(cells.begin() + 1, c.on_gpu.empty() ? "not offered" : c.on_gpu);
+    table.row(cells, c.implementation.empty() ? Colour::kRed : Colour::kPlain);
+  }
+  table.print();
+  if (verbose) {
+    for (const Choice &c : chosen)
+      fmt::print("\n{}\n{}", paint(Colour::kBold, c.problem), c.gpu_explanation + c.explanation);
+  }
+}
+
+void print_switches() {
+  Table table({"switch", "value", "meaning"});
+  for (const Switch &each : kSwitches) table.row({each.name, value_of(each), each.meaning});
+  table.print();
+}
+
+void print_findings(const std::vector<Finding> &findings) {
+  for (const Finding &f : findings) {
+    const Colour colour = f.level == Finding::kNote      ? Colour::kDim
+                          : f.level == Finding::kWarning ? Colour::kYellow
+                                                         : Colour::kRed;
+    fmt::print("  {} {}\n", paint(colour, fmt::format("{:<8}", level_name(f.level))), f.text);
+    if (!f.mend.empty()) fmt::print("           {} {}\n", paint(Colour::kDim, "mend:"), f.mend);
+  }
+}
+
 }  // namespace
 
 int doctor(const DoctorOptions &options) {
@@ -355,32 +388,11 @@ int doctor(const DoctorOptions &options) {
   print_python(env);
   for (const auto &[name, value] : vllm.lines) line(name, value);
   fmt::print("\n");
-  std::vector<std::string> headers{"problem", "runs on", "because"};
-  if (gpu_runs) headers.insert(headers.begin() + 1, "in GPU memory");
-  Table table(headers);
-  for (const Choice &c : chosen) {
-    std::vector<std::string> cells{c.problem, c.implementation.empty() ? "nothing" : c.implementation,
-                                   c.implementation.empty() ? "see below" : c.reason};
-    if (gpu_runs) cells.insert(cells.begin() + 1, c.on_gpu.empty() ? "not offered" : c.on_gpu);
-    table.row(cells, c.implementation.empty() ? Colour::kRed : Colour::kPlain);
-  }
-  table.print();
+  print_choices(chosen, gpu_runs, options.verbose);
   fmt::print("\n");
-  Table switches({"switch", "value", "meaning"});
-  for (const Switch &each : kSwitches) switches.row({each.name, value_of(each), each.meaning});
-  switches.print();
-  if (options.verbose) {
-    for (const Choice &c : chosen)
-      fmt::print("\n{}\n{}", paint(Colour::kBold, c.problem), c.gpu_explanation + c.explanation);
-  }
+  print_switches();
   fmt::print("\n");
-  for (const Finding &f : findings) {
-    const Colour colour = f.level == Finding::kNote      ? Colour::kDim
-                          : f.level == Finding::kWarning ? Colour::kYellow
-                                                         : Colour::kRed;
-    fmt::print("  {} {}\n", paint(colour, fmt::format("{:<8}", level_name(f.level))), f.text);
-    if (!f.mend.empty()) fmt::print("           {} {}\n", paint(Colour::kDim, "mend:"), f.mend);
-  }
+  print_findings(findings);
   fmt::print("\n{}\n", errors     ? paint(Colour::kRed, fmt::format("{} errors, {} warnings", errors, warnings))
                        : warnings ? paint(Colour::kYellow, fmt::format("no errors, {} warnings", warnings))
                                   : paint(Colour::kGreen, "no troubles"));

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 
 #include "cli/cli.hpp"
 #include "cli/gpu_run.hpp"
@@ -37,9 +36,6 @@ std::vector<std::string> select_implementations(const std::string &name, bool gp
 }
 
 std::string environment_error() {
-  // The library reads this one on a GPU alone.
-  const std::string check = std::getenv("FLASHSPARK_CHECK") ? std::getenv("FLASHSPARK_CHECK") : "";
-  if (!check.empty() && check != "0" && check != "1") return "FLASHSPARK_CHECK = " + check + ": must be 0 or 1";
   cases::Case smallest;
   smallest.lens = {{1, 1}};
   smallest.heads_q = smallest.heads_kv = 1, smallest.head_dim = 8;

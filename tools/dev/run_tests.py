@@ -100,7 +100,10 @@ def targets(log: Log) -> None:
         if not counts or int(counts[2]) < 200:
             raise Failed(f"verify on {name} did not finish")
         log.add(
-            int(counts[2]), int(counts[3] or 0), [f"{name}: {line}" for line in re.findall("^FAIL .*", out, re.M)], []
+            int(counts[2]),
+            int(counts[3] or 0),
+            [f"{name}: {line}" for line in re.findall(r"^ +FAIL +(\S+/\S+)", out, re.M)],
+            [],
         )
     print(f"               targets: {', '.join(ran)}", flush=True)
     log.check({"x86_64": "SSE4", "aarch64": "NEON"}[HOST] in ran, f"of {names} this machine runs {ran}")
