@@ -181,4 +181,5 @@ def read_unittests(out: str, programs: int) -> Counts:
         raise Failed(f"unittest: skipped tests, of which {len(skips)} say why")
     names = re.findall(r"^(?:FAIL|ERROR|UNEXPECTED SUCCESS): (.*)", out, re.M)
     # Subtests of one test fail one by one.
-    return max(sum(runs) - len(skips) - len(names), 0), len(names), names, skips
+    failed = {name.split(")")[0] for name in names}
+    return sum(runs) - len(skips) - len(failed), len(failed), names, skips
