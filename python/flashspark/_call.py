@@ -233,6 +233,14 @@ def required(name: str, x: Array | None) -> None:
         raise TypeError(f"{name} = None: must be a NumPy array, a torch tensor or another DLPack tensor")
 
 
+def respelling(spelled: Mapping[str, str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls the function; its errors are in the caller's words."""
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise respelled(error, spelled) from None
+
+
 def respelled(error: Exception, spelled: Mapping[str, str]) -> Exception:
     """The error in the caller's words: `sinks.shape[0] = 3 ..` becomes `s_aux.shape[0] = 3 ..`."""
     text = str(error)
