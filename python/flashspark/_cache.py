@@ -83,9 +83,10 @@ def append_kv(
         slot_mapping, rotary_positions, rotary_seqlens, cu_seqlens_q, seqused_q, check_device,
     )
     # fmt: on
+    strict = any_flag(strict=strict)
     if not _append_quickly(values):
         try:
-            _append_any(values, any_flag(strict=strict))
+            _append_any(values, strict)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise respelled(error, spelled) from None
     bump(k_cache, v_cache, q)
@@ -235,6 +236,7 @@ def flash_attn_with_kvcache(
         or v_descale is not None or output_scale is not None or rel_logits is not None
         or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
         or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+        or prefix_clamp_window is not False
     ):
         tail += (
             sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,

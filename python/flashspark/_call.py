@@ -20,6 +20,7 @@ from ._tensors import (
     empty_lse,
     empty_out,
     is_cupy,
+    is_masked,
     is_torch,
     stored,
 )
@@ -152,6 +153,7 @@ def attend(
         and not (_torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         and (out is None or is_plain(out))
         and (lse is None or is_plain(lse))
+        and ("numpy.ma" not in sys.modules or not any(map(is_masked, tail)))
         and (len(tail) <= _FLOATS or all(x is None or is_plain(x) for x in tail[_FLOATS:_PAST_FLOATS]))
     ):
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ._signature import Signature
-from ._tensors import array, is_cupy, is_torch
+from ._tensors import array, is_cupy, is_masked, is_torch
 
 
 def _scalar(name: str, value: Any, wanted: str) -> Any:
@@ -20,7 +20,7 @@ def _scalar(name: str, value: Any, wanted: str) -> Any:
     if not isinstance(value, np.generic):
         if not (isinstance(value, np.ndarray) or is_torch(value) or is_cupy(value)):
             return value
-        if len(_shape(value)) != 0 or isinstance(value, np.ma.MaskedArray):
+        if len(_shape(value)) != 0 or is_masked(value):
             raise TypeError(f"{name} = {_word(value)}: must be {wanted}")
         value = array(name, value)
     try:
@@ -129,7 +129,7 @@ def pair(window_size: Any) -> tuple[Any, Any]:
     if window_size is None:
         return None, None
     try:
-        left, right = window_size
+        left, right = () if isinstance(window_size, (set, frozenset, dict, str, bytes)) else window_size
     except Exception:  # noqa: BLE001 - whatever it is, it has no two sides
         raise ValueError(
             f"window_size = {_short(window_size)}: must be (left, right), -1 or None for an open side"

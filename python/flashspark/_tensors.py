@@ -32,13 +32,19 @@ def is_cupy(x: object) -> bool:
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
+def is_masked(x: object) -> bool:
+    """Whether x is a NumPy array with a mask. Their module is loaded by whoever makes the first one."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(x, masked.MaskedArray)
+
+
 def array(name: str, x: Any, written: bool = False) -> Array:
     """`x` as an array whose memory holds its values, without a gradient; raises what names it where it is none.
 
     written: the call writes into it, so that it cannot be replaced by a copy.
     """
     if isinstance(x, np.ndarray):
-        if isinstance(x, np.ma.MaskedArray):
+        if is_masked(x):
             raise TypeError(f"{name} = masked array: must be a plain array, masks of values are not looked at")
         if written and not x.flags.writeable:
             raise ValueError(f"{name} = read-only array: must be writable")
@@ -94,7 +100,12 @@ def _torch_array(name: str, x: Array, written: bool) -> Array:
         return x
     if written:
         raise ValueError(f"{name} = tensor that is negated or zero by its word alone: must hold its values")
-    return x.resolve_neg() if x.is_neg() else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return held(x)
+
+
+def held(x: Array) -> Array:
+    """A torch tensor that is negated or zero by its word alone, as one that holds its values."""
+    return x.resolve_neg() if x.is_neg() else sys.modules["torch"].zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _dtype_name(x: Array) -> str:

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _cache, _call, _ops
 from ._kinds import KINDS, any_flag, one_spelling
 from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature
-from ._tensors import out_dtype
+from ._tensors import held, out_dtype
 
 _NO_TAIL = NO_TAIL
 _NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and lse
@@ -149,6 +149,22 @@ def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any,
     return kernel
 
 
+def _resolves(operator: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
+    """The operator's kernel for tensors that are negated or zero by their word alone. torch's own takes no None."""
+    written = [argument.is_write for argument in operator._schema.arguments]
+
+    def kernel(*args):
+        resolved = []
+        for name, x, into in zip(words(args), args, written):
+            lazy = isinstance(x, torch.Tensor) and (x.is_neg() or x._is_zerotensor())
+            if lazy and into:
+                raise ValueError(f"{name} = tensor that is negated or zero by its word alone: must hold its values")
+            resolved.append(held(x) if lazy else x)
+        return operator(*resolved, *args[len(resolved) :])
+
+    return kernel
+
+
 def _attention_words(others: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Iterable[str]]:
     """Names for a call's arguments; `others` stand between the options and face."""
     first = 3 + len(_NAMES) + len(others)
@@ -160,7 +176,10 @@ def _register(name: str, kernel: Any, fake: Any, words: Callable[[tuple[Any, ...
     for device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         _library.impl(name, kernel, device)
     torch.library.register_fake(f"flashspark::{name}", fake, lib=_library)
-    _library.impl(name, _refuses_gradients(getattr(torch.ops.flashspark, name).default, words), "Autograd")
+    operator = getattr(torch.ops.flashspark, name).default
+    _library.impl(name, _refuses_gradients(operator, words), "Autograd")
+    for lazily in ("Negative", "ZeroTensor"):
+        _library.impl(name, _resolves(operator, words), lazily)
 
 
 _register("attention", _attention, _fake_attention, _attention_words(("want_lse",)))
