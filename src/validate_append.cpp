@@ -125,8 +125,8 @@ void validate(const AppendParams &p) {
   check::in_range("check_device", p.check_device, 0, 1);
   check::in_range("num_seqs", p.num_seqs, 0, INT32_MAX - 1);
   check::in_range("num_heads_kv", p.num_heads_kv, 1, 1 << 16);
-  check::width("head_dim", p.head_dim);
-  check::width("head_dim_v", p.head_dim_v);
+  check::in_range("head_dim", p.head_dim, 1, 512);  // rows are copied, whatever their width
+  check::in_range("head_dim_v", p.head_dim_v, 1, 512);
   check::in_range("seqlen_new", p.seqlen_new, 0, INT32_MAX);
   check::in_range("total_new", p.total_new, 0, INT32_MAX);
   check::in_range("seqlen_cache", p.seqlen_cache, 0, INT32_MAX);
