@@ -245,7 +245,8 @@ class Scratch {
   explicit Scratch(Call &call) {
     flashspark_attention_params &p = call.params;
     // Only a split problem needs any, and these are never split.
-    if (p.device != FLASHSPARK_CUDA || p.num_splits == 1 || TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr)
+    if (p.device != FLASHSPARK_CUDA || (p.num_splits == 1 && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) ||
+        TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr)
       return;
     size_t bytes = 0;
     require_ok(flashspark_attention_workspace_size(&p, &bytes), call.face);

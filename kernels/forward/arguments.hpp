@@ -59,16 +59,14 @@ struct ForwardArguments {
   int32_t total_q;                // varlen: rows of q
   int32_t key_rows;               // varlen: rows of k; else rows that a sequence of k, or its pages, has
   int32_t last_batch, last_page;  // the largest that kv_batch_index and page_table may name
-  int32_t whole_pages;            // 0: 16 does not divide the rows of a page, and every row of a tile looks up its own
+  int32_t whole_pages;            // 0: 16 does not divide the rows of a page; kind `changed` alone takes such
 
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k, *leftpad_k, *kv_batch_index, *page_table;
   int64_t page_table_stride;
   PageSteps k_pages, v_pages;
 
-  Number out_number;          // q's type or e4m3; of kernels that convert K and V from e4m3 any but float32
-  const float *output_scale;  // e4m3: out is divided by it; NULL: 1
   // Of kernels that convert K and V from e4m3 alone: the others have one type for all.
-  Number q_number;
+  Number q_number, out_number;
   Scale q_descale, k_descale, v_descale;  // q's is NULL unless q is e4m3
 
   // Scores.

@@ -56,11 +56,13 @@ FLASHSPARK_DEVICE Mask find_mask(const ForwardArguments &a, const Work &work, co
   return mask;
 }
 
+// Chunks are for instances of kind `changed`: in all of them they would cost short sequences their instructions' way.
+template <bool changed = false>
 FLASHSPARK_DEVICE Interval seen(const ForwardArguments &a, const Mask &mask, int32_t token) {
   const int32_t pos = token + mask.shift;
   Interval x{max_of(mask.begin, pos - a.window_left), min_of(mask.end, pos + a.window_right + 1)};
   if (mask.causal) x.end = min_of(x.end, pos + 1);
-  if (a.attention_chunk.value != 0) {
+  if (changed && a.attention_chunk.value != 0) {
     // The chunks of positions before the first key hold no key.
     const int32_t from_begin = pos - mask.begin;
     const int32_t chunk = pos - divide(max_of(from_begin, 0), a.attention_chunk).remainder;
@@ -100,9 +102,9 @@ FLASHSPARK_DEVICE RowMask mask_of(const ForwardArguments &a, const Mask &mask, i
       const int32_t prefix = clamp(a.rswa_prefix_lens[mask.seq], 0, mask.end - mask.begin);
       return join({mask.begin, min_of(mask.begin + prefix, end)}, {max_of(mask.begin, pos - a.rswa_window + 1), end});
     }
-    if (a.prefix_mode != PrefixMode::none) return join(seen(a, mask, token), prefix_of(a, mask, token));
+    if (a.prefix_mode != PrefixMode::none) return join(seen<true>(a, mask, token), prefix_of(a, mask, token));
   }
-  return {seen(a, mask, token), {0, 0}};
+  return {seen<changed>(a, mask, token), {0, 0}};
 }
 
 // Of a set of rows, for the first and the second interval of each: the hull (smallest interval that holds all of them)

@@ -43,6 +43,10 @@ struct KeyLoader {
     return values ? a.head_dim_v - static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV : a.head_dim;
   }
 
+  // Whether a page holds whole groups of rows. Other pages are for kind `changed`: every row of a tile looks up its
+  // own, which the others' loops have no registers for.
+  FLASHSPARK_DEVICE bool whole_pages() const { return !T::kChanged || a.whole_pages != 0; }
+
   FLASHSPARK_DEVICE bool reads(int32_t key) const {
     const bool in_first = key >= hull[0].begin && key < hull[0].end;
     if constexpr (T::kChanged) return in_first || (key >= hull[1].begin && key < hull[1].end);
@@ -52,7 +56,7 @@ struct KeyLoader {
     const int32_t begin = tile * T::kKeys, end = begin + T::kKeys;
     bool all = begin >= hull[0].begin && end <= hull[0].end;
     if constexpr (T::kChanged) all = all || (begin >= hull[1].begin && end <= hull[1].end);
-    return all && a.whole_pages != 0;
+    return all && whole_pages();
   }
 
   // The same for all lanes: a warp's rows of a pass are at most 16. Said to the compiler, it works addresses out in the
@@ -76,7 +80,7 @@ struct KeyLoader {
 
   // Tiles [begin, end) are whole: all their keys are read and all columns exist.
   FLASHSPARK_DEVICE Interval whole_tiles() const {
-    if (columns<false>() < T::kHeadDim || columns<true>() < T::kHeadDimV || a.whole_pages == 0) return {0, 0};
+    if (columns<false>() < T::kHeadDim || columns<true>() < T::kHeadDimV || !whole_pages()) return {0, 0};
     return {ceil_div(hull[0].begin, T::kKeys), hull[0].end / T::kKeys};
   }
 
@@ -172,8 +176,10 @@ struct KeyLoader {
       const bool reads_key = reads(first + row());
       const Stored *from = base;
       if (reads_key && pages != nullptr) {
-        const Quotient at = divide(first + row(), a.page_size);  // base is at the row's place in its group
-        from += existing(pages[at.quotient]) * strides.batch + (at.remainder - row() % kGroupRows) * strides.token;
+        // base is at the row's place in its group
+        const Quotient at = divide(whole_pages() ? group(tile, pass / kGroupPasses) : first + row(), a.page_size);
+        const int32_t behind = whole_pages() ? pass % kGroupPasses * T::kPassRows : -(row() % kGroupRows);
+        from += existing(pages[at.quotient]) * strides.batch + (at.remainder + behind) * strides.token;
       } else if (reads_key) {
         from += first * strides.token;
       }

@@ -156,7 +156,8 @@ FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a, Place place, int32_t
     work = find_varlen(a, place.rank, rows);
   } else {
     work.seq = place.seq;
-    work.seqlen_q = queries_of(a, read_query_lengths(a, work.seq)).tokens;
+    work.seqlen_q = a.max_seqlen_q;
+    if (a.seqused_q != nullptr) work.seqlen_q = clamp(a.seqused_q[work.seq], 0, a.max_seqlen_q);
     work.first_row = (a.tiles - 1 - place.rank) * rows;
     work.found = work.first_row < work.seqlen_q * static_cast<int32_t>(a.group.value);
   }
@@ -196,14 +197,21 @@ FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, const KeyLengths &x) {
 }
 
 FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
-  const int32_t batch = a.kv_batch_index != nullptr ? clamp(a.kv_batch_index[seq], 0, a.last_batch) : seq;
-  Keys keys = keys_of(a, read_key_lengths(a, seq));
-  // What is read from memory the compiler takes to differ between lanes, and keeps in registers of which none is to
-  // spare: with the page table looked at before these lines d128 spills 60 bytes instead of 4, and loses a tenth.
-  keys.begin = ptx::uniform(keys.begin);
-  keys.end = ptx::uniform(keys.end);
-  keys.batch = batch;
-  if (a.page_table != nullptr) keys.pages = a.page_table + batch * a.page_table_stride;
+  Keys keys{};
+  int32_t held = a.max_seqlen_k, begin = 0, room = a.key_rows;
+  if (a.cu_seqlens_k != nullptr) {
+    const int32_t row = clamp(a.cu_seqlens_k[seq], 0, a.key_rows);
+    keys.row = row;
+    held = clamp(a.cu_seqlens_k[seq + 1], row, a.key_rows) - row;
+    room -= row;
+  } else {
+    keys.batch = a.kv_batch_index != nullptr ? clamp(a.kv_batch_index[seq], 0, a.last_batch) : seq;
+  }
+  if (a.seqused_k != nullptr) held = a.seqused_k[seq];
+  if (a.leftpad_k != nullptr) begin = clamp(a.leftpad_k[seq], 0, room);
+  keys.begin = ptx::uniform(begin);
+  keys.end = ptx::uniform(clamp(held, begin, room));
+  if (a.page_table != nullptr) keys.pages = a.page_table + keys.batch * a.page_table_stride;
   return keys;
 }
 

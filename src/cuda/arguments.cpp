@@ -114,14 +114,14 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.num_heads_kv = static_cast<int32_t>(p.num_heads_kv);
   a.head_dim = static_cast<int32_t>(p.head_dim);
   a.head_dim_v = static_cast<int32_t>(p.head_dim_v);
-  a.max_seqlen_q = static_cast<int32_t>(p.max_seqlen_q);
+  // No sequence is longer than all rows there are.
+  a.max_seqlen_q = static_cast<int32_t>(is_varlen_q(p) ? std::min(p.max_seqlen_q, p.total_q) : p.max_seqlen_q);
   a.max_seqlen_k = static_cast<int32_t>(p.max_seqlen_k);
   a.group = make_divisor(static_cast<uint32_t>(sizes.group));
   a.total_q = static_cast<int32_t>(p.total_q);
   a.key_rows = static_cast<int32_t>(key_rows(p));
   a.last_batch = static_cast<int32_t>(std::max<int64_t>(num_kv_seqs(p) - 1, 0));
   a.last_page = static_cast<int32_t>(std::max<int64_t>(p.num_pages - 1, 0));
-  constexpr int64_t kGroupRows = 16;  // KeyLoader: neighbouring rows of a tile that look up one page
   a.whole_pages = p.page_size % kGroupRows == 0 ? 1 : 0;
   if (is_paged(p)) {
     a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
@@ -136,10 +136,9 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.kv_batch_index = p.kv_batch_index;
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
-  a.out_number = number_of(p.out.dtype);
-  a.output_scale = p.output_scale;
   if (converts(p)) {
     a.q_number = number_of(p.q.dtype);
+    a.out_number = number_of(p.out.dtype);
     if (p.q.dtype == FLASHSPARK_FLOAT8_E4M3) a.q_descale = scale_of(p.q_descale);
     a.k_descale = scale_of(p.k_descale);
     a.v_descale = scale_of(p.v_descale);

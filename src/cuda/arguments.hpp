@@ -13,6 +13,9 @@ namespace flashspark::cuda {
 // Rows and keys are counted in 32 bits on the device. Windows that reach further than any sequence are open.
 inline constexpr int64_t kMost = int64_t{1} << 30;
 
+// Neighbouring rows of a tile that look up one page (KeyLoader).
+inline constexpr int64_t kGroupRows = 16;
+
 // Whether k and v are e4m3, which the kernels turn into fp16.
 bool converts(const Params &p);
 

@@ -8,6 +8,7 @@
 #include "cuda/launch.hpp"
 #include "cuda/metadata.hpp"
 #include "cuda/module.hpp"
+#include "cuda/quantize.hpp"
 #include "error.hpp"
 
 namespace flashspark::cuda {
@@ -44,10 +45,7 @@ class Workspace {
   void *data_ = nullptr;
 };
 
-}  // namespace
-
-void forward(const Params &p) {
-  check_if_asked(p);
+void forward_16_bit(const Params &p) {
   const DeviceFacts &device = device_facts(p.device_index);
   Plan plan = make_plan(p, device.machine, p.workspace);
   if (plan.forward.grid[0] == 0) return;  // nothing to compute
@@ -60,7 +58,7 @@ void forward(const Params &p) {
   const auto stream = static_cast<Stream>(p.stream);
   const Kernel kernel = forward_kernel(*plan.instance, plan.number, p.device_index, plan.forward.shared_bytes);
   const bool merged = plan.merge.grid[0] > 0;
-  const Kernel merge = merged ? merge_kernel(p.device_index) : nullptr;
+  const Kernel merge = merged ? merge_kernel(plan.out, p.device_index) : nullptr;
   const Workspace memory(p, plan.workspace);
   if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
   const Architecture arch = device.machine.arch;
@@ -68,8 +66,34 @@ void forward(const Params &p) {
   if (merged) launch(merge, plan.merge, &plan.arguments, stream, arch);
 }
 
+// Results in e4m3: the kernels write 16-bit numbers to scratch memory, which one more launch divides and rounds.
+void forward_quantized(const Params &p) {
+  const size_t bytes = wide_out_bytes(p);
+  const CurrentDevice current(p.device_index);
+  const Workspace memory(p, p.workspace != nullptr ? workspace(p) : bytes);
+  Params wide = with_wide_out(p, memory.data());
+  if (p.workspace != nullptr) {
+    wide.workspace = static_cast<char *>(p.workspace) + bytes;
+    wide.workspace_size = p.workspace_size - bytes;
+  }
+  forward_16_bit(wide);
+  const QuantizePlan plan = make_quantize_plan(p, wide);
+  if (plan.launch.grid[0] == 0) return;
+  launch(quantize_kernel(p.device_index), plan.launch, &plan.arguments, static_cast<Stream>(p.stream),
+         device_facts(p.device_index).machine.arch);
+}
+
+}  // namespace
+
+void forward(const Params &p) {
+  check_if_asked(p);
+  is_quantized(p) ? forward_quantized(p) : forward_16_bit(p);
+}
+
 size_t workspace(const Params &p) {
-  return make_plan(p, device_facts(p.device_index).machine, nullptr).workspace;
+  const Machine &machine = device_facts(p.device_index).machine;
+  if (!is_quantized(p)) return make_plan(p, machine, nullptr).workspace;
+  return wide_out_bytes(p) + make_plan(with_wide_out(p, nullptr), machine, nullptr).workspace;
 }
 
 namespace {
@@ -104,7 +128,7 @@ std::string detail(const Params &p) {
   const DeviceFacts &device = device_facts(p.device_index);
   std::string text = device.name + ", " + architecture_name(device.machine.arch) + " kernels";
   if (!unsupported(p).empty()) return text;
-  const Plan plan = make_plan(p, device.machine, nullptr);
+  const Plan plan = make_plan(is_quantized(p) ? with_wide_out(p, nullptr) : p, device.machine, nullptr);
   if (plan.instance == nullptr) return text;  // no rows
   text += std::string(", ") + plan.instance->name + (plan.number == NumberType::e4m3 ? "_e4m3" : "");
   if (plan.forward.grid[1] > 1) text += ", " + std::to_string(plan.forward.grid[1]) + " splits";

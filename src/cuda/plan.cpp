@@ -31,7 +31,8 @@ int64_t ceil_div(int64_t a, int64_t b) {
 
 bool is_changed(const Params &p) {
   return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr || p.rswa_window > 0 ||
-         p.prefix_mode != FLASHSPARK_PREFIX_NONE;
+         p.prefix_mode != FLASHSPARK_PREFIX_NONE || p.attention_chunk > 0 ||
+         (is_paged(p) && p.page_size % kGroupRows != 0);
 }
 
 const Instance *find(const Params &p, Kind kind) {
@@ -56,14 +57,6 @@ int64_t residency(const Params &p, const Instance &instance, const Tile &tile, c
   constexpr int64_t kReserved = 1024;  // bytes of shared memory that the driver takes a block
   const int64_t by_memory = machine.shared_bytes_per_sm / (shared_bytes(instance, tile, converts(p)) + kReserved);
   return std::max<int64_t>(1, std::min<int64_t>(by_memory, tile.blocks));
-}
-
-// Row tiles a unit: of one sequence, or of all with cu_seqlens_q (each sequence wastes less than one tile).
-int64_t tiles_per_unit(const Params &p, const Sizes &sizes, int64_t tile_rows) {
-  const int64_t of_one = ceil_div(sizes.rows, tile_rows);
-  if (!is_varlen_q(p)) return of_one;
-  const int64_t of_all = sizes.tokens * sizes.group / tile_rows + p.num_seqs;
-  return std::min(of_one * p.num_seqs, of_all);
 }
 
 int64_t value_tiles(const Params &p, const Instance &instance) {
@@ -134,7 +127,6 @@ int32_t schedule_key(const ForwardArguments &a) {
         a.share_limits.least_shift, a.share_limits.few_shares, a.share_limits.few_total, a.share_limits.start})
     add(n);
   add(a.group.value);
-  add(a.attention_chunk.value);
   for (const int32_t *lengths :
        {a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_q, a.seqused_k, a.leftpad_k, a.kv_batch_index, a.causal_per_seq})
     add(lengths != nullptr);
@@ -208,6 +200,13 @@ int64_t section_units(const Params &p, const Sizes &sizes, int64_t tiles, int64_
 }
 
 }  // namespace
+
+int64_t tiles_per_unit(const Params &p, const Sizes &sizes, int64_t tile_rows) {
+  const int64_t of_one = ceil_div(sizes.rows, tile_rows);
+  if (!is_varlen_q(p)) return of_one;
+  const int64_t of_all = sizes.tokens * sizes.group / tile_rows + p.num_seqs;
+  return std::min(of_one * p.num_seqs, of_all);
+}
 
 bool fits(const Instance &instance, const Params &p) {
   return instance.head_dim >= p.head_dim && (instance.kind == Kind::changed || !is_changed(p));

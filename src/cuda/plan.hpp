@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/arguments.hpp"
 #include "forward/arguments.hpp"
 #include "forward/instances.hpp"
 #include "problem.hpp"
@@ -30,10 +31,10 @@ enum class NumberType : uint8_t { bf16, fp16, e4m3 };
 
 struct Plan {
   const Instance *instance = nullptr;  // its fatbin is "<name>_<number>", its function flashspark_forward
-  NumberType number{};
+  NumberType number{}, out{};          // out: what the forward and merge kernels write
   Launch forward;
   ForwardArguments arguments{};  // of both kernels
-  Launch merge;                  // fatbin "merge", function flashspark_merge
+  Launch merge;                  // fatbin "merge_<out>", function flashspark_merge
   size_t workspace = 0;          // bytes that arguments.partial_out and partial_lse lie in
 
   // Elements of params.scheduler_metadata, a line a block; 0: blocks find no shares that could be scheduled.
@@ -49,5 +50,8 @@ bool fits(const Instance &instance, const Params &p);
 // p has passed validate() and unsupported(). The plan's partial pointers are set from `workspace`, which may be NULL
 // when only the size is wanted. `instance`: NULL, or one that fits and is to be taken.
 Plan make_plan(const Params &p, const Machine &machine, void *workspace, const Instance *instance = nullptr);
+
+// Row tiles a unit, at most: of one sequence, or of all with cu_seqlens_q (each sequence wastes less than one tile).
+int64_t tiles_per_unit(const Params &p, const Sizes &sizes, int64_t tile_rows);
 
 }  // namespace flashspark::cuda

@@ -1,0 +1,49 @@
+#include "cuda/quantize.hpp"
+
+#include "cuda/arguments.hpp"
+
+namespace flashspark::cuda {
+namespace {
+
+constexpr int64_t kThreads = 128, kRows = 32;  // kQuantizeWarps, kQuantizeRows in quantize.cuh
+
+// q's type, or fp16 where that is e4m3: of the two the one with more bits.
+int32_t wide_dtype(const Params &p) {
+  return p.q.dtype == FLASHSPARK_FLOAT8_E4M3 ? FLASHSPARK_FLOAT16 : p.q.dtype;
+}
+
+}  // namespace
+
+bool is_quantized(const Params &p) {
+  return p.out.dtype == FLASHSPARK_FLOAT8_E4M3;
+}
+
+size_t wide_out_bytes(const Params &p) {
+  const int64_t numbers = sizes_of(p).tokens * p.num_heads_q * p.head_dim_v;
+  return static_cast<size_t>(numbers * 2 + 15) / 16 * 16;
+}
+
+Params with_wide_out(const Params &p, void *memory) {
+  Params wide = p;
+  const int64_t token = p.num_heads_q * p.head_dim_v;
+  wide.out = {memory, p.max_seqlen_q * token, token, p.head_dim_v, wide_dtype(p), 0};
+  wide.output_scale = nullptr;
+  return wide;
+}
+
+QuantizePlan make_quantize_plan(const Params &p, const Params &wide) {
+  QuantizePlan plan;
+  const Sizes sizes = sizes_of(p);
+  if (sizes.tokens == 0 || p.num_seqs == 0) return plan;
+  ForwardArguments &a = plan.arguments.forward = arguments_of(wide, sizes, Kind::few);
+  a.out_number = number_of(wide.out.dtype);
+  a.tiles = static_cast<int32_t>(tiles_per_unit(p, sizes, kRows));
+  a.units = a.section_units = static_cast<int32_t>(sizes.units);
+  plan.arguments.out = p.out.data;
+  plan.arguments.out_strides = strides_of(p.out);
+  plan.arguments.output_scale = p.output_scale;
+  plan.launch = {{static_cast<uint32_t>(int64_t{a.tiles} * a.units), 1, 1}, kThreads, 0};
+  return plan;
+}
+
+}  // namespace flashspark::cuda
