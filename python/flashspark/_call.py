@@ -14,6 +14,7 @@ from . import _core, _layout
 from ._kinds import settled
 from ._signature import ATTENTION, Signature, in_tail
 from ._tensors import (
+    BFLOAT16,
     LAST_NUMPY_TYPE,
     Array,
     bump,
@@ -28,6 +29,7 @@ from ._tensors import (
 FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use; see bindings/signature.def
 
 _ndarray, _empty = np.ndarray, np.empty
+_BF16, _U16, _FOUR_BF16 = BFLOAT16.num, np.dtype(np.uint16), 0x3333  # stored_as of q, k, v and out
 _NUMPY = frozenset({np.ndarray, type(None), int, bool})  # of a plain call's tail
 CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
 _FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
@@ -142,9 +144,9 @@ def attend(
         pass
     elif type(q) is type(k) is type(v) is _ndarray:
         if (
-            q.dtype.num <= LAST_NUMPY_TYPE
+            ((number := q.dtype.num) <= LAST_NUMPY_TYPE or (number == _BF16 and k.dtype is v.dtype is q.dtype))
             and (not tail or (_NUMPY.issuperset(map(type, tail)) and len(tail) <= _FLOATS))
-            and (out is None or type(out) is _ndarray)
+            and (out is None or (type(out) is _ndarray and (number != _BF16 or out.dtype.num == _BF16)))
             and (lse is None or type(lse) is _ndarray)
         ):
             try:
@@ -152,7 +154,11 @@ def attend(
                 logs = lse
                 if want_lse and lse is None:
                     logs = empty_lse(q, bool(tail) and tail[CU_SEQLENS_Q] is not None)
-                function(face, 0, q, k, v, result, logs, *head, *tail)
+                if number == _BF16:
+                    views = (q.view(_U16), k.view(_U16), v.view(_U16), result.view(_U16))
+                    function(face, _FOUR_BF16, *views, logs, *head, *tail)
+                else:
+                    function(face, 0, q, k, v, result, logs, *head, *tail)
                 return result, logs
             except Exception:  # noqa: BLE001, S110 - the general way says what is wrong, or mends it
                 pass
