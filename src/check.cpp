@@ -61,18 +61,19 @@ void dtype(const char *argument, int32_t value, bool allow_fp8) {
        FLASHSPARK_INVALID_TYPE);
 }
 
-static void aligned(const std::string &argument, const void *pointer, size_t size) {
+// `field` is "" or ".data". Nothing is put together, nor memory taken, for a pointer that is right: this runs at every
+// call of a GPU kernel.
+static void aligned(const char *argument, const char *field, const void *pointer, size_t size) {
   if (reinterpret_cast<uintptr_t>(pointer) % size == 0) return;
   char text[32];
   std::snprintf(text, sizeof text, "%p", pointer);
-  fail(argument, std::string(text), "must be aligned to " + std::to_string(size) + " bytes");
+  fail(std::string(argument) + field, std::string(text), "must be aligned to " + std::to_string(size) + " bytes");
 }
 
 void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads) {
   if (batch == 0 || tokens == 0 || heads == 0) return;
-  const std::string name = argument;
-  if (t.data == nullptr) fail(name + ".data", std::string("NULL"), "must point to the tensor");
-  aligned(name + ".data", t.data, dtype_size(t.dtype));
+  if (t.data == nullptr) fail(std::string(argument) + ".data", std::string("NULL"), "must point to the tensor");
+  aligned(argument, ".data", t.data, dtype_size(t.dtype));
   const std::pair<const char *, std::pair<int64_t, int64_t>> dims[] = {{".batch_stride", {t.batch_stride, batch}},
                                                                        {".token_stride", {t.token_stride, tokens}},
                                                                        {".head_stride", {t.head_stride, heads}}};
@@ -80,7 +81,7 @@ void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int
     const auto [stride, extent] = dim;
     if (extent == 1) continue;  // never multiplied by anything but 0
     if (stride < -kMaxOffset || stride > kMaxOffset || std::abs(stride) > kMaxOffset / (extent - 1)) {
-      fail(name + field, stride, "reaches beyond 2^58 elements for extent " + std::to_string(extent));
+      fail(std::string(argument) + field, stride, "reaches beyond 2^58 elements for extent " + std::to_string(extent));
     }
   }
 }
@@ -110,19 +111,20 @@ void distinct(const char *argument, const flashspark_tensor &t, int64_t batch, i
 
 void scale(const char *argument, const flashspark_scale &s) {
   if (s.data == nullptr) return;
-  const std::string name = argument;
-  aligned(name + ".data", s.data, sizeof(float));
+  aligned(argument, ".data", s.data, sizeof(float));
   constexpr int64_t kLimit = int64_t{1} << 40;
-  if (s.batch_stride < -kLimit || s.batch_stride > kLimit) fail(name + ".batch_stride", s.batch_stride, "is too large");
-  if (s.head_stride < -kLimit || s.head_stride > kLimit) fail(name + ".head_stride", s.head_stride, "is too large");
+  if (s.batch_stride < -kLimit || s.batch_stride > kLimit)
+    fail(std::string(argument) + ".batch_stride", s.batch_stride, "is too large");
+  if (s.head_stride < -kLimit || s.head_stride > kLimit)
+    fail(std::string(argument) + ".head_stride", s.head_stride, "is too large");
 }
 
 void int32_pointer(const char *argument, const int32_t *pointer) {
-  aligned(argument, pointer, sizeof(int32_t));
+  aligned(argument, "", pointer, sizeof(int32_t));
 }
 
 void int64_pointer(const char *argument, const int64_t *pointer) {
-  aligned(argument, pointer, sizeof(int64_t));
+  aligned(argument, "", pointer, sizeof(int64_t));
 }
 
 void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_rows) {

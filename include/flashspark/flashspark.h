@@ -21,6 +21,24 @@
  *   lse[i]   = log(sum_j exp(s[i,j]) [+ exp(sink)])            natural logarithm
  *
  * A row whose keys are all masked gives out = 0 and lse = -inf (lse = sink if there are sinks).
+ *
+ * NaN and infinity. In q, k, v and biases of a kept key they go through the formula. Of a key that a row's mask drops:
+ *   k      never reaches the row, on any implementation.
+ *   v      never reaches it in cpu-reference. cpu-engine and cuda multiply it by p = 0, so it may make NaN of the row's
+ *          columns where v is not finite, if some row of the same sequence keeps that key or keys on both sides of it;
+ *          lse and the other columns stay right.
+ * Keys before the first and behind the last that the rows of a sequence keep (outside every window, unused rows, tail
+ * of the last page, unused pages) are read by none and may hold anything.
+ *
+ * Memory. out and lse share no element with q, k, v, rel_logits or each other, but for out that is q: the same data,
+ * strides, dtype and width (head_dim_v == head_dim; on CUDA at most 256), which is right on every implementation. Views
+ * that lie between each other are allowed where they keep apart within a stride that both have in common, as slices of
+ * one projection do. What is read may overlap as it likes.
+ *
+ * The environment. FLASHSPARK_CPU_TARGET (a SIMD target that this CPU runs), FLASHSPARK_NUM_THREADS (0, all, to 1024)
+ * and FLASHSPARK_CHECK (0 or 1) are read once a process, FLASHSPARK_FORCE_IMPLEMENTATION (a name that
+ * flashspark_implementation_name() gives) at every call whose params name none. Empty is as if not set; with any other
+ * value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT.
  */
 #ifndef FLASHSPARK_FLASHSPARK_H_
 #define FLASHSPARK_FLASHSPARK_H_
@@ -100,7 +118,10 @@ typedef struct flashspark_attention_params {
   const char *implementation; /* NULL: the best that fits. Else a name that flashspark_implementation_name() gives */
   int32_t num_threads;        /* CPU threads; 0: all */
   int32_t num_splits;         /* KV splits: 0 chooses, 1 forbids splitting, n asks for n (within 1 GiB of scratch) */
-  int32_t deterministic;      /* 1: bit-identical on every run, and a sequence does not depend on its neighbours */
+  int32_t deterministic;      /* 1: a sequence's results are the same to the last bit on every run, whatever its
+                               * neighbours and the number of threads. On CUDA a row's bits depend on its own
+                               * query and keys alone, so that a prompt may also be cut into chunks; on the CPU chunks may
+                               * differ in the last bits of float32 (other tiles add in another order) */
   int32_t check_device;       /* 1: on CUDA, read the metadata back, check it as on the CPU and fail as there. Waits for
                                * the stream, and fails while that is being captured. FLASHSPARK_CHECK=1 asks it of
                                * every call */
@@ -112,7 +133,8 @@ typedef struct flashspark_attention_params {
   int64_t head_dim;       /* D: multiple of 8, 8..512 */
   int64_t head_dim_v;     /* Dv: multiple of 8, 8..512 */
   int64_t max_seqlen_q;   /* upper bound of Tq; exact for dense q */
-  int64_t max_seqlen_k;   /* upper bound of Tk; exact for dense and paged k without seqused_k */
+  int64_t max_seqlen_k;   /* upper bound of Tk; exact for dense and paged k without seqused_k, and then at most
+                           * num_page_slots * page_size */
   int64_t total_q;        /* varlen: rows of q and out; dense: 0 */
   int64_t total_k;        /* varlen k, v: rows; dense and paged: 0 */
   int64_t num_kv_seqs;    /* rows of k, v (dense) or of page_table that kv_batch_index may name; 0: num_seqs */
@@ -137,7 +159,8 @@ typedef struct flashspark_attention_params {
   const int32_t *cu_seqlens_k; /* (B + 1) row offsets into k and v; not with page_table */
   const int32_t *seqused_q;    /* (B) query rows in use; the rest of the sequence's rows are left untouched */
   const int32_t *seqused_k;    /* (B) keys in use */
-  const int32_t *leftpad_k;    /* (B) keys to skip at the start of a dense or paged sequence; they count in seqused_k */
+  const int32_t *leftpad_k;    /* (B) keys to skip at the start of a dense or paged sequence; they count in its length.
+                                * As many as the length or more: the sequence has no keys */
   const int32_t *kv_batch_index; /* (B) the batch row of dense k, v, or the row of page_table, of this sequence */
   const int32_t *page_table;     /* (B, num_page_slots), or with kv_batch_index (num_kv_seqs, num_page_slots): page
                                   * numbers; entries past a sequence's end are never read */
@@ -159,14 +182,15 @@ typedef struct flashspark_attention_params {
   int64_t alibi_batch_stride; /* elements; 0: one set of slopes for all sequences */
 
   /* Mask. keep(i, j) = [j <= pos if causal] and [pos - j <= window_left] and [j - pos <= window_right]; widened by
-   * prefix ranges and R-SWA as their fields say. pos = i + Tk - Tq; i, j and pos count from the sequence's first row.
-   */
+   * prefix ranges and R-SWA as their fields say. pos = i + Tk - Tq; i, j and pos count from the sequence's first row
+   * (behind the left padding). */
   int32_t causal;                /* 0 or 1 */
   int32_t prefix_mode;           /* flashspark_prefix_mode */
   const int32_t *causal_per_seq; /* (B), 1: causal; replaces `causal` when given */
   int64_t window_left;           /* inclusive, counted from pos; -1: open */
   int64_t window_right;          /* inclusive; -1: open */
-  int64_t attention_chunk;       /* > 0: and [floor(j / attention_chunk) == floor(pos / attention_chunk)]; 0: off */
+  int64_t attention_chunk;       /* > 0: and [floor(j / attention_chunk) == floor(pos / attention_chunk)]; 0: off. Not
+                                  * with rswa_window */
   const int32_t
       *prefix_ranges;          /* inclusive [start, end] on the key axis: keep also every j in a range that holds pos */
   int64_t num_prefix_ranges;   /* slots a sequence (FLASHSPARK_PREFIX_PER_SEQ) */
@@ -195,9 +219,11 @@ typedef struct flashspark_attention_params {
  * to the slot of the cache that slot_mapping[t] says. It turns by position seqlens[b] + i, left padding included, or
  * rotary_seqlens[b] + i. Sizes as above.
  *
- * No two rows may go to one place, and k_new, v_new and q must not overlap the cache: which row stays is then
- * undefined. The CPU checks every length, page and slot and refuses what is out of range before it writes; a GPU leaves
- * out rows that have no place in the cache, or no position in cos and sin. */
+ * k_new, v_new and q share no element with the caches, nor q with k_new and v_new (slices of one projection may lie
+ * between each other, as above); v_cache may lie inside k_cache's rows. No two rows may go to one place: the CPU
+ * refuses them, on a GPU it is undefined which one stays. The CPU checks every length, page and slot and refuses what
+ * is out of range before it writes; a GPU leaves out rows that have no place in the cache, or no position in cos and
+ * sin. */
 typedef struct flashspark_append_params {
   uint32_t struct_size; /* sizeof(flashspark_append_params) */
   uint32_t abi_version;
@@ -226,10 +252,10 @@ typedef struct flashspark_append_params {
 
   const int32_t *seqlens;        /* (B) keys in the cache before the call. NULL: 0 */
   const int32_t *cu_seqlens_new; /* (B + 1) or NULL */
-  const int32_t *cu_seqlens_q;   /* (B + 1) or NULL: row offsets into q */
-  const int32_t *seqused_q;      /* (B) or NULL: rows of q in use; the others are not turned */
+  const int32_t *cu_seqlens_q;   /* (B + 1) or NULL: row offsets into q. NULL without q */
+  const int32_t *seqused_q;      /* (B) or NULL: rows of q in use; the others are not turned. NULL without q */
   const int32_t *kv_batch_index; /* (B) or NULL: the sequence of a dense cache, or the row of page_table */
-  const int32_t *rotary_seqlens; /* (B) or NULL: take the place of seqlens in rotary positions */
+  const int32_t *rotary_seqlens; /* (B) or NULL: take the place of seqlens in rotary positions. NULL without cos, sin */
   const int32_t *page_table;     /* (B or num_cache_rows, num_page_slots) */
   int64_t page_table_stride;
   flashspark_scale k_descale, v_descale; /* of an e4m3 cache */
@@ -237,9 +263,9 @@ typedef struct flashspark_append_params {
   const void *rotary_cos, *rotary_sin; /* (seqlen_rotary, rotary_dim / 2), see rotary_stride. NULL: no rotation */
   int32_t rotary_dtype;                /* f32, f16, bf16 */
   int32_t rotary_interleaved;          /* 1: pairs (0, 1), (2, 3) ..; 0: pairs (0, r/2), (1, r/2 + 1) .. */
-  int64_t seqlen_rotary;
-  int64_t rotary_dim;         /* multiple of 2, <= D */
-  int32_t q_rotary_per_token; /* 1: q row i turns by position seqlens[b] + i; 0: all rows by seqlens[b] */
+  int64_t seqlen_rotary;               /* positions in cos and sin: above that of every row that turns */
+  int64_t rotary_dim;                  /* multiple of 2, <= D */
+  int32_t q_rotary_per_token; /* 1: q row i turns as new row i does; 0: all rows as new row 0 (not with slot_mapping) */
   int32_t reserved1;
 
   /* (total_new) contiguous, on the device: row t goes to row slot_mapping[t] % page_size of page slot_mapping[t] /
@@ -295,9 +321,12 @@ FLASHSPARK_API const char *flashspark_last_error(void);
 FLASHSPARK_API const char *flashspark_implementation_name(int32_t index);
 FLASHSPARK_API const char *flashspark_implementation_description(int32_t index);
 
-FLASHSPARK_API const char *flashspark_version(void);    /* "0.1.0" */
-FLASHSPARK_API const char *flashspark_cpu_target(void); /* SIMD target in use: "AVX2", "NEON", ... */
-FLASHSPARK_API int32_t flashspark_cpu_threads(void);    /* threads used when num_threads == 0 */
+FLASHSPARK_API const char *flashspark_version(void); /* "0.1.0" */
+
+/* The SIMD target in use ("AVX2", "NEON", ...), and the threads used when num_threads == 0. They cannot fail: where a
+ * switch of the environment has a wrong value, they give what holds without it. */
+FLASHSPARK_API const char *flashspark_cpu_target(void);
+FLASHSPARK_API int32_t flashspark_cpu_threads(void);
 FLASHSPARK_API const char *flashspark_status_name(flashspark_status status);
 FLASHSPARK_API size_t flashspark_dtype_size(int32_t dtype); /* bytes; 0 for an unknown dtype */
 

@@ -72,7 +72,8 @@ Tensor strided(T *data, int64_t batch, int64_t tokens, int64_t heads, int64_t wi
 
 // A forward problem: tensors here, everything else straight in `params` (see flashspark.h). forward() and explain()
 // copy the tensors' extents into params first: dense by default, varlen with cu_seqlens_q / cu_seqlens_k, paged with
-// page_table (also set num_page_slots and page_table_stride).
+// page_table (also set num_page_slots and page_table_stride, num_kv_seqs with kv_batch_index, and max_seqlen_k, which
+// is the whole table unless set).
 class Attention {
  public:
   Attention() {
