@@ -36,27 +36,11 @@ void copy_row(const flashspark_tensor &from, int64_t source, const flashspark_te
   }
 }
 
-struct AppendSequence {
-  int64_t b, rows, new_row, before, position0;
-};
-
-AppendSequence append_sequence(const AppendParams &p, int64_t b) {
-  AppendSequence s{.b = b, .rows = p.seqlen_new, .new_row = 0, .before = 0, .position0 = 0};
-  if (p.cu_seqlens_new != nullptr) {
-    s.new_row = p.cu_seqlens_new[b];
-    s.rows = p.cu_seqlens_new[b + 1] - s.new_row;
-  } else if (p.slot_mapping != nullptr) {
-    s.rows = p.total_new;
-  }
-  if (p.seqlens != nullptr) s.before = p.seqlens[b];
-  s.position0 = p.rotary_seqlens != nullptr ? p.rotary_seqlens[b] : s.before;
-  return s;
-}
-
 int64_t position_of(const AppendParams &p, const AppendSequence &s, int64_t i) {
   return p.rotary_positions != nullptr ? p.rotary_positions[i] : s.position0 + i;
 }
 
+// Row i of sequence s in k_new or v_new.
 int64_t new_offset(const AppendParams &p, const flashspark_tensor &t, const AppendSequence &s, int64_t i, int64_t h) {
   return (p.cu_seqlens_new ? 0 : s.b * t.batch_stride) + (s.new_row + i) * t.token_stride + h * t.head_stride;
 }
@@ -68,11 +52,10 @@ int64_t cache_offset(const AppendParams &p, const flashspark_tensor &t, const Ap
   }
   const int64_t row = s.before + i;
   if (p.page_table != nullptr) {
-    const int64_t page = p.page_table[s.b * p.page_table_stride + row / p.page_size];
+    const int64_t page = p.page_table[s.cache_index * p.page_table_stride + row / p.page_size];
     return page * t.batch_stride + row % p.page_size * t.token_stride + h * t.head_stride;
   }
-  const int64_t batch = p.kv_batch_index != nullptr ? p.kv_batch_index[s.b] : s.b;
-  return batch * t.batch_stride + row * t.token_stride + h * t.head_stride;
+  return s.cache_index * t.batch_stride + row * t.token_stride + h * t.head_stride;
 }
 
 void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
@@ -99,7 +82,41 @@ void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
   }
 }
 
+// One head of a sequence's rows of q in use, in place.
+void rotate_query(const AppendParams &p, const AppendSequence &s, int64_t h) {
+  const bool per_token = p.q_rotary_per_token != 0 || p.rotary_positions != nullptr;
+  const int64_t batch = p.cu_seqlens_q != nullptr ? 0 : s.b * p.q.batch_stride;
+  for (int64_t i = 0; i < s.q_rows; ++i) {
+    const int64_t at = batch + (s.q_row + i) * p.q.token_stride + h * p.q.head_stride;
+    rotate(p, p.q.data, at, p.q.dtype, position_of(p, s, per_token ? i : 0));
+  }
+}
+
 }  // namespace
+
+AppendSequence append_sequence(const AppendParams &p, int64_t b) {
+  AppendSequence s{};
+  s.b = b;
+  s.rows = p.seqlen_new;
+  if (p.cu_seqlens_new != nullptr) {
+    s.new_row = p.cu_seqlens_new[b];
+    s.rows = p.cu_seqlens_new[b + 1] - s.new_row;
+  } else if (p.slot_mapping != nullptr) {
+    s.rows = p.total_new;
+  }
+  if (p.q.data != nullptr) {
+    s.q_rows = p.slot_mapping != nullptr ? p.total_q : p.seqlen_q;
+    if (p.cu_seqlens_q != nullptr) {
+      s.q_row = p.cu_seqlens_q[b];
+      s.q_rows = p.cu_seqlens_q[b + 1] - s.q_row;
+    }
+    if (p.seqused_q != nullptr) s.q_rows = p.seqused_q[b];
+  }
+  if (p.seqlens != nullptr) s.before = p.seqlens[b];
+  s.cache_index = p.kv_batch_index != nullptr ? p.kv_batch_index[b] : b;
+  s.position0 = p.rotary_seqlens != nullptr ? p.rotary_seqlens[b] : s.before;
+  return s;
+}
 
 void append_kv(const AppendParams &p) {
   // A decode step appends a few rows: threads would cost more than the copy.
@@ -109,13 +126,8 @@ void append_kv(const AppendParams &p) {
   cpu::parallel_for(threads, p.num_seqs * p.num_heads_kv,
                     [&](int64_t n) { append_head(p, append_sequence(p, n / p.num_heads_kv), n % p.num_heads_kv); });
   if (p.q.data == nullptr) return;
-  cpu::parallel_for(threads, p.num_seqs * p.num_heads_q, [&](int64_t n) {
-    const AppendSequence s = append_sequence(p, n / p.num_heads_q);
-    const bool per_token = p.q_rotary_per_token != 0 || p.rotary_positions != nullptr;
-    for (int64_t i = 0; i < s.rows; ++i) {
-      rotate(p, p.q.data, new_offset(p, p.q, s, i, n % p.num_heads_q), p.q.dtype, position_of(p, s, per_token ? i : 0));
-    }
-  });
+  cpu::parallel_for(threads, p.num_seqs * p.num_heads_q,
+                    [&](int64_t n) { rotate_query(p, append_sequence(p, n / p.num_heads_q), n % p.num_heads_q); });
 }
 
 }  // namespace flashspark

@@ -26,6 +26,7 @@ inline bool is_varlen_q(const Params &p) {
 inline bool is_varlen_k(const Params &p) {
   return p.cu_seqlens_k != nullptr;
 }
+// Batch rows of dense k and v, or rows of page_table.
 inline int64_t num_kv_seqs(const Params &p) {
   return p.kv_batch_index != nullptr && p.num_kv_seqs > 0 ? p.num_kv_seqs : p.num_seqs;
 }
@@ -37,6 +38,7 @@ struct Sequence {
   int64_t seqlen_k;  // Tk
   int64_t q_row;     // first row of q and out (varlen), 0 for dense
   int64_t k_row;     // first row of k and v: varlen offset, or leftpad
+  int64_t kv_index;  // batch row of dense k and v, or row of page_table
   bool causal;
 
   int64_t pos(int64_t i) const { return i + seqlen_k - seqlen_q; }
@@ -45,6 +47,7 @@ struct Sequence {
 inline Sequence sequence(const Params &p, int64_t b) {
   Sequence s{};
   s.index = b;
+  s.kv_index = p.kv_batch_index != nullptr ? p.kv_batch_index[b] : b;
   if (is_varlen_q(p)) {
     s.q_row = p.cu_seqlens_q[b];
     s.seqlen_q = p.cu_seqlens_q[b + 1] - s.q_row;
@@ -77,11 +80,10 @@ inline int64_t q_offset(const Params &p, const flashspark_tensor &t, const Seque
 inline int64_t kv_offset(const Params &p, const flashspark_tensor &t, const Sequence &s, int64_t j, int64_t h) {
   const int64_t row = s.k_row + j;
   if (is_paged(p)) {
-    const int64_t page = p.page_table[s.index * p.page_table_stride + row / p.page_size];
+    const int64_t page = p.page_table[s.kv_index * p.page_table_stride + row / p.page_size];
     return page * t.batch_stride + row % p.page_size * t.token_stride + h * t.head_stride;
   }
-  int64_t batch = 0;
-  if (!is_varlen_k(p)) batch = (p.kv_batch_index != nullptr ? p.kv_batch_index[s.index] : s.index) * t.batch_stride;
+  const int64_t batch = is_varlen_k(p) ? 0 : s.kv_index * t.batch_stride;
   return batch + row * t.token_stride + h * t.head_stride;
 }
 

@@ -12,6 +12,12 @@ void validate(const Params &p);
 void validate_schedule(const Params &p);
 void validate(const AppendParams &p);
 
+// The part of it that reads what the pointers of validated params point to, all but tensors: offsets, lengths, batch
+// indices, page numbers, slots, positions, and the numbers among the scores' arguments. validate() calls it for a CPU
+// problem; for a GPU problem the pointers must be those of copies that the host can read.
+void check_metadata(const Params &p);
+void check_metadata(const AppendParams &p);
+
 // Pieces that both share.
 namespace check {
 void version(uint32_t struct_size, size_t expected_size, uint32_t abi_version, const char *type);
@@ -25,12 +31,10 @@ void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int
 // No two elements of a written tensor share an address.
 void distinct(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads,
               int64_t width);
-void scale(const char *argument, const flashspark_scale &s, bool on_cpu, int64_t batch, int64_t heads);
+void scale(const char *argument, const flashspark_scale &s);
 void int32_pointer(const char *argument, const int32_t *pointer);
 void int64_pointer(const char *argument, const int64_t *pointer);
-void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_seqs);
-void pages_in_use(const int32_t *page_table, int64_t row_stride, int64_t b, int64_t first, int64_t last,
-                  int64_t page_size, int64_t num_pages);
+void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_rows);
 std::string at(const char *name, int64_t index);
 }  // namespace check
 

@@ -57,7 +57,10 @@ void check_slots(const AppendParams &p) {
   };
   absent("seqlens", p.seqlens);
   absent("cu_seqlens_new", p.cu_seqlens_new);
+  absent("cu_seqlens_q", p.cu_seqlens_q);
+  absent("seqused_q", p.seqused_q);
   absent("kv_batch_index", p.kv_batch_index);
+  absent("rotary_seqlens", p.rotary_seqlens);
   absent("page_table", p.page_table);
   if (p.num_seqs != 1) fail("num_seqs", p.num_seqs, "must be 1 when slot_mapping is given");
   check::in_range("num_pages", p.num_pages, 0, INT32_MAX);
@@ -69,51 +72,26 @@ void check_slots(const AppendParams &p) {
   }
 }
 
-void check_slot_numbers(const AppendParams &p) {
-  const int64_t slots = p.num_pages * p.page_size;
-  for (int64_t t = 0; t < p.total_new; ++t) {
-    if (p.slot_mapping[t] >= slots) {
-      fail(check::at("slot_mapping", t), p.slot_mapping[t],
-           "must be negative or name one of the " + std::to_string(slots) + " slots of the cache");
-    }
-    const bool turns = p.rotary_positions != nullptr && (p.slot_mapping[t] >= 0 || p.q.data != nullptr);
-    if (turns && (p.rotary_positions[t] < 0 || p.rotary_positions[t] >= p.seqlen_rotary)) {
-      fail(check::at("rotary_positions", t), p.rotary_positions[t],
-           "must be from 0 to " + std::to_string(p.seqlen_rotary - 1));
-    }
+// q has rows of its own, which are those of k_new only with slot_mapping.
+void check_queries(const AppendParams &p) {
+  const auto needs = [](const char *argument, const void *pointer, bool met, const char *rule) {
+    if (pointer != nullptr && !met) fail(argument, std::string("given"), rule);
+  };
+  needs("cu_seqlens_q", p.cu_seqlens_q, p.q.data != nullptr, "must be NULL without q");
+  needs("seqused_q", p.seqused_q, p.q.data != nullptr, "must be NULL without q");
+  needs("rotary_seqlens", p.rotary_seqlens, p.rotary_cos != nullptr, "must be NULL without rotary_cos");
+  if (p.q.data == nullptr) return;
+  check::in_range("seqlen_q", p.seqlen_q, 0, INT32_MAX);
+  check::in_range("total_q", p.total_q, 0, INT32_MAX);
+  if (p.slot_mapping != nullptr && p.total_q != p.total_new) {
+    fail("total_q", p.total_q, "must be total_new = " + std::to_string(p.total_new) + " when slot_mapping is given");
   }
-}
-
-void check_lengths(const AppendParams &p) {
-  const bool paged = p.page_table != nullptr;
-  const int64_t capacity = paged ? p.num_page_slots * p.page_size : p.seqlen_cache;
-  for (int64_t b = 0; b < p.num_seqs; ++b) {
-    int64_t rows = p.seqlen_new;
-    if (p.cu_seqlens_new != nullptr) {
-      rows = int64_t{p.cu_seqlens_new[b + 1]} - p.cu_seqlens_new[b];
-      if (p.cu_seqlens_new[0] < 0 || rows < 0 || rows > p.seqlen_new || p.cu_seqlens_new[b + 1] > p.total_new) {
-        fail(check::at("cu_seqlens_new", b + 1), int64_t{p.cu_seqlens_new[b + 1]},
-             "must rise by 0 to seqlen_new = " + std::to_string(p.seqlen_new) +
-                 " and stay within total_new = " + std::to_string(p.total_new));
-      }
-    }
-    if (rows == 0) continue;
-    const int64_t before = p.seqlens != nullptr ? p.seqlens[b] : 0;
-    if (before < 0 || before + rows > capacity) {
-      fail(check::at("seqlens", b), before,
-           "no room for " + std::to_string(rows) + " more rows in a cache of " + std::to_string(capacity));
-    }
-    if (p.kv_batch_index != nullptr && (p.kv_batch_index[b] < 0 || p.kv_batch_index[b] >= p.num_cache_rows)) {
-      fail(check::at("kv_batch_index", b), int64_t{p.kv_batch_index[b]},
-           "must name one of the " + std::to_string(p.num_cache_rows) + " sequences of the cache");
-    }
-    if (p.rotary_cos != nullptr && before + rows > p.seqlen_rotary) {
-      fail("seqlen_rotary", p.seqlen_rotary, "must cover position " + std::to_string(before + rows - 1));
-    }
-    if (paged) {
-      check::pages_in_use(p.page_table, p.page_table_stride, b, before, before + rows, p.page_size, p.num_pages);
-    }
-  }
+  check::heads(p.num_heads_q, p.num_heads_kv);
+  check::dtype("q.dtype", p.q.dtype, false);
+  const bool varlen = p.cu_seqlens_q != nullptr || p.slot_mapping != nullptr;
+  const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_q : p.seqlen_q;
+  check::tensor("q", p.q, batch, tokens, p.num_heads_q);
+  check::distinct("q", p.q, batch, tokens, p.num_heads_q, p.head_dim);
 }
 
 }  // namespace
@@ -121,6 +99,7 @@ void check_lengths(const AppendParams &p) {
 void validate(const AppendParams &p) {
   check::version(p.struct_size, sizeof(AppendParams), p.abi_version, "flashspark_append_params");
   check::device(p.device, p.device_index);
+  check::in_range("check_device", p.check_device, 0, 1);
   check::in_range("num_seqs", p.num_seqs, 0, INT32_MAX - 1);
   check::in_range("num_heads_kv", p.num_heads_kv, 1, 1 << 16);
   check::width("head_dim", p.head_dim);
@@ -135,14 +114,17 @@ void validate(const AppendParams &p) {
   if (slots) {
     check_slots(p);
   } else if (p.page_table != nullptr) {
-    if (p.kv_batch_index) fail("kv_batch_index", std::string("given"), "must be NULL when page_table is given");
-    check::paging(p.num_pages, p.page_size, p.num_page_slots, p.page_table_stride, p.num_seqs);
+    check::paging(p.num_pages, p.page_size, p.num_page_slots, p.page_table_stride,
+                  p.kv_batch_index != nullptr ? p.num_cache_rows : p.num_seqs);
   } else if (p.kv_batch_index == nullptr && p.num_cache_rows < p.num_seqs) {
     fail("num_cache_rows", p.num_cache_rows, "must be at least num_seqs = " + std::to_string(p.num_seqs));
   }
   check::int32_pointer("seqlens", p.seqlens);
   check::int32_pointer("cu_seqlens_new", p.cu_seqlens_new);
+  check::int32_pointer("cu_seqlens_q", p.cu_seqlens_q);
+  check::int32_pointer("seqused_q", p.seqused_q);
   check::int32_pointer("kv_batch_index", p.kv_batch_index);
+  check::int32_pointer("rotary_seqlens", p.rotary_seqlens);
   check::int32_pointer("page_table", p.page_table);
   check::int64_pointer("slot_mapping", p.slot_mapping);
   check::int64_pointer("rotary_positions", p.rotary_positions);
@@ -158,16 +140,10 @@ void validate(const AppendParams &p) {
   check::tensor("v_cache", p.v_cache, cache_batch, cache_tokens, p.num_heads_kv);
   check::distinct("k_cache", p.k_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim);
   check::distinct("v_cache", p.v_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim_v);
-  if (p.q.data != nullptr) {
-    check::heads(p.num_heads_q, p.num_heads_kv);
-    check::dtype("q.dtype", p.q.dtype, false);
-    check::tensor("q", p.q, batch, tokens, p.num_heads_q);
-    check::distinct("q", p.q, batch, tokens, p.num_heads_q, p.head_dim);
-  }
-  const bool on_cpu = p.device == FLASHSPARK_CPU && p.k_cache.dtype == FLASHSPARK_FLOAT8_E4M3;
-  check::scale("k_descale", p.k_descale, on_cpu, p.num_seqs, p.num_heads_kv);
-  check::scale("v_descale", p.v_descale, on_cpu, p.num_seqs, p.num_heads_kv);
-  if (p.device == FLASHSPARK_CPU) slots ? check_slot_numbers(p) : check_lengths(p);
+  check_queries(p);
+  check::scale("k_descale", p.k_descale);
+  check::scale("v_descale", p.v_descale);
+  if (p.device == FLASHSPARK_CPU) check_metadata(p);
 }
 
 }  // namespace flashspark

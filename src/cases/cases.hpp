@@ -16,6 +16,8 @@
 
 namespace flashspark::cases {
 
+class Random;
+
 // Rows of one sequence that take part. `k` counts the left padding too, as seqused_k does.
 struct SeqLen {
   int64_t q = 0;
@@ -55,8 +57,9 @@ struct Case {
   bool packed_kv = false;       // v lies behind k in the same rows: [..., D + Dv]
   bool strided = false;         // gaps between tokens and between heads of q, k, v, out, lse
   bool seqused_q = false;       // rows beyond Tq exist in q and out and must stay untouched
-  bool seqused_k = false;       // rows beyond Tk exist in k and v and hold NaN (paged: always given)
-  bool kv_batch_index = false;  // dense k, v: a cache with more rows than sequences, permuted
+  bool seqused_k = false;       // rows beyond Tk exist in k and v and hold NaN (paged: given unless whole_table)
+  bool whole_table = false;     // paged, equal lengths: max_seqlen_k says them, seqused_k is NULL
+  bool kv_batch_index = false;  // dense, paged: k, v or page_table have more rows than sequences, permuted
   int64_t leftpad = 0;          // sequence b skips min(leftpad + b, k) keys
 
   double softmax_scale = -1;  // negative: head_dim^-0.5
@@ -65,6 +68,7 @@ struct Case {
   bool causal_per_seq = false;  // causal, not, causal, ...
   int64_t window_left = -1;
   int64_t window_right = -1;
+  int64_t attention_chunk = 0;
   bool sinks = false;
   int32_t sinks_dtype = FLASHSPARK_FLOAT32;
   int32_t prefix_mode = FLASHSPARK_PREFIX_NONE;  // two ranges a sequence and unused slots
@@ -177,6 +181,7 @@ class Problem {
   int32_t dtype(Role role) const;
   void allocate_queries();
   void allocate_cache();
+  int64_t index_cache_rows(Random &random);
   void set_scores();  // scale, mask, bias, descale
   void fill();        // q, k, v
   friend Result reference(Problem &problem);

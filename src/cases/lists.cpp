@@ -172,7 +172,10 @@ std::vector<std::string> features(const Case &c) {
   when(c.seqused_q, "seqused_q");
   when(c.seqused_k, "seqused_k");
   when(c.seqused_k && c.kv_layout == Layout::kVarlen, "cu_seqlens_k with seqused_k");
-  when(c.kv_batch_index, "kv_batch_index");
+  when(c.kv_layout == Layout::kPaged && c.page_size % 16 != 0, "page size of any number");
+  when(c.whole_table, "page_table without seqused_k");
+  when(c.kv_batch_index && c.kv_layout == Layout::kDense, "kv_batch_index");
+  when(c.kv_batch_index && c.kv_layout == Layout::kPaged, "kv_batch_index with page_table");
   when(c.leftpad > 0, "leftpad_k");
   when(c.heads_q != c.heads_kv, "gqa");
   when(c.heads_q != c.heads_kv && c.heads_kv == 1, "mqa");
@@ -183,6 +186,7 @@ std::vector<std::string> features(const Case &c) {
   when(c.causal_per_seq, "causal_per_seq");
   when(c.window_left >= 0, "window_left");
   when(c.window_right >= 0, "window_right");
+  when(c.attention_chunk > 0, "attention_chunk");
   when(c.softcap > 0, "softcap");
   when(c.sinks, "sinks");
   when(c.prefix_mode == FLASHSPARK_PREFIX_PER_SEQ, "prefix ranges per sequence");

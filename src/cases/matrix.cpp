@@ -49,6 +49,11 @@ const std::pair<const char *, Change> kMasks[] = {
     {"window-both", [](Case &c) { c.window_left = 19, c.window_right = 30; }},
     {"window-right", [](Case &c) { c.window_right = 5; }},
     {"causal-per-seq-window", [](Case &c) { c.causal_per_seq = true, c.window_left = c.window_right = 25; }},
+    {"chunk", [](Case &c) { c.attention_chunk = 29; }},
+    {"chunk-causal", [](Case &c) { c.causal = true, c.attention_chunk = 48; }},
+    {"chunk-window", [](Case &c) { c.causal_per_seq = true, c.attention_chunk = 64, c.window_left = 37; }},
+    {"chunk-prefix-token",
+     [](Case &c) { c.causal = true, c.attention_chunk = 40, c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN; }},
     {"softcap", [](Case &c) { c.causal = true, c.softcap = 2.0f; }},
     {"sinks", [](Case &c) { c.causal = true, c.sinks = true; }},
     {"sinks-bf16-window", [](Case &c) { c.causal = c.sinks = true, c.sinks_dtype = kBf16, c.window_left = 63; }},
@@ -176,6 +181,29 @@ void add_layouts(List &list) {
       }
     }
   }
+  // Pages of any size; what a page holds then begins and ends anywhere in a tile of keys.
+  for (const int64_t page_size : {1, 3, 4, 20, 100, 1000}) {
+    const std::string name = "any" + std::to_string(page_size);
+    list.add("page", name, {{20, 150}, {1, 900}, {3, 784}, {0, 40}},
+             [&](Case &c) { make_paged(c, page_size), c.causal = true, c.heads_kv = 2; });
+    list.add("page", name + "-head-major-packed-window", {{70, 333}, {1, 41}}, [&](Case &c) {
+      make_paged(c, page_size), c.cache_order = CacheOrder::kPageHeadToken, c.packed_kv = true;
+      c.causal = true, c.window_left = 50, c.heads_q = 6, c.heads_kv = 2, c.head_dim = 128;
+    });
+    list.add("page", name + "-fp8kv+split", {{1, 1500}, {2, 77}}, [&](Case &c) {
+      make_paged(c, page_size), c.q_layout = Layout::kDense, c.leftpad = 5, c.heads_kv = 1, c.num_splits = 3;
+      set_types(c, kBf16, kFp8, kBf16), c.k_descale = c.v_descale = Descale::kFull;
+    });
+  }
+  list.add("page", "whole-table", {{5, 96}, {1, 96}, {30, 96}},
+           [](Case &c) { make_paged(c, 16), c.whole_table = c.causal = true, c.heads_kv = 2; });
+  list.add("page", "whole-table-dense-q", {{9, 70}, {9, 70}},
+           [](Case &c) { make_paged(c, 20), c.whole_table = c.causal = true, c.q_layout = Layout::kDense; });
+  list.add("page", "batch-index", kPrefill, [](Case &c) { make_paged(c, 16), c.kv_batch_index = c.causal = true; });
+  list.add("page", "batch-index-decode", {{1, 517}, {1, 31}, {1, 1000}},
+           [](Case &c) { make_paged(c, 7), c.kv_batch_index = c.causal = true, c.heads_kv = 1; });
+  list.add("page", "batch-index-whole-table", {{4, 65}, {4, 65}, {4, 65}},
+           [](Case &c) { make_paged(c, 16), c.kv_batch_index = c.whole_table = true; });
   list.add("page", "packed-d-192-128", kPrefill, [](Case &c) {
     make_paged(c, 16), c.packed_kv = true, c.head_dim = 192, c.head_dim_v = 128, c.heads_kv = 1;
   });
@@ -251,6 +279,13 @@ void add_edges(List &list) {
   list.add("edge", "fully-masked-window", {{30, 10}}, [](Case &c) { c.window_left = c.window_right = 2; });
   list.add("edge", "window-of-one", kPrefill, [](Case &c) { c.window_left = c.window_right = 0; });
   list.add("edge", "window-beyond-keys", kPrefill, [](Case &c) { c.window_left = c.window_right = 100000; });
+  // Chunks of one key, as long as the keys, and longer; rows before the first key are in chunks without keys.
+  list.add("edge", "chunk-of-one", kPrefill, [](Case &c) { c.attention_chunk = 1; });
+  list.add("edge", "chunk-beyond-keys", kPrefill, [](Case &c) { c.attention_chunk = 100000; });
+  list.add("edge", "chunk-before-keys", masked, [](Case &c) { c.attention_chunk = 16; });
+  list.add("edge", "chunk-leftpad", {{9, 120}, {9, 64}, {9, 9}}, [](Case &c) {
+    make_paged(c, 16), c.q_layout = Layout::kDense, c.leftpad = 7, c.causal = true, c.attention_chunk = 32;
+  });
   list.add("edge", "scale-zero", kPrefill, [](Case &c) { c.softmax_scale = 0; });
 }
 

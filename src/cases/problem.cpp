@@ -122,6 +122,20 @@ void Problem::allocate_queries() {
   params.lse = reinterpret_cast<float *>(lse_.data() + kGuard);
 }
 
+// Rows of a dense cache or of page_table, and which of them each sequence has.
+int64_t Problem::index_cache_rows(Random &random) {
+  const int64_t rows = params.num_seqs + (spec_.kv_batch_index ? 2 : 0);
+  batch_index_.resize(rows);
+  std::iota(batch_index_.begin(), batch_index_.end(), 0);
+  if (spec_.kv_batch_index) {
+    random.shuffle(batch_index_);
+    batch_index_.resize(params.num_seqs);
+    params.kv_batch_index = batch_index_.data();
+    params.num_kv_seqs = rows;
+  }
+  return rows;
+}
+
 void Problem::allocate_cache() {
   const bool paged = spec_.kv_layout == Layout::kPaged, dense = spec_.kv_layout == Layout::kDense;
   const int64_t spare = spec_.seqused_k && !paged ? kSpareRows : 0;
@@ -140,32 +154,24 @@ void Problem::allocate_cache() {
     std::iota(order.begin(), order.end(), 0);
     random.shuffle(order);
     page_table_.reserve(1);  // never NULL, also without sequences
-    page_table_.resize(params.num_seqs * params.page_table_stride);
+    page_table_.resize(index_cache_rows(random) * params.page_table_stride);
     for (int32_t &entry : page_table_) entry = static_cast<int32_t>(random.bits());  // garbage past every end
     auto next = order.begin();
     for (int64_t b = 0; b < params.num_seqs; ++b) {
       const int64_t n = pages(spec_.lens[b]);
-      std::copy(next, next + n, page_table_.begin() + b * params.page_table_stride);
+      std::copy(next, next + n, page_table_.begin() + batch_index_[b] * params.page_table_stride);
       next += n;
     }
     params.page_table = page_table_.data();
   } else if (dense) {
     tokens = params.max_seqlen_k;
-    blocks = params.num_seqs + (spec_.kv_batch_index ? 2 : 0);
-    batch_index_.resize(blocks);
-    std::iota(batch_index_.begin(), batch_index_.end(), 0);
-    if (spec_.kv_batch_index) {
-      random.shuffle(batch_index_);
-      batch_index_.resize(params.num_seqs);
-      params.kv_batch_index = batch_index_.data();
-      params.num_kv_seqs = blocks;
-    }
+    blocks = index_cache_rows(random);
   } else {
     cu_k_ = offsets(spec_.lens, &SeqLen::k, spare);
     params.cu_seqlens_k = cu_k_.data();
     tokens = params.total_k = cu_k_.back();
   }
-  if (paged || spec_.seqused_k || (dense && unequal(spec_.lens, &SeqLen::k))) {
+  if ((paged && !spec_.whole_table) || spec_.seqused_k || (dense && unequal(spec_.lens, &SeqLen::k))) {
     seqused_k_ = lengths(spec_.lens, &SeqLen::k);
     params.seqused_k = seqused_k_.data();
   }
@@ -217,7 +223,8 @@ std::byte *Problem::address(Role role, int64_t b, int64_t i, int64_t h) const {
     case Layout::kVarlen:
       return at(t, 0, cu_k_[b] + i, h);
     case Layout::kPaged:
-      return at(t, page_table_[b * params.page_table_stride + i / spec_.page_size], i % spec_.page_size, h);
+      return at(t, page_table_[batch_index_[b] * params.page_table_stride + i / spec_.page_size], i % spec_.page_size,
+                h);
   }
   return nullptr;
 }

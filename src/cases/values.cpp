@@ -33,6 +33,7 @@ void Problem::set_scores() {
   }
   params.window_left = spec_.window_left;
   params.window_right = spec_.window_right;
+  params.attention_chunk = spec_.attention_chunk;
   if (spec_.sinks) {
     sinks_ = Buffer(spec_.heads_q * flashspark_dtype_size(spec_.sinks_dtype));
     for (int64_t h = 0; h < spec_.heads_q; ++h) {
@@ -222,7 +223,13 @@ bool Problem::keeps(int64_t b, int64_t i, int64_t j) const {
   const bool is_causal = spec_.causal_per_seq ? causal_[b] != 0 : spec_.causal;
   const bool left = spec_.window_left < 0 || back <= spec_.window_left;
   const bool right = spec_.window_right < 0 || -back <= spec_.window_right;
-  if (left && right && (back >= 0 || !is_causal)) return true;
+  bool chunk = true;  // no border of chunks lies between the two: the borders are the multiples of attention_chunk
+  if (const int64_t size = spec_.attention_chunk; size > 0) {
+    const int64_t low = std::min(pos, j), high = std::max(pos, j);
+    const int64_t next_border = low + size - (low % size + size) % size;
+    chunk = high < next_border;
+  }
+  if (left && right && chunk && (back >= 0 || !is_causal)) return true;
   if (spec_.prefix_clamp && !left) return false;
   if (spec_.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN) {
     const int32_t *range = &prefix_[2 * token_row(b, i)];

@@ -1,5 +1,5 @@
-// Every mask of the problem as intervals of keys. A query row keeps at most two of them: what causality and the window
-// leave, and one more that a prefix range or R-SWA adds. (Several ranges that hold the same query overlap at that
+// Every mask of the problem as intervals of keys. A query row keeps at most two of them: what causality, window and
+// chunk leave, and one more that a prefix range or R-SWA adds. (Several ranges that hold the same query overlap at that
 // query, so their union is one interval.)
 #pragma once
 
@@ -59,6 +59,11 @@ inline RowMask row_mask(const Params &p, const Sequence &s, int64_t i) {
   if (p.window_left >= 0) seen.begin = std::max<int64_t>(0, pos - p.window_left);
   if (s.causal) seen.end = std::min(seen.end, pos + 1);
   if (p.window_right >= 0) seen.end = std::min(seen.end, pos + p.window_right + 1);
+  if (p.attention_chunk > 0) {
+    const int64_t into = pos % p.attention_chunk;  // rounds towards 0: negative where pos is
+    const int64_t begin = pos - into - (into < 0 ? p.attention_chunk : 0);
+    seen = {std::max(seen.begin, begin), std::min(seen.end, begin + p.attention_chunk)};
+  }
   return join(seen, p.prefix_mode == FLASHSPARK_PREFIX_NONE ? Interval{} : prefix_interval(p, s, i));
 }
 

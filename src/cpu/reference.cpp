@@ -21,7 +21,9 @@ bool keep(const Params &p, const Sequence &s, int64_t i, int64_t j) {
 
   const bool in_left_window = p.window_left < 0 || pos - j <= p.window_left;
   const bool in_right_window = p.window_right < 0 || j - pos <= p.window_right;
-  const bool visible = (!s.causal || j <= pos) && in_left_window && in_right_window;
+  const auto chunk = [&](int64_t place) { return std::floor(double(place) / double(p.attention_chunk)); };
+  const bool in_chunk = p.attention_chunk == 0 || chunk(j) == chunk(pos);
+  const bool visible = (!s.causal || j <= pos) && in_left_window && in_right_window && in_chunk;
   if (visible || p.prefix_mode == FLASHSPARK_PREFIX_NONE) return visible;
 
   if (p.prefix_clamp_window && !in_left_window) return false;

@@ -28,6 +28,8 @@ constexpr Field kFields[] = {F(struct_size),
                              F(num_threads),
                              F(num_splits),
                              F(deterministic),
+                             F(check_device),
+                             F(attention_chunk),
                              F(num_seqs),
                              F(num_heads_q),
                              F(num_heads_kv),
@@ -88,6 +90,7 @@ void shrink_to_memory(P &p) {
   bound(p.page_table_stride, 256, INT64_MAX / 16);
   bound(p.alibi_batch_stride, 128, int64_t{1} << 30);
   bound(p.num_prefix_ranges, 16, 1 << 24);
+  bound(p.num_kv_seqs, 16, INT32_MAX);
   if (p.num_threads > 2 && p.num_threads <= 1024) p.num_threads = 1 + p.num_threads % 2;
   for (flashspark_scale *s : {&p.q_descale, &p.k_descale, &p.v_descale}) {
     s->batch_stride &= 15;
@@ -129,18 +132,19 @@ void fill_arrays(P &p, Arrays &a, Stream &in) {
   const bool paged = wanted >> 1 & 1;
   if (!paged) a.cu_k = offsets(2, p.max_seqlen_k, p.total_k);
   a.used_q = lengths(3, seqs, p.max_seqlen_q);
-  if (paged || (wanted >> 4 & 1)) {
+  if (paged ? !(wanted >> 15 & 1) : (wanted >> 4 & 1)) {
     for (int64_t b = 0; b < seqs; ++b) {
       const int64_t room = paged ? clamped(p.num_page_slots, 64) * clamped(p.page_size, 64) : p.max_seqlen_k;
       a.used_k.push_back(static_cast<int32_t>(in.below(clamped(room, 200) + 1)));
     }
   }
   if (a.cu_k.empty()) a.leftpad = lengths(5, seqs, 6);
-  if (!paged && a.cu_k.empty()) a.kv_index = lengths(6, seqs, std::max<int64_t>(p.num_kv_seqs, 1) - 1);
+  if (a.cu_k.empty()) a.kv_index = lengths(6, seqs, std::max<int64_t>(p.num_kv_seqs, 1) - 1);
   a.causal = lengths(7, seqs, 1);
   a.prefix_lens = lengths(8, seqs, 40);
   if (paged) {
-    a.pages.resize(std::max<int64_t>((seqs - 1) * clamped(p.page_table_stride, 256), 0) +
+    const int64_t rows = a.kv_index.empty() || p.num_kv_seqs == 0 ? seqs : clamped(p.num_kv_seqs, 16);
+    a.pages.resize(std::max<int64_t>((rows - 1) * clamped(p.page_table_stride, 256), 0) +
                    clamped(p.num_page_slots, 64) + 1);
     for (int32_t &page : a.pages)
       page = static_cast<int32_t>(in.below(std::max<int64_t>(clamped(p.num_pages, 100), 1)));
@@ -220,11 +224,12 @@ P legal_problem(Stream &in) {
   return p;
 }
 
-void page(P &p) {
-  p.page_size = 16;
+void page(P &p, Stream &in) {
+  p.page_size = in.below(2) ? 16 : 1 + in.below(24);
   p.num_pages = 5;
-  p.k.batch_stride = 16 * p.k.token_stride;
-  p.v.batch_stride = 16 * p.v.token_stride;
+  p.k.batch_stride = p.page_size * p.k.token_stride;
+  p.v.batch_stride = p.page_size * p.v.token_stride;
+  p.max_seqlen_k = in.below(p.num_page_slots * p.page_size + 1);
 }
 
 [[noreturn]] void complain(const char *what) {
@@ -280,7 +285,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Stream in(data, size);
   P p = legal_problem(in);
   const uint8_t flavour = in.raw<uint8_t>();
-  if (flavour & 1) page(p);
+  if (flavour & 1) page(p, in);
   for (int64_t patches = in.below(6); patches > 0; --patches) {
     const Field &field = kFields[in.below(std::size(kFields))];
     field.set(&p, in.number());

@@ -111,6 +111,26 @@ RC_GTEST_PROP(Limits, AWideWindowIsOpen, ()) {
   same(p, windowed);
 }
 
+RC_GTEST_PROP(Limits, AChunkLongerThanTheKeysIsNoChunk, ()) {
+  Problem p = arbitrary_problem();
+  p.rswa_window = 0;
+  p.attention_chunk = 0;
+  // Rows before the first key are in another chunk than it.
+  for (const Sequence &s : p.seqs) RC_PRE(s.tq <= s.tk);
+  Problem chunked = p;
+  chunked.attention_chunk = *rc::gen::element<int64_t>(150, 1000, INT32_MAX);
+  same(p, chunked);
+}
+
+// One key a chunk is the query's own key alone.
+RC_GTEST_PROP(Limits, ChunksOfOneAreAWindowOfNone, ()) {
+  Problem p = arbitrary_problem({.masks = false});
+  Problem chunked = p;
+  p.window_left = p.window_right = 0;
+  chunked.attention_chunk = 1;
+  same(p, chunked);
+}
+
 RC_GTEST_PROP(Limits, NoLookingAheadIsCausal, ()) {
   Problem p = arbitrary_problem({.masks = false});
   Problem windowed = p;

@@ -43,6 +43,7 @@ void draw_mask(Problem &p) {
   }
   if (seldom()) p.window_left = upto(60);
   if (seldom()) p.window_right = upto(60);
+  if (seldom()) p.attention_chunk = 1 + upto(60);
   if (kind != 4) return;
   p.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ;
   p.prefix_clamp = flip();
@@ -101,7 +102,7 @@ Layout arbitrary_layout() {
   Layout l;
   l.q = flip() ? Kind::kVarlen : Kind::kDense;
   l.kv = static_cast<Kind>(upto(2));
-  l.page_size = 16 * (1 + upto(6));
+  l.page_size = flip() ? 16 * (1 + upto(6)) : 1 + upto(100);
   l.head_major = flip();
   l.packed_kv = flip();
   l.backwards = seldom();

@@ -75,6 +75,22 @@ const std::vector<Feature> &features() {
       {"WindowDiagonal", window<0, 0>, nothing},
       {"WindowCausal", window<9, -1>, make_causal},
       {"WindowCausalRightOpen", window<9, 4>, make_causal},
+      {"Chunk", [](Problem &p, Rng &) { p.attention_chunk = 7; }, nothing},
+      {"ChunkCausal", [](Problem &p, Rng &) { p.attention_chunk = 16; }, make_causal},
+      {"ChunkWindow",
+       [](Problem &p, Rng &rng) {
+         window<5, 4>(p, rng);
+         p.attention_chunk = 9;
+       },
+       nothing},
+      {"ChunkPrefixRanges", [](Problem &p, Rng &) { p.attention_chunk = 6; }, with_ranges},
+      {"ChunkPrefixRangesClamped",
+       [](Problem &p, Rng &rng) {
+         window<5, -1>(p, rng);
+         p.attention_chunk = 4;
+         p.prefix_clamp = true;
+       },
+       with_ranges},
       {"Softcap", [](Problem &p, Rng &) { p.softcap = 1.5f; }, nothing},
       {"ScaleZero", [](Problem &p, Rng &) { p.scale = 0; }, make_causal},
       {"Sinks", [](Problem &p, Rng &rng) { p.sinks = normal(rng, p.hq, kF32, 2); }, nothing},
@@ -187,6 +203,8 @@ const std::vector<std::pair<const char *, Layout>> &layouts() {
       {"DenseBackwards", {.q = kDense, .kv = kDense, .backwards = true, .row_pad = 8, .prefix_per_token = true}},
       {"Paged16", {.kv = kPaged, .slack = 2}},
       {"Paged48Packed", {.q = kDense, .kv = kPaged, .page_size = 48, .packed_kv = true, .prefix_per_token = true}},
+      {"Paged1BatchIndex", {.kv = kPaged, .page_size = 1, .slack = 1, .kv_batch_index = true}},
+      {"Paged20Backwards", {.q = kDense, .kv = kPaged, .page_size = 20, .backwards = true, .leftpad = 3}},
       {"Paged32HeadMajorLeftpad", {.kv = kPaged, .page_size = 32, .head_major = true, .leftpad = 17}},
   };
   return list;

@@ -30,7 +30,7 @@ struct Problem {
   int64_t hq = 1, hkv = 1, d = 8, dv = 8;
   int32_t q_dtype = FLASHSPARK_FLOAT32, kv_dtype = FLASHSPARK_FLOAT32, out_dtype = FLASHSPARK_FLOAT32;
   float scale = 1, softcap = 0;
-  int64_t window_left = -1, window_right = -1;
+  int64_t window_left = -1, window_right = -1, attention_chunk = 0;
   int32_t prefix_mode = FLASHSPARK_PREFIX_NONE;
   bool prefix_clamp = false;
   int32_t rswa_window = 0;
@@ -54,7 +54,8 @@ struct Layout {
   int64_t row_pad = 0;          // elements between rows
   int64_t slack = 0;            // unused rows behind every sequence (seqused_q, seqused_k) and unused page-table slots
   int64_t leftpad = 0;          // dense, paged: keys to skip
-  bool kv_batch_index = false;  // dense: the cache rows stand in another order, with strangers between them
+  bool kv_batch_index = false;  // dense, paged: rows of the cache, or of the page table, in another order, with
+                                // strangers between them
   bool causal_per_seq = false;
   bool prefix_per_token = false;  // hand the ranges over as one range a query token
   bool want_lse = true;

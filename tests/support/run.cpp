@@ -2,6 +2,7 @@
 // needs (AddressSanitizer sees one element too far) and start as NaN or garbage wherever no number belongs.
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <numeric>
 
 #include "dtype.hpp"
@@ -177,7 +178,8 @@ struct Call {
     for (int64_t n : lengths)
       allocated.push_back(layout.kv == Kind::kVarlen ? n + layout.slack : largest(lengths) + layout.slack);
     used_k.assign(lengths.begin(), lengths.end());
-    if (lengths != allocated || layout.kv == Kind::kPaged) params.seqused_k = used_k.data();
+    const bool equal = std::adjacent_find(lengths.begin(), lengths.end(), std::not_equal_to<>()) == lengths.end();
+    if (lengths != allocated || (layout.kv == Kind::kPaged && !equal)) params.seqused_k = used_k.data();
     if (pad > 0) leftpad.assign(batch, static_cast<int32_t>(pad));
     params.leftpad_k = pad > 0 ? leftpad.data() : nullptr;
     params.max_seqlen_k = largest(allocated);
@@ -193,14 +195,8 @@ struct Call {
       lay_out_pages(lengths);
       grid_batch = params.num_pages;
       grid_tokens = params.page_size;
-    } else if (layout.kv_batch_index) {
-      grid_batch = 2 * batch + 1;
-      params.num_kv_seqs = grid_batch;
-      std::vector<int32_t> order(grid_batch);
-      std::iota(order.begin(), order.end(), 0);
-      std::shuffle(order.begin(), order.end(), rng);
-      kv_index.assign(order.begin(), order.begin() + batch);
-      params.kv_batch_index = kv_index.data();
+    } else {
+      grid_batch = index_cache_rows();
     }
     if (layout.packed_kv) {
       k_grid = make_grid(grid_batch, grid_tokens, p.hkv, p.d + p.dv, layout.row_pad, layout.head_major);
@@ -231,14 +227,27 @@ struct Call {
     params.v = v_home.tensor(v_grid);
   }
 
+  // Rows of the dense cache or of the page table; kv_index says which of them a sequence has.
+  int64_t index_cache_rows() {
+    const int64_t rows = layout.kv_batch_index ? 2 * batch + 1 : batch;
+    kv_index.resize(rows);
+    std::iota(kv_index.begin(), kv_index.end(), 0);
+    if (!layout.kv_batch_index) return rows;
+    std::shuffle(kv_index.begin(), kv_index.end(), rng);
+    kv_index.resize(batch);
+    params.num_kv_seqs = rows;
+    params.kv_batch_index = kv_index.data();
+    return rows;
+  }
+
   std::array<int64_t, 2> key_place(int64_t b, int64_t row) const {
     switch (layout.kv) {
       case Kind::kVarlen:
         return {0, cu_k[b] + row};
       case Kind::kDense:
-        return {layout.kv_batch_index ? kv_index[b] : b, row};
+        return {kv_index[b], row};
       default:
-        return {pages[b * params.page_table_stride + row / params.page_size], row % params.page_size};
+        return {pages[kv_index[b] * params.page_table_stride + row / params.page_size], row % params.page_size};
     }
   }
 
@@ -254,16 +263,16 @@ struct Call {
     params.num_pages = used + 2;
     params.num_page_slots = std::max<int64_t>(1, widest + (layout.slack > 0 ? 2 : 0));
     params.page_table_stride = params.num_page_slots + layout.slack;
-    params.max_seqlen_k = params.num_page_slots * size;
+    if (params.seqused_k != nullptr) params.max_seqlen_k = params.num_page_slots * size;
     std::vector<int32_t> order(params.num_pages);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), rng);
-    pages.resize(batch * params.page_table_stride);
+    pages.resize(index_cache_rows() * params.page_table_stride);
     for (int32_t &page : pages) page = static_cast<int32_t>(rng());
     size_t next = 0;
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t count = (lengths[b] + size - 1) / size;
-      for (int64_t n = 0; n < count; ++n) pages[b * params.page_table_stride + n] = order[next++];
+      for (int64_t n = 0; n < count; ++n) pages[kv_index[b] * params.page_table_stride + n] = order[next++];
     }
     params.page_table = pages.data();
   }
@@ -306,6 +315,7 @@ struct Call {
     const Problem &p = problem;
     params.window_left = p.window_left;
     params.window_right = p.window_right;
+    params.attention_chunk = p.attention_chunk;
     params.rswa_window = p.rswa_window;
     params.prefix_clamp_window = p.prefix_clamp;
     bool mixed = layout.causal_per_seq;

@@ -25,6 +25,10 @@ bool visible(const Problem &p, const Sequence &s, int64_t i, int64_t j) {
   if (s.causal && j > pos) keep = false;
   if (p.window_left != -1 && pos - j > p.window_left) keep = false;
   if (p.window_right != -1 && j - pos > p.window_right) keep = false;
+  if (p.attention_chunk != 0) {
+    const Real size = p.attention_chunk;
+    if (std::floor(j / size) != std::floor(pos / size)) keep = false;
+  }
   if (p.prefix_mode != FLASHSPARK_PREFIX_NONE) {
     for (const auto &range : s.ranges) {
       if (!in_range(range, pos) || !in_range(range, j)) continue;

@@ -135,6 +135,7 @@ void turn(Slots &f) {
   f.p.rotary_cos = f.table.data();
   f.p.rotary_sin = f.table.data() + 4;
   f.p.num_heads_q = 2 * f.p.num_heads_kv;
+  f.p.total_q = f.p.total_new;
   f.fill(f.q, f.p.total_new * f.p.num_heads_q * f.p.head_dim, kF32);
   f.p.q = {f.q.data(), 0, f.p.num_heads_q * f.p.head_dim, f.p.head_dim, kF32, 0};
 }
@@ -207,7 +208,6 @@ TEST(AppendSlots, WhatIsWrongIsNamed) {
       {[](Slots &f) { f.p.seqlens = &number; }, "seqlens = given"},
       {[](Slots &f) { f.p.cu_seqlens_new = &number; }, "cu_seqlens_new = given"},
       {[](Slots &f) { f.p.kv_batch_index = &number; }, "kv_batch_index = given"},
-      {[](Slots &f) { f.p.leftpad_k = &number; }, "leftpad_k = given"},
       {[](Slots &f) { f.p.page_table = &number; }, "page_table = given"},
       {[](Slots &f) {
          f.p.rotary_cos = f.p.rotary_sin = table;
@@ -233,6 +233,10 @@ TEST(AppendSlots, WhatIsWrongIsNamed) {
        },
        "rotary_positions[0] = -1"},
       {[](Slots &f) { f.p.num_seqs = 2; }, "num_seqs = 2"},
+      {[](Slots &f) { turn(f), f.p.total_q = f.p.total_new - 1; }, "total_q = "},
+      {[](Slots &f) { turn(f), f.p.rotary_seqlens = &number; }, "rotary_seqlens = given"},
+      {[](Slots &f) { turn(f), f.p.cu_seqlens_q = &number; }, "cu_seqlens_q = given"},
+      {[](Slots &f) { turn(f), f.p.seqused_q = &number; }, "seqused_q = given"},
       {[](Slots &f) { f.p.page_size = 0; }, "page_size = 0"},
       {[](Slots &f) { f.p.num_pages = -1; }, "num_pages = -1"},
       {[](Slots &f) { f.p.num_pages = INT32_MAX, f.p.page_size = 2; }, "num_pages = 2147483647: must be at most 1073"},

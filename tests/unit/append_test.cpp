@@ -13,12 +13,15 @@
 namespace flashspark::test {
 namespace {
 
-constexpr int64_t kHeads = 2, kHeadsQ = 4, kD = 16, kDv = 8, kPage = 16, kSlots = 4, kPages = 12, kCacheRows = 5;
+constexpr int64_t kHeads = 2, kHeadsQ = 4, kD = 16, kDv = 8, kSlots = 4, kPages = 12, kCacheRows = 5;
 constexpr int64_t kPositions = 80;
 constexpr float kOld = 0.125f;  // what the cache holds before
 
 struct Setup {
-  bool paged = false, varlen = false, batch_index = false, leftpad = false, interleaved = false, q_per_token = false;
+  bool paged = false, varlen = false, batch_index = false, interleaved = false, q_per_token = false;
+  bool rotary_lens = false;               // positions of their own
+  bool q_varlen = false, q_used = false;  // q: three sequences of other lengths than the new rows'
+  int64_t page_size = 16;
   int64_t rotary_dim = 0;  // 0: none
   int32_t new_dtype = FLASHSPARK_FLOAT32, cache_dtype = FLASHSPARK_FLOAT32, rotary_dtype = FLASHSPARK_FLOAT32;
 };
@@ -47,8 +50,9 @@ Store random_store(std::mt19937_64 &rng, int32_t dtype, int64_t count) {
 struct Fixture {
   Setup setup;
   std::mt19937_64 rng{4};
-  std::vector<int32_t> rows{3, 0, 5}, before{14, 9, 0}, cu{0, 3, 3, 8}, index{4, 0, 2}, leftpad{2, 1, 0}, pages;
-  int64_t max_rows = 5;
+  std::vector<int32_t> rows{3, 0, 5}, before{14, 9, 0}, cu{0, 3, 3, 8}, index{4, 0, 2}, pages;
+  std::vector<int32_t> q_rows{4, 4, 4}, cu_q{0, 2, 6, 7}, used_q{2, 1, 0}, rotary_lens{30, 0, 7};
+  int64_t max_rows = 5, max_q_rows = 4;
   Store k_new, v_new, q, k_cache, v_cache, cos, sin;
   std::vector<float> k_scale{0.5f, 2, 1, 1, 4, 0.25f}, v_scale{2, 1, 0.5f, 1, 1, 8};
   flashspark_append_params p;
@@ -57,7 +61,7 @@ struct Fixture {
       : setup(s),
         k_new(random_store(rng, s.new_dtype, new_rows() * kHeads * kD)),
         v_new(random_store(rng, s.new_dtype, new_rows() * kHeads * kDv)),
-        q(random_store(rng, s.new_dtype, new_rows() * kHeadsQ * kD)),
+        q(random_store(rng, s.new_dtype, 12 * kHeadsQ * kD)),
         k_cache(s.cache_dtype, cache_rows() * kHeads * kD),
         v_cache(s.cache_dtype, cache_rows() * kHeads * kDv),
         cos(s.rotary_dtype, kPositions * std::max<int64_t>(s.rotary_dim / 2, 1)),
@@ -83,29 +87,28 @@ struct Fixture {
       p.total_new = 8;
     }
     if (setup.paged) {
-      pages.resize(3 * (kSlots + 1), -77);  // garbage where no key will be
+      pages.resize(kCacheRows * (kSlots + 1), -77);  // garbage where no key will be
       std::vector<int32_t> order(kPages);
       std::iota(order.begin(), order.end(), 0);
       std::shuffle(order.begin(), order.end(), rng);
-      for (int b = 0; b < 3; ++b) std::copy_n(&order[2 * b], 2, &pages[b * (kSlots + 1)]);
+      for (int b = 0; b < 3; ++b) {
+        const int64_t first = before[b] / s.page_size, last = (before[b] + 5) / s.page_size;
+        for (int64_t n = first; n <= last; ++n) pages[cache_row(b) * (kSlots + 1) + n] = order[4 * b + n];
+      }
       p.page_table = pages.data();
       p.page_table_stride = kSlots + 1;
       p.num_page_slots = kSlots;
       p.num_pages = kPages;
-      p.page_size = kPage;
-      p.k_cache = k_cache.tensor(kPage * kHeads * kD, kD, kPage * kD);  // heads outside tokens
-      p.v_cache = v_cache.tensor(kPage * kHeads * kDv, kHeads * kDv, kDv);
+      const int64_t page = p.page_size = s.page_size;
+      p.k_cache = k_cache.tensor(page * kHeads * kD, kD, page * kD);  // heads outside tokens
+      p.v_cache = v_cache.tensor(page * kHeads * kDv, kHeads * kDv, kDv);
     } else {
-      p.num_cache_rows = kCacheRows;
       p.seqlen_cache = 32;
       p.k_cache = k_cache.tensor(32 * kHeads * kD, kHeads * kD, kD);
       p.v_cache = v_cache.tensor(32 * kHeads * kDv, kHeads * kDv, kDv);
-      if (setup.batch_index) p.kv_batch_index = index.data();
     }
-    if (setup.leftpad) {
-      leftpad[2] = 0;
-      p.leftpad_k = leftpad.data();
-    }
+    p.num_cache_rows = kCacheRows;
+    if (setup.batch_index) p.kv_batch_index = index.data();
     if (setup.cache_dtype == FLASHSPARK_FLOAT8_E4M3) {
       p.k_descale = {k_scale.data(), kHeads, 1};
       p.v_descale = {v_scale.data(), kHeads, 1};
@@ -119,11 +122,25 @@ struct Fixture {
       p.q_rotary_per_token = setup.q_per_token;
       p.seqlen_rotary = kPositions;
       p.num_heads_q = kHeadsQ;
-      p.q = q.tensor(max_rows * kHeadsQ * kD, kHeadsQ * kD, kD);
+      p.q = q.tensor(max_q_rows * kHeadsQ * kD, kHeadsQ * kD, kD);
+      p.seqlen_q = max_q_rows;
+      if (setup.q_varlen) {
+        p.cu_seqlens_q = cu_q.data();
+        p.total_q = cu_q.back();
+        for (int b = 0; b < 3; ++b) q_rows[b] = cu_q[b + 1] - cu_q[b];
+      }
+      if (setup.q_used) {
+        p.seqused_q = used_q.data();
+        q_rows = used_q;
+      }
+      if (setup.rotary_lens) p.rotary_seqlens = rotary_lens.data();
     }
   }
   int64_t new_rows() const { return setup.varlen ? 8 : 15; }
-  int64_t cache_rows() const { return setup.paged ? kPages * kPage : kCacheRows * 32; }
+  int64_t cache_rows() const { return setup.paged ? kPages * setup.page_size : kCacheRows * 32; }
+  int64_t cache_row(int b) const { return setup.batch_index ? index[b] : b; }
+  int64_t position0(int b) const { return setup.rotary_lens ? rotary_lens[b] : before[b]; }
+  int64_t q_row(int b, int64_t i) const { return (setup.q_varlen ? cu_q[b] : b * max_q_rows) + i; }
   int64_t new_row(int b, int64_t i) const { return setup.varlen ? cu[b] + i : b * max_rows + i; }
 
   std::vector<double> turned(const Store &from, int64_t at, int64_t position) const {
@@ -158,11 +175,9 @@ TEST_P(Append, WritesTheNewRowsAndNothingElse) {
   for (int b = 0; b < 3; ++b) {
     for (int64_t i = 0; i < f.rows[b]; ++i) {
       const int64_t row = f.before[b] + i;
-      const int64_t position = row - (f.setup.leftpad ? f.leftpad[b] : 0);
-      const int64_t home = f.setup.paged         ? f.pages[b * (kSlots + 1) + row / kPage]
-                           : f.setup.batch_index ? f.index[b]
-                                                 : b;
-      const int64_t token = f.setup.paged ? row % kPage : row;
+      const int64_t position = f.position0(b) + i, page = f.setup.page_size;
+      const int64_t home = f.setup.paged ? f.pages[f.cache_row(b) * (kSlots + 1) + row / page] : f.cache_row(b);
+      const int64_t token = f.setup.paged ? row % page : row;
       for (int64_t h = 0; h < kHeads; ++h) {
         const bool fp8 = f.setup.cache_dtype == FLASHSPARK_FLOAT8_E4M3;
         const double k_scale = fp8 ? f.k_scale[b * kHeads + h] : 1, v_scale = fp8 ? f.v_scale[b * kHeads + h] : 1;
@@ -184,9 +199,11 @@ TEST_P(Append, WritesTheNewRowsAndNothingElse) {
           v_written[at] = true;
         }
       }
-      for (int64_t h = 0; f.setup.rotary_dim > 0 && h < kHeadsQ; ++h) {
-        const int64_t at = (f.new_row(b, i) * kHeadsQ + h) * kD;
-        const auto want = original.turned(original.q, at, f.setup.q_per_token ? position : position - i);
+    }
+    for (int64_t i = 0; f.setup.rotary_dim > 0 && i < f.q_rows[b]; ++i) {
+      for (int64_t h = 0; h < kHeadsQ; ++h) {
+        const int64_t at = (f.q_row(b, i) * kHeadsQ + h) * kD;
+        const auto want = original.turned(original.q, at, f.position0(b) + (f.setup.q_per_token ? i : 0));
         for (int64_t d = 0; d < kD; ++d) {
           ASSERT_NEAR(f.q.get(at + d), want[d], allowed(f.setup.new_dtype, want[d]))
               << "q b=" << b << " i=" << i << " h=" << h << " d=" << d;
@@ -219,7 +236,20 @@ const std::vector<std::pair<const char *, Setup>> kSetups = {
     {"PagedVarlenBf16", {.paged = true, .varlen = true, .new_dtype = kBf16, .cache_dtype = kBf16}},
     {"RotaryHalves", {.rotary_dim = kD}},
     {"RotaryPartInterleavedPaged", {.paged = true, .interleaved = true, .q_per_token = true, .rotary_dim = 6}},
-    {"RotaryLeftpad", {.varlen = true, .leftpad = true, .q_per_token = true, .rotary_dim = 10}},
+    {"RotaryVarlen", {.varlen = true, .q_per_token = true, .rotary_dim = 10}},
+    {"RotaryVarlenQ", {.q_per_token = true, .q_varlen = true, .rotary_dim = 8}},
+    {"RotaryVarlenBoth", {.varlen = true, .q_per_token = true, .q_varlen = true, .rotary_dim = 8}},
+    {"RotaryVarlenQByFirst", {.paged = true, .varlen = true, .q_varlen = true, .rotary_dim = 8}},
+    {"RotaryUsedQ", {.q_per_token = true, .q_used = true, .rotary_dim = 8}},
+    {"RotaryUsedVarlenQ",
+     {.interleaved = true, .q_per_token = true, .q_varlen = true, .q_used = true, .rotary_dim = 8}},
+    {"RotaryLens", {.q_per_token = true, .rotary_lens = true, .rotary_dim = 16}},
+    {"RotaryLensByFirst", {.paged = true, .varlen = true, .rotary_lens = true, .q_varlen = true, .rotary_dim = 16}},
+    {"PagedBatchIndex", {.paged = true, .batch_index = true}},
+    {"Paged7BatchIndexRotary",
+     {.paged = true, .batch_index = true, .q_per_token = true, .q_varlen = true, .page_size = 7, .rotary_dim = 16}},
+    {"Paged5Varlen", {.paged = true, .varlen = true, .page_size = 5}},
+    {"Paged20Bf16", {.paged = true, .page_size = 20, .new_dtype = kBf16, .cache_dtype = kBf16}},
     {"RotaryF16",
      {.paged = true,
       .q_per_token = true,
@@ -257,6 +287,9 @@ void PrintTo(const Fault &fault, std::ostream *os) {
 
 constexpr auto kType = FLASHSPARK_INVALID_TYPE;
 const Setup kPagedSetup{.paged = true}, kRotary{.rotary_dim = 16}, kVarlen{.varlen = true};
+const Setup kLongQ{.varlen = true, .q_per_token = true, .rotary_dim = 16};  // sequence 1: no new row, four of q
+const Setup kLens{.rotary_lens = true, .rotary_dim = 16}, kVarlenQ{.q_varlen = true, .rotary_dim = 16},
+    kUsedQ{.q_used = true, .rotary_dim = 16};
 const std::vector<Fault> kFaults = {
     {"StructSize",
      {},
@@ -273,7 +306,11 @@ const std::vector<Fault> kFaults = {
     {"CacheFull", {}, [](Fixture &f) { f.before[2] = 28; }, "seqlens[2] = 28"},
     {"LengthNegative", {}, [](Fixture &f) { f.before[0] = -1; }, "seqlens[0] = -1"},
     {"BatchIndex", {.batch_index = true}, [](Fixture &f) { f.index[1] = 5; }, "kv_batch_index[1] = 5"},
-    {"Leftpad", {.leftpad = true}, [](Fixture &f) { f.leftpad[0] = 15; }, "leftpad_k[0] = 15"},
+    {"BatchIndexOfPages",
+     {.paged = true, .batch_index = true},
+     [](Fixture &f) { f.index[0] = -1; },
+     "kv_batch_index[0] = -1"},
+    {"CheckDevice", {}, [](Fixture &f) { f.p.check_device = 2; }, "check_device = 2"},
     {"CuFalling", kVarlen, [](Fixture &f) { f.cu[1] = -1; }, "cu_seqlens_new[1] = -1"},
     {"CuBeyond", kVarlen, [](Fixture &f) { f.p.total_new = 7; }, "cu_seqlens_new[3] = 8"},
     {"KNewNull", {}, [](Fixture &f) { f.p.k_new.data = nullptr; }, "k_new.data = NULL"},
@@ -282,13 +319,49 @@ const std::vector<Fault> kFaults = {
     {"KNewType", {}, [](Fixture &f) { f.p.k_new.dtype = 9; }, "k_new.dtype", kType},
     {"VNewType", {}, [](Fixture &f) { f.p.v_new.dtype = kBf16; }, "v_new.dtype", kType},
     {"CacheType", {}, [](Fixture &f) { f.p.k_new.dtype = f.p.v_new.dtype = kBf16; }, "k_new.dtype", kType},
-    {"PageSize", kPagedSetup, [](Fixture &f) { f.p.page_size = 20; }, "page_size = 20"},
+    {"PageSize", kPagedSetup, [](Fixture &f) { f.p.page_size = 0; }, "page_size = 0"},
+    {"PageSizeWide", kPagedSetup, [](Fixture &f) { f.p.page_size = (1 << 20) + 1; }, "page_size = 1048577"},
     {"PageBeyond", kPagedSetup, [](Fixture &f) { f.pages[1] = kPages; }, "page_table[0,1] = 12"},
     {"SinWithoutCos", kRotary, [](Fixture &f) { f.p.rotary_cos = nullptr; }, "rotary_cos = NULL"},
     {"QWithoutRotary", kRotary, [](Fixture &f) { f.p.rotary_cos = f.p.rotary_sin = nullptr; }, "q = given"},
     {"RotaryDimOdd", kRotary, [](Fixture &f) { f.p.rotary_dim = 5; }, "rotary_dim = 5"},
     {"RotaryDimWide", kRotary, [](Fixture &f) { f.p.rotary_dim = 18; }, "rotary_dim = 18"},
-    {"RotaryShort", kRotary, [](Fixture &f) { f.p.seqlen_rotary = 18; }, "seqlen_rotary = 18"},
+    {"RotaryShort", kRotary, [](Fixture &f) { f.p.seqlen_rotary = 18; }, "seqlen_rotary = 18: must cover position 18"},
+    {"RotaryShortForQ", kLongQ,
+     [](Fixture &f) {
+       f.p.seqlen_rotary = 12;
+       f.before = {0, 9, 0};
+       f.rows = {1, 0, 1};
+       f.cu = {0, 1, 1, 2};
+     },
+     "seqlen_rotary = 12: must cover position 12"},
+    {"LengthNegativeForQ", kLongQ, [](Fixture &f) { f.before[1] = -3; }, "seqlens[1] = -3"},
+    {"RotaryLensNegative", kLens, [](Fixture &f) { f.rotary_lens[2] = -1; }, "rotary_seqlens[2] = -1"},
+    {"RotaryLensBeyond", kLens, [](Fixture &f) { f.rotary_lens[0] = 76; }, "rotary_seqlens[0] = 76"},
+    {"RotaryLensHuge", kLens, [](Fixture &f) { f.rotary_lens[1] = INT32_MAX; }, "rotary_seqlens[1] = 2147483647"},
+    {"RotaryLensWithoutTables", kLens,
+     [](Fixture &f) {
+       f.p.rotary_cos = f.p.rotary_sin = nullptr;
+       f.p.q.data = nullptr;
+     },
+     "rotary_seqlens = given"},
+    {"CuQWithoutQ", kVarlenQ, [](Fixture &f) { f.p.q.data = nullptr; }, "cu_seqlens_q = given"},
+    {"UsedQWithoutQ", kUsedQ, [](Fixture &f) { f.p.q.data = nullptr; }, "seqused_q = given"},
+    {"CuQNegative", kVarlenQ, [](Fixture &f) { f.cu_q[0] = -1; }, "cu_seqlens_q[0] = -1"},
+    {"CuQFalling", kVarlenQ, [](Fixture &f) { f.cu_q[2] = 1; }, "cu_seqlens_q[2] = 1"},
+    {"CuQBeyond", kVarlenQ, [](Fixture &f) { f.p.total_q = 6; }, "cu_seqlens_q[3] = 7"},
+    {"CuQTooLong", kVarlenQ, [](Fixture &f) { f.p.seqlen_q = 3; }, "cu_seqlens_q[2] = 6"},
+    {"UsedQTooMany", kUsedQ, [](Fixture &f) { f.used_q[1] = 5; }, "seqused_q[1] = 5"},
+    {"UsedQNegative", kUsedQ, [](Fixture &f) { f.used_q[2] = -1; }, "seqused_q[2] = -1"},
+    {"UsedQBeyondOffsets",
+     {.q_varlen = true, .rotary_dim = 16},
+     [](Fixture &f) {
+       f.p.seqused_q = f.used_q.data();
+       f.used_q = {2, 4, 2};
+     },
+     "seqused_q[2] = 2"},
+    {"SeqlenQ", kRotary, [](Fixture &f) { f.p.seqlen_q = -1; }, "seqlen_q = -1"},
+    {"TotalQ", kVarlenQ, [](Fixture &f) { f.p.total_q = int64_t{1} << 31; }, "total_q = 2147483648"},
     {"RotaryType", kRotary, [](Fixture &f) { f.p.rotary_dtype = kFp8; }, "rotary_dtype", kType},
     {"Descale", {.cache_dtype = kFp8}, [](Fixture &f) { f.k_scale[3] = NAN; }, "k_descale[1,1] = nan"},
 };

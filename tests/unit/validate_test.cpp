@@ -65,6 +65,13 @@ struct World {
     p.seqused_k = used_k.data();
     pages[5] = -9;  // sequence 1 has 13 keys: its second slot is never read
   }
+  void index_pages() {  // sequence 0 has row 0 of three, sequence 1 row 2
+    pages = {4, 0, 77, -5, -1, -1, -1, -1, 2, -9, 1 << 30, -1};
+    kv_index = {0, 2};
+    p.kv_batch_index = kv_index.data();
+    p.num_kv_seqs = 3;
+    p.page_table = pages.data();
+  }
   void dense_cache() {
     p.kv_batch_index = kv_index.data();
     p.num_kv_seqs = 4;
@@ -148,6 +155,7 @@ const std::vector<Fault> kFaults = {
     {"Implementation", SET(implementation, "cpu-magic"), "implementation = cpu-magic"},
     {"NumThreads", SET(num_threads, -1), "num_threads = -1"},
     {"NumSplits", SET(num_splits, -3), "num_splits = -3"},
+    {"CheckDevice", SET(check_device, 2), "check_device = 2"},
     {"Deterministic", SET(deterministic, 2), "deterministic = 2"},
     {"NumSeqsNegative", SET(num_seqs, -1), "num_seqs = -1"},
     {"NumSeqsHuge", SET(num_seqs, kBig), "num_seqs = "},
@@ -173,17 +181,19 @@ const std::vector<Fault> kFaults = {
     {"NumKvSeqsNegative", AFTER(dense_cache, num_kv_seqs, -1), "num_kv_seqs = -1"},
     // Pages.
     {"PageSizeZero", AFTER(paged, page_size, 0), "page_size = 0"},
-    {"PageSizeEight", AFTER(paged, page_size, 8), "page_size = 8"},
-    {"PageSizeTwentyFour", AFTER(paged, page_size, 24), "page_size = 24"},
+    {"PageSizeWide", AFTER(paged, page_size, (1 << 20) + 1), "page_size = 1048577"},
     {"PageSizeNegative", AFTER(paged, page_size, -16), "page_size = -16"},
     {"PageSizeWithoutTable", SET(page_size, 16), "page_size = 16"},
     {"NumPagesNegative", AFTER(paged, num_pages, -1), "num_pages = -1"},
     {"NumPageSlotsNegative", AFTER(paged, num_page_slots, -1), "num_page_slots = -1"},
     {"PageTableStrideShort", AFTER(paged, page_table_stride, 1), "page_table_stride = 1"},
     {"PageTableStrideHuge", AFTER(paged, page_table_stride, kBig), "page_table_stride = "},
-    {"PagedWithoutLengths", AFTER(paged, seqused_k, nullptr), "seqused_k = NULL"},
+    {"PagedBeyondTable", [](World &w) { w.paged(); w.p.seqused_k = nullptr; w.p.max_seqlen_k = 33; }, "max_seqlen_k = 33"},
+    {"PagedWithoutLengths", [](World &w) { w.paged(); w.p.seqused_k = nullptr; w.pages[5] = 6; }, "page_table[1,1] = 6"},
     {"PagedAndVarlen", AFTER(paged, cu_seqlens_k, w.cu_k.data()), "cu_seqlens_k = given"},
-    {"PagedAndBatchIndex", AFTER(paged, kv_batch_index, w.kv_index.data()), "kv_batch_index = given"},
+    {"PagedBatchIndexBeyond", [](World &w) { w.paged(); w.index_pages(); w.kv_index[1] = 3; }, "kv_batch_index[1] = 3"},
+    {"PagedBatchIndexNegative", [](World &w) { w.paged(); w.index_pages(); w.kv_index[0] = -1; }, "kv_batch_index[0] = -1"},
+    {"PagedBatchIndexPage", [](World &w) { w.paged(); w.index_pages(); w.pages[1] = 6; }, "page_table[0,1] = 6"},
     {"PageNegative", POKE(paged, pages, 1, -1), "page_table[0,1] = -1"},
     {"PageBeyondCache", POKE(paged, pages, 4, 6), "page_table[1,0] = 6"},
     {"PagedTooManyKeys", POKE(paged, used_k, 1, 33), "seqused_k[1] = 33"},
@@ -257,6 +267,9 @@ const std::vector<Fault> kFaults = {
     {"WindowLeft", SET(window_left, -2), "window_left = -2"},
     {"WindowRight", SET(window_right, -7), "window_right = -7"},
     {"WindowHuge", SET(window_left, kBig), "window_left = "},
+    {"Chunk", SET(attention_chunk, -1), "attention_chunk = -1"},
+    {"ChunkHuge", SET(attention_chunk, kBig), "attention_chunk = "},
+    {"RswaAndChunk", [](World &w) { after_rswa(w); w.p.attention_chunk = 8; }, "attention_chunk = 8"},
     {"PrefixMode", SET(prefix_mode, 3), "prefix_mode = 3"},
     {"PrefixRangesNull", [](World &w) { after_prefix(w); w.p.prefix_ranges = nullptr; }, "prefix_ranges = NULL"},
     {"PrefixCountNegative", [](World &w) { after_prefix(w); w.p.num_prefix_ranges = -1; }, "num_prefix_ranges = -1"},
@@ -301,6 +314,17 @@ TEST(Validator, AcceptsEveryUnbrokenProblem) {
                                                             &World::paged,
                                                             &World::dense_cache,
                                                             &World::fp8,
+                                                            [](World &w) {
+                                                              w.paged();
+                                                              w.index_pages();
+                                                            },
+                                                            [](World &w) {
+                                                              w.paged();
+                                                              w.p.seqused_k = nullptr;
+                                                              w.pages[5] = 1;
+                                                            },
+                                                            [](World &w) { w.p.attention_chunk = 6; },
+                                                            [](World &w) { w.p.check_device = 1; },
                                                             after_rswa,
                                                             after_prefix,
                                                             after_rel,
