@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from . import _core
-from ._call import CACHE, as_torch_raises, attend, call, is_plain, required, respelled
+from ._call import CACHE, Mode, as_torch_raises, attend, call, is_plain, required, respelled
 from ._kinds import any_flag, flag, integer, is_open, one_spelling, pair, refuse_qv, settled
 from ._layout import contiguous_rows, copied, hand_over
 from ._signature import APPEND
@@ -93,8 +92,7 @@ def append_kv(
 
 def _append_quickly(values: tuple[Any, ...]) -> bool:
     """Tries plain torch tensors as they are; says whether that has done it."""
-    torch = sys.modules.get("torch")
-    if torch is None or not all(x is None or type(x) in _NUMBERS or is_plain(torch, x) for x in values):
+    if not all(x is None or type(x) in _NUMBERS or is_plain(x) for x in values):
         return False
     try:
         _core.append_kv(*values)
@@ -203,78 +201,71 @@ def flash_attn_with_kvcache(
     Returns out, like q with v's head size; (out, lse) with return_softmax_lse, return_lse or return_attn_probs.
     """
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
-    want_lse, spelled = False, None
-    if not (return_softmax_lse is return_attn_probs is return_lse is explain is strict is False):
+    want_lse, mode, spelled = False, None, None
+    if return_softmax_lse is not False or return_lse is not False or return_attn_probs is not False:
         want_lse = any_flag(
             return_softmax_lse=return_softmax_lse, return_lse=return_lse, return_attn_probs=return_attn_probs
         )
-        explain, strict = any_flag(explain=explain), any_flag(strict=strict)
-    if not (qv is s_aux is learnable_sink is page_table is None):
+    if qv is not None or s_aux is not None or learnable_sink is not None or page_table is not None:
         refuse_qv(qv)
         sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
         block_table = one_spelling(spelled, block_table=block_table, page_table=page_table)
-    if cache_seqlens is not None and not getattr(cache_seqlens, "shape", None):
+    if explain is not False or strict is not False or spelled is not None:
+        mode = Mode(any_flag(explain=explain), any_flag(strict=strict), spelled or {})
+    if cache_seqlens is not None and getattr(cache_seqlens, "ndim", 0) == 0:
         cache_seqlens = _same_for_all(cache_seqlens, q, cu_seqlens_q)
-
-    def run(queries: Array, seqused_k: Array | None, *function: Any) -> Any:
-        tail: tuple[Any, ...] = (
-            *(cu_seqlens_q, max_seqlen_q, None, max_seqlen_k, seqused_q, seqused_k, block_table, cache_leftpad),
-            *(cache_batch_idx, scheduler_metadata),
-        )
-        if not (
-            sinks
-            is alibi_slopes
-            is q_descale
-            is k_descale
-            is v_descale
-            is output_scale
-            is rel_logits
-            is causal_per_seq
-            is prefix_ranges
-            is rswa_prefix_lens
-            is None
-        ) or not (rswa_window is attention_chunk is _ZERO and check_device is False):
-            tail += (
-                *(sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq),
-                *(prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device),
-            )  # fmt: skip
-        head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
-        tensors = (queries, k_cache, v_cache)
-        return _attend(
-            CACHE, tensors, out, lse, want_lse, explain, head, tail, *function, strict=strict, spelled=spelled
-        )
-
     seqused_k = cache_seqlens
-    if k is None and v is None:
+    # fmt: off
+    if k is not None or v is not None:
+        seqused_k = _lengths_with_new(k, v, cache_seqlens, cu_seqlens_k_new)
+    elif (
+        rotary_cos is not None or rotary_sin is not None or cu_seqlens_k_new is not None or rotary_seqlens is not None
+    ):
         _refuse_without_keys(
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, cu_seqlens_k_new=cu_seqlens_k_new,
             rotary_seqlens=rotary_seqlens,
-        )  # fmt: skip
-    else:
-        seqused_k = _lengths_with_new(k, v, cache_seqlens, cu_seqlens_k_new)
-        if not explain:
-            if _attend is attend:
-                # A bad argument must not leave new rows in the cache: the attention is checked before they are written.
-                run(q, seqused_k, _core.attention_validate)
-            turns = rotary_cos is not None or rotary_sin is not None
-            if turns:
-                q = copied("q", q)
-            chunked = type(attention_chunk) is not int or attention_chunk > 0
-            # fmt: off
-            _append(
-                k, v, k_cache, v_cache, cache_seqlens, q=q if rotary_cos is not None else None, rotary_cos=rotary_cos,
-                rotary_sin=rotary_sin, cu_seqlens_k_new=cu_seqlens_k_new, block_table=block_table,
-                cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, rotary_interleaved=rotary_interleaved,
-                q_rotary_per_token=flag("causal", causal) or chunked or not (
-                    is_open("window_size[0]", left) and is_open("window_size[1]", right)
-                ),
-                k_descale=k_descale, v_descale=v_descale, rotary_seqlens=rotary_seqlens if turns else None,
-                cu_seqlens_q=cu_seqlens_q if turns else None, seqused_q=seqused_q if turns else None,
-                check_device=check_device, strict=strict,
-            )
-            # fmt: on
-    result = run(q, seqused_k)
-    return result if explain or want_lse else result[0]
+        )
+    tail: tuple[Any, ...] = (
+        cu_seqlens_q, max_seqlen_q, None, max_seqlen_k, seqused_q, seqused_k, block_table, cache_leftpad,
+        cache_batch_idx, scheduler_metadata,
+    )
+    if (
+        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
+        or v_descale is not None or output_scale is not None or rel_logits is not None
+        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
+        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+    ):
+        tail += (
+            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+        )
+    head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
+    if k is not None and not (mode and mode.explain):
+        if _attend is attend:
+            # A bad argument must not leave new rows in the cache: the attention is checked before they are written.
+            tensors = (q, k_cache, v_cache)
+            attend(CACHE, tensors, out, lse, want_lse, mode, head, tail, _core.attention_validate)
+        turns = rotary_cos is not None or rotary_sin is not None
+        if turns:
+            q = copied("q", q)
+        _append(
+            k, v, k_cache, v_cache, cache_seqlens, q=q if rotary_cos is not None else None, rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin, cu_seqlens_k_new=cu_seqlens_k_new, block_table=block_table,
+            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, rotary_interleaved=rotary_interleaved,
+            q_rotary_per_token=turns and (flag("causal", causal) or not _sees_all(left, right, attention_chunk)),
+            k_descale=k_descale, v_descale=v_descale, rotary_seqlens=rotary_seqlens,
+            cu_seqlens_q=cu_seqlens_q if turns else None, seqused_q=seqused_q if turns else None,
+            check_device=check_device, strict=strict,
+        )
+    # fmt: on
+    result = _attend(CACHE, (q, k_cache, v_cache), out, lse, want_lse, mode, head, tail)
+    return result if want_lse or (mode and mode.explain) else result[0]
+
+
+def _sees_all(left: Any, right: Any, attention_chunk: Any) -> bool:
+    """Whether a mask that is not causal leaves every key to every query: rotary embedding then turns all alike."""
+    chunk = 0 if attention_chunk is None else integer("attention_chunk", attention_chunk)
+    return chunk == 0 and is_open("window_size[0]", left) and is_open("window_size[1]", right)
 
 
 def _same_for_all(value: Any, q: Array, cu_seqlens_q: Array | None) -> Array:

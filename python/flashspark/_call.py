@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import tvm_ffi
@@ -25,11 +26,32 @@ from ._tensors import (
 
 FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use; see bindings/signature.def
 
+_ndarray, _empty = np.ndarray, np.empty
 CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
 _FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
 # Places among all arguments.
 _PLACE = {name: place for place, name in enumerate(ATTENTION.names)}
 _STORED = ("q", "k", "v", "out", "sinks", "rel_logits")  # in the order of their bits in stored_as
+
+
+class _Torch:
+    """What the quick way needs of torch, where it is in use: looked up once."""
+
+    Tensor: Any = None
+
+    def learn(self) -> None:
+        torch = sys.modules["torch"]
+        self.is_grad_enabled, self.empty_like = torch.is_grad_enabled, torch.empty_like
+        try:  # three times as quick as the public function
+            with torch.inference_mode():
+                torch._C._increment_version((torch.empty(0),))
+            self.increment_version = torch._C._increment_version
+        except Exception:  # noqa: BLE001 - an older torch
+            self.increment_version = lambda tensors: bump(*tensors)
+        self.Tensor = torch.Tensor
+
+
+_torch = _Torch()
 
 
 def call(function: Callable[..., Any], signature: Signature, args: tuple[Any, ...], face: int = 0) -> Any:
@@ -70,9 +92,22 @@ def as_torch_raises(error: MemoryError) -> Exception:
     return sys.modules["torch"].cuda.OutOfMemoryError(text) if full else RuntimeError(text)
 
 
-def is_plain(torch: Any, x: Array) -> bool:
-    """Whether x's memory holds its values, and no gradient is lost, as far as the native call would not find out."""
-    return type(x) is torch.Tensor and not x.is_neg() and not (x.requires_grad and torch.is_grad_enabled())
+def is_plain(x: Array) -> bool:
+    """Whether x is a torch tensor with its values in memory and no gradient to lose, as far as the native call does not
+    find out."""
+    return type(x) is _torch.Tensor and not x.is_neg() and not (x.requires_grad and _torch.is_grad_enabled())
+
+
+class Mode(NamedTuple):
+    """What few calls ask of `attend`.
+
+    explain: compute nothing, return the text. strict: copy nothing. spelled: what the caller called an argument where
+    that was not the function's own name.
+    """
+
+    explain: bool = False
+    strict: bool = False
+    spelled: Mapping[str, str] = MappingProxyType({})
 
 
 def attend(
@@ -81,54 +116,49 @@ def attend(
     out: Array | None,
     lse: Array | None,
     want_lse: bool,
-    explain: bool,
+    mode: Mode | None,
     head: tuple[Any, ...],
     tail: tuple[Any, ...],
     function: Callable[..., Any] = _core.attention_forward,
-    *,
-    strict: bool = False,
-    spelled: Mapping[str, str] | None = None,
 ) -> Any:
-    """Runs one problem; returns (out, lse), or the text of `explain`.
+    """Runs one problem; returns (out, lse), or the text that `mode` asks for.
 
     tensors: q, k, v. head, tail: the other arguments in signature.def's order; trailing ones of the tail may be left
-    out. strict: copy nothing. spelled: what the caller called an argument where that was not the function's own name.
+    out.
 
     Plain arrays and tensors go straight to the native call; where that refuses them, `_attend_any` mends it, or says
     what is wrong in the caller's words.
     """
     q, k, v = tensors
-    if explain:
+    if mode:
         pass
-    elif type(q) is np.ndarray:
+    elif type(q) is type(k) is type(v) is _ndarray:
         if (
             not tail
-            and type(k) is type(v) is np.ndarray
             and q.dtype.num <= LAST_NUMPY_TYPE
-            and (out is None or type(out) is np.ndarray)
-            and (lse is None or type(lse) is np.ndarray)
+            and (out is None or type(out) is _ndarray)
+            and (lse is None or type(lse) is _ndarray)
         ):
             try:
-                result = np.empty(q.shape[:-1] + v.shape[-1:], q.dtype) if out is None else out
+                result = _empty(q.shape[:-1] + v.shape[-1:], q.dtype) if out is None else out
                 logs = empty_lse(q, False) if want_lse and lse is None else lse
                 function(face, 0, q, k, v, result, logs, *head)
                 return result, logs
             except Exception:  # noqa: BLE001, S110 - the general way says what is wrong, or mends it
                 pass
     elif (
-        (torch := sys.modules.get("torch")) is not None
-        and type(q) is type(k) is type(v) is torch.Tensor
+        type(q) is type(k) is type(v) is _torch.Tensor
         and not (q.is_neg() or k.is_neg() or v.is_neg())
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and (len(tail) <= _FLOATS or all(x is None or is_plain(torch, x) for x in tail[_FLOATS:_PAST_FLOATS]))
-        and (out is None or is_plain(torch, out))
-        and (lse is None or is_plain(torch, lse))
+        and not (_torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and (out is None or is_plain(out))
+        and (lse is None or is_plain(lse))
+        and (len(tail) <= _FLOATS or all(x is None or is_plain(x) for x in tail[_FLOATS:_PAST_FLOATS]))
     ):
         try:
             if out is not None:
                 result = out
-            elif len(tail) <= _FLOATS and q.itemsize > 1 and q.size(-1) == v.size(-1) and q.is_contiguous():
-                result = torch.empty_like(q)
+            elif len(tail) <= _FLOATS and q.shape[-1] == v.shape[-1] and q.itemsize > 1 and q.is_contiguous():
+                result = _torch.empty_like(q)
             else:
                 result = empty_out(q, v, tail[OUTPUT_SCALE] if len(tail) > OUTPUT_SCALE else None)
             logs = lse
@@ -140,24 +170,28 @@ def attend(
         except Exception:  # noqa: BLE001, S110 - as above
             pass
         else:
-            if out is not None or lse is not None:
-                bump(out, lse)
+            if out is not None:
+                _torch.increment_version((out,))
+            if lse is not None:
+                _torch.increment_version((lse,))
             return result, logs
+    mode = mode or Mode()
     try:
-        return _attend_any(face, (*tensors, out, lse, *head, *tail), want_lse, explain, function, strict)
+        return _attend_any(face, (*tensors, out, lse, *head, *tail), want_lse, mode, function)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise respelled(error, spelled or {}) from None
+        raise respelled(error, mode.spelled) from None
 
 
 def _attend_any(
     face: int,
     values: tuple[Any, ...],
     want_lse: bool,
-    explain: bool,
+    mode: Mode,
     function: Callable[..., Any],
-    strict: bool,
 ) -> Any:
     """`attend` for every kind of arguments. values: q, k, v, out, lse, the head and the tail."""
+    if _torch.Tensor is None and is_torch(values[0]):
+        _torch.learn()
     args = settled(ATTENTION, face, (0, 0, *values))
     args[0] = face
     words, at = ATTENTION.words[face], _PLACE
@@ -172,7 +206,7 @@ def _attend_any(
         cu_seqlens_q = at["cu_seqlens_q"]
         lse = empty_lse(q, len(args) > cu_seqlens_q and args[cu_seqlens_q] is not None)
     memory = out
-    if not strict:
+    if not mode.strict:
         if args[at["softmax_scale"]] is None and len(q.shape) > 0 and q.shape[-1] > 0:
             args[at["softmax_scale"]] = q.shape[-1] ** -0.5  # of the head size before it is padded
         memory = _layout.writable(out, v.shape[-1] if len(v.shape) > 0 else 0)
@@ -182,7 +216,7 @@ def _attend_any(
         if at[name] < len(args) and args[at[name]] is not None:
             args[at[name]], code = stored(args[at[name]], bits)
             args[1] |= code
-    if explain:
+    if mode.explain:
         return str(call(_core.attention_explain, ATTENTION, tuple(args), face))
     try:
         call(function, ATTENTION, tuple(args), face)

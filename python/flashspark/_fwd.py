@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import mods
-from ._call import FORWARD, attend
+from ._call import FORWARD, Mode, attend
 from ._kinds import any_flag, flag, integer, refuse_qv
 from ._tensors import Array, empty_lse, empty_out
 
@@ -96,42 +96,37 @@ def _flash_attn_fwd(
         if name in _UNSUPPORTED:
             raise NotImplementedError(f"{name} = given: must be None, it is not supported")
         raise TypeError(f"{name} = {value!r:.80}: flashspark's _flash_attn_fwd knows no such argument")
-    if not (return_lse is explain is strict is compile_only is False):
-        return_lse, explain = any_flag(return_lse=return_lse), any_flag(explain=explain)
-        strict, compile_only = any_flag(strict=strict), any_flag(compile_only=compile_only)
+    mode = None
+    if return_lse is not False or explain is not False or strict is not False or compile_only is not False:
+        return_lse, compile_only = any_flag(return_lse=return_lse), any_flag(compile_only=compile_only)
+        explain, strict = any_flag(explain=explain), any_flag(strict=strict)
+        mode = Mode(explain, strict) if explain or strict else None
     native = _native_modes(score_mod, mask_mod, aux_tensors)
     if compile_only or _is_fake(q):
         out = out if out is not None else empty_out(q, v, output_scale)
         return out, lse if lse is not None or not return_lse else empty_lse(q, cu_seqlens_q is not None)
     left, right = window_size_left, window_size_right
-    if not (left is right is None):
+    if left is not None or right is not None:
         left, right = _window(causal, left, right, mask_mod is not None)
+    # fmt: off
     tail: tuple[Any, ...] = (
-        *(cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, page_table, None, None),
+        cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, page_table, None, None,
         scheduler_metadata if hasattr(scheduler_metadata, "dtype") else None,
     )
     if (
-        native
-        or not (
-            learnable_sink
-            is alibi_slopes
-            is q_descale
-            is k_descale
-            is v_descale
-            is output_scale
-            is dynamic_causal
-            is None
-        )
-        or not (attention_chunk is _ZERO and check_device is False)
+        native or learnable_sink is not None or alibi_slopes is not None or q_descale is not None
+        or k_descale is not None or v_descale is not None or output_scale is not None or dynamic_causal is not None
+        or attention_chunk is not _ZERO or check_device is not False
     ):
         tail += (
-            *(learnable_sink, alibi_slopes, q_descale, k_descale, v_descale, output_scale, native.get("rel_logits")),
-            *(dynamic_causal, native.get("prefix_ranges"), native.get("prefix_clamp_window", False)),
-            *(native.get("rswa_prefix_lens"), native.get("rswa_window", 0), attention_chunk, check_device),
-        )  # fmt: skip
+            learnable_sink, alibi_slopes, q_descale, k_descale, v_descale, output_scale, native.get("rel_logits"),
+            dynamic_causal, native.get("prefix_ranges"), native.get("prefix_clamp_window", False),
+            native.get("rswa_prefix_lens"), native.get("rswa_window", 0), attention_chunk, check_device,
+        )
         causal, left = native.get("causal", causal), native.get("window_left", left)
+    # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, 0)
-    return attend(FORWARD, (q, k, v), out, lse, return_lse, explain, head, tail, strict=strict)
+    return attend(FORWARD, (q, k, v), out, lse, return_lse, mode, head, tail)
 
 
 def _window(causal: Any, left: Any, right: Any, masked: bool) -> tuple[int | None, int | None]:

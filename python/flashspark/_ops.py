@@ -76,7 +76,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._call import FUNC, attend
+from ._call import FUNC, Mode, attend
 from ._kinds import any_flag, one_spelling, pair, refuse_dropout, refuse_qv
 from ._tensors import Array, lengths
 
@@ -146,39 +146,33 @@ def flash_attn_func(
     if type(dropout_p) is not float or dropout_p:
         refuse_dropout(dropout_p)
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
-    want_lse, spelled = False, None
-    if not (return_softmax_lse is return_attn_probs is return_lse is explain is strict is False):
+    want_lse, mode, spelled = False, None, None
+    if return_softmax_lse is not False or return_attn_probs is not False or return_lse is not False:
         return_attn_probs = any_flag(return_attn_probs=return_attn_probs)
         want_lse = any_flag(return_softmax_lse=return_softmax_lse, return_lse=return_lse) or return_attn_probs
-        explain, strict = any_flag(explain=explain), any_flag(strict=strict)
-    if not (qv is s_aux is learnable_sink is None):
+    if qv is not None or s_aux is not None or learnable_sink is not None:
         refuse_qv(qv)
         sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     tail: tuple[Any, ...] = ()
-    if not (
-        sinks
-        is alibi_slopes
-        is seqused_q
-        is seqused_k
-        is q_descale
-        is k_descale
-        is v_descale
-        is output_scale
-        is rel_logits
-        is causal_per_seq
-        is prefix_ranges
-        is rswa_prefix_lens
-        is scheduler_metadata
-        is None
-    ) or not (rswa_window is attention_chunk is _ZERO and check_device is False):
+    # fmt: off
+    if (
+        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
+        or v_descale is not None or output_scale is not None or rel_logits is not None
+        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
+        or seqused_q is not None or seqused_k is not None or scheduler_metadata is not None
+        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+    ):
         tail = (
-            *(None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata),
-            *(sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq),
-            *(prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device),
-        )  # fmt: skip
+            None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata,
+            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+        )
+    # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
-    result = _attend(FUNC, (q, k, v), out, lse, want_lse, explain, head, tail, strict=strict, spelled=spelled)
-    if explain:
+    if explain is not False or strict is not False or spelled is not None:
+        mode = Mode(any_flag(explain=explain), any_flag(strict=strict), spelled or {})
+    result = _attend(FUNC, (q, k, v), out, lse, want_lse, mode, head, tail)
+    if mode and mode.explain:
         return result
     if want_lse:
         return (*result, None) if return_attn_probs else result
@@ -255,12 +249,11 @@ def flash_attn_varlen_func(
     if type(dropout_p) is not float or dropout_p:
         refuse_dropout(dropout_p)
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
-    want_lse, spelled = False, None
-    if not (return_softmax_lse is return_attn_probs is return_lse is explain is strict is False):
+    want_lse, mode, spelled = False, None, None
+    if return_softmax_lse is not False or return_attn_probs is not False or return_lse is not False:
         return_attn_probs = any_flag(return_attn_probs=return_attn_probs)
         want_lse = any_flag(return_softmax_lse=return_softmax_lse, return_lse=return_lse) or return_attn_probs
-        explain, strict = any_flag(explain=explain), any_flag(strict=strict)
-    if not (qv is s_aux is learnable_sink is page_table is None):
+    if qv is not None or s_aux is not None or learnable_sink is not None or page_table is not None:
         refuse_qv(qv)
         sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
         block_table = one_spelling(spelled, block_table=block_table, page_table=page_table)
@@ -271,30 +264,27 @@ def flash_attn_varlen_func(
             seqused_k = lengths("cu_seqlens_k", cu_seqlens_k)
             spelled = {**(spelled or {}), "seqused_k": "cu_seqlens_k"}
         cu_seqlens_k = None
+    # fmt: off
     tail: tuple[Any, ...] = (
-        *(cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, block_table, None, None),
+        cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, block_table, None, None,
         scheduler_metadata,
     )
-    if not (
-        sinks
-        is alibi_slopes
-        is q_descale
-        is k_descale
-        is v_descale
-        is output_scale
-        is rel_logits
-        is causal_per_seq
-        is prefix_ranges
-        is rswa_prefix_lens
-        is None
-    ) or not (rswa_window is attention_chunk is _ZERO and check_device is False):
+    if (
+        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
+        or v_descale is not None or output_scale is not None or rel_logits is not None
+        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
+        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+    ):
         tail += (
-            *(sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq),
-            *(prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device),
-        )  # fmt: skip
+            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+        )
+    # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
-    result = _attend(FUNC, (q, k, v), out, lse, want_lse, explain, head, tail, strict=strict, spelled=spelled)
-    if explain:
+    if explain is not False or strict is not False or spelled is not None:
+        mode = Mode(any_flag(explain=explain), any_flag(strict=strict), spelled or {})
+    result = _attend(FUNC, (q, k, v), out, lse, want_lse, mode, head, tail)
+    if mode and mode.explain:
         return result
     if want_lse:
         return (*result, None) if return_attn_probs else result

@@ -14,7 +14,7 @@ order; `face` says whose names errors use. A tensor that requires gradients rais
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import is_
 from typing import Any
@@ -75,7 +75,8 @@ def _compute(tensors, options, out, lse, face=0, strict=False):
     head, tail = options[:_HEAD], options[_HEAD:]
     if all(map(is_, tail, NO_TAIL)):
         tail = ()
-    _call.attend(face, tensors, out, lse, False, False, head, tail, strict=strict)
+    mode = _call.Mode(strict=True) if strict else None
+    _call.attend(face, tensors, out, lse, False, mode, head, tail)
 
 
 def _fake_attention(q, k, v, *rest):
@@ -191,14 +192,12 @@ def _attend(
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
     want_lse: bool,
-    explain: bool,
+    mode: _call.Mode | None,
     head: tuple[Any, ...],
     tail: tuple[Any, ...],
-    *,
-    strict: bool = False,
-    spelled: Mapping[str, str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """_call.attend, through the operators."""
+    explain, strict, spelled = mode or (False, False, {})
     if explain:
         raise ValueError("explain = True: must be False in flashspark.torch_ops; use the package's own function")
     values = (*tensors, out, lse, *head, *tail, *NO_TAIL[len(tail) :])
@@ -216,7 +215,7 @@ def _attend(
         torch.ops.flashspark.attention_out(q, k, v, *options, out, lse, face, strict)
         return out, lse
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise _call.respelled(error, spelled or {}) from None
+        raise _call.respelled(error, spelled) from None
 
 
 def append_kv(
