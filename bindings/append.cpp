@@ -12,7 +12,7 @@ enum { kStoredK, kStoredV, kStoredKCache, kStoredVCache, kStoredQ, kStoredCos, k
 
 struct Tensors {
   Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, cu_seqlens_q, page_table, kv_batch_index, slot_mapping;
-  Tensor rotary_positions;
+  Tensor rotary_positions, seqused_q;
 };
 
 // Where the numbers lie; torch gives an empty tensor no address.
@@ -63,7 +63,12 @@ void read_new_rows(const Tensors &t, flashspark_append_params &p) {
 
 // Queries have lengths of their own, but for slot_mapping, which counts them with the new rows.
 void read_queries(const Tensors &t, flashspark_append_params &p) {
-  if (!t.q) return;
+  if (!t.q) {
+    for (const Tensor &other : {t.cu_seqlens_q, t.seqused_q}) {
+      if (other) fail_value(other.name(), "given", "must be None without q");
+    }
+    return;
+  }
   const bool varlen = static_cast<bool>(t.cu_seqlens_q), slots = static_cast<bool>(t.slot_mapping);
   t.q.require_ndim({varlen || slots ? 3 : 4}, slots    ? "(total, num_heads, head_dim) with slot_mapping"
                                               : varlen ? "(total_q, num_heads, head_dim) with cu_seqlens_q"
@@ -169,7 +174,8 @@ void append_kv(Reader &args) {
   const Tensor cos = args.optional_tensor(A::rotary_cos, stored_type(stored_as, kStoredCos));
   const Tensor sin = args.optional_tensor(A::rotary_sin, stored_type(stored_as, kStoredSin));
   const Tensor seqlens = args.optional_tensor(A::cache_seqlens), leftpad = args.optional_tensor(A::cache_leftpad);
-  const Tensor rotary_seqlens = args.optional_tensor(A::rotary_seqlens), used = args.optional_tensor(A::seqused_q);
+  const Tensor rotary_seqlens = args.optional_tensor(A::rotary_seqlens);
+  t.seqused_q = args.optional_tensor(A::seqused_q);
   t.cu_seqlens_new = args.optional_tensor(A::cu_seqlens_k_new);
   t.cu_seqlens_q = args.optional_tensor(A::cu_seqlens_q);
   t.page_table = args.optional_tensor(A::block_table);
@@ -177,8 +183,8 @@ void append_kv(Reader &args) {
   t.slot_mapping = args.optional_tensor(A::slot_mapping);
   t.rotary_positions = args.optional_tensor(A::rotary_positions);
   if (t.slot_mapping) {
-    for (const Tensor &other :
-         {seqlens, t.cu_seqlens_new, t.cu_seqlens_q, used, t.page_table, t.kv_batch_index, leftpad, rotary_seqlens}) {
+    for (const Tensor &other : {seqlens, t.cu_seqlens_new, t.cu_seqlens_q, t.seqused_q, t.page_table, t.kv_batch_index,
+                                leftpad, rotary_seqlens}) {
       if (other) fail_value(other.name(), "given", "must be None when slot_mapping is given");
     }
     if (cos && !t.rotary_positions)
@@ -192,7 +198,7 @@ void append_kv(Reader &args) {
   const char *one_per_sequence = "the number of sequences";
   p.seqlens = seqlens.int32_vector(p.num_seqs, one_per_sequence);
   p.rotary_seqlens = rotary_seqlens.int32_vector(p.num_seqs, one_per_sequence);
-  p.seqused_q = used.int32_vector(p.num_seqs, one_per_sequence);
+  p.seqused_q = t.seqused_q.int32_vector(p.num_seqs, one_per_sequence);
   leftpad.int32_vector(p.num_seqs, one_per_sequence);  // moves nothing, but must be what the attention can take
   p.k_descale = args.optional_tensor(A::k_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
   p.v_descale = args.optional_tensor(A::v_descale).per_head_scale(p.num_seqs, p.num_heads_kv);

@@ -64,11 +64,11 @@ void read_heads(const Tensor &k, const Tensor &v, flashspark_attention_params &p
 }
 
 void read_pages(const Tensor &k, const Tensor &table, bool indexed, flashspark_attention_params &p) {
-  k.require_ndim({4}, "(num_pages, page_size, num_heads_kv, head_dim) with a page table");
   table.require_ndim({2}, "(num_seqs, pages per sequence)");
   if (!indexed) table.require_size(0, p.num_seqs, "the number of sequences");
   table.require_unit_stride();
   p.page_table = table.int32_data();
+  k.require_ndim({4}, "(num_pages, page_size, num_heads_kv, head_dim) with a page table");
   // The stride of a dimension of one element means nothing, and producers fill in what they like.
   p.page_table_stride = table.size(0) > 1 ? table.stride(0) : table.size(1);
   p.num_page_slots = table.size(1);

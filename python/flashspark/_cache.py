@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from . import _core
-from ._call import CACHE, Mode, as_torch_raises, attend, call, is_plain, required, respelled
+from ._call import CACHE, Mode, as_torch_raises, attend, call, is_plain, required, respelled, respelling
 from ._kinds import any_flag, flag, integer, is_open, one_spelling, pair, refuse_qv, settled
 from ._layout import contiguous_rows, copied, hand_over
 from ._signature import APPEND
-from ._tensors import Array, array, bump, int32_full, lengths, stored, sum_of
+from ._tensors import Array, array, bump, int32_full, is_torch, lengths, stored, sum_of
 
 _ZERO = 0  # the default of a number that is off
 _NUMBERS = frozenset({int, bool})
@@ -82,9 +83,10 @@ def append_kv(
         slot_mapping, rotary_positions, rotary_seqlens, cu_seqlens_q, seqused_q, check_device,
     )
     # fmt: on
+    strict = any_flag(strict=strict)
     if not _append_quickly(values):
         try:
-            _append_any(values, any_flag(strict=strict))
+            _append_any(values, strict)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise respelled(error, spelled) from None
     bump(k_cache, v_cache, q)
@@ -234,6 +236,7 @@ def flash_attn_with_kvcache(
         or v_descale is not None or output_scale is not None or rel_logits is not None
         or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
         or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+        or prefix_clamp_window is not False
     ):
         tail += (
             sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
@@ -248,7 +251,8 @@ def flash_attn_with_kvcache(
         turns = rotary_cos is not None or rotary_sin is not None
         if turns:
             q = copied("q", q)
-        _append(
+        append = _append if spelled is None else partial(respelling, spelled, _append)
+        append(
             k, v, k_cache, v_cache, cache_seqlens, q=q if rotary_cos is not None else None, rotary_cos=rotary_cos,
             rotary_sin=rotary_sin, cu_seqlens_k_new=cu_seqlens_k_new, block_table=block_table,
             cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, rotary_interleaved=rotary_interleaved,
@@ -293,8 +297,8 @@ def _lengths_with_new(k: Array, v: Array, cache_seqlens: Any, cu_seqlens_k_new: 
     if cache_seqlens is None:
         raise ValueError("cache_seqlens = None: must be given with k and v")
     if cu_seqlens_k_new is not None:
-        return sum_of("cache_seqlens", cache_seqlens, lengths("cu_seqlens_k_new", cu_seqlens_k_new))
-    shape = getattr(k, "shape", None)
-    if shape is None:
+        new = lengths("cu_seqlens_k_new", cu_seqlens_k_new)
+        return sum_of(cache_seqlens=cache_seqlens, cu_seqlens_k_new=new)
+    if k.is_nested if is_torch(k) else not hasattr(k, "shape"):
         array("k", k)  # raises, naming k
-    return sum_of("cache_seqlens", cache_seqlens, shape[1] if len(shape) > 1 else 0)
+    return sum_of(cache_seqlens=cache_seqlens, k=k.shape[1] if len(k.shape) > 1 else 0)

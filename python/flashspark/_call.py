@@ -20,6 +20,7 @@ from ._tensors import (
     empty_lse,
     empty_out,
     is_cupy,
+    is_masked,
     is_torch,
     stored,
 )
@@ -152,6 +153,7 @@ def attend(
         and not (_torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         and (out is None or is_plain(out))
         and (lse is None or is_plain(lse))
+        and ("numpy.ma" not in sys.modules or not any(map(is_masked, tail)))
         and (len(tail) <= _FLOATS or all(x is None or is_plain(x) for x in tail[_FLOATS:_PAST_FLOATS]))
     ):
         try:
@@ -231,6 +233,14 @@ def _attend_any(
 def required(name: str, x: Array | None) -> None:
     if x is None:
         raise TypeError(f"{name} = None: must be a NumPy array, a torch tensor or another DLPack tensor")
+
+
+def respelling(spelled: Mapping[str, str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls the function; its errors are in the caller's words."""
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise respelled(error, spelled) from None
 
 
 def respelled(error: Exception, spelled: Mapping[str, str]) -> Exception:

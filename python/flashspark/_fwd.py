@@ -149,7 +149,9 @@ def _window(causal: Any, left: Any, right: Any, masked: bool) -> tuple[int | Non
 
 def _native_modes(score_mod: Any, mask_mod: Any, aux_tensors: Sequence[Array] | None) -> dict[str, Any]:
     """Arguments of `attend` that the tags and their aux_tensors stand for."""
-    aux = list(aux_tensors) if aux_tensors is not None else []
+    if aux_tensors is not None and not isinstance(aux_tensors, (list, tuple)):
+        raise TypeError(f"aux_tensors = {_describe(aux_tensors)}: must be a list of tensors, or None")
+    aux = list(aux_tensors or ())
     if score_mod is None and mask_mod is None:
         if aux:
             raise ValueError(f"aux_tensors = {len(aux)} tensors: must be None without score_mod and mask_mod")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ._signature import Signature
-from ._tensors import array, is_cupy, is_torch
+from ._tensors import array, is_cupy, is_masked, is_torch
 
 
 def _scalar(name: str, value: Any, wanted: str) -> Any:
@@ -20,7 +20,7 @@ def _scalar(name: str, value: Any, wanted: str) -> Any:
     if not isinstance(value, np.generic):
         if not (isinstance(value, np.ndarray) or is_torch(value) or is_cupy(value)):
             return value
-        if value.ndim != 0 or isinstance(value, np.ma.MaskedArray):
+        if len(_shape(value)) != 0 or is_masked(value):
             raise TypeError(f"{name} = {_word(value)}: must be {wanted}")
         value = array(name, value)
     try:
@@ -29,9 +29,16 @@ def _scalar(name: str, value: Any, wanted: str) -> Any:
         raise ValueError(f"{name} = {_word(value)}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
+def _shape(value: Any) -> tuple[int, ...]:
+    """Of an array or tensor; a nested tensor says that it has one dimension, and no more."""
+    return (0,) if is_torch(value) and value.is_nested else tuple(value.shape)
+
+
 def _word(value: Any) -> str:
-    if hasattr(value, "shape"):
-        return "a tensor" if not isinstance(value, np.generic) else f"{value!r}"
+    if isinstance(value, np.generic):
+        return f"{value!r}"
+    if isinstance(value, np.ndarray) or is_torch(value) or is_cupy(value):
+        return "a tensor"
     if isinstance(value, (list, tuple)):
         return "a list or tuple"
     for kind, word in ((bool, "a bool"), (int, "an int"), (float, "a float"), (str, "a str")):
@@ -44,9 +51,10 @@ def integer(name: str, value: Any) -> int:
     """An int of 64 bits. No bool: whoever gives one means something else."""
     if type(value) is not int:
         value = _scalar(name, value, "an int")
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} = {_word(value)}: must be an int")
-        value = operator.index(value)
+        try:
+            value = operator.index("" if isinstance(value, bool) else value)
+        except TypeError:
+            raise TypeError(f"{name} = {_word(value)}: must be an int") from None
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} = {value}: must fit in 64 bits")
     return value
@@ -121,7 +129,7 @@ def pair(window_size: Any) -> tuple[Any, Any]:
     if window_size is None:
         return None, None
     try:
-        left, right = window_size
+        left, right = () if isinstance(window_size, (set, frozenset, dict, str, bytes)) else window_size
     except Exception:  # noqa: BLE001 - whatever it is, it has no two sides
         raise ValueError(
             f"window_size = {_short(window_size)}: must be (left, right), -1 or None for an open side"
@@ -130,7 +138,7 @@ def pair(window_size: Any) -> tuple[Any, Any]:
 
 
 def _short(value: Any) -> str:
-    return f"{value!r:.80}" if not hasattr(value, "shape") else f"tensor of shape {tuple(value.shape)}"
+    return _word(value) if is_torch(value) else f"{value!r:.80}"
 
 
 def is_open(name: str, side: Any) -> bool:

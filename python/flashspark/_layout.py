@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ._tensors import Array, array, is_cupy, is_lazy, is_torch
+from ._tensors import Array, array, is_cupy, is_torch
 
 MOST = 512  # the widest head
 _STEP = 8  # numbers that head sizes are a multiple of
@@ -80,7 +80,7 @@ def writable(out: Array, width: int) -> Array:
     """out (.., width), or memory for the native call to write into, to be given to `hand_over` behind it."""
     if not _can_copy(out) or len(out.shape) < 3 or out.shape[-1] != width or not 0 < width <= MOST:
         return out
-    if padded(width) == width and _contiguous_last(out) and not is_lazy(out):
+    if padded(width) == width and _contiguous_last(out):
         return out
     memory = _zeros(out, (*out.shape[:-1], -(-padded(width) // _ROW) * _ROW))
     memory[..., :width] = out  # rows past seqused_q keep what they hold
@@ -107,6 +107,8 @@ def contiguous_rows(x: Array | None) -> Array | None:
 def copied(name: str, x: Array) -> Array:
     """A contiguous copy of x."""
     if is_torch(x):
+        if x.is_nested or x.layout is not sys.modules["torch"].strided:
+            array(name, x)  # says that it cannot be
         return x.clone(memory_format=sys.modules["torch"].contiguous_format)
     if not _can_copy(x):
         x = np.from_dlpack(array(name, x))

@@ -161,6 +161,7 @@ def flash_attn_func(
         or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
         or seqused_q is not None or seqused_k is not None or scheduler_metadata is not None
         or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+        or prefix_clamp_window is not False
     ):
         tail = (
             None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata,
@@ -274,6 +275,7 @@ def flash_attn_varlen_func(
         or v_descale is not None or output_scale is not None or rel_logits is not None
         or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
         or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+        or prefix_clamp_window is not False
     ):
         tail += (
             sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,

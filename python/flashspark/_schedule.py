@@ -94,11 +94,13 @@ def _run(values: tuple[Any, ...]) -> int:
 def _type(dtype: Any) -> int:
     if dtype is None:
         return _TYPES["bfloat16"]
-    name = str(dtype)
-    if not name.startswith("torch."):
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    else:
+        name = type(dtype).__name__
         with suppress(Exception):  # what is no type at all is named below
             name = str(np.dtype(dtype))
-    name = name.removeprefix("torch.")
     if name not in _TYPES:
-        raise TypeError(f"qkv_dtype = {dtype!r:.80}: must be one of {', '.join(_TYPES)}")
+        raise TypeError(f"qkv_dtype = {name}: must be one of {', '.join(_TYPES)}")
     return _TYPES[name]

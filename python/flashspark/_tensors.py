@@ -32,13 +32,19 @@ def is_cupy(x: object) -> bool:
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
+def is_masked(x: object) -> bool:
+    """Whether x is a NumPy array with a mask. Their module is loaded by whoever makes the first one."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(x, masked.MaskedArray)
+
+
 def array(name: str, x: Any, written: bool = False) -> Array:
     """`x` as an array whose memory holds its values, without a gradient; raises what names it where it is none.
 
     written: the call writes into it, so that it cannot be replaced by a copy.
     """
     if isinstance(x, np.ndarray):
-        if isinstance(x, np.ma.MaskedArray):
+        if is_masked(x):
             raise TypeError(f"{name} = masked array: must be a plain array, masks of values are not looked at")
         if written and not x.flags.writeable:
             raise ValueError(f"{name} = read-only array: must be writable")
@@ -90,21 +96,16 @@ def _torch_array(name: str, x: Array, written: bool) -> Array:
         raise TypeError(f"{name}.dtype = {_dtype_name(x)}: must be a plain type")
     if not (x.is_cpu or x.is_cuda):
         raise NotImplementedError(f"{name}.device = {x.device}: must be the CPU or a CUDA device")
-    return x if written else _resolved(x)
+    if not (x.is_neg() or x._is_zerotensor()):
+        return x
+    if written:
+        raise ValueError(f"{name} = tensor that is negated or zero by its word alone: must hold its values")
+    return held(x)
 
 
-def _resolved(x: Array) -> Array:
-    """A torch tensor that says lazily that it is negated or zero, as one that holds its values."""
-    if x.is_neg():
-        return x.resolve_neg()
-    if x._is_zerotensor():
-        return sys.modules["torch"].zeros(x.shape, dtype=x.dtype, device=x.device)
-    return x
-
-
-def is_lazy(x: Array) -> bool:
-    """Whether writing into x's memory would not give it the values that were written."""
-    return is_torch(x) and (x.is_neg() or x._is_zerotensor())
+def held(x: Array) -> Array:
+    """A torch tensor that is negated or zero by its word alone, as one that holds its values."""
+    return x.resolve_neg() if x.is_neg() else sys.modules["torch"].zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _dtype_name(x: Array) -> str:
@@ -189,7 +190,7 @@ def empty_lse(q: Array, varlen: bool) -> Array | None:
 
 def lengths(name: str, offsets: Array) -> Array:
     """int32 (n,): the lengths between offsets int32 (n + 1,). Fake and meta tensors give such lengths."""
-    if not is_torch(offsets) or offsets.is_nested or offsets.layout is not sys.modules["torch"].strided:
+    if not is_torch(offsets) or not _may_be_fake(offsets):
         offsets = array(name, offsets)
     dtype = str(offsets.dtype).removeprefix("torch.")
     if dtype != "int32":
@@ -199,10 +200,21 @@ def lengths(name: str, offsets: Array) -> Array:
     return offsets[1:] - offsets[:-1]
 
 
-def sum_of(name: str, x: Array, more: Any) -> Array:
-    """x + more for lengths int32 (n,). Fake and meta tensors give such lengths."""
+def _may_be_fake(x: Array) -> bool:
+    """Whether arithmetic on a torch tensor is plain, or that of torch's own tracing."""
+    torch = sys.modules["torch"]
+    own = type(x) is torch.Tensor or type(x).__module__.startswith("torch.")
+    return own and not x.is_nested and x.layout is torch.strided
+
+
+def sum_of(**terms: Any) -> Array:
+    """The sum of lengths int32 (n,), or of such and one number. Fake and meta tensors give such lengths."""
+    first, second = terms.values()
     try:
-        return x + more
-    except Exception:
-        array(name, x)  # says what is wrong with it
-        raise TypeError(f"{name} = {_described(x)}: must be an int32 array (num_seqs,)") from None
+        return first + second
+    except Exception as error:
+        for name, x in terms.items():
+            if not isinstance(x, int):
+                array(name, x)  # says what is wrong with it
+        name = next(iter(terms))
+        raise TypeError(f"{name} = {_described(first)}: {_first_line(error)}") from None

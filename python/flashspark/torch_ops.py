@@ -20,11 +20,12 @@ from operator import is_
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _cache, _call, _ops
 from ._kinds import KINDS, any_flag, one_spelling
 from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature
-from ._tensors import out_dtype
+from ._tensors import held, out_dtype
 
 _NO_TAIL = NO_TAIL
 _NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and lse
@@ -148,6 +149,22 @@ def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any,
     return kernel
 
 
+def _resolves(operator: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
+    """The operator's kernel for tensors that are negated or zero by their word alone. torch's own takes no None."""
+    written = [argument.is_write for argument in operator._schema.arguments]
+
+    def kernel(*args):
+        resolved = []
+        for name, x, into in zip(words(args), args, written):
+            lazy = isinstance(x, torch.Tensor) and (x.is_neg() or x._is_zerotensor())
+            if lazy and into:
+                raise ValueError(f"{name} = tensor that is negated or zero by its word alone: must hold its values")
+            resolved.append(held(x) if lazy else x)
+        return operator(*resolved, *args[len(resolved) :])
+
+    return kernel
+
+
 def _attention_words(others: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Iterable[str]]:
     """Names for a call's arguments; `others` stand between the options and face."""
     first = 3 + len(_NAMES) + len(others)
@@ -159,7 +176,10 @@ def _register(name: str, kernel: Any, fake: Any, words: Callable[[tuple[Any, ...
     for device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         _library.impl(name, kernel, device)
     torch.library.register_fake(f"flashspark::{name}", fake, lib=_library)
-    _library.impl(name, _refuses_gradients(getattr(torch.ops.flashspark, name).default, words), "Autograd")
+    operator = getattr(torch.ops.flashspark, name).default
+    _library.impl(name, _refuses_gradients(operator, words), "Autograd")
+    for lazily in ("Negative", "ZeroTensor"):
+        _library.impl(name, _resolves(operator, words), lazily)
 
 
 _register("attention", _attention, _fake_attention, _attention_words(("want_lse",)))
@@ -167,9 +187,20 @@ _register("attention_out", _attention_out, _fake_attention_out, _attention_words
 _register("append_kv", _append, _fake_append, lambda _: APPEND.words[0][1:])
 
 
-def _settled(kinds: Iterable[str], words: Iterable[str], fallbacks: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+def _refuse_a_mixture(words: Iterable[str], values: Iterable[Any]) -> None:
+    """Fake tensors beside ones that are not: torch's own words name no argument."""
+    tensors = [(word, x) for word, x in zip(words, values) if isinstance(x, torch.Tensor)]
+    fakes = [isinstance(x, FakeTensor) for _, x in tensors]
+    if any(fakes) and not all(fakes):
+        word, other = tensors[fakes.index(True)][0], tensors[fakes.index(False)][0]
+        raise TypeError(f"{word} = FakeTensor: must be a tensor with memory, as {other} is")
+
+
+def _settled(
+    kinds: Iterable[str], words: tuple[str, ...], fallbacks: Iterable[Any], values: Iterable[Any]
+) -> list[Any]:
     """The values as the operators' schemas want them. Raises TypeError or ValueError, naming what is wrong."""
-    result = []
+    result: list[Any] = []
     for kind, word, fallback, value in zip(kinds, words, fallbacks, values):
         if value is None and fallback is not REQUIRED:
             result.append(fallback)
@@ -179,10 +210,14 @@ def _settled(kinds: Iterable[str], words: Iterable[str], fallbacks: Iterable[Any
             raise TypeError(f"{word} = {'None' if value is None else type(value).__name__}: must be a torch tensor")
         elif value.layout is not torch.strided or value.is_nested:
             raise TypeError(f"{word}.layout = {value.layout}: must be torch.strided and not nested")
+        elif kind == "result" and value._is_zerotensor():
+            raise ValueError(f"{word} = tensor that is zero by its word alone: must hold its values")
         elif value.is_quantized:
             raise TypeError(f"{word}.dtype = {value.dtype}: must be a plain type")
         else:
             result.append(value)
+    if not torch.compiler.is_compiling():
+        _refuse_a_mixture(words, result)
     return result
 
 
@@ -230,15 +265,19 @@ def append_kv(
     **options: Any,
 ) -> None:
     """flashspark.append_kv as an operator; `options` are its keyword arguments."""
+    spelled: dict[str, str] = {}
     if page_table is not None:
-        options["block_table"] = one_spelling({}, block_table=options.get("block_table"), page_table=page_table)
+        options["block_table"] = one_spelling(spelled, block_table=options.get("block_table"), page_table=page_table)
     names = APPEND.names[1:]
     given = dict(zip(names, (k, v, k_cache, v_cache, cache_seqlens))) | options
     if unknown := given.keys() - set(names):
         raise TypeError(f"append_kv() got an unexpected keyword argument {min(unknown)!r}")
     values = [given.get(name) for name in names]
-    values = _settled(APPEND.kinds[1:], names, APPEND.fallbacks[1:], values)
-    torch.ops.flashspark.append_kv(*values, any_flag(strict=strict))
+    try:
+        values = _settled(APPEND.kinds[1:], names, APPEND.fallbacks[1:], values)
+        torch.ops.flashspark.append_kv(*values, any_flag(strict=strict))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise _call.respelled(error, spelled) from None
 
 
 def _as_operator(function: Callable[..., Any], **through: Any) -> Callable[..., Any]:
