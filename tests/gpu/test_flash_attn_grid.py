@@ -1,4 +1,4 @@
-"""flash-attention's parameter grids on the GPU. FLASHSPARK_GRID_CASES: samples of each kind and seed (60); as on the CPU,
+"""flash-attention's parameter grids on the GPU. FLASHSPARK_GRID_CASES: samples of each kind and seed (60);
 FLASHSPARK_GRID_SEED repeats another day's."""
 
 from __future__ import annotations
