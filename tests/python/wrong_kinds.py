@@ -32,13 +32,6 @@ TYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "int64", "uint64",
 ODD_TYPES = ["complex64", "complex128", ">f4", ">i4", "O", "U3", "S2", "M8[s]", "m8[s]", [("a", "f4")]]
 
 
-class _Raises:
-    """Claims to be a tensor, and raises whatever is asked of it."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"no {name}")
-
-
 class _Dlpack:
     def __dlpack__(self, **_: Any) -> Any:
         raise BufferError("not today")
@@ -54,7 +47,7 @@ class _Subclass(np.ndarray):
 def arrays(x: np.ndarray) -> Iterator[Value]:
     """NumPy arrays in the place of x, and what is none."""
     yield from NO_TENSORS
-    yield from (("raises", "refuse", _Raises()), ("no dlpack", "refuse", _Dlpack()))
+    yield "no dlpack", "refuse", _Dlpack()
     for name in TYPES:
         if np.dtype(name) != x.dtype:
             yield name, "any", x.astype(np.float32).astype(name)
@@ -90,13 +83,51 @@ def frozen(x: np.ndarray) -> np.ndarray:
 
 def numbers() -> Iterator[Value]:
     """In the place of an int, a float, a bool or a str."""
-    yield from (("text", "any", "text"), ("empty text", "any", ""), ("object", "refuse", object()), ("list", "refuse", [1]))
-    yield from (("tuple", "refuse", (1, 2)), ("dict", "refuse", {}), ("bytes", "refuse", b"1"), ("complex", "refuse", 1j))
-    for value in (True, False, 1, -1, -2, 2**31, 2**40, 2**63, -(2**31) - 1, -(2**70), 2**70, 10**400, 0.5, -0.5, 1e300):
+    yield from (
+        ("text", "any", "text"),
+        ("empty text", "any", ""),
+        ("object", "refuse", object()),
+        ("list", "refuse", [1]),
+    )
+    yield from (
+        ("tuple", "refuse", (1, 2)),
+        ("dict", "refuse", {}),
+        ("bytes", "refuse", b"1"),
+        ("complex", "refuse", 1j),
+    )
+    for value in (
+        True,
+        False,
+        1,
+        -1,
+        -2,
+        2**31,
+        2**40,
+        2**63,
+        -(2**31) - 1,
+        -(2**70),
+        2**70,
+        10**400,
+        0.5,
+        -0.5,
+        1e300,
+    ):
         yield f"{value!r:.20}", "any", value
     for value in (float("nan"), float("inf"), float("-inf"), Decimal("NaN"), Decimal(1)):
         yield f"{value!r}", "any", value
-    for dtype in ("int8", "int64", "uint64", "float16", "float64", "longdouble", "bool", "complex64", "U2", "M8[s]", "O"):
+    for dtype in (
+        "int8",
+        "int64",
+        "uint64",
+        "float16",
+        "float64",
+        "longdouble",
+        "bool",
+        "complex64",
+        "U2",
+        "M8[s]",
+        "O",
+    ):
         for shape in ((), (1,), (2,), (0,)):
             yield f"{dtype} {shape}", "any" if shape == () else "refuse", np.zeros(shape, dtype)
         yield f"{dtype} scalar", "any", np.zeros(1, dtype)[0]
@@ -104,12 +135,23 @@ def numbers() -> Iterator[Value]:
     yield "NumPy inf", "any", np.float64("inf")
     yield "2**63 of NumPy", "any", np.uint64(2**63)
     yield "masked", "refuse", np.ma.masked
-    yield "raises", "refuse", _Raises()
+
+
+def all_numbers() -> Iterator[Value]:
+    yield from numbers()
+    yield from torch_numbers()
 
 
 def torch_numbers() -> Iterator[Value]:
-    yield from numbers()
-    for dtype in (torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e4m3fn):
+    for dtype in (
+        torch.int32,
+        torch.int64,
+        torch.float32,
+        torch.bfloat16,
+        torch.bool,
+        torch.complex64,
+        torch.float8_e4m3fn,
+    ):
         yield f"0-d {dtype}", "any", torch.zeros((), dtype=torch.float32).to(dtype)
         yield f"1-d {dtype}", "refuse", torch.zeros(1, dtype=torch.float32).to(dtype)
     yield "0-d meta", "refuse", torch.zeros((), device="meta")
@@ -120,7 +162,7 @@ def torch_numbers() -> Iterator[Value]:
 def tensors(x: Any) -> Iterator[Value]:
     """torch tensors in the place of x, and what is none."""
     yield from NO_TENSORS
-    yield from (("raises", "refuse", _Raises()), ("no dlpack", "refuse", _Dlpack()))
+    yield "no dlpack", "refuse", _Dlpack()
     for name in ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"):
         if getattr(torch, name) != x.dtype:
             yield name, "any", x.float().to(getattr(torch, name))
