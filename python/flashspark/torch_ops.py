@@ -210,8 +210,6 @@ def _settled(
             raise TypeError(f"{word} = {'None' if value is None else type(value).__name__}: must be a torch tensor")
         elif value.layout is not torch.strided or value.is_nested:
             raise TypeError(f"{word}.layout = {value.layout}: must be torch.strided and not nested")
-        elif kind == "result" and value._is_zerotensor():
-            raise ValueError(f"{word} = tensor that is zero by its word alone: must hold its values")
         elif value.is_quantized:
             raise TypeError(f"{word}.dtype = {value.dtype}: must be a plain type")
         else:

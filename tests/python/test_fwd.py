@@ -54,11 +54,29 @@ def test_window_softcap_sink_and_causal_per_sequence(paged, normal):
     sink = normal(4, dtype=ml_dtypes.bfloat16)
     out, _ = _flash_attn_fwd(*arrays, **call, causal=True, window_size_left=11, softcap=3.0, learnable_sink=sink)
     close(out, attend_varlen(q, ks, vs, cu, Options(causal=True, left=11, softcap=3.0, sinks=sink))[0])
-    out, _ = _flash_attn_fwd(*arrays, **call, window_size_left=9, window_size_right=-1, softcap=None)
+    out, _ = _flash_attn_fwd(*arrays, **call, window_size_left=9, window_size_right=None, softcap=None)
     close(out, attend_varlen(q, ks, vs, cu, Options(left=9))[0])
     flags = np.array([0, 1, 0], np.int32)
     out, _ = _flash_attn_fwd(*arrays, **call, causal=True, dynamic_causal=flags)
     close(out, attend_varlen(q, ks, vs, cu, [Options(causal=bool(f)) for f in flags])[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_negative_windows_are_open_or_refused(paged, causal):
+    """FlashAttention 4 takes both sides as open where their sum is negative; else a negative side shifts the window."""
+    arrays, call = paged[4:]
+    want, _ = _flash_attn_fwd(*arrays, **call, causal=causal)
+    for left, right in ((-1, -1), (-1, 0), (-3, 2), (4, -9)):
+        if causal and left >= 0:
+            continue
+        got, _ = _flash_attn_fwd(*arrays, **call, causal=causal, window_size_left=left, window_size_right=right)
+        np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+    for left, right in ((None, -5), (-1, None), (9, -1), (-1, 5)):
+        if causal and (left is None or left >= 0 or right is not None):
+            continue
+        if not causal:
+            with pytest.raises(NotImplementedError, match="window_size_"):
+                _flash_attn_fwd(*arrays, **call, window_size_left=left, window_size_right=right)
 
 
 def test_fp8_queries_give_bfloat16(paged, normal):

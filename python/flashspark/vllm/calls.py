@@ -71,6 +71,9 @@ def varlen(stock: Function) -> Function:
         if given.get("fa_version") != VERSION:
             return stock(*args, **kwargs)
         lse = given.pop("return_softmax_lse", False) or given.get("return_attn_probs", False)
+        if (window := given.get("window_size")) is not None:
+            # To vLLM's function every negative side is open; to FlashAttention 4's own some of them shift the window.
+            given = given | {"window_size": [None if side is None or side < 0 else side for side in window]}
         result = _attend(want_lse=lse, **given)
         return result if lse else result[0]
 
@@ -143,9 +146,6 @@ def _attend(
         name, mod = ("score_mod", score_mod) if _is_tag(mask_mod) else ("mask_mod", mask_mod)
         raise NotImplementedError(f"{name} = {_short(mod)}: must be a mask that flashspark knows, or None")
     left, right = (None, None) if window_size is None else window_size
-    # vLLM's own wrapper copies these, too; q, k and v of its layers never need it.
-    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
-        q, k, v = (x.contiguous() for x in (q, k, v))
     q_type, v_type = q.dtype, v.dtype
     if v_type.itemsize != 1:
         q_descale = k_descale = v_descale = None  # vLLM passes ones with 16-bit caches
