@@ -1,5 +1,5 @@
-"""Every argument of every function in wrong kinds: a right result or a ValueError, TypeError or NotImplementedError that
-names the argument; nothing has been written then. The arguments' kinds are those of bindings/signature.def."""
+"""Every argument of every function in wrong kinds: a right result or a ValueError, TypeError or NotImplementedError
+that names the argument; nothing has been written then. The arguments' kinds are those of bindings/signature.def."""
 
 from __future__ import annotations
 

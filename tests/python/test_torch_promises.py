@@ -1,5 +1,5 @@
-"""What torch may rely on through every door: no gradient is lost silently, changed tensors count their version up, tensors
-that are negated lazily are read and written by their values."""
+"""What torch may rely on through every door: no gradient is lost silently, changed tensors count their version up,
+tensors that are negated lazily are read and written by their values."""
 
 from __future__ import annotations
 
