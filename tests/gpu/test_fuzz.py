@@ -61,6 +61,11 @@ def lengths(rng: np.random.Generator, budget: int) -> tuple[list[int], list[int]
     return [q_lens[i] for i in order], [k_lens[i] for i in order]
 
 
+def page_size(rng: np.random.Generator) -> int:
+    """Mostly what is quick; one in eight is anything."""
+    return log_uniform(rng, 1, 300) if rng.random() < 0.125 else int(rng.choice(PAGES))
+
+
 def draw(seed: int) -> Spec:
     rng = np.random.default_rng([seed, 4])
 
@@ -70,7 +75,8 @@ def draw(seed: int) -> Spec:
     heads = HEADS[int(rng.integers(len(HEADS)))]
     dims = DIMS[int(rng.choice(len(DIMS), p=DIM_WEIGHTS))]
     if often(0.08):
-        dims = (8 * int(rng.integers(1, 65)), 8 * int(rng.integers(1, 65)))
+        step = 1 if often(0.3) else 8  # multiples of other numbers are copied
+        dims = tuple(step * int(rng.integers(1, 512 // step + 1)) for _ in range(2))
     budget = MORE_SCORES if often(0.125) else SCORES
     q_lens, k_lens = lengths(rng, budget // heads[0])
     options: dict[str, Any] = {"causal": often(0.75), "scale": float(rng.choice([1.0, 1.0, 1.0, 4.0, 0.2]))}
@@ -80,10 +86,14 @@ def draw(seed: int) -> Spec:
         count = max(1, min(len(q_lens), 4 * KEYS // max(1, *k_lens), budget // (8 * heads[0] * max(1, *q_lens))))
         q_lens, k_lens = q_lens[:count], k_lens[:count]
         options["leftpad"], options["batch_index"] = often(0.2), options["layout"] == "dense" and often(0.3)
+    elif options["layout"] == "paged":
+        options["batch_index"] = often(0.06)
+    if options["layout"].endswith("paged") and often(0.06) and max(k_lens) * len(k_lens) < KEYS:
+        options["whole_table"] = True
     options |= {"fused_q": often(0.2), "seqused_q": often(0.15), "seqused_k": often(0.3), "loose_bounds": often(0.5)}
     options |= {"leftpad": options.get("leftpad", False) or (options["layout"] == "paged" and often(0.05))}
     options |= {"cache": str(rng.choice(["separate", "packed", "planes", "heads_first"]))}
-    options |= {"page_size": int(rng.choice(PAGES)), "shared_prefix": often(0.1), "causal_per_seq": often(0.08)}
+    options |= {"page_size": page_size(rng), "shared_prefix": often(0.1), "causal_per_seq": often(0.08)}
     mask = str(rng.choice(["none", "window", "prefix", "rswa"], p=[0.6, 0.25, 0.1, 0.05]))
     if mask == "window" or (mask == "prefix" and often(0.5)):
         right = 0 if often(0.7) else int(rng.integers(-1, 100))
@@ -92,6 +102,8 @@ def draw(seed: int) -> Spec:
         options |= {"prefix": str(rng.choice(["per_seq", "per_token"])), "clamp": often(0.5)}
     if mask == "rswa":
         options["rswa"] = log_uniform(rng, 1, 1000)
+    if mask in ("none", "window") and often(0.08):
+        options["chunk"] = log_uniform(rng, 1, 4096)
     if often(0.1):
         options["softcap"] = float(rng.choice([5.0, 30.0, 50.0]))
     if often(0.2):
@@ -102,6 +114,7 @@ def draw(seed: int) -> Spec:
         options["rel_extent"] = log_uniform(rng, 1, 300)
     if all(dim % 16 == 0 for dim in dims) and often(0.2):
         options["fp8"] = "kv" if often(0.6) else "qkv"
+    options |= {"check": often(0.1), "e4m3_out": often(0.08)}
     options |= {"lse": often(0.6), "deterministic": often(0.2)}
     options["num_splits"] = int(rng.choice([0, 0, 0, 1, 2, 3, 7]))
     dtype = torch.bfloat16 if often(0.6) else torch.float16
@@ -151,7 +164,20 @@ def test_what_the_batches_cover():
     assert max(len(s.q_lens) for s in specs) >= 200
     assert min(len(s.q_lens) for s in specs) == 1
     assert max(max(s.q_lens) for s in specs) >= (500 if ON_CPU else 4000)
-    for name in ("leftpad", "batch_index", "causal_per_seq", "shared_prefix", "rswa", "rel_extent", "alibi", "clamp"):
+    for name in (
+        "leftpad",
+        "batch_index",
+        "causal_per_seq",
+        "shared_prefix",
+        "rswa",
+        "rel_extent",
+        "alibi",
+        "clamp",
+        "chunk",
+        "whole_table",
+        "e4m3_out",
+        "check",
+    ):
         assert sum(bool(getattr(s, name)) for s in specs) >= 20, name
     for name, values in {
         "fp8": 3,
