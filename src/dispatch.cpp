@@ -70,8 +70,8 @@ constexpr FeatureSet without(std::initializer_list<std::string_view> left_out) {
   }
   return set;
 }
-constexpr FeatureSet kCudaFeatures = without({"float32", "fp8 out"});
-static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 2);
+constexpr FeatureSet kCudaFeatures = without({"float32"});
+static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 1);
 
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;
@@ -129,10 +129,12 @@ std::string lacks(const Implementation &candidate, const Params &p) {
   return text;
 }
 
-// The name that the caller, or else the environment, asks for.
+// The name that the caller, or else the environment, asks for. Read at every call, unlike the other switches: a program
+// may set it between two calls, to compare implementations.
+constexpr const char *kForce = "FLASHSPARK_FORCE_IMPLEMENTATION";
 const char *forced_name(const Params &p) {
   if (p.implementation != nullptr) return p.implementation;
-  const char *name = std::getenv("FLASHSPARK_FORCE_IMPLEMENTATION");
+  const char *name = std::getenv(kForce);
   return name != nullptr && *name != '\0' ? name : nullptr;
 }
 
@@ -159,7 +161,7 @@ const Implementation *find(const Params &p) {
     std::string all;
     for (const Implementation &candidate : kImplementations)
       all += (all.empty() ? "" : ", ") + std::string(candidate.name);
-    fail("implementation", std::string(forced), "must be one of " + all);
+    fail(p.implementation != nullptr ? "implementation" : kForce, std::string(forced), "must be one of " + all);
   }
   return nullptr;
 }

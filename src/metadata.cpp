@@ -1,6 +1,8 @@
 // The numbers that validated params point to, entry by entry: what makes an address or a result that is none.
+#include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "append.hpp"
 #include "dtype.hpp"
@@ -159,6 +161,53 @@ void check_sequence(const AppendParams &p, int64_t b) {
   check_positions(p, s, std::max(s.rows, q_positions));
 }
 
+// Rows of the cache that one sequence, or one row of k_new, writes in one stretch.
+struct Target {
+  int64_t begin, end;  // rows of the cache, all pages or sequences one behind the other
+  int64_t from;        // sequence, or row of k_new
+};
+
+std::vector<Target> targets_of(const AppendParams &p) {
+  std::vector<Target> targets;
+  for (int64_t t = 0; p.slot_mapping != nullptr && t < p.total_new; ++t) {
+    if (p.slot_mapping[t] >= 0) targets.push_back({p.slot_mapping[t], p.slot_mapping[t] + 1, t});
+  }
+  for (int64_t b = 0; p.slot_mapping == nullptr && b < p.num_seqs; ++b) {
+    const AppendSequence s = append_sequence(p, b);
+    const int64_t size = p.page_table != nullptr ? p.page_size : p.seqlen_cache;
+    for (int64_t row = s.before, end = s.before + s.rows; row < end;) {
+      const int64_t home =
+          p.page_table != nullptr ? p.page_table[s.cache_index * p.page_table_stride + row / size] : s.cache_index;
+      const int64_t stretch = std::min(end - row, size - row % size), begin = home * size + row % size;
+      targets.push_back({begin, begin + stretch, b});
+      row += stretch;
+    }
+  }
+  return targets;
+}
+
+// No two rows go to one place.
+void check_targets(const AppendParams &p) {
+  std::vector<Target> targets = targets_of(p);
+  const auto before = [](const Target &a, const Target &b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.from < b.from;
+  };
+  if (!std::is_sorted(targets.begin(), targets.end(), before)) std::sort(targets.begin(), targets.end(), before);
+  for (size_t n = 1; n < targets.size(); ++n) {
+    const Target &first = targets[n - 1], &second = targets[n];
+    if (second.begin >= first.end) continue;
+    if (p.slot_mapping != nullptr) {
+      fail(check::at("slot_mapping", second.from), p.slot_mapping[second.from],
+           "is also " + check::at("slot_mapping", first.from) + ": no two rows may go to one slot");
+    }
+    const char *table = p.page_table != nullptr ? "page_table" : "kv_batch_index";
+    fail(table, "sequences " + std::to_string(first.from) + " and " + std::to_string(second.from),
+         "both append to row " + std::to_string(second.begin % (p.page_table ? p.page_size : p.seqlen_cache)) +
+             (p.page_table ? " of page " : " of cache sequence ") +
+             std::to_string(second.begin / (p.page_table ? p.page_size : p.seqlen_cache)));
+  }
+}
+
 }  // namespace
 
 void check_metadata(const Params &p) {
@@ -171,10 +220,14 @@ void check_metadata(const Params &p) {
 void check_metadata(const AppendParams &p) {
   check_scale("k_descale", p.k_descale, p.k_cache.dtype, p.num_seqs, p.num_heads_kv);
   check_scale("v_descale", p.v_descale, p.v_cache.dtype, p.num_seqs, p.num_heads_kv);
-  if (p.slot_mapping != nullptr) return check_slot_numbers(p);
+  if (p.slot_mapping != nullptr) {
+    check_slot_numbers(p);
+    return check_targets(p);
+  }
   check_offsets("cu_seqlens_new", p.cu_seqlens_new, p.num_seqs, p.total_new, p.seqlen_new);
   if (p.q.data != nullptr) check_offsets("cu_seqlens_q", p.cu_seqlens_q, p.num_seqs, p.total_q, p.seqlen_q);
   for (int64_t b = 0; b < p.num_seqs; ++b) check_sequence(p, b);
+  check_targets(p);
 }
 
 }  // namespace flashspark

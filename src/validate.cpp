@@ -73,22 +73,71 @@ void check_types(const Params &p) {
   }
 }
 
-void check_tensors(const Params &p) {
-  const int64_t q_batch = is_varlen_q(p) ? 1 : p.num_seqs;
-  const int64_t q_tokens = is_varlen_q(p) ? p.total_q : p.max_seqlen_q;
-  check::tensor("q", p.q, q_batch, q_tokens, p.num_heads_q);
-  check::tensor("out", p.out, q_batch, q_tokens, p.num_heads_q);
-  check::distinct("out", p.out, q_batch, q_tokens, p.num_heads_q, p.head_dim_v);
-  if (p.lse != nullptr) {
-    const flashspark_tensor lse{p.lse, p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride, FLASHSPARK_FLOAT32,
-                                0};
-    check::tensor("lse", lse, q_batch, q_tokens, p.num_heads_q);
-    check::distinct("lse", lse, q_batch, q_tokens, p.num_heads_q, 1);
+// Rows of q and out, and of k and v.
+struct Extents {
+  int64_t q_batch, q_tokens, kv_batch, kv_tokens;
+};
+
+Extents extents_of(const Params &p) {
+  const bool varlen = is_varlen_q(p);
+  Extents e{varlen ? 1 : p.num_seqs, varlen ? p.total_q : p.max_seqlen_q, 1, p.total_k};
+  if (is_paged(p)) {
+    e.kv_batch = p.num_pages, e.kv_tokens = p.page_size;
+  } else if (!is_varlen_k(p)) {
+    e.kv_batch = num_kv_seqs(p), e.kv_tokens = p.max_seqlen_k;
   }
-  const int64_t kv_batch = is_paged(p) ? p.num_pages : is_varlen_k(p) ? 1 : num_kv_seqs(p);
-  const int64_t kv_tokens = is_paged(p) ? p.page_size : is_varlen_k(p) ? p.total_k : p.max_seqlen_k;
-  check::tensor("k", p.k, kv_batch, kv_tokens, p.num_heads_kv);
-  check::tensor("v", p.v, kv_batch, kv_tokens, p.num_heads_kv);
+  return e;
+}
+
+flashspark_tensor lse_tensor(const Params &p) {
+  return {p.lse, p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride, FLASHSPARK_FLOAT32, 0};
+}
+
+flashspark_tensor rel_tensor(const Params &p) {
+  return {const_cast<void *>(p.rel_logits), 0, p.rel_token_stride, p.rel_head_stride, p.rel_dtype, 0};
+}
+
+int64_t rel_tokens(const Params &p) {
+  return is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q;
+}
+
+void check_tensors(const Params &p) {
+  const Extents e = extents_of(p);
+  check::tensor("q", p.q, e.q_batch, e.q_tokens, p.num_heads_q);
+  check::tensor("out", p.out, e.q_batch, e.q_tokens, p.num_heads_q);
+  check::distinct("out", p.out, e.q_batch, e.q_tokens, p.num_heads_q, p.head_dim_v);
+  if (p.lse != nullptr) {
+    check::tensor("lse", lse_tensor(p), e.q_batch, e.q_tokens, p.num_heads_q);
+    check::distinct("lse", lse_tensor(p), e.q_batch, e.q_tokens, p.num_heads_q, 1);
+  }
+  check::tensor("k", p.k, e.kv_batch, e.kv_tokens, p.num_heads_kv);
+  check::tensor("v", p.v, e.kv_batch, e.kv_tokens, p.num_heads_kv);
+}
+
+// Nothing that is read may be written, but for rows of q by the results in their place: whoever writes one has read it
+// and nobody else reads it. On a GPU blocks that share values wider than 256 among them all read it.
+constexpr int64_t kMostInPlaceOnGpu = 256;
+
+void check_overlap(const Params &p) {
+  const Extents e = extents_of(p);
+  const flashspark_tensor lse_t = lse_tensor(p), rel_t = rel_tensor(p);
+  const check::View q{"q", p.q, e.q_batch, e.q_tokens, p.num_heads_q, p.head_dim},
+      k{"k", p.k, e.kv_batch, e.kv_tokens, p.num_heads_kv, p.head_dim},
+      v{"v", p.v, e.kv_batch, e.kv_tokens, p.num_heads_kv, p.head_dim_v},
+      out{"out", p.out, e.q_batch, e.q_tokens, p.num_heads_q, p.head_dim_v},
+      lse{"lse", lse_t, e.q_batch, e.q_tokens, p.num_heads_q, 1},
+      rel{"rel_logits", rel_t, 1, rel_tokens(p), p.num_heads_q, p.rel_extent};
+  constexpr const char *kNever = "results must have memory of their own";
+  const bool in_place = check::same(out, q) && (p.device == FLASHSPARK_CPU || p.head_dim_v <= kMostInPlaceOnGpu);
+  if (!in_place) {
+    check::apart(out, q,
+                 "results must have memory of their own, or be q itself: the same address, strides, type and width (on "
+                 "a GPU at most 256)");
+  }
+  check::apart(out, k, kNever);
+  check::apart(out, v, kNever);
+  check::apart(out, rel, kNever);
+  for (const check::View *other : {&q, &k, &v, &out, &rel}) check::apart(lse, *other, kNever);
 }
 
 void check_scores(const Params &p) {
@@ -112,9 +161,7 @@ void check_scores(const Params &p) {
   if (p.rel_logits != nullptr) {
     check::dtype("rel_dtype", p.rel_dtype, false);
     check::in_range("rel_extent", p.rel_extent, 1, kMaxTokens);
-    const flashspark_tensor rel{
-        const_cast<void *>(p.rel_logits), 0, p.rel_token_stride, p.rel_head_stride, p.rel_dtype, 0};
-    check::tensor("rel_logits", rel, 1, is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q, p.num_heads_q);
+    check::tensor("rel_logits", rel_tensor(p), 1, rel_tokens(p), p.num_heads_q);
   }
   if (p.alibi_slopes != nullptr) {
     if (reinterpret_cast<uintptr_t>(p.alibi_slopes) % 4 != 0)
@@ -165,6 +212,7 @@ void validate(const Params &p) {
   check_tensors(p);
   check_scores(p);
   check_mask(p);
+  check_overlap(p);
   if (p.device == FLASHSPARK_CPU) check_metadata(p);
 }
 

@@ -31,6 +31,17 @@ void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int
 // No two elements of a written tensor share an address.
 void distinct(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads,
               int64_t width);
+// A tensor that has passed tensor(), by the name of its argument.
+struct View {
+  const char *name;
+  const flashspark_tensor &tensor;
+  int64_t batch, tokens, heads, width;
+};
+// Both are the same elements in the same order.
+bool same(const View &a, const View &b);
+// Refuses a written tensor that shares an element with another one, or that cannot be told not to: where spans meet, it
+// must lie beside the other within a stride that both keep to, as slices of one tensor do.
+void apart(const View &written, const View &other, const char *rule);
 void scale(const char *argument, const flashspark_scale &s);
 void int32_pointer(const char *argument, const int32_t *pointer);
 void int64_pointer(const char *argument, const int64_t *pointer);

@@ -88,10 +88,33 @@ void check_queries(const AppendParams &p) {
   }
   check::heads(p.num_heads_q, p.num_heads_kv);
   check::dtype("q.dtype", p.q.dtype, false);
-  const bool varlen = p.cu_seqlens_q != nullptr || p.slot_mapping != nullptr;
-  const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_q : p.seqlen_q;
-  check::tensor("q", p.q, batch, tokens, p.num_heads_q);
-  check::distinct("q", p.q, batch, tokens, p.num_heads_q, p.head_dim);
+}
+
+// The caches are written and the new rows read; q is both. k_cache and v_cache may interleave as they like.
+void check_tensors(const AppendParams &p) {
+  const bool slots = p.slot_mapping != nullptr, varlen = p.cu_seqlens_new != nullptr || slots;
+  const bool varlen_q = p.cu_seqlens_q != nullptr || slots, paged = p.page_table != nullptr || slots;
+  const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_new : p.seqlen_new;
+  const int64_t rows = paged ? p.num_pages : p.num_cache_rows, row_tokens = paged ? p.page_size : p.seqlen_cache;
+  const check::View views[] = {
+      {"k_cache", p.k_cache, rows, row_tokens, p.num_heads_kv, p.head_dim},
+      {"v_cache", p.v_cache, rows, row_tokens, p.num_heads_kv, p.head_dim_v},
+      {"q", p.q, varlen_q ? 1 : p.num_seqs, varlen_q ? p.total_q : p.seqlen_q, p.num_heads_q, p.head_dim},
+      {"k_new", p.k_new, batch, tokens, p.num_heads_kv, p.head_dim},
+      {"v_new", p.v_new, batch, tokens, p.num_heads_kv, p.head_dim_v}};
+  const auto &[k_cache, v_cache, q, k_new, v_new] = views;
+  for (const check::View *v : {&k_new, &v_new, &k_cache, &v_cache, &q}) {
+    if (v == &q && p.q.data == nullptr) continue;
+    check::tensor(v->name, v->tensor, v->batch, v->tokens, v->heads);
+    if (v != &k_new && v != &v_new) check::distinct(v->name, v->tensor, v->batch, v->tokens, v->heads, v->width);
+  }
+  constexpr const char *kCache = "a cache must not hold the rows that are written to it";
+  for (const check::View *other : {&k_new, &v_new, &q}) {
+    check::apart(k_cache, *other, kCache);
+    check::apart(v_cache, *other, kCache);
+  }
+  check::apart(q, k_new, "q is turned in place");
+  check::apart(q, v_new, "q is turned in place");
 }
 
 }  // namespace
@@ -102,8 +125,8 @@ void validate(const AppendParams &p) {
   check::in_range("check_device", p.check_device, 0, 1);
   check::in_range("num_seqs", p.num_seqs, 0, INT32_MAX - 1);
   check::in_range("num_heads_kv", p.num_heads_kv, 1, 1 << 16);
-  check::width("head_dim", p.head_dim);
-  check::width("head_dim_v", p.head_dim_v);
+  check::in_range("head_dim", p.head_dim, 1, 512);  // rows are copied, whatever their width
+  check::in_range("head_dim_v", p.head_dim_v, 1, 512);
   check::in_range("seqlen_new", p.seqlen_new, 0, INT32_MAX);
   check::in_range("total_new", p.total_new, 0, INT32_MAX);
   check::in_range("seqlen_cache", p.seqlen_cache, 0, INT32_MAX);
@@ -129,18 +152,8 @@ void validate(const AppendParams &p) {
   check::int64_pointer("slot_mapping", p.slot_mapping);
   check::int64_pointer("rotary_positions", p.rotary_positions);
 
-  const bool varlen = p.cu_seqlens_new != nullptr || slots;
-  const int64_t batch = varlen ? 1 : p.num_seqs, tokens = varlen ? p.total_new : p.seqlen_new;
-  const bool paged = p.page_table != nullptr || slots;
-  const int64_t cache_batch = paged ? p.num_pages : p.num_cache_rows;
-  const int64_t cache_tokens = paged ? p.page_size : p.seqlen_cache;
-  check::tensor("k_new", p.k_new, batch, tokens, p.num_heads_kv);
-  check::tensor("v_new", p.v_new, batch, tokens, p.num_heads_kv);
-  check::tensor("k_cache", p.k_cache, cache_batch, cache_tokens, p.num_heads_kv);
-  check::tensor("v_cache", p.v_cache, cache_batch, cache_tokens, p.num_heads_kv);
-  check::distinct("k_cache", p.k_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim);
-  check::distinct("v_cache", p.v_cache, cache_batch, cache_tokens, p.num_heads_kv, p.head_dim_v);
   check_queries(p);
+  check_tensors(p);
   check::scale("k_descale", p.k_descale);
   check::scale("v_descale", p.v_descale);
   if (p.device == FLASHSPARK_CPU) check_metadata(p);

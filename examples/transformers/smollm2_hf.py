@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.append(str(Path(__file__).parent.parent / "smollm2"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "smollm2"))  # ahead of the package that is called gguf, too
 from expected import EXPECTED  # noqa: E402
 from gguf import GGUF  # noqa: E402
 from model import model_path  # noqa: E402

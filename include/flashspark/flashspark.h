@@ -129,10 +129,10 @@ typedef struct flashspark_attention_params {
   /* Lengths and pages: contiguous int32 on the device. NULL where absent.
    *
    * The CPU checks every entry and refuses what is out of range. A GPU call does not look at them on the host: whatever
-   * they hold, its kernels read and write nothing outside the tensors. Offsets are cut to [0, total_q] and [0, total_k],
-   * lengths to what the offsets, the tensor or the page table have room for, leftpad_k to the sequence's length, and a
-   * page number or batch index that names none stands for the last one. Which numbers come out is then nobody's
-   * promise. check_device finds such entries. */
+   * they hold, its kernels read and write nothing outside the tensors. Offsets are cut to [0, total_q] and [0,
+   * total_k], lengths to what the offsets, the tensor or the page table have room for, leftpad_k to the sequence's
+   * length, and a page number or batch index that names none stands for the last one. Which numbers come out is then
+   * nobody's promise. check_device finds such entries. */
   const int32_t *cu_seqlens_q; /* (B + 1) row offsets into q and out; NULL: q is dense */
   const int32_t *cu_seqlens_k; /* (B + 1) row offsets into k and v; not with page_table */
   const int32_t *seqused_q;    /* (B) query rows in use; the rest of the sequence's rows are left untouched */
@@ -159,7 +159,8 @@ typedef struct flashspark_attention_params {
   int64_t alibi_batch_stride; /* elements; 0: one set of slopes for all sequences */
 
   /* Mask. keep(i, j) = [j <= pos if causal] and [pos - j <= window_left] and [j - pos <= window_right]; widened by
-   * prefix ranges and R-SWA as their fields say. pos = i + Tk - Tq; i, j and pos count from the sequence's first row. */
+   * prefix ranges and R-SWA as their fields say. pos = i + Tk - Tq; i, j and pos count from the sequence's first row.
+   */
   int32_t causal;                /* 0 or 1 */
   int32_t prefix_mode;           /* flashspark_prefix_mode */
   const int32_t *causal_per_seq; /* (B), 1: causal; replaces `causal` when given */
@@ -194,9 +195,9 @@ typedef struct flashspark_attention_params {
  * to the slot of the cache that slot_mapping[t] says. It turns by position seqlens[b] + i, left padding included, or
  * rotary_seqlens[b] + i. Sizes as above.
  *
- * No two rows may go to one place, and k_new, v_new and q must not overlap the cache: which row stays is then undefined.
- * The CPU checks every length, page and slot and refuses what is out of range before it writes; a GPU leaves out rows
- * that have no place in the cache, or no position in cos and sin. */
+ * No two rows may go to one place, and k_new, v_new and q must not overlap the cache: which row stays is then
+ * undefined. The CPU checks every length, page and slot and refuses what is out of range before it writes; a GPU leaves
+ * out rows that have no place in the cache, or no position in cos and sin. */
 typedef struct flashspark_append_params {
   uint32_t struct_size; /* sizeof(flashspark_append_params) */
   uint32_t abi_version;
@@ -209,8 +210,8 @@ typedef struct flashspark_append_params {
   int64_t num_seqs;
   int64_t num_heads_q; /* only with rotary embedding of q */
   int64_t num_heads_kv;
-  int64_t head_dim;
-  int64_t head_dim_v;
+  int64_t head_dim;       /* 1..512 */
+  int64_t head_dim_v;     /* 1..512 */
   int64_t seqlen_new;     /* new rows of each sequence (dense k_new), or their upper bound (cu_seqlens_new) */
   int64_t total_new;      /* rows of k_new with cu_seqlens_new or slot_mapping; else 0 */
   int64_t seqlen_q;       /* rows of each sequence (dense q), or their upper bound (cu_seqlens_q) */
@@ -244,8 +245,8 @@ typedef struct flashspark_append_params {
   /* (total_new) contiguous, on the device: row t goes to row slot_mapping[t] % page_size of page slot_mapping[t] /
    * page_size; rows of negative entries are left out, no two others are equal. num_seqs is 1 then, which is the
    * sequence of the scales; page_size may be any number, num_pages * page_size below 2^31. NULL: not so. Not with
-   * seqlens, cu_seqlens_new, cu_seqlens_q, seqused_q, kv_batch_index, rotary_seqlens or page_table; q has total_new rows
-   * (total_q is total_new). */
+   * seqlens, cu_seqlens_new, cu_seqlens_q, seqused_q, kv_batch_index, rotary_seqlens or page_table; q has total_new
+   * rows (total_q is total_new). */
   const int64_t *slot_mapping;
   /* (total_new) contiguous, on the device; with slot_mapping and rotary_cos, else NULL: row t of k_new and of q turns
    * by position rotary_positions[t], which is from 0 to seqlen_rotary - 1. q's row turns where no slot takes k's, too.

@@ -1,7 +1,7 @@
 // New keys and values into the cache, with rotary embedding (Su et al., RoFormer, 2021) and rounding to e4m3 on the
-// way. One block a new row of tokens; its warps take the heads in turn. Rows that have no place (a length beyond the
-// cache, a page number, a slot, a position or a sequence out of range, as padded rows of a captured batch carry) are
-// left out.
+// way. One block a new row, and one a row of q where that turns; its warps take the heads in turn. Rows that have no
+// place (a length beyond the cache, a page number, a slot, a position or a sequence out of range, as padded rows of a
+// captured batch carry) are left out.
 #pragma once
 
 #include "append/arguments.hpp"
@@ -32,73 +32,78 @@ FLASHSPARK_DEVICE void store_number(void *to, int64_t n, Number number, float x)
   }
 }
 
-// Where a new row comes from and goes to.
-struct AppendRow {
-  bool found;          // the cache has a place for it
-  bool turned;         // q's row is to be turned: where slots say nothing else, that of a row with a place
-  int32_t seq, index;  // token `index` of those that are new in sequence `seq`
-  int64_t token;       // of its sequence (dense) or of all (cu_seqlens_new, slot_mapping)
-  int32_t place;       // row of the cache's sequence
-  int32_t position;    // for the rotary embedding
-  int64_t batch;       // page or sequence of the cache
-  int32_t slot;        // row of it
+// A row of the new keys or of q.
+struct TokenRow {
+  bool found;          // it belongs to a sequence
+  int32_t seq, index;  // token `index` of those of sequence `seq`
+  int64_t token;       // of its sequence (dense) or of all (offsets, slot_mapping)
 };
 
-FLASHSPARK_DEVICE AppendRow find_append_row(const AppendArguments &a, int32_t row) {
-  AppendRow r{};
-  if (a.slot_mapping != nullptr) {  // all rows are sequence 0, whose factors they take
-    const int64_t slot = a.slot_mapping[row];
+// Row `row` of those that lie end to end, or of sequences of equal length where there are no offsets.
+FLASHSPARK_DEVICE TokenRow find_token(const AppendArguments &a, int32_t row, const int32_t *offsets,
+                                      const Divisor &seqlen) {
+  TokenRow r{};
+  if (offsets == nullptr) {
+    const Quotient at = divide(row, seqlen);
+    return {true, at.quotient, at.remainder, at.remainder};
+  }
+  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  for (int32_t base = 0; base < a.num_seqs; base += 32) {
+    const int32_t b = base + lane;
+    const uint32_t beyond = ptx::ballot(b < a.num_seqs && offsets[b + 1] > row);
+    if (beyond == 0) continue;
+    r.seq = base + static_cast<int32_t>(ptx::lowest_bit(beyond));
+    const int32_t first = max_of(0, offsets[r.seq]);
+    r.index = row - first;
     r.token = row;
-    if (a.rotary_positions != nullptr) {
-      const int64_t position = a.rotary_positions[row];
-      if (position < 0 || position >= a.seqlen_rotary) return r;
-      r.position = static_cast<int32_t>(position);
-      r.turned = true;
-    }
-    r.found = slot >= 0 && slot < a.capacity;  // vLLM pads with -1, and marks what another rank stores
-    if (!r.found) return r;
-    const Quotient at = divide(static_cast<int32_t>(slot), a.page_size);
-    r.batch = at.quotient;
-    r.slot = at.remainder;
+    r.found = first <= row;  // rows before the first sequence belong to none
     return r;
   }
-  if (a.cu_seqlens_new == nullptr) {
-    const Quotient at = divide(row, a.seqlen_new);
-    r.seq = at.quotient;
-    r.index = at.remainder;
-    r.token = at.remainder;
-    r.found = true;
-  } else {
-    const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-    for (int32_t base = 0; base < a.num_seqs && !r.found; base += 32) {
-      const int32_t b = base + lane;
-      const uint32_t beyond = ptx::ballot(b < a.num_seqs && a.cu_seqlens_new[b + 1] > row);
-      if (beyond == 0) continue;
-      r.seq = base + static_cast<int32_t>(ptx::lowest_bit(beyond));
-      r.index = row - a.cu_seqlens_new[r.seq];
-      r.token = row;
-      r.found = r.index >= 0;  // rows before the first sequence belong to none
-      if (!r.found) break;
-    }
-  }
-  if (!r.found) return r;
-  const int32_t before = a.seqlens != nullptr ? a.seqlens[r.seq] : 0;
-  r.place = before + r.index;
-  r.position = r.place;
-  r.found = before >= 0 && r.place < a.capacity;
-  if (a.rotary_cos != nullptr) r.found = r.found && r.position >= r.index && r.position < a.seqlen_rotary;
-  if (!r.found) return r;
-  r.slot = r.place;
-  r.batch = r.seq;
-  if (a.page_table != nullptr) {
-    const Quotient at = divide(r.place, a.page_size);
-    r.batch = a.page_table[r.seq * a.page_table_stride + at.quotient];
-    r.slot = at.remainder;
-  } else if (a.kv_batch_index != nullptr) {
-    r.batch = a.kv_batch_index[r.seq];
-  }
-  r.found = r.turned = r.batch >= 0 && r.batch < a.cache_batches;
   return r;
+}
+
+// What a sequence's rows count on from: `base` + `index`, or -1 where that is not from 0 to `end` - 1.
+FLASHSPARK_DEVICE int32_t place_of(int32_t base, int32_t index, int32_t end) {
+  return base >= 0 && base < end && index < end - base ? base + index : -1;
+}
+
+// The position by which a row turns, -1: none of cos and sin.
+FLASHSPARK_DEVICE int32_t position_of(const AppendArguments &a, const TokenRow &r, int32_t index) {
+  if (a.slot_mapping != nullptr) {
+    const int64_t position = a.rotary_positions != nullptr ? a.rotary_positions[r.token] : -1;
+    return position >= 0 && position < a.seqlen_rotary ? static_cast<int32_t>(position) : -1;
+  }
+  const int32_t *from = a.rotary_seqlens != nullptr ? a.rotary_seqlens : a.seqlens;
+  return place_of(read_length(from, r.seq), index, a.seqlen_rotary);
+}
+
+// Where a new row goes to.
+struct CacheRow {
+  bool found;     // the cache has a place for it
+  int64_t batch;  // page or sequence of the cache
+  int32_t slot;   // row of it
+};
+
+FLASHSPARK_DEVICE CacheRow find_cache_row(const AppendArguments &a, const TokenRow &r) {
+  CacheRow c{};
+  if (a.slot_mapping != nullptr) {
+    const int64_t slot = a.slot_mapping[r.token];
+    if (slot < 0 || slot >= a.capacity) return c;  // vLLM pads with -1, and marks what another rank stores
+    const Quotient at = divide(static_cast<int32_t>(slot), a.page_size);
+    return {true, at.quotient, at.remainder};
+  }
+  const int32_t row = place_of(read_length(a.seqlens, r.seq), r.index, a.capacity);
+  if (row < 0) return c;
+  c.slot = row;
+  c.batch = a.kv_batch_index != nullptr ? a.kv_batch_index[r.seq] : r.seq;
+  if (c.batch < 0 || c.batch >= a.cache_rows) return c;
+  if (a.page_table != nullptr) {
+    const Quotient at = divide(row, a.page_size);
+    c.batch = a.page_table[c.batch * a.page_table_stride + at.quotient];
+    c.slot = at.remainder;
+  }
+  c.found = c.batch >= 0 && c.batch < a.cache_batches;
+  return c;
 }
 
 // Turns the first rotary_dim numbers of a row, pair by pair, times `factor`: `to` may be `from`.
@@ -137,40 +142,67 @@ FLASHSPARK_DEVICE void copy_row(const char *from, Number number, char *to, Numbe
   }
 }
 
-FLASHSPARK_DEVICE float inverse_scale(const Scale &scale, const AppendRow &r, int32_t head) {
+FLASHSPARK_DEVICE float inverse_scale(const Scale &scale, int32_t seq, int32_t head) {
   if (scale.data == nullptr) return 1.0f;
-  const float x = scale.data[r.seq * scale.seq_stride + head * scale.head_stride];
+  const float x = scale.data[seq * scale.seq_stride + head * scale.head_stride];
   return x > 0 ? 1.0f / x : 0.0f;
 }
 
-FLASHSPARK_DEVICE void append(const AppendArguments &a) {
-  ptx::grid_dependency_wait();  // every block, as in forward()
-  ptx::grid_dependency_launch();
-  const AppendRow r = find_append_row(a, static_cast<int32_t>(ptx::block_x()));
+FLASHSPARK_DEVICE int32_t warp_number() {
+  return static_cast<int32_t>(ptx::thread_index() / 32);
+}
+
+// One new row of keys and values.
+FLASHSPARK_DEVICE void append_row(const AppendArguments &a, int32_t row) {
+  TokenRow r{true, 0, row, row};  // with slots all rows are sequence 0, whose factors they take
+  if (a.slot_mapping == nullptr) r = find_token(a, row, a.cu_seqlens_new, a.seqlen_new);
+  if (!r.found) return;
+  const CacheRow c = find_cache_row(a, r);
+  const bool turns = a.rotary_cos != nullptr;
+  const int32_t position = turns ? position_of(a, r, r.index) : 0;
+  if (!c.found || position < 0) return;
   const int64_t new_batch = a.cu_seqlens_new != nullptr ? 0 : r.seq;
   const int32_t size = bytes_of(a.new_number), cache_size = bytes_of(a.cache_number);
   const auto source = [&](const void *data, const Strides &s, int32_t head) {
     return static_cast<const char *>(data) + (new_batch * s.batch + r.token * s.token + head * s.head) * size;
   };
   const auto target = [&](void *data, const Strides &s, int32_t head) {
-    return static_cast<char *>(data) + (r.batch * s.batch + r.slot * s.token + head * s.head) * cache_size;
+    return static_cast<char *>(data) + (c.batch * s.batch + c.slot * s.token + head * s.head) * cache_size;
   };
-  const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32);
-  for (int32_t head = warp; r.found && head < a.num_heads_kv; head += kAppendWarps) {
+  for (int32_t head = warp_number(); head < a.num_heads_kv; head += kAppendWarps) {
     const char *from = source(a.k_new, a.k_new_strides, head);
     char *to = target(a.k_cache, a.k_cache_strides, head);
-    const float factor = inverse_scale(a.k_descale, r, head);
-    if (a.rotary_cos != nullptr) turn_row(a, from, a.new_number, to, a.cache_number, factor, r.position);
-    copy_row(from, a.new_number, to, a.cache_number, factor, a.rotary_cos != nullptr ? a.rotary_dim : 0, a.head_dim);
+    const float factor = inverse_scale(a.k_descale, r.seq, head);
+    if (turns) turn_row(a, from, a.new_number, to, a.cache_number, factor, position);
+    copy_row(from, a.new_number, to, a.cache_number, factor, turns ? a.rotary_dim : 0, a.head_dim);
     copy_row(source(a.v_new, a.v_new_strides, head), a.new_number, target(a.v_cache, a.v_cache_strides, head),
-             a.cache_number, inverse_scale(a.v_descale, r, head), 0, a.head_dim_v);
+             a.cache_number, inverse_scale(a.v_descale, r.seq, head), 0, a.head_dim_v);
   }
-  if (a.q == nullptr || !r.turned) return;
-  const int32_t position = a.q_rotary_per_token != 0 ? r.position : r.position - r.index;
-  for (int32_t head = warp; head < a.num_heads_q; head += kAppendWarps) {
-    const int64_t offset = new_batch * a.q_strides.batch + r.token * a.q_strides.token + head * a.q_strides.head;
-    char *row = static_cast<char *>(a.q) + offset * bytes_of(a.q_number);
-    turn_row(a, row, a.q_number, row, a.q_number, 1.0f, position);
+}
+
+// One row of q, in place.
+FLASHSPARK_DEVICE void turn_query(const AppendArguments &a, int32_t row) {
+  TokenRow r{true, 0, row, row};
+  if (a.slot_mapping == nullptr) r = find_token(a, row, a.cu_seqlens_q, a.seqlen_q);
+  if (!r.found || (a.seqused_q != nullptr && r.index >= a.seqused_q[r.seq])) return;
+  const int32_t position = position_of(a, r, a.q_rotary_per_token != 0 ? r.index : 0);
+  if (position < 0) return;
+  const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : r.seq;
+  for (int32_t head = warp_number(); head < a.num_heads_q; head += kAppendWarps) {
+    const int64_t offset = batch * a.q_strides.batch + r.token * a.q_strides.token + head * a.q_strides.head;
+    char *to = static_cast<char *>(a.q) + offset * bytes_of(a.q_number);
+    turn_row(a, to, a.q_number, to, a.q_number, 1.0f, position);
+  }
+}
+
+FLASHSPARK_DEVICE void append(const AppendArguments &a) {
+  ptx::grid_dependency_wait();  // every block, as in forward()
+  ptx::grid_dependency_launch();
+  const auto block = static_cast<int32_t>(ptx::block_x());
+  if (block < a.new_rows) {
+    append_row(a, block);
+  } else {
+    turn_query(a, block - a.new_rows);
   }
 }
 

@@ -14,12 +14,14 @@ struct AppendArguments {
   Number new_number, cache_number, q_number, rotary_number;
 
   int32_t num_seqs, num_heads_q, num_heads_kv, head_dim, head_dim_v;
-  Divisor seqlen_new;     // dense: new rows of a sequence
-  int32_t capacity;       // rows that a sequence of the cache has place for; with slot_mapping: the whole cache
-  int32_t cache_batches;  // pages, or sequences of the cache
-  Divisor page_size;      // value 0: not paged
+  int32_t new_rows;              // blocks of as many come first, those of the rows of q behind them
+  Divisor seqlen_new, seqlen_q;  // dense: rows of a sequence
+  int32_t capacity;              // rows that a sequence of the cache has place for; with slot_mapping: the whole cache
+  int32_t cache_rows;            // sequences of a dense cache, or rows of page_table
+  int32_t cache_batches;         // pages, or sequences of the cache
+  Divisor page_size;             // value 0: not paged
 
-  const int32_t *seqlens, *cu_seqlens_new, *kv_batch_index, *page_table;
+  const int32_t *seqlens, *cu_seqlens_new, *cu_seqlens_q, *seqused_q, *kv_batch_index, *rotary_seqlens, *page_table;
   int64_t page_table_stride;
   const int64_t *slot_mapping;
   Scale k_descale, v_descale;  // NULL unless the cache is e4m3 and the new rows are not

@@ -55,12 +55,20 @@ struct ForwardArguments {
   Divisor group;      // query heads a KV head
   Divisor page_size;  // value 0: not paged
 
+  // What there is, to which kernels cut whatever they read on the device (work.cuh).
+  int32_t total_q;                // varlen: rows of q
+  int32_t key_rows;               // varlen: rows of k; else rows that a sequence of k, or its pages, has
+  int32_t last_batch, last_page;  // the largest that kv_batch_index and page_table may name
+  int32_t whole_pages;            // 0: 16 does not divide the rows of a page, and every row of a tile looks up its own
+
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k, *leftpad_k, *kv_batch_index, *page_table;
   int64_t page_table_stride;
   PageSteps k_pages, v_pages;
 
+  Number out_number;          // q's type or e4m3; of kernels that convert K and V from e4m3 any but float32
+  const float *output_scale;  // e4m3: out is divided by it; NULL: 1
   // Of kernels that convert K and V from e4m3 alone: the others have one type for all.
-  Number q_number, out_number;
+  Number q_number;
   Scale q_descale, k_descale, v_descale;  // q's is NULL unless q is e4m3
 
   // Scores.
@@ -77,6 +85,7 @@ struct ForwardArguments {
   // Mask. Windows are clamped to 2^30, open ones are 2^30.
   int32_t causal;
   int32_t window_left, window_right;
+  Divisor attention_chunk;  // value 0: off
   const int32_t *causal_per_seq;
   PrefixMode prefix_mode;
   int32_t prefix_clamp_window;
@@ -95,8 +104,7 @@ struct ForwardArguments {
   ShareLimits share_limits;
   // What the schedule kernel has found of them (schedule.cuh): (blocks of x, kScheduleWords); NULL: nothing.
   int32_t *schedule;
-  int32_t schedule_key;   // of these arguments
-  int32_t schedule_keys;  // that page_table has room for
+  int32_t schedule_key;  // of these arguments
   // Pieces of split row tiles, which the merge kernel joins: (places, tile_rows, partial_columns), as piece_row() says,
   // and (places, tile_rows) float.
   float *partial_out, *partial_lse;

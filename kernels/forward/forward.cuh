@@ -22,7 +22,7 @@ FLASHSPARK_DEVICE bool compute(const ForwardArguments &a, const Work &work, Piec
     copy_queries<T>(a, work, ptx::shared_memory() + T::kQueryOffset);
     ptx::cp_async_commit();  // a group of its own, which ends even where no keys follow
   };
-  const Keys keys = T::kShares && scheduled ? keys_of(a, line, work.seq) : find_keys(a, work.seq);
+  const Keys keys = T::kShares && scheduled ? keys_of(a, line) : find_keys(a, work.seq);
   // Q is on its way while the masks are worked out, unless the kernel ahead may still write it.
   if constexpr (!T::kConverts && !T::kShares) start_queries();
   const Mask mask = find_mask(a, work, keys, T::kShares && scheduled ? line[kCausal] != 0 : is_causal(a, work.seq));
@@ -125,8 +125,8 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
     Piece piece;
     if (T::kShares && scheduled) {
       work = work_of(a, line);
-      piece = piece_of(line);
-      if (piece.more) keep(memory, share_of(line));
+      piece = piece_of(a, line);
+      if (piece.more) keep(memory, share_of(a, line));
       if (!work.found) {
         wait_for_kernel_ahead();
         if (sum_of_lengths(a) == line[kLengths]) return;

@@ -185,21 +185,18 @@ FLASHSPARK_DEVICE void join_warps(Sums &sums, int32_t warp, int32_t lane, int32_
   }
 }
 
-template <class Number>
 FLASHSPARK_DEVICE void store_row(const ForwardArguments &a, const Work &work, const MergeRow &row, const Sums &sums,
                                  int32_t lane) {
   const Joined joined = join_sink(sums.base, row.sink);
   const float sum = sums.sum * joined.factor + joined.sink;
-  const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
+  const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum) * output_factor(a);
   if (lane == 0 && row.column == 0) store_lse(a, work, row.result, lse_of(joined.maximum, sum));
   const int32_t own = row.column + lane % 4 * (a.pair_distance == 8 ? 2 : 4);
-  auto *to = static_cast<Number *>(a.out) + row.out + own;
-  if (own < a.head_dim_v) store_2(to, ptx::pack<Number>(sums.at[0] * inverse, sums.at[1] * inverse));
+  if (own < a.head_dim_v) store_out_2(a, row.out + own, sums.at[0] * inverse, sums.at[1] * inverse);
   if (own + a.pair_distance < a.head_dim_v)
-    store_2(to + a.pair_distance, ptx::pack<Number>(sums.at[2] * inverse, sums.at[3] * inverse));
+    store_out_2(a, row.out + own + a.pair_distance, sums.at[2] * inverse, sums.at[3] * inverse);
 }
 
-template <class Number>
 FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
   // Lengths may be read before the forward kernel has ended: it lets this one begin once what is before it has.
   const SplitTile tile = find_split(a);
@@ -230,7 +227,7 @@ FLASHSPARK_DEVICE void merge(const ForwardArguments &a) {
     Sums sums{minus_infinity(), 0, {}};
     if (row.in_use) sums = sum_pieces(a, tile, row, of_row, warps);
     if (warps > 1) join_warps(sums, warp, lane, warps);
-    if (row.in_use && of_row == 0) store_row<Number>(a, tile.work, row, sums, lane);
+    if (row.in_use && of_row == 0) store_row(a, tile.work, row, sums, lane);
     first += at_once;
     if (first >= each) return;
     row = row_of(first + (warp >> shift));

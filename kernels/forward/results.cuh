@@ -60,6 +60,39 @@ FLASHSPARK_DEVICE void store_8(Number *to, ptx::Vector16 v) {
   for (int32_t n = 0; n < 8; ++n) to[n].bits = static_cast<uint16_t>(v.word[n / 2] >> n % 2 * 16);
 }
 
+// A factor of every number of out. A scale of 0 would make them infinite: they are NaN or the largest number then.
+FLASHSPARK_DEVICE float output_factor(const ForwardArguments &a) {
+  return a.output_scale == nullptr ? 1.0f : 1.0f / *a.output_scale;
+}
+
+// Eight numbers of a row of out, from element `at` on, of what kernels hold as 16-bit numbers. On their way to e4m3
+// these are fp16, whose seven more bits keep a second rounding from being seen.
+template <class Number>
+FLASHSPARK_DEVICE void store_out_8(const ForwardArguments &a, int64_t at, ptx::Vector16 v) {
+  if (a.out_number != flashspark::Number::e4m3) {
+    store_8(static_cast<Number *>(a.out) + at, v);
+    return;
+  }
+  auto *to = static_cast<ptx::E4m3 *>(a.out) + at;
+  uint32_t four[2];
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 2; ++n) {
+    const auto pair = [&v, n](int32_t word) {
+      const uint32_t both = v.word[2 * n + word];
+      return ptx::narrow_e4m3x2(ptx::widen(ptx::Float16{static_cast<uint16_t>(both)}),
+                                ptx::widen(ptx::Float16{static_cast<uint16_t>(both >> 16)}));
+    };
+    four[n] = pair(0) | pair(1) << 16;
+  }
+  if (reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+    reinterpret_cast<uint32_t *>(to)[0] = four[0];
+    reinterpret_cast<uint32_t *>(to)[1] = four[1];
+    return;
+  }
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 8; ++n) to[n].bits = static_cast<uint8_t>(four[n / 4] >> n % 4 * 8);
+}
+
 // Two numbers, at once where the address allows it.
 template <class Number>
 FLASHSPARK_DEVICE void store_2(Number *to, uint32_t both) {
@@ -69,6 +102,20 @@ FLASHSPARK_DEVICE void store_2(Number *to, uint32_t both) {
   }
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < 2; ++n) to[n].bits = static_cast<uint16_t>(both >> n * 16);
+}
+
+// Two numbers of a row of out, from element `at` on.
+FLASHSPARK_DEVICE void store_out_2(const ForwardArguments &a, int64_t at, float low, float high) {
+  if (a.out_number == flashspark::Number::e4m3) {
+    auto *to = static_cast<ptx::E4m3 *>(a.out) + at;
+    const uint32_t both = ptx::narrow_e4m3x2(low, high);
+    to[0].bits = static_cast<uint8_t>(both);
+    to[1].bits = static_cast<uint8_t>(both >> 8);
+  } else if (a.out_number == flashspark::Number::bfloat16) {
+    store_2(static_cast<ptx::Bfloat16 *>(a.out) + at, ptx::pack<ptx::Bfloat16>(low, high));
+  } else {
+    store_2(static_cast<ptx::Float16 *>(a.out) + at, ptx::pack<ptx::Float16>(low, high));
+  }
 }
 
 // Pieces of split row tiles lie as the warps that compute them hold them, so that a warp writes 512 bytes at once: of
@@ -305,12 +352,14 @@ FLASHSPARK_DEVICE float finish(const ForwardArguments &a, const Work &work, cons
   const float sum = result.sum[n] * joined.factor + joined.sink;
   const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
   if (r.in_use && ptx::thread_index() % 4 == 0 && first_column == 0) store_lse(a, work, r, lse_of(joined.maximum, sum));
-  return T::kConverts ? inverse * value_scale : inverse;
+  return (T::kConverts ? inverse * value_scale : inverse) * output_factor(a);
 }
+// As rows pass through shared memory: in out's type, or in fp16 on their way to e4m3.
 template <class T>
 FLASHSPARK_DEVICE uint32_t pack_out(const ForwardArguments &a, float low, float high) {
-  return T::kConverts && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
-                                                          : ptx::pack<typename T::Number>(low, high);
+  constexpr bool kMayBeBfloat16 = T::kConverts || std::is_same_v<typename T::Number, ptx::Bfloat16>;
+  return kMayBeBfloat16 && a.out_number == Number::bfloat16 ? ptx::pack<ptx::Bfloat16>(low, high)
+                                                            : ptx::pack<ptx::Float16>(low, high);
 }
 
 // Few columns of few rows, from the registers.
@@ -324,12 +373,12 @@ FLASHSPARK_DEVICE void store_columns(const ForwardArguments &a, const Work &work
     const ResultRow r = result_row(a, work, work.first_row + n * 8 + lane / 4);
     const float inverse = finish<T>(a, work, result, n, r, value_scale, first_column);
     if (!r.in_use) continue;
-    auto *to = static_cast<typename T::Number *>(a.out) + out_offset(a, work, r);
+    const int64_t to = out_offset(a, work, r);
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < Result<T>::kColumns / 8; ++c) {
       const int32_t column = first_column + c / 2 * 16 + lane % 4 * (T::kConverts ? 4 : 2) + c % 2 * kPair;
       if (column < a.head_dim_v)
-        store_2(to + column, pack_out<T>(a, result.at[n][c][0] * inverse, result.at[n][c][1] * inverse));
+        store_out_2(a, to + column, result.at[n][c][0] * inverse, result.at[n][c][1] * inverse);
     }
   }
 }
@@ -373,18 +422,17 @@ FLASHSPARK_DEVICE void store_final(const ForwardArguments &a, const Work &work, 
   ptx::warp_barrier();
   // kRowLanes neighbouring lanes write one row.
   constexpr int32_t kRowLanes = T::kQueryThreads, kPassRows = 32 / kRowLanes;
-  auto *out = static_cast<typename T::Number *>(a.out);
   FLASHSPARK_UNROLL
   for (int32_t pass = 0; pass < Result<T>::kEights * 8 / kPassRows; ++pass) {
     if (pass * kPassRows >= Result<T>::eights(a) * 8) break;
     const int32_t row = pass * kPassRows + lane / kRowLanes;
     const ResultRow r = result_row(a, work, first_row + Result<T>::row(a, row / 8) + row % 8);
-    auto *to = out + out_offset(a, work, r) + first_column;
+    const int64_t to = out_offset(a, work, r) + first_column;
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < Layout::kChunks / kRowLanes; ++n) {
       const int32_t chunk = n * kRowLanes + lane % kRowLanes;
       const ptx::Vector16 v = ptx::load_shared_16(memory + Layout::offset(row, lane % kRowLanes) + n * kRowLanes * 16);
-      if (r.in_use && first_column + chunk * 8 < a.head_dim_v) store_8(to + chunk * 8, v);
+      if (r.in_use && first_column + chunk * 8 < a.head_dim_v) store_out_8<typename T::Number>(a, to + chunk * 8, v);
     }
   }
 }

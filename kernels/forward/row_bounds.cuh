@@ -60,6 +60,13 @@ FLASHSPARK_DEVICE Interval seen(const ForwardArguments &a, const Mask &mask, int
   const int32_t pos = token + mask.shift;
   Interval x{max_of(mask.begin, pos - a.window_left), min_of(mask.end, pos + a.window_right + 1)};
   if (mask.causal) x.end = min_of(x.end, pos + 1);
+  if (a.attention_chunk.value != 0) {
+    // The chunks of positions before the first key hold no key.
+    const int32_t from_begin = pos - mask.begin;
+    const int32_t chunk = pos - divide(max_of(from_begin, 0), a.attention_chunk).remainder;
+    x.begin = max_of(x.begin, chunk);
+    x.end = from_begin < 0 ? mask.begin : min_of(x.end, chunk + static_cast<int32_t>(a.attention_chunk.value));
+  }
   return x;
 }
 
@@ -69,16 +76,17 @@ FLASHSPARK_DEVICE Interval prefix_of(const ForwardArguments &a, const Mask &mask
   Interval x{INT32_MAX, 0};
   if (a.prefix_mode == PrefixMode::per_token) {
     const int32_t *range = a.prefix_ranges + 2 * (mask.token_row + token);
-    x = {range[0], range[1] + 1};
+    x = {range[0], min_of(range[1], INT32_MAX - 1) + 1};
   } else {
     const int32_t *range = a.prefix_ranges + 2 * static_cast<int64_t>(mask.seq) * a.num_prefix_ranges;
     for (int32_t n = 0; n < a.num_prefix_ranges; ++n, range += 2) {
       if (pos_in_range < range[0] || pos_in_range > range[1]) continue;
-      x = {min_of(x.begin, range[0]), max_of(x.end, range[1] + 1)};
+      x = {min_of(x.begin, range[0]), max_of(x.end, min_of(range[1], INT32_MAX - 1) + 1)};
     }
   }
   if (x.begin >= x.end) return {0, 0};
-  x = {max_of(x.begin, 0) + mask.begin, min_of(x.end, mask.end - mask.begin) + mask.begin};
+  const int32_t keys = mask.end - mask.begin;
+  x = {clamp(x.begin, 0, keys) + mask.begin, min_of(x.end, keys) + mask.begin};
   if (a.prefix_clamp_window) x.begin = max_of(x.begin, pos - a.window_left);
   return x;
 }
@@ -89,8 +97,8 @@ FLASHSPARK_DEVICE RowMask mask_of(const ForwardArguments &a, const Mask &mask, i
     if (a.rswa_window > 0) {
       const int32_t pos = token + mask.shift;
       const int32_t end = min_of(pos + 1, mask.end);
-      return join({mask.begin, min_of(mask.begin + a.rswa_prefix_lens[mask.seq], end)},
-                  {max_of(mask.begin, pos - a.rswa_window + 1), end});
+      const int32_t prefix = clamp(a.rswa_prefix_lens[mask.seq], 0, mask.end - mask.begin);
+      return join({mask.begin, min_of(mask.begin + prefix, end)}, {max_of(mask.begin, pos - a.rswa_window + 1), end});
     }
     if (a.prefix_mode != PrefixMode::none) return join(seen(a, mask, token), prefix_of(a, mask, token));
   }

@@ -5,7 +5,8 @@
 //
 // A line is believed only where it is true: `key` says for which arguments it was made, and `lengths` sums up what it
 // was made from, which every block reads again behind the wait, beside its first page numbers. Where either differs
-// blocks find their shares themselves; all of them do, since all see the same.
+// blocks find their shares themselves; all of them do, since all see the same. Since the caller holds the lines, a word
+// of one may be anything even then: every number is cut to what there is before it becomes an address.
 //
 // A line may be read before the wait, since nothing behind the schedule kernel in its stream starts before that has
 // ended: it lets no kernel begin early (grid_dependency_launch), and what it wrote is at the device's L2 by then.
@@ -34,16 +35,17 @@ FLASHSPARK_DEVICE int32_t sum_of_lengths(const ForwardArguments &a) {
   for (int32_t first = 0; first < a.num_seqs; first += 32) {
     const int32_t seq = first + static_cast<int32_t>(ptx::thread_index() % 32);
     if (seq >= a.num_seqs) break;
-    const Lengths x = read_lengths(a, seq);
-    const int32_t all[] = {x.q_begin,
-                           x.q_end,
-                           x.k_begin,
-                           x.k_end,
-                           x.used_q,
-                           x.used_k,
-                           x.pad,
-                           a.causal_per_seq != nullptr ? a.causal_per_seq[seq] : 0,
-                           a.kv_batch_index != nullptr ? a.kv_batch_index[seq] : 0};
+    const QueryLengths q = read_query_lengths(a, seq);
+    const KeyLengths k = read_key_lengths(a, seq);
+    const int32_t all[] = {q.begin,
+                           q.end,
+                           k.begin,
+                           k.end,
+                           q.used,
+                           k.used,
+                           k.pad,
+                           read_length(a.causal_per_seq, seq),
+                           read_length(a.kv_batch_index, seq)};
     auto mixed = static_cast<uint32_t>(seq);
     FLASHSPARK_UNROLL
     for (const int32_t each : all) {
@@ -69,33 +71,46 @@ FLASHSPARK_DEVICE Line read_line(const ForwardArguments &a) {
 
 // Whether it was made for these arguments.
 FLASHSPARK_DEVICE bool is_of(const ForwardArguments &a, const Line &line) {
-  return line[kKey] == a.schedule_key && line[kKeysEnd] <= a.schedule_keys;
+  return line[kKey] == a.schedule_key;
 }
 
 FLASHSPARK_DEVICE Work work_of(const ForwardArguments &a, const Line &line) {
+  const bool varlen = a.cu_seqlens_q != nullptr;
   Work work{};
-  work.found = line[kFound] != 0;
-  work.seq = line[kSeq];
-  work.head_kv = line[kHead];
-  work.seqlen_q = line[kTokens];
-  work.q_row = line[kQueryRow];
-  work.first_row = line[kFirstRow];
+  work.seq = clamp(line[kSeq], 0, a.num_seqs - 1);
+  work.head_kv = clamp(line[kHead], 0, a.num_heads_kv - 1);
+  work.q_row = varlen ? clamp(line[kQueryRow], 0, a.total_q) : 0;
+  work.seqlen_q = clamp(line[kTokens], 0, varlen ? min_of(a.max_seqlen_q, a.total_q - work.q_row) : a.max_seqlen_q);
   work.end_row = work.seqlen_q * static_cast<int32_t>(a.group.value);
+  work.first_row = clamp(line[kFirstRow], 0, work.end_row);
+  work.found = line[kFound] != 0 && work.first_row < work.end_row;
   return work;
 }
-FLASHSPARK_DEVICE Piece piece_of(const Line &line) {
-  return {line[kFirst], line[kCount], line[kWhole] != 0, line[kPlace], line[kMore] != 0};
+// Positions are at most kMostPositions (is_decode in plan.cpp), so that sums of two fit in 31 bits.
+FLASHSPARK_DEVICE int32_t position_of(const Line &line, ScheduleWord n) {
+  constexpr int32_t kMostPositions = 1 << 29;
+  return clamp(line[n], 0, kMostPositions);
 }
-FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, const Line &line, int32_t seq) {
-  return {line[kKeysBegin], line[kKeysEnd], line[kKeysRow], line[kKeysBatch],
-          a.page_table == nullptr ? nullptr : a.page_table + seq * a.page_table_stride};
+FLASHSPARK_DEVICE Piece piece_of(const ForwardArguments &a, const Line &line) {
+  return {position_of(line, kFirst), position_of(line, kCount), line[kWhole] != 0,
+          clamp(line[kPlace], 0, 2 * a.share_limits.shares - 1), line[kMore] != 0};
 }
-FLASHSPARK_DEVICE Share share_of(const Line &line) {
-  return {line[kShareAt],
-          line[kShareEnd],
-          line[kShareStart],
-          {line[kPassedSeqs], line[kPassedPositions]},
-          line[kShareSkip]};
+FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, const Line &line) {
+  Keys keys{};
+  const int32_t row = a.cu_seqlens_k != nullptr ? clamp(line[kKeysRow], 0, a.key_rows) : 0;
+  keys.row = row;
+  keys.begin = clamp(line[kKeysBegin], 0, a.key_rows - row);
+  keys.end = clamp(line[kKeysEnd], keys.begin, a.key_rows - row);
+  keys.batch = clamp(line[kKeysBatch], 0, a.last_batch);
+  if (a.page_table != nullptr) keys.pages = a.page_table + keys.batch * a.page_table_stride;
+  return keys;
+}
+FLASHSPARK_DEVICE Share share_of(const ForwardArguments &a, const Line &line) {
+  return {position_of(line, kShareAt),
+          position_of(line, kShareEnd),
+          clamp(line[kShareStart], 0, a.share_limits.start),
+          {clamp(line[kPassedSeqs], 0, a.num_seqs), position_of(line, kPassedPositions)},
+          position_of(line, kShareSkip)};
 }
 
 // One warp, block x, writes the line of block x of the forward kernel.

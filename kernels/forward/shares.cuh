@@ -82,32 +82,18 @@ struct SequenceWork {
   int32_t passed, passed_units;  // tiles of keys and row tiles of it and of the sequences of the lanes before it
 };
 
-// All that memory says of a sequence's lengths; 0 where it says nothing.
-struct Lengths {
-  int32_t q_begin, q_end, k_begin, k_end, used_q, used_k, pad;
-};
-FLASHSPARK_DEVICE Lengths read_lengths(const ForwardArguments &a, int32_t seq) {
-  // All is read before anything is looked at, even where no row makes the lengths stale: reads that wait for each other
-  // cost as many round trips (tokens_of() and keys_of() here: one more, 0.2 us of 9.9 for 64/8 B1 2k).
-  const auto read = [seq](const int32_t *from, int32_t ahead) { return from != nullptr ? from[seq + ahead] : 0; };
-  return {read(a.cu_seqlens_q, 0), read(a.cu_seqlens_q, 1), read(a.cu_seqlens_k, 0), read(a.cu_seqlens_k, 1),
-          read(a.seqused_q, 0),    read(a.seqused_k, 0),    read(a.leftpad_k, 0)};
-}
-
 FLASHSPARK_DEVICE SequenceWork sequence_work(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t first_seq) {
   const int32_t seq = first_seq + static_cast<int32_t>(ptx::thread_index() % 32);
   SequenceWork w{};
   if (seq < a.num_seqs) {
-    const Lengths x = read_lengths(a, seq);
-    w.q_row = x.q_begin;
-    const int32_t given = a.cu_seqlens_q != nullptr ? x.q_end - x.q_begin : a.max_seqlen_q;
-    w.tokens = max_of(0, a.seqused_q != nullptr ? x.used_q : given);
-    const int32_t held = a.cu_seqlens_k != nullptr ? x.k_end - x.k_begin : a.max_seqlen_k;
-    Keys used{};
-    if (w.tokens > 0) {
-      used.begin = x.pad;
-      used.end = max_of(x.pad, a.seqused_k != nullptr ? x.used_k : held);
-    }
+    // All is read before anything is looked at, even where no row makes the lengths stale: reads that wait for each
+    // other cost a round trip each (0.2 us of 9.9 for 64/8 B1 2k).
+    const QueryLengths query_lengths = read_query_lengths(a, seq);
+    const KeyLengths key_lengths = read_key_lengths(a, seq);
+    const SequenceRows queries = queries_of(a, query_lengths);
+    w.q_row = queries.row;
+    w.tokens = queries.tokens;
+    const Keys used = w.tokens > 0 ? keys_of(a, key_lengths) : Keys{};
     const Mask mask = find_mask(a, {true, seq, 0, w.tokens, w.q_row, 0, 0}, used, is_causal(a, seq));
     const int32_t begin = seen(a, mask, 0).begin, end = seen(a, mask, w.tokens - 1).end;
     w.first_tile = begin / keys;
@@ -151,13 +137,14 @@ struct Passed {
 };
 
 // The row tile at a position behind what is passed; `w` is the work of the 32 sequences there. Passes on to those that
-// hold the position.
+// hold the position. None is found (work.found) where no sequence does, as a schedule's wild numbers may ask.
 FLASHSPARK_DEVICE RowTile row_tile_at(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t position,
                                       int32_t start, SequenceWork w, Passed &passed) {
   uint32_t beyond;
   while ((beyond = ptx::ballot(passed.positions + w.passed + start * w.passed_units > position)) == 0) {
     passed.positions += ptx::shuffle(w.passed + start * w.passed_units, 31);
     passed.seqs += 32;
+    if (passed.seqs >= a.num_seqs) return {};
     w = sequence_work(a, rows, keys, passed.seqs);
   }
   const uint32_t lane = ptx::lowest_bit(beyond);
@@ -168,7 +155,8 @@ FLASHSPARK_DEVICE RowTile row_tile_at(const ForwardArguments &a, int32_t rows, i
   const int32_t row_tiles = of_lane(w.row_tiles);
   const int32_t first =
       passed.positions + of_lane(w.passed + start * w.passed_units) - tile.count * row_tiles * a.num_heads_kv;
-  const int32_t unit = quotient(position - first, tile.count);
+  if (tile.count <= 0 || row_tiles <= 0) return {};
+  const int32_t unit = clamp(quotient(max_of(position - first, 0), tile.count), 0, row_tiles * a.num_heads_kv - 1);
   tile.begin = first + unit * tile.count;
   tile.work.found = true;
   tile.work.seq = passed.seqs + static_cast<int32_t>(lane);
@@ -233,10 +221,12 @@ FLASHSPARK_DEVICE Piece find_piece(const ForwardArguments &a, int32_t rows, int3
   }
   const RowTile tile = row_tile_at(a, rows, keys, share.at, share.start, w, share.passed);
   work = tile.work;
-  const int32_t first = share.at - tile.begin, count = min_of(tile.count - first, share.end - share.at);
+  if (!work.found) return {};
+  const int32_t first = clamp(share.at - tile.begin, 0, tile.count - 1);
+  const int32_t count = max_of(1, min_of(tile.count - first, share.end - share.at));
   share.at += count + share.skip;
   const int32_t first_key = max_of(first - share.start, 0), end_key = max_of(first + count - share.start, 0);
-  if (a.page_table != nullptr)  // its latency passes while masks are worked out
+  if (a.page_table != nullptr && a.kv_batch_index == nullptr)  // its latency passes while masks are worked out
     ptx::prefetch(a.page_table + work.seq * a.page_table_stride +
                   divide((tile.first_tile + first_key) * keys, a.page_size).quotient);
   return {tile.first_tile + first_key, end_key - first_key, count == tile.count,

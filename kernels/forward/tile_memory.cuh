@@ -50,15 +50,20 @@ struct KeyLoader {
   }
   FLASHSPARK_DEVICE bool reads_all(int32_t tile) const {
     const int32_t begin = tile * T::kKeys, end = begin + T::kKeys;
-    const bool in_first = begin >= hull[0].begin && end <= hull[0].end;
-    if constexpr (T::kChanged) return in_first || (begin >= hull[1].begin && end <= hull[1].end);
-    return in_first;
+    bool all = begin >= hull[0].begin && end <= hull[0].end;
+    if constexpr (T::kChanged) all = all || (begin >= hull[1].begin && end <= hull[1].end);
+    return all && a.whole_pages != 0;
   }
 
   // The same for all lanes: a warp's rows of a pass are at most 16. Said to the compiler, it works addresses out in the
   // uniform units, and a page costs a lane one addition.
   FLASHSPARK_DEVICE int32_t group(int32_t tile, int32_t n) const {
     return tile * T::kKeys + n * kGroupPasses * T::kPassRows + group_row;
+  }
+  // A page that there is, whatever the table says. Asked where the number is used: where it is read nobody waits for
+  // it.
+  FLASHSPARK_DEVICE int32_t existing(int32_t number) const {
+    return static_cast<int32_t>(min_of(static_cast<uint32_t>(number), static_cast<uint32_t>(a.last_page)));
   }
   FLASHSPARK_DEVICE void look_up(int32_t tile) {
     if (reads_all(tile)) look_up_whole(tile);
@@ -71,7 +76,7 @@ struct KeyLoader {
 
   // Tiles [begin, end) are whole: all their keys are read and all columns exist.
   FLASHSPARK_DEVICE Interval whole_tiles() const {
-    if (columns<false>() < T::kHeadDim || columns<true>() < T::kHeadDimV) return {0, 0};
+    if (columns<false>() < T::kHeadDim || columns<true>() < T::kHeadDimV || a.whole_pages == 0) return {0, 0};
     return {ceil_div(hull[0].begin, T::kKeys), hull[0].end / T::kKeys};
   }
 
@@ -94,7 +99,7 @@ struct KeyLoader {
       for (int32_t n = 0; n < kGroups; ++n) {
         const PageSteps &steps = values ? a.v_pages : a.k_pages;
         const int32_t slot = divide(group(tile, n), a.page_size).remainder;
-        const int64_t offset = static_cast<int64_t>(page[n] * steps.page + slot * steps.slot) * steps.unit;
+        const int64_t offset = static_cast<int64_t>(existing(page[n]) * steps.page + slot * steps.slot) * steps.unit;
         from = reinterpret_cast<const Stored *>(reinterpret_cast<const char *>(values ? v : k) + offset);
         FLASHSPARK_UNROLL
         for (int32_t pass = 0; pass < kGroupPasses; ++pass, from += T::kPassRows * strides.token)
@@ -167,9 +172,8 @@ struct KeyLoader {
       const bool reads_key = reads(first + row());
       const Stored *from = base;
       if (reads_key && pages != nullptr) {
-        const Quotient at = divide(group(tile, pass / kGroupPasses), a.page_size);
-        from +=
-            pages[at.quotient] * strides.batch + (at.remainder + pass % kGroupPasses * T::kPassRows) * strides.token;
+        const Quotient at = divide(first + row(), a.page_size);  // base is at the row's place in its group
+        from += existing(pages[at.quotient]) * strides.batch + (at.remainder - row() % kGroupRows) * strides.token;
       } else if (reads_key) {
         from += first * strides.token;
       }

@@ -13,6 +13,9 @@ FLASHSPARK_DEVICE int32_t min_of(int32_t a, int32_t b) {
 FLASHSPARK_DEVICE int32_t max_of(int32_t a, int32_t b) {
   return a > b ? a : b;
 }
+FLASHSPARK_DEVICE uint32_t min_of(uint32_t a, uint32_t b) {
+  return a < b ? a : b;
+}
 FLASHSPARK_DEVICE int32_t ceil_div(int32_t a, int32_t b) {
   return (a + b - 1) / b;
 }
@@ -30,6 +33,10 @@ FLASHSPARK_DEVICE Quotient divide(int32_t n, const Divisor &d) {
   return {static_cast<int32_t>(q), n - static_cast<int32_t>(q * d.value)};
 }
 
+FLASHSPARK_DEVICE int32_t clamp(int32_t x, int32_t low, int32_t high) {
+  return max_of(low, min_of(x, high));
+}
+
 struct Work {
   bool found;   // false: a surplus block
   int32_t seq;  // b
@@ -40,10 +47,38 @@ struct Work {
   int32_t end_row;    // packed rows of the sequence
 };
 
-// Query tokens of sequence b that are in use.
-FLASHSPARK_DEVICE int32_t tokens_of(const ForwardArguments &a, int32_t b) {
-  if (a.seqused_q != nullptr) return a.seqused_q[b];
-  return a.cu_seqlens_q != nullptr ? a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b] : a.max_seqlen_q;
+// What memory says of a sequence's query rows and keys; 0 where it says nothing.
+struct QueryLengths {
+  int32_t begin, end, used;
+};
+struct KeyLengths {
+  int32_t begin, end, used, pad;
+};
+FLASHSPARK_DEVICE int32_t read_length(const int32_t *from, int32_t n) {
+  return from != nullptr ? from[n] : 0;
+}
+FLASHSPARK_DEVICE QueryLengths read_query_lengths(const ForwardArguments &a, int32_t seq) {
+  return {read_length(a.cu_seqlens_q, seq), read_length(a.cu_seqlens_q, seq + 1), read_length(a.seqused_q, seq)};
+}
+FLASHSPARK_DEVICE KeyLengths read_key_lengths(const ForwardArguments &a, int32_t seq) {
+  return {read_length(a.cu_seqlens_k, seq), read_length(a.cu_seqlens_k, seq + 1), read_length(a.seqused_k, seq),
+          read_length(a.leftpad_k, seq)};
+}
+
+// The query rows of a sequence that are in use.
+struct SequenceRows {
+  int32_t row;  // varlen: of the first token in q and out; dense: 0
+  int32_t tokens;
+};
+// Nothing that memory says leads outside q and out, or beyond max_seqlen_q, which grids and scratch memory count on.
+FLASHSPARK_DEVICE SequenceRows queries_of(const ForwardArguments &a, const QueryLengths &x) {
+  SequenceRows q{0, a.max_seqlen_q};
+  if (a.cu_seqlens_q != nullptr) {
+    q.row = clamp(x.begin, 0, a.total_q);
+    q.tokens = min_of(a.max_seqlen_q, clamp(x.end, q.row, a.total_q) - q.row);
+  }
+  if (a.seqused_q != nullptr) q.tokens = clamp(x.used, 0, q.tokens);
+  return q;
 }
 
 // Of this lane's number and those of the lanes before it.
@@ -64,21 +99,21 @@ FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank, int3
   Work work{};
   for (int32_t base = a.num_seqs - 1; base >= 0; base -= 32) {
     const int32_t b = base - lane;
-    const int32_t q_row = b >= 0 ? a.cu_seqlens_q[b] : 0;
-    const int32_t tokens = b >= 0 ? tokens_of(a, b) : 0;
+    SequenceRows q{};
+    if (b >= 0) q = queries_of(a, read_query_lengths(a, b));
     // Tiles of this lane's sequence and of those before it.
-    const int32_t passed = prefix_sum(ceil_div(tokens * static_cast<int32_t>(a.group.value), rows));
+    const int32_t passed = prefix_sum(ceil_div(q.tokens * static_cast<int32_t>(a.group.value), rows));
     const uint32_t beyond = ptx::ballot(passed > rank);
     if (beyond == 0) {
       rank -= ptx::shuffle(passed, 31);
       continue;
     }
     const uint32_t winner = ptx::lowest_bit(beyond);
-    work.found = true;
     work.seq = ptx::uniform(base - static_cast<int32_t>(winner));
-    work.seqlen_q = ptx::uniform(ptx::shuffle(tokens, winner));
-    work.q_row = ptx::uniform(ptx::shuffle(q_row, winner));
+    work.seqlen_q = ptx::uniform(ptx::shuffle(q.tokens, winner));
+    work.q_row = ptx::uniform(ptx::shuffle(q.row, winner));
     work.first_row = ptx::uniform((ptx::shuffle(passed, winner) - 1 - rank) * rows);
+    work.found = work.first_row >= 0;  // offsets that overlap by far may have more tiles than 31 bits count
     return work;
   }
   return work;
@@ -121,7 +156,7 @@ FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a, Place place, int32_t
     work = find_varlen(a, place.rank, rows);
   } else {
     work.seq = place.seq;
-    work.seqlen_q = tokens_of(a, work.seq);
+    work.seqlen_q = queries_of(a, read_query_lengths(a, work.seq)).tokens;
     work.first_row = (a.tiles - 1 - place.rank) * rows;
     work.found = work.first_row < work.seqlen_q * static_cast<int32_t>(a.group.value);
   }
@@ -144,28 +179,31 @@ struct Keys {
   const int32_t *pages;  // this sequence's row of the page table
 };
 
-// Of a sequence that may be another one in every lane: what the lengths say.
-FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, int32_t seq) {
+// What the lengths say, which may be of another sequence in every lane; nothing of it leads outside k and v.
+FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, const KeyLengths &x) {
   Keys keys{};
-  keys.end = a.max_seqlen_k;
+  int32_t room = a.key_rows, held = a.max_seqlen_k;
   if (a.cu_seqlens_k != nullptr) {
-    keys.row = a.cu_seqlens_k[seq];
-    keys.end = a.cu_seqlens_k[seq + 1] - static_cast<int32_t>(keys.row);
-  } else {
-    keys.batch = a.kv_batch_index != nullptr ? a.kv_batch_index[seq] : seq;
+    const int32_t row = clamp(x.begin, 0, a.key_rows);
+    held = clamp(x.end, row, a.key_rows) - row;
+    room -= row;
+    keys.row = row;
   }
-  if (a.seqused_k != nullptr) keys.end = a.seqused_k[seq];
-  if (a.leftpad_k != nullptr) keys.begin = a.leftpad_k[seq];
+  if (a.seqused_k != nullptr) held = x.used;
+  keys.begin = clamp(x.pad, 0, room);
+  keys.end = clamp(held, keys.begin, room);
   return keys;
 }
 
 FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
-  Keys keys = keys_of(a, seq);
+  const int32_t batch = a.kv_batch_index != nullptr ? clamp(a.kv_batch_index[seq], 0, a.last_batch) : seq;
+  Keys keys = keys_of(a, read_key_lengths(a, seq));
   // What is read from memory the compiler takes to differ between lanes, and keeps in registers of which none is to
   // spare: with the page table looked at before these lines d128 spills 60 bytes instead of 4, and loses a tenth.
   keys.begin = ptx::uniform(keys.begin);
-  keys.end = ptx::uniform(max_of(keys.begin, keys.end));
-  if (a.page_table != nullptr) keys.pages = a.page_table + seq * a.page_table_stride;
+  keys.end = ptx::uniform(keys.end);
+  keys.batch = batch;
+  if (a.page_table != nullptr) keys.pages = a.page_table + batch * a.page_table_stride;
   return keys;
 }
 

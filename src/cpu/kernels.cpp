@@ -17,24 +17,38 @@ namespace flashspark::cpu::HWY_NAMESPACE {
 
 HWY_ATTR void run_tile(const Tile &t) {
   if (t.rows > kStreamRows) return run_packed(t);
-  switch (t.p->k.dtype) {
-    case FLASHSPARK_FLOAT32:
-      return run_stream<F32>(t);
-    case FLASHSPARK_FLOAT16:
-      return run_stream<F16>(t);
-    case FLASHSPARK_BFLOAT16:
-      return run_stream<BF16>(t);
-    default:
-      return run_stream<E4M3>(t);
-  }
+  with_type(t.p->k.dtype, [&](auto type) HWY_ATTR { run_stream<decltype(type)>(t); });
+}
+
+template <class D>
+HWY_ATTR void widen_all(const void *from, int64_t count, int32_t dtype, float *to) {
+  const D d;
+  const auto copy = [&](auto type) HWY_ATTR {
+    const auto *elements = static_cast<const typename decltype(type)::Element *>(from);
+    for (int64_t n = 0; n < count; n += static_cast<int64_t>(hn::Lanes(d))) {
+      hn::StoreU(widen(d, type, elements + n), d, to + n);
+    }
+  };
+  with_type(dtype, copy);
+}
+
+HWY_ATTR void widen_row(const void *from, int64_t count, int32_t dtype, int lanes, float *to) {
+  if (lanes == 4) return widen_all<D4>(from, count, dtype, to);
+  lanes == 8 ? widen_all<Lanes8>(from, count, dtype, to) : widen_all<Lanes16>(from, count, dtype, to);
+}
+
+HWY_ATTR void narrow_row(const float *from, int64_t count, int32_t dtype, void *to) {
+  store_row(from, count, 1.0f, to, 0, dtype);
 }
 
 }  // namespace flashspark::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <cstdlib>
-#include <cstring>
+#include <atomic>
+#include <vector>
+
+#include "environment.hpp"
 
 namespace flashspark::cpu {
 namespace {
@@ -47,7 +61,7 @@ struct Candidate {
 // Best first. __builtin_cpu_supports() also asks whether the system saves the registers.
 constexpr Candidate kCandidates[] = {
 #if HWY_TARGETS & HWY_AVX3
-    {{"AVX-512", N_AVX3::run_tile},
+    {{"AVX-512", N_AVX3::run_tile, N_AVX3::widen_row, N_AVX3::narrow_row},
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -55,36 +69,51 @@ constexpr Candidate kCandidates[] = {
      }},
 #endif
 #if HWY_TARGETS & HWY_AVX2
-    {{"AVX2", N_AVX2::run_tile},
+    {{"AVX2", N_AVX2::run_tile, N_AVX2::widen_row, N_AVX2::narrow_row},
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
               __builtin_cpu_supports("f16c");
      }},
 #endif
 #if HWY_TARGETS & HWY_SSE4
-    {{"SSE4", N_SSE4::run_tile}, [] { return true; }},  // x86-64-v2, the least we build for
+    {{"SSE4", N_SSE4::run_tile, N_SSE4::widen_row, N_SSE4::narrow_row},
+     [] { return true; }},  // x86-64-v2, the least we build for
 #endif
 #if HWY_TARGETS & HWY_NEON
-    {{"NEON", N_NEON::run_tile}, [] { return true; }},
+    {{"NEON", N_NEON::run_tile, N_NEON::widen_row, N_NEON::narrow_row}, [] { return true; }},
 #endif
 };
 
+std::atomic<const Kernels *> wanted_by_tests{nullptr};
+
 const Kernels &choose_kernels() {
-  const char *wanted = std::getenv("FLASHSPARK_CPU_TARGET");
-  const Candidate *best = nullptr;
-  for (const Candidate &candidate : kCandidates) {
-    if (!candidate.runs_here()) continue;
-    if (best == nullptr) best = &candidate;
-    if (wanted != nullptr && std::strcmp(wanted, candidate.kernels.target) == 0) return candidate.kernels;
+  for (const Kernels *kernels : all_kernels()) {
+    if (environment().cpu_target == kernels->target) return *kernels;
   }
-  return best->kernels;
+  return *all_kernels().front();
 }
 
 }  // namespace
 
+std::span<const Kernels *const> all_kernels() {
+  static const std::vector<const Kernels *> all = [] {
+    std::vector<const Kernels *> those;
+    for (const Candidate &candidate : kCandidates) {
+      if (candidate.runs_here()) those.push_back(&candidate.kernels);
+    }
+    return those;
+  }();
+  return all;
+}
+
 const Kernels &kernels() {
   static const Kernels &chosen = choose_kernels();
-  return chosen;
+  const Kernels *wanted = wanted_by_tests.load(std::memory_order_relaxed);
+  return wanted != nullptr ? *wanted : chosen;
+}
+
+void use_kernels(const Kernels *kernels) {
+  wanted_by_tests = kernels;
 }
 
 }  // namespace flashspark::cpu

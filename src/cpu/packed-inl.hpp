@@ -77,16 +77,7 @@ inline HWY_ATTR void pack_block(const Tile &t, int64_t count, const char **keys,
     pack_keys<decltype(type)>(t.p->head_dim, count, keys, key_panels);
     pack_values<decltype(type)>(t.p->head_dim_v, count, values, value_panels);
   };
-  switch (t.p->k.dtype) {
-    case FLASHSPARK_FLOAT32:
-      return pack(F32{});
-    case FLASHSPARK_FLOAT16:
-      return pack(F16{});
-    case FLASHSPARK_BFLOAT16:
-      return pack(BF16{});
-    default:
-      return pack(E4M3{});
-  }
+  with_type(t.p->k.dtype, pack);
 }
 
 // c[6][kPanel] (+)= a[6][depth] * b[depth][kPanel]. The one inner loop of the engine.

@@ -51,16 +51,7 @@ inline HWY_ATTR void load_query(const Tile &t, int64_t r, float scale, float *to
       hn::StoreU(hn::Mul(widen(d, type, from + n), vscale), d, to + n);
     }
   };
-  switch (p.q.dtype) {
-    case FLASHSPARK_FLOAT32:
-      return copy(F32{});
-    case FLASHSPARK_FLOAT16:
-      return copy(F16{});
-    case FLASHSPARK_BFLOAT16:
-      return copy(BF16{});
-    default:
-      return copy(E4M3{});
-  }
+  with_type(p.q.dtype, copy);
 }
 
 // Softcap, relative-position bias and ALiBi for the scores of row r against keys [key, key + count), at s[n * stride];

@@ -31,6 +31,71 @@ struct E4M3 {
   using Element = uint8_t;
 };
 
+// Calls f with the storage type of `dtype`.
+template <class F>
+HWY_INLINE void with_type(int32_t dtype, F &&f) {
+  switch (dtype) {
+    case FLASHSPARK_FLOAT32:
+      return f(F32{});
+    case FLASHSPARK_FLOAT16:
+      return f(F16{});
+    case FLASHSPARK_BFLOAT16:
+      return f(BF16{});
+    default:
+      return f(E4M3{});
+  }
+}
+
+#if HWY_TARGET == HWY_SSE4
+// Without F16C. Highway's own way there takes infinities and NaN for numbers, and cuts instead of rounding. No step
+// takes or gives a subnormal float, so a flush-to-zero mode of the caller changes nothing.
+template <class D>
+HWY_INLINE hn::Vec<D> floats_of_halves(D d, hn::Vec<hn::Rebind<uint16_t, D>> halves) {
+  const hn::RebindToSigned<D> di;
+  const auto code = hn::PromoteTo(di, halves);
+  const auto magnitude = hn::ShiftLeft<13>(hn::And(code, hn::Set(di, 0x7fff)));
+  const auto sign = hn::ShiftLeft<16>(hn::And(code, hn::Set(di, 0x8000)));
+  const auto normal = hn::Add(magnitude, hn::Set(di, (127 - 15) << 23));
+  // 2^-14 plus the fraction as that exponent's mantissa, less 2^-14.
+  const auto least = hn::Set(di, (127 - 14) << 23);
+  const auto subnormal = hn::BitCast(di, hn::Sub(hn::BitCast(d, hn::Or(magnitude, least)), hn::BitCast(d, least)));
+  const auto special = hn::Or(magnitude, hn::Set(di, 0x7f800000));
+  const auto number = hn::IfThenElse(hn::Gt(hn::Set(di, 1 << 23), magnitude), subnormal, normal);
+  const auto is_special = hn::Gt(magnitude, hn::Set(di, 0x0f7fffff));
+  return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(is_special, special, number)));
+}
+
+template <class D>
+HWY_INLINE hn::Vec<hn::Rebind<uint16_t, D>> halves_of_floats(D d, hn::Vec<D> x) {
+  const hn::RebindToSigned<D> di;
+  const auto bits = hn::BitCast(di, x);
+  const auto magnitude = hn::And(bits, hn::Set(di, 0x7fffffff));
+  const auto sign = hn::And(hn::ShiftRight<16>(bits), hn::Set(di, 0x8000));
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(di, 1));
+  const auto rebased = hn::Sub(magnitude, hn::Set(di, (127 - 15) << 23));
+  const auto normal = hn::ShiftRight<13>(hn::Add(rebased, hn::Add(odd, hn::Set(di, 0xfff))));
+  // A unit of 1/2's mantissa is the smallest half, 2^-24: the sum rounds as the half does.
+  const auto base = hn::Set(di, 126 << 23);
+  const auto sum = hn::Add(hn::BitCast(d, magnitude), hn::BitCast(d, base));
+  const auto subnormal = hn::Sub(hn::BitCast(di, sum), base);
+  const auto number = hn::IfThenElse(hn::Gt(hn::Set(di, (127 - 14) << 23), magnitude), subnormal, normal);
+  // 65520, half way between the largest half and 2^16, rounds to infinity.
+  const auto is_large = hn::Gt(magnitude, hn::Set(di, 0x477fefff));
+  const auto is_nan = hn::Gt(magnitude, hn::Set(di, 0x7f800000));
+  const auto large = hn::IfThenElse(is_nan, hn::Set(di, 0x7e00), hn::Set(di, 0x7c00));
+  return hn::DemoteTo(hn::Rebind<uint16_t, D>(), hn::Or(sign, hn::IfThenElse(is_large, large, number)));
+}
+#else
+template <class D>
+HWY_INLINE hn::Vec<D> floats_of_halves(D d, hn::Vec<hn::Rebind<uint16_t, D>> halves) {
+  return hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), halves));
+}
+template <class D>
+HWY_INLINE hn::Vec<hn::Rebind<uint16_t, D>> halves_of_floats(D, hn::Vec<D> x) {
+  return hn::BitCast(hn::Rebind<uint16_t, D>(), hn::DemoteTo(hn::Rebind<hwy::float16_t, D>(), x));
+}
+#endif
+
 // Lanes(d) elements at p as floats.
 template <class D>
 HWY_INLINE hn::Vec<D> widen(D d, F32, const float *p) {
@@ -43,21 +108,20 @@ HWY_INLINE hn::Vec<D> widen(D d, BF16, const uint16_t *p) {
 }
 template <class D>
 HWY_INLINE hn::Vec<D> widen(D d, F16, const uint16_t *p) {
-  const hn::Rebind<hwy::float16_t, D> dh;
-  return hn::PromoteTo(d, hn::BitCast(dh, hn::LoadU(hn::Rebind<uint16_t, D>(), p)));
+  return floats_of_halves(d, hn::LoadU(hn::Rebind<uint16_t, D>(), p));
 }
 // An e4m3 code with its exponent moved into a half's field is the value times 2^-8, subnormals included; only NaN (all
 // ones) needs a test.
 template <class D>
 HWY_INLINE hn::Vec<D> widen(D d, E4M3, const uint8_t *p) {
   const hn::Rebind<int16_t, D> di;
-  const hn::Rebind<hwy::float16_t, D> dh;
+  const hn::Rebind<uint16_t, D> du;
   const auto code = hn::BitCast(di, hn::PromoteTo(hn::Rebind<uint16_t, D>(), hn::LoadU(hn::Rebind<uint8_t, D>(), p)));
   const auto moved = hn::And(hn::ShiftRight<1>(hn::ShiftLeft<8>(code)), hn::Set(di, static_cast<int16_t>(0xbf80)));
   const auto all_ones = hn::Set(di, 0x3f80);
   const auto is_nan = hn::Eq(hn::And(moved, all_ones), all_ones);
   const auto half = hn::Or(moved, hn::IfThenElseZero(is_nan, hn::Set(di, 0x7fff)));
-  return hn::Mul(hn::PromoteTo(d, hn::BitCast(dh, half)), hn::Set(d, 256.0f));
+  return hn::Mul(floats_of_halves(d, hn::BitCast(du, half)), hn::Set(d, 256.0f));
 }
 
 // 2^x for x <= 0 (x = -inf gives 0, NaN stays NaN) to about one ulp: 2^round(x) times the degree-6 polynomial of
@@ -109,8 +173,7 @@ inline HWY_ATTR void store_row(const float *row, int64_t count, float factor, vo
       const auto result = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded);
       hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, result)), d16, static_cast<uint16_t *>(data) + at + n);
     } else if (dtype == FLASHSPARK_FLOAT16) {
-      const hn::Rebind<hwy::float16_t, decltype(d)> dh;
-      hn::StoreU(hn::BitCast(d16, hn::DemoteTo(dh, x)), d16, static_cast<uint16_t *>(data) + at + n);
+      hn::StoreU(halves_of_floats(d, x), d16, static_cast<uint16_t *>(data) + at + n);
     } else {
       for (int64_t m = n; m < n + step; ++m) store_from_float(data, at + m, dtype, row[m] * factor);
     }

@@ -6,11 +6,12 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+
+#include "environment.hpp"
 
 namespace flashspark::cpu {
 namespace {
@@ -130,12 +131,6 @@ Pool &the_pool() {
   return *pool.load();
 }
 
-int threads_from_environment() {
-  const char *text = std::getenv("FLASHSPARK_NUM_THREADS");
-  const long value = text == nullptr ? 0 : std::strtol(text, nullptr, 10);
-  return static_cast<int>(std::clamp<long>(value, 0, kMaxThreads));
-}
-
 int cpus_of_process() {
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -146,10 +141,7 @@ int cpus_of_process() {
 }  // namespace
 
 int32_t default_threads() {
-  static const int threads = [] {
-    const int wanted = threads_from_environment();
-    return wanted > 0 ? wanted : cpus_of_process();
-  }();
+  static const int threads = environment().num_threads > 0 ? environment().num_threads : cpus_of_process();
   return threads;
 }
 

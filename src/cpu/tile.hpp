@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 
 #include "cpu/mask.hpp"
 #include "problem.hpp"
@@ -52,14 +53,23 @@ struct Tile {
   const RowMask &mask(int64_t r) const { return masks[token(r) - row0 / group]; }
 };
 
-// One SIMD target's kernels.
+// One SIMD target's kernels. The conversions are those that `run` loads and stores rows with, for tests of every code.
 struct Kernels {
   const char *target;
   void (*run)(const Tile &tile);
+  // `count` elements of `dtype` as floats, in vectors of `lanes` = 4, 8 or 16 (at most the target's), which divide
+  // count.
+  void (*widen)(const void *from, int64_t count, int32_t dtype, int lanes, float *to);
+  // The other way; count % 8 == 0.
+  void (*narrow)(const float *from, int64_t count, int32_t dtype, void *to);
 };
 
-// The best set this CPU runs, or the one that FLASHSPARK_CPU_TARGET names.
+// What this CPU runs, best first.
+std::span<const Kernels *const> all_kernels();
+// The best of them, or the one that FLASHSPARK_CPU_TARGET names.
 const Kernels &kernels();
+// For tests: takes these instead from now on; nullptr: the choice again.
+void use_kernels(const Kernels *kernels);
 
 // Rows in a tile for this problem: what keeps Q, S and O of a tile in L2.
 int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows);

@@ -2,6 +2,7 @@
 
 #include "cuda/device.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/metadata.hpp"
 #include "cuda/module.hpp"
 #include "error.hpp"
 
@@ -10,6 +11,7 @@ namespace flashspark::cuda {
 void append_kv(const AppendParams &p) {
   if (const std::string lack = device_lack(p.device_index); !lack.empty())
     throw Error(FLASHSPARK_UNSUPPORTED, "append: no implementation fits: cuda: " + lack);
+  check_if_asked(p);
   const AppendPlan plan = make_append_plan(p);
   if (plan.launch.grid[0] == 0) return;  // no new rows
   const CurrentDevice current(p.device_index);

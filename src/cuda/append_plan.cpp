@@ -33,13 +33,19 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.head_dim = static_cast<int32_t>(p.head_dim);
   a.head_dim_v = static_cast<int32_t>(p.head_dim_v);
   a.seqlen_new = make_divisor(static_cast<uint32_t>(std::max<int64_t>(1, p.seqlen_new)));
+  a.seqlen_q = make_divisor(static_cast<uint32_t>(std::max<int64_t>(1, p.seqlen_q)));
   const bool slots = p.slot_mapping != nullptr, paged = p.page_table != nullptr || slots;
   if (paged) a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
   const int64_t pages = slots ? p.num_pages : p.num_page_slots;
   a.capacity = static_cast<int32_t>(std::min<int64_t>(paged ? pages * p.page_size : p.seqlen_cache, INT32_MAX));
+  const bool named = p.kv_batch_index != nullptr || p.page_table == nullptr;
+  a.cache_rows = static_cast<int32_t>(named ? p.num_cache_rows : p.num_seqs);
   a.cache_batches = static_cast<int32_t>(paged ? p.num_pages : p.num_cache_rows);
   a.seqlens = p.seqlens;
   a.cu_seqlens_new = p.cu_seqlens_new;
+  a.cu_seqlens_q = p.cu_seqlens_q;
+  a.seqused_q = p.seqused_q;
+  a.rotary_seqlens = p.rotary_seqlens;
   a.kv_batch_index = p.kv_batch_index;
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
@@ -57,8 +63,13 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.seqlen_rotary = static_cast<int32_t>(p.seqlen_rotary);
   a.q_rotary_per_token = p.q_rotary_per_token;
 
-  const bool packed = p.cu_seqlens_new != nullptr || slots;
-  plan.launch.grid[0] = static_cast<uint32_t>(packed ? p.total_new : p.num_seqs * p.seqlen_new);
+  const auto rows = [&](const int32_t *offsets, int64_t total, int64_t seqlen) {
+    return offsets != nullptr || slots ? total : p.num_seqs * seqlen;
+  };
+  const int64_t new_rows = rows(p.cu_seqlens_new, p.total_new, p.seqlen_new);
+  const int64_t q_rows = p.q.data != nullptr ? rows(p.cu_seqlens_q, p.total_q, p.seqlen_q) : 0;
+  a.new_rows = static_cast<int32_t>(new_rows);
+  plan.launch.grid[0] = static_cast<uint32_t>(new_rows + q_rows);
   plan.launch.grid[1] = plan.launch.grid[2] = 1;
   plan.launch.threads = kThreads;
   return plan;

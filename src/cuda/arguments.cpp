@@ -60,6 +60,13 @@ int64_t kv_bytes(const Params &p, int64_t keys) {
   return keys * (p.head_dim + p.head_dim_v) * static_cast<int64_t>(dtype_size(p.k.dtype));
 }
 
+int64_t key_rows(const Params &p) {
+  // Without pages or batches there is nothing that a page number or batch index could name.
+  if (is_paged(p)) return p.num_pages == 0 ? 0 : std::min(p.num_page_slots * p.page_size, kMost);
+  if (is_varlen_k(p)) return p.total_k;
+  return p.max_seqlen_k;
+}
+
 Number number_of(int32_t dtype) {
   switch (dtype) {
     case FLASHSPARK_FLOAT32:
@@ -110,6 +117,12 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.max_seqlen_q = static_cast<int32_t>(p.max_seqlen_q);
   a.max_seqlen_k = static_cast<int32_t>(p.max_seqlen_k);
   a.group = make_divisor(static_cast<uint32_t>(sizes.group));
+  a.total_q = static_cast<int32_t>(p.total_q);
+  a.key_rows = static_cast<int32_t>(key_rows(p));
+  a.last_batch = static_cast<int32_t>(std::max<int64_t>(num_kv_seqs(p) - 1, 0));
+  a.last_page = static_cast<int32_t>(std::max<int64_t>(p.num_pages - 1, 0));
+  constexpr int64_t kGroupRows = 16;  // KeyLoader: neighbouring rows of a tile that look up one page
+  a.whole_pages = p.page_size % kGroupRows == 0 ? 1 : 0;
   if (is_paged(p)) {
     a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
     a.k_pages = page_steps(p, p.k).value_or(PageSteps{});
@@ -123,9 +136,10 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.kv_batch_index = p.kv_batch_index;
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
+  a.out_number = number_of(p.out.dtype);
+  a.output_scale = p.output_scale;
   if (converts(p)) {
     a.q_number = number_of(p.q.dtype);
-    a.out_number = number_of(p.out.dtype);
     if (p.q.dtype == FLASHSPARK_FLOAT8_E4M3) a.q_descale = scale_of(p.q_descale);
     a.k_descale = scale_of(p.k_descale);
     a.v_descale = scale_of(p.v_descale);
@@ -147,6 +161,8 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.causal = p.causal;
   a.window_left = window_of(p.window_left);
   a.window_right = window_of(p.window_right);
+  if (p.attention_chunk > 0)
+    a.attention_chunk = make_divisor(static_cast<uint32_t>(std::min(p.attention_chunk, kMost)));
   a.causal_per_seq = p.causal_per_seq;
   a.prefix_mode = static_cast<PrefixMode>(p.prefix_mode);
   a.prefix_clamp_window = p.prefix_clamp_window;
@@ -169,8 +185,8 @@ std::string unsupported(const Params &p) {
     };
     whole("head_dim", p.head_dim);
     if (p.head_dim_v != p.head_dim) whole("head_dim_v", p.head_dim_v);
-  } else if (p.out.dtype != p.q.dtype) {
-    add("out must have q's type unless k and v are float8_e4m3");
+  } else if (p.out.dtype != p.q.dtype && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) {
+    add("out must have q's type or be float8_e4m3 unless k and v are float8_e4m3");
   }
   const int64_t numbers = converts(p) ? 16 : 8;
   add(misaligned("q", p.q, 8, !is_varlen_q(p) && p.num_seqs > 1, is_varlen_q(p) ? p.total_q : p.max_seqlen_q,
@@ -188,6 +204,7 @@ std::string unsupported(const Params &p) {
   limit("max_seqlen_q x group", sizes.rows);
   limit("total_q x group", sizes.tokens * sizes.group);
   limit("max_seqlen_k", p.max_seqlen_k);
+  limit("total_k", p.total_k);
   limit("page_size", p.page_size);
   limit("num_seqs x num_heads_kv", p.num_seqs * p.num_heads_kv);
   return text;

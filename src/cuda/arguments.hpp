@@ -24,6 +24,9 @@ Sizes sizes_of(const Params &p);
 // Bytes of K and V that `keys` keys of one head are.
 int64_t kv_bytes(const Params &p, int64_t keys);
 
+// Rows of k that there are: of all sequences with cu_seqlens_k, else of each.
+int64_t key_rows(const Params &p);
+
 // Fields of the interface as the kernels take them.
 Number number_of(int32_t dtype);
 Strides strides_of(const flashspark_tensor &t);

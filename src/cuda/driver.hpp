@@ -70,6 +70,8 @@ constexpr int kDriverVersion = 12000;
   F(cuLaunchKernel,                                                                                                   \
     Result(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void **, void **)) \
   F(cuLaunchKernelEx, Result(const LaunchConfig *, Function, void **, void **))                                       \
+  F(cuStreamIsCapturing, Result(Stream, int *))                                                                       \
+  F(cuStreamSynchronize, Result(Stream))                                                                              \
   F(cuMemAllocAsync, Result(Address *, size_t, Stream))                                                               \
   F(cuMemFreeAsync, Result(Address, Stream))                                                                          \
   F(cuMemAlloc, Result(Address *, size_t))                                                                            \

@@ -7,7 +7,7 @@
 namespace flashspark::cuda {
 
 struct Fatbin {
-  const char *name;  // "d128_few_bf16", "merge_fp16", "peak"
+  const char *name;  // "d128_few_bf16", "merge", "peak"
   const unsigned char *begin, *end;
 };
 

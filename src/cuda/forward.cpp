@@ -6,6 +6,7 @@
 #include "cuda/device.hpp"
 #include "cuda/fatbins.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/metadata.hpp"
 #include "cuda/module.hpp"
 #include "error.hpp"
 
@@ -46,6 +47,7 @@ class Workspace {
 }  // namespace
 
 void forward(const Params &p) {
+  check_if_asked(p);
   const DeviceFacts &device = device_facts(p.device_index);
   Plan plan = make_plan(p, device.machine, p.workspace);
   if (plan.forward.grid[0] == 0) return;  // nothing to compute
@@ -58,7 +60,7 @@ void forward(const Params &p) {
   const auto stream = static_cast<Stream>(p.stream);
   const Kernel kernel = forward_kernel(*plan.instance, plan.number, p.device_index, plan.forward.shared_bytes);
   const bool merged = plan.merge.grid[0] > 0;
-  const Kernel merge = merged ? merge_kernel(plan.out, p.device_index) : nullptr;
+  const Kernel merge = merged ? merge_kernel(p.device_index) : nullptr;
   const Workspace memory(p, plan.workspace);
   if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
   const Architecture arch = device.machine.arch;

@@ -18,8 +18,8 @@ struct Slot {
 };
 constexpr size_t kNumInstances = std::size(kInstances);
 constexpr const char *kSuffix[] = {"_bf16", "_fp16", "_e4m3"};  // by NumberType
-Slot slots[kNumInstances + 1][std::size(kSuffix)];              // the last is merge's
-Slot schedule_slot, append_slot;
+Slot slots[kNumInstances][std::size(kSuffix)];
+Slot merge_slot, schedule_slot, append_slot;
 std::mutex loading;
 
 // Loading allocates, which a captured stream's thread may do only after it has said that it means it.
@@ -83,9 +83,8 @@ Kernel forward_kernel(const Instance &instance, NumberType number, int index, ui
   return kernel_of(slots[place][n], instance.name, kSuffix[n], "flashspark_forward", index, shared_bytes);
 }
 
-Kernel merge_kernel(NumberType number, int index) {
-  const auto n = static_cast<size_t>(number);
-  return kernel_of(slots[kNumInstances][n], "merge", kSuffix[n], "flashspark_merge", index, 0);
+Kernel merge_kernel(int index) {
+  return kernel_of(merge_slot, "merge", "", "flashspark_merge", index, 0);
 }
 
 Kernel schedule_kernel(int index) {

@@ -77,10 +77,12 @@ int64_t blocks_of(const Params &p, const Sizes &sizes, const Instance &instance,
 
 // The longest stretch of keys that one row tile can visit.
 int64_t visible_keys(const Params &p, int64_t tile_tokens) {
-  if (p.window_left < 0 || (p.window_right < 0 && p.causal == 0) || p.prefix_mode != FLASHSPARK_PREFIX_NONE)
-    return p.max_seqlen_k;
+  if (p.prefix_mode != FLASHSPARK_PREFIX_NONE) return p.max_seqlen_k;
+  const int64_t chunk = p.attention_chunk > 0 ? std::min(p.attention_chunk, kMost) + tile_tokens : kMost;
+  const int64_t keys = std::min(p.max_seqlen_k, chunk);
+  if (p.window_left < 0 || (p.window_right < 0 && p.causal == 0)) return keys;
   const int64_t right = p.causal != 0 ? 0 : p.window_right;
-  return std::min(p.max_seqlen_k, std::min(p.window_left, kMost) + right + tile_tokens);
+  return std::min(keys, std::min(p.window_left, kMost) + right + tile_tokens);
 }
 
 // Short rows and long keys, whose lengths nobody knows here: blocks share the work evenly.
@@ -97,8 +99,9 @@ bool is_decode(const Params &p, const Sizes &sizes, const Instance &instance, co
   const int64_t row_tiles = ceil_div(sizes.rows, tile.most_rows()), keys = visible_keys(p, sizes.rows);
   const int64_t bytes = p.num_seqs * p.num_heads_kv * kv_bytes(p, keys);
   if (row_tiles > kMostRowTiles || (row_tiles > 1 && row_tiles * bytes > machine.l2_bytes * 3 / 2)) return false;
-  const int64_t tiles = ceil_div(keys, tile.keys) + 1;
-  return tiles > 2 && 2 * p.num_seqs * p.num_heads_kv * row_tiles * tiles <= kMost;  // positions: 32 bits
+  // Positions have 32 bits, however long the device says that sequences are.
+  const int64_t most_tiles = key_rows(p) / tile.keys + 1;
+  return ceil_div(keys, tile.keys) > 1 && 2 * p.num_seqs * p.num_heads_kv * row_tiles * most_tiles <= kMost;
 }
 
 // Measured on H100 and H200, pages of 16.
@@ -131,6 +134,7 @@ int32_t schedule_key(const ForwardArguments &a) {
         a.share_limits.least_shift, a.share_limits.few_shares, a.share_limits.few_total, a.share_limits.start})
     add(n);
   add(a.group.value);
+  add(a.attention_chunk.value);
   for (const int32_t *lengths :
        {a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_q, a.seqused_k, a.leftpad_k, a.kv_batch_index, a.causal_per_seq})
     add(lengths != nullptr);
@@ -213,8 +217,7 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   Plan plan;
   const Sizes sizes = sizes_of(p);
   if (sizes.tokens == 0 || p.num_seqs == 0) return plan;
-  plan.out = p.out.dtype == FLASHSPARK_BFLOAT16 ? NumberType::bf16 : NumberType::fp16;
-  plan.number = converts(p) ? NumberType::e4m3 : plan.out;
+  plan.number = converts(p) ? NumberType::e4m3 : p.q.dtype == FLASHSPARK_BFLOAT16 ? NumberType::bf16 : NumberType::fp16;
   plan.instance = instance != nullptr ? instance : &choose_instance(p, sizes, machine);
   const Tile &tile = plan.instance->tile(tiles_of(machine));
   const int64_t slots = residency(p, *plan.instance, tile, machine) * machine.sm_count;
@@ -253,7 +256,6 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   a.tile_keys = tile.keys;
   if (shares) {
     a.schedule_key = schedule_key(a);
-    a.schedule_keys = static_cast<int32_t>(is_paged(p) ? std::min(p.num_page_slots * p.page_size, kMost) : kMost);
     if (p.scheduler_metadata_size >= plan.schedule_size()) a.schedule = p.scheduler_metadata;
   }
   const int64_t rows = std::min<int64_t>(a.tile_rows, sizes.rows);

@@ -30,10 +30,10 @@ enum class NumberType : uint8_t { bf16, fp16, e4m3 };
 
 struct Plan {
   const Instance *instance = nullptr;  // its fatbin is "<name>_<number>", its function flashspark_forward
-  NumberType number{}, out{};
+  NumberType number{};
   Launch forward;
   ForwardArguments arguments{};  // of both kernels
-  Launch merge;                  // fatbin "merge_<out>", function flashspark_merge
+  Launch merge;                  // fatbin "merge", function flashspark_merge
   size_t workspace = 0;          // bytes that arguments.partial_out and partial_lse lie in
 
   // Elements of params.scheduler_metadata, a line a block; 0: blocks find no shares that could be scheduled.

@@ -17,9 +17,11 @@ namespace {
 
 struct Spec {
   int32_t new_dtype = FLASHSPARK_BFLOAT16, cache_dtype = FLASHSPARK_BFLOAT16;
-  bool varlen = false, paged = true, batch_index = false, leftpad = false, odd_strides = false, heads_first = false;
+  bool varlen = false, paged = true, batch_index = false, odd_strides = false, heads_first = false;
   int64_t rotary_dim = 0;
   bool interleaved = true, turn_q = false, q_per_token = true;
+  // q has rows of its own: 2 a sequence, or as many as offsets say; perhaps not all in use. Positions of their own.
+  bool own_q = false, varlen_q = false, used_q = false, own_positions = false;
   int64_t head_dim = 64, head_dim_v = 64, heads = 3, page_size = 16;
   bool slots = false;  // with paged: slot_mapping in place of lengths and page table
 };
@@ -28,7 +30,7 @@ struct Spec {
 struct Problem {
   AppendParams p{};
   std::vector<uint8_t> k_new, v_new, k_cache, v_cache, q, cos, sin;
-  std::vector<int32_t> seqlens, cu, index, leftpad, pages;
+  std::vector<int32_t> seqlens, cu, cu_q, used_q, index, positions_before, pages;
   std::vector<int64_t> slots, positions;
   std::vector<float> k_descale, v_descale;
 
@@ -74,13 +76,19 @@ struct Problem {
       for (const int n : {0, 7, 8, 22}) slots[static_cast<size_t>(n)] = n == 8 ? INT64_MIN : -1;
       p.slot_mapping = slots.data();
     } else if (s.paged) {
-      p.page_size = 16, p.num_page_slots = p.page_table_stride = 3, p.num_pages = 3 * p.num_seqs + 2;
+      // A row of the table for each row of the cache: with an index two more than sequences.
+      const int64_t rows = p.num_seqs + (s.batch_index ? 2 : 0), slots_each = (48 + s.page_size - 1) / s.page_size;
+      p.page_size = s.page_size, p.num_page_slots = p.page_table_stride = slots_each;
+      p.num_pages = slots_each * rows + 2;
       for (int64_t n = 0; n < p.num_pages; ++n) pages.push_back(static_cast<int32_t>(n));
       std::shuffle(pages.begin(), pages.end(), rng);
-      pages.resize(static_cast<size_t>(3 * p.num_seqs));
+      pages.resize(static_cast<size_t>(slots_each * rows));
       p.page_table = pages.data();
     } else {
-      p.seqlen_cache = 48, p.num_cache_rows = p.num_seqs + 2;
+      p.seqlen_cache = 48;
+    }
+    if (!s.slots) {
+      p.num_cache_rows = p.num_seqs + 2;
       for (int64_t b = 0; b < p.num_seqs; ++b) index.push_back(static_cast<int32_t>(b + 1));
       std::shuffle(index.begin(), index.end(), rng);
       if (s.batch_index) p.kv_batch_index = index.data();
@@ -107,12 +115,36 @@ struct Problem {
       for (int64_t t = 0; t < p.total_new; ++t) positions.push_back(from(0, 47));
       p.rotary_positions = positions.data();
     }
-    if (s.leftpad) {
-      for (int32_t before : seqlens) leftpad.push_back(from(0, before));
-      p.leftpad_k = leftpad.data();
+    if (s.turn_q) choose_queries(s, tokens, rng);
+    if (s.own_positions) {
+      for (int64_t b = 0; b < p.num_seqs; ++b) positions_before.push_back(from(0, 40));
+      p.rotary_seqlens = positions_before.data();
     }
-    if (s.turn_q)
-      p.q = tensor(q, batch, tokens, p.num_heads_q, s.head_dim, FLASHSPARK_BFLOAT16, s.odd_strides, false, rng);
+  }
+
+  void choose_queries(const Spec &s, int64_t tokens, std::mt19937 &rng) {
+    const auto from = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
+    p.seqlen_q = s.own_q ? 2 : p.seqlen_new;
+    if (s.slots) p.total_q = p.total_new;
+    if (s.varlen && !s.own_q) {
+      p.cu_seqlens_q = cu.data();
+      p.total_q = p.total_new;
+    }
+    if (s.varlen_q) {
+      cu_q.push_back(1);
+      for (int64_t b = 0; b < p.num_seqs; ++b) cu_q.push_back(cu_q.back() + from(0, 2));
+      p.cu_seqlens_q = cu_q.data();
+      p.total_q = cu_q.back() + 1;
+    }
+    if (s.used_q) {
+      for (int64_t b = 0; b < p.num_seqs; ++b)
+        used_q.push_back(from(0, static_cast<int>(s.varlen_q ? cu_q[b + 1] - cu_q[b] : p.seqlen_q)));
+      p.seqused_q = used_q.data();
+    }
+    const bool packed = p.cu_seqlens_q != nullptr || s.slots;
+    const int64_t rows = s.slots ? tokens : packed ? p.total_q : p.seqlen_q;
+    p.q = tensor(q, packed ? 1 : p.num_seqs, rows, p.num_heads_q, s.head_dim, FLASHSPARK_BFLOAT16, s.odd_strides, false,
+                 rng);
   }
 };
 
@@ -174,7 +206,7 @@ TEST(Append, EveryLayout) {
         for (const bool heads_first : {false, true}) {
           Spec s;
           s.varlen = varlen, s.paged = paged, s.odd_strides = odd, s.heads_first = heads_first;
-          s.batch_index = !paged && odd, s.leftpad = odd;
+          s.batch_index = odd;
           s.head_dim = odd ? 40 : 128, s.head_dim_v = odd ? 72 : 128;
           compare(s, ++seed);
           s.rotary_dim = odd ? 12 : 128, s.interleaved = heads_first, s.turn_q = true, s.q_per_token = !varlen;
@@ -203,6 +235,31 @@ TEST(Append, SlotMapping) {
   }
 }
 
+TEST(Append, QueriesWithRowsOfTheirOwn) {
+  uint32_t seed = 300;
+  for (const bool varlen : {false, true}) {
+    for (const bool varlen_q : {false, true}) {
+      for (const bool used : {false, true}) {
+        for (const bool per_token : {false, true}) {
+          Spec s;
+          s.varlen = varlen, s.own_q = true, s.varlen_q = varlen_q, s.used_q = used, s.q_per_token = per_token;
+          s.turn_q = true, s.rotary_dim = 16, s.own_positions = used != per_token;
+          compare(s, ++seed);
+        }
+      }
+    }
+  }
+}
+
+TEST(Append, AnyPageSize) {
+  uint32_t seed = 400;
+  for (const int64_t page_size : {1, 3, 20, 48}) {
+    Spec s;
+    s.page_size = page_size, s.batch_index = page_size == 3;
+    compare(s, ++seed);
+  }
+}
+
 // What a captured batch pads itself with, and what the host cannot check on a GPU: nothing is written, nothing read.
 TEST(Append, RowsWithoutAPlaceAreLeftOut) {
   const auto untouched = [](const Spec &spec, auto &&spoil) {
@@ -219,6 +276,14 @@ TEST(Append, RowsWithoutAPlaceAreLeftOut) {
   untouched(s, [](Problem &x) { std::fill(x.seqlens.begin(), x.seqlens.end(), 48); });
   untouched(s, [](Problem &x) { std::fill(x.seqlens.begin(), x.seqlens.end(), -3); });
   untouched(s, [](Problem &x) { std::fill(x.seqlens.begin(), x.seqlens.end(), 1 << 28); });
+  untouched(s, [](Problem &x) { std::fill(x.seqlens.begin(), x.seqlens.end(), INT32_MAX); });
+  s.batch_index = true;
+  for (const int32_t wild : {-1, INT32_MIN, INT32_MAX, 1000})
+    untouched(s, [wild](Problem &x) { std::fill(x.index.begin(), x.index.end(), wild); });
+  s.batch_index = false, s.varlen = true;
+  for (const int32_t wild : {INT32_MIN, -5, 0})
+    untouched(s, [wild](Problem &x) { std::fill(x.cu.begin(), x.cu.end(), wild); });
+  s.varlen = false;
   s.slots = true;
   untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), -1); });
   untouched(s, [](Problem &x) { std::fill(x.slots.begin(), x.slots.end(), x.p.num_pages * x.p.page_size); });

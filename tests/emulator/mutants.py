@@ -50,6 +50,9 @@ DETECTORS = [
 NUMBERS = {"bf16": "Bfloat16", "fp16": "Float16", "e4m3": "E4m3"}
 
 
+FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
+
+
 @dataclass
 class Mutant:
     name: str
@@ -91,7 +94,7 @@ class Build:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        programs = ["emulator_fuzz", "emulator_forward_test"]
+        programs = [FUZZ, FORWARD, WILD]
         subprocess.run(["ninja", "-C", folder, *programs], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(WORK, ignore_errors=True)
         shutil.copytree(ROOT / "kernels", WORK / "kernels")  # others may edit theirs meanwhile
@@ -100,7 +103,7 @@ class Build:
 
     def command(self, *needed: str) -> list[str]:
         listed = subprocess.check_output(
-            ["ninja", "-C", self.folder, "-t", "commands", "emulator_fuzz", "emulator_forward_test"], text=True
+            ["ninja", "-C", self.folder, "-t", "commands", FUZZ, FORWARD, WILD], text=True
         )
         for line in listed.splitlines():
             if all(text in line for text in needed):
@@ -150,6 +153,12 @@ class Build:
         return folder / program
 
 
+def program_of(mutant: Mutant) -> str:
+    if not mutant.test:
+        return FUZZ
+    return WILD if "WithinTheTensors" in mutant.test else FORWARD
+
+
 def command_of(program: Path, mutant: Mutant) -> list[str]:
     if mutant.test:
         return [str(program), f"--gtest_filter={mutant.test}"]
@@ -173,7 +182,7 @@ def try_one(build: Build, mutant: Mutant, number: int) -> Outcome:
     shutil.copytree(WORK / "kernels", kernels)
     file = kernels / "forward" / mutant.file
     file.write_text(planted(file.read_text(), mutant))
-    program = build.make(folder, kernels, mutant.kernels, "emulator_forward_test" if mutant.test else "emulator_fuzz")
+    program = build.make(folder, kernels, mutant.kernels, program_of(mutant))
     try:
         done = subprocess.run(
             command_of(program, mutant),
@@ -199,7 +208,7 @@ def unchanged_pass(build: Build, mutants: list[Mutant]) -> None:
     folder = WORK / "unchanged"
     folder.mkdir()
     names = sorted({name for mutant in mutants if not mutant.test for name in mutant.kernels})
-    program = build.make(folder, WORK / "kernels", names, "emulator_fuzz")
+    program = build.make(folder, WORK / "kernels", names, FUZZ)
 
     def passes(name: str) -> None:
         command = command_of(program, Mutant(name, "", "", "", [name]))

@@ -158,6 +158,7 @@ int bench(const BenchOptions &options) {
   }
   all = select(std::move(all), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
+  if (!options.plot.empty()) require_writable(options.plot);
   const Place place(options);
   const std::vector<Timing> timings = time_all(all, [&](const cases::Case &spec) {
     return place.gpu ? measure_on(*place.gpu, spec, options) : measure(spec, options, place.limits);

@@ -226,6 +226,7 @@ int bench_decode(const BenchOptions &options) {
   const DecodeGrid grid = options.full ? DecodeGrid::kFull : on_gpu ? DecodeGrid::kShort : DecodeGrid::kCpu;
   const std::vector<cases::Case> all = select(cases::decode_cases(grid), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
+  if (!options.plot.empty()) require_writable(options.plot);
   const Place place(options);
   Cache cache;
   const std::vector<Timing> timings =

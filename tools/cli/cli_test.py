@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import subprocess
 import sys
 import tempfile
 import unittest
@@ -13,62 +11,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import ClassVar
 
-PROGRAM = ""
-LAUNCHER: list[str] = []  # e.g. an emulator and its options
+from program import LAUNCHER, FakeVenv, run
+
 FAKE_CUDA = os.environ.get("FLASHSPARK_FAKE_CUDA", "")  # folder of a libcuda.so.1 without a GPU
-
-
-def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the program; fail with its output if the exit status is another one."""
-    result = subprocess.run(
-        [*LAUNCHER, PROGRAM, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    if result.returncode != status:
-        raise AssertionError(f"{arguments}: exit status {result.returncode}\n{result.stdout}\n{result.stderr}")
-    return result
-
-
-def stderr_of_a_terminal(*arguments: str, **environment: str) -> str:
-    """What somebody at a terminal sees beside standard output."""
-    ours, theirs = os.openpty()
-    with open(ours, "rb", buffering=0) as terminal:
-        environment = {**os.environ, **environment}
-        subprocess.run([*LAUNCHER, PROGRAM, *arguments], env=environment, stdout=subprocess.PIPE, stderr=theirs)
-        text = terminal.read(4096).decode() if select.select([terminal], [], [], 0)[0] else ""
-        os.close(theirs)
-    return text
-
-
-def fake_package(site: Path, name: str, version: str, requirements: tuple[str, ...] = ()) -> None:
-    """Write a .dist-info as pip does."""
-    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
-    folder.mkdir(parents=True)
-    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-    lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
-    (folder / "METADATA").write_text("\n".join(lines) + "\n\nVersion: this is the description, not a field\n")
-
-
-class FakeVenv:
-    """A folder that looks like a virtual environment."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.site = root / "lib" / "python3.11" / "site-packages"
-        self.site.mkdir(parents=True)
-        (root / "bin").mkdir()
-        (root / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")
-        (root / "bin" / "python3").chmod(0o755)
-        (root / "pyvenv.cfg").write_text("include-system-site-packages = false\n")
-
-    def doctor(self, status: int = 0) -> dict:
-        report = json.loads(run("doctor", "--json", status=status, VIRTUAL_ENV=str(self.root)).stdout)
-        assert report["python"]["found_by"] == "$VIRTUAL_ENV", report["python"]
-        return report
 
 
 class Usage(unittest.TestCase):
@@ -131,86 +76,6 @@ class Doctor(unittest.TestCase):
     def test_unknown_forced_implementation_is_an_error(self) -> None:
         report = json.loads(run("doctor", "--json", status=1, FLASHSPARK_FORCE_IMPLEMENTATION="no-such").stdout)
         self.assertFalse(report["healthy"])
-
-    def test_python_environment(self) -> None:
-        version = run("--version").stdout.split()[1]
-        with tempfile.TemporaryDirectory() as folder:
-            venv = FakeVenv(Path(folder))
-            fake_package(
-                venv.site, "flashspark", version, ("apache-tvm-ffi>=0.1.9", "numpy>=1.24,<3", "torch; extra == 'x'")
-            )
-            fake_package(venv.site, "apache-tvm-ffi", "0.1.15.post2")
-            fake_package(venv.site, "numpy", "2.1.0")
-            report = venv.doctor()
-            self.assertEqual(report["python"]["packages"]["flashspark"], version)
-            self.assertEqual([f for f in report["findings"] if f["level"] == "error"], [])
-
-    def test_python_troubles_have_mends(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            venv = FakeVenv(Path(folder))
-            fake_package(venv.site, "flashspark", "0.0.9", ("apache-tvm-ffi>=0.1.9", "numpy (>=1.24,<3)"))
-            fake_package(venv.site, "apache-tvm-ffi", "0.1.8")
-            (venv.site / "zzz_fa4_sm120_shim.pth").write_text("import fa4_sm120_shim\n")
-            (venv.site / "fa4_sm120_shim.py").write_text("")
-            report = venv.doctor(status=1)
-        texts = {f["text"]: f for f in report["findings"] if f["level"] != "note"}
-        for part in ["0.0.9", "apache-tvm-ffi>=0.1.9 but 0.1.8", "numpy>=1.24,<3", "fa4_sm120_shim.py", "shim.pth"]:
-            found = [f for text, f in texts.items() if part in text]
-            self.assertEqual(len(found), 1, (part, list(texts)))
-            self.assertTrue(found[0]["mend"])
-
-    def test_mends_name_a_pip_that_is_there(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            venv = FakeVenv(Path(folder))
-            fake_package(venv.site, "vllm", "0.25.1")
-            uv = [f["mend"] for f in venv.doctor()["findings"] if "flashspark-*.whl" in (f["mend"] or "")]
-            fake_package(venv.site, "pip", "25.0")
-            pip = [f["mend"] for f in venv.doctor()["findings"] if "flashspark-*.whl" in (f["mend"] or "")]
-        python = f"{folder}/bin/python3"
-        self.assertEqual(uv, [f"uv pip install --python {python} flashspark-*.whl"] * 2)
-        self.assertEqual(pip, [f"{python} -m pip install flashspark-*.whl"] * 2)
-
-    def test_vllm_is_asked_through_its_python(self) -> None:
-        version = run("--version").stdout.split()[1]
-        said = {
-            "lines": [["vLLM", "0.25.1, attention: served by flashspark"]],
-            "findings": [{"level": "warning", "text": "VLLM_PLUGINS is odd", "mend": "unset it"}],
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            venv = FakeVenv(Path(folder))
-            fake_package(venv.site, "vllm", "0.25.1")
-            report = venv.doctor()
-            self.assertIn("without flashspark", report["findings"][-1]["text"])
-            fake_package(venv.site, "flashspark", version)
-            self.assertTrue(any("could not be asked" in f["text"] for f in venv.doctor()["findings"]))
-            interpreter = Path(folder, "bin", "python3")
-            interpreter.write_text(f"#!/bin/sh\necho noise\necho '{json.dumps(said)}'\n")
-            report = venv.doctor()
-            self.assertEqual(report["vllm"], said)
-            self.assertTrue(any(f["text"] == "VLLM_PLUGINS is odd" for f in report["findings"]))
-            result = run("doctor", VIRTUAL_ENV=folder)
-            self.assertIn("served by flashspark", result.stdout)
-            self.assertEqual(result.stderr, "")
-            self.assertEqual(stderr_of_a_terminal("doctor", VIRTUAL_ENV=folder).count("asking vLLM 0.25.1"), 1)
-            interpreter.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
-            text = run("verify", "--vllm", "--seed", "7", status=1, VIRTUAL_ENV=folder).stdout
-            self.assertEqual(text.strip(), "-m flashspark.vllm.verify --seed 7")
-
-    def test_verify_vllm_without_vllm(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            FakeVenv(Path(folder))
-            self.assertIn("--vllm", run("verify", "--vllm", status=2, VIRTUAL_ENV=folder).stderr)
-
-    def test_uninstall_removes_the_hook(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            venv = FakeVenv(Path(folder))
-            files = [venv.site / "flashspark.pth", venv.site / "flashspark.start"]
-            for file in files:
-                file.write_text("")
-            self.assertEqual(venv.doctor()["python"]["hook_files"], [str(f) for f in files])
-            text = run("uninstall", VIRTUAL_ENV=folder).stdout
-            self.assertEqual([str(f) in text and not f.exists() for f in files], [True, True])
-            self.assertIn("no start-up hook", run("uninstall", VIRTUAL_ENV=folder).stdout)
 
 
 class Verify(unittest.TestCase):
@@ -337,5 +202,4 @@ class Gpu(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    *LAUNCHER, PROGRAM = sys.argv[1:]
-    unittest.main(argv=sys.argv[:1])
+    unittest.main(argv=sys.argv[:1], verbosity=2)

@@ -2,6 +2,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
+#include <cctype>
 #include <cstdlib>
 #include <functional>
 #include <sstream>
@@ -11,6 +13,7 @@
 #include "cli/gpu_run.hpp"
 #include "cli/json.hpp"
 #include "cli/machine.hpp"
+#include "cli/measure.hpp"
 #include "cli/python_env.hpp"
 #include "cli/terminal.hpp"
 #include "cli/vllm.hpp"
@@ -31,6 +34,25 @@ const char *level_name(Finding::Level level) {
 
 Finding::Level level_of(const std::string &name) {
   return name == "error" ? Finding::kError : name == "warning" ? Finding::kWarning : Finding::kNote;
+}
+
+// What the environment can change. A value that makes no sense is an error: the library's own say so themselves.
+struct Switch {
+  const char *name;
+  const char *meaning;
+};
+constexpr Switch kSwitches[] = {
+    {"FLASHSPARK_FORCE_IMPLEMENTATION", "a name from the table of implementations, for every call"},
+    {"FLASHSPARK_CPU_TARGET", "SIMD target: AVX-512, AVX2, SSE4, NEON, as far as the build and the CPU have it"},
+    {"FLASHSPARK_NUM_THREADS", "CPU threads of a call, up to 1024; 0: all"},
+    {"FLASHSPARK_CHECK", "1: metadata in GPU memory is checked before every call; 0: it is not"},
+    {"FLASHSPARK", "0: vLLM keeps its own attention"},
+    {"FLASHSPARK_CAPABILITIES", "compute capabilities to take over in vLLM, such as 9.0,12.x"},
+};
+
+std::string value_of(const Switch &each) {
+  const char *value = std::getenv(each.name);
+  return value != nullptr ? value : "";
 }
 
 struct Choice {
@@ -141,10 +163,21 @@ void look_at_machine(const Machine &m, const GpuFacts &gpu, std::vector<Finding>
     add(Finding::kWarning, fmt::format("{} threads will share a quota of {:.1f} CPUs", m.threads, m.cpu_limit),
         fmt::format("FLASHSPARK_NUM_THREADS={:.0f}", std::max(1.0, m.cpu_limit)));
   }
-  for (const char *name : {"FLASHSPARK_FORCE_IMPLEMENTATION", "FLASHSPARK_CPU_TARGET", "FLASHSPARK_NUM_THREADS"}) {
-    if (const char *value = std::getenv(name); value && *value)
-      add(Finding::kNote, fmt::format("{}={} is set", name, value), "");
+}
+
+void look_at_switches(std::vector<Finding> &findings) {
+  for (const Switch &each : kSwitches) {
+    if (const std::string value = value_of(each); !value.empty())
+      findings.push_back({Finding::kNote, fmt::format("{}={} is set", each.name, value), ""});
   }
+  if (const std::string wrong = environment_error(); !wrong.empty())
+    findings.push_back({Finding::kError, "nothing runs: " + wrong, "unset the variable, or give it one of its values"});
+  std::string takeover = value_of({"FLASHSPARK", ""});
+  std::transform(takeover.begin(), takeover.end(), takeover.begin(), [](unsigned char c) { return std::tolower(c); });
+  constexpr std::array kKnown = {"", "0", "off", "false", "no", "1", "on", "true", "yes"};
+  if (std::find(kKnown.begin(), kKnown.end(), takeover) == kKnown.end())
+    findings.push_back(
+        {Finding::kError, "FLASHSPARK=" + takeover + " is neither on (1) nor off (0)", "unset FLASHSPARK"});
 }
 
 void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vector<Finding> &findings) {
@@ -155,12 +188,19 @@ void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vect
     add(Finding::kNote, "no Python found; the C and C++ interfaces do not need it", "");
     return;
   }
+  if (!env.answered) {
+    add(Finding::kError, env.interpreter + " does not run: what is installed there is not known",
+        env.interpreter + " -c 'import importlib.metadata'  # shows why");
+    return;
+  }
   const std::string pip = pip_install(env);
   const auto found = env.packages.find("flashspark");
   if (found == env.packages.end()) {
     add(Finding::kNote, "flashspark is not installed in this Python", pip + "flashspark-*.whl");
   } else {
-    if (found->second.version != flashspark_version()) {
+    if (found->second.version == "unknown") {
+      add(Finding::kNote, "flashspark is imported from " + found->second.folder + ", without metadata", "");
+    } else if (found->second.version != flashspark_version()) {
       add(Finding::kError,
           fmt::format("the Python package is {} but this program is {}", found->second.version, flashspark_version()),
           pip + "--no-deps --force-reinstall flashspark-" + flashspark_version() + "-*.whl");
@@ -171,7 +211,7 @@ void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vect
       const std::string mend = pip + "'" + name + clauses + "'";
       if (installed == env.packages.end()) {
         add(Finding::kError, "flashspark needs " + name + clauses + ", which is not installed", mend);
-      } else if (!requirement_met(clauses, installed->second.version)) {
+      } else if (installed->second.version != "unknown" && !requirement_met(clauses, installed->second.version)) {
         add(Finding::kError,
             fmt::format("flashspark needs {}{} but {} is installed", name, clauses, installed->second.version), mend);
       }
@@ -226,6 +266,12 @@ Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env
                       {"shim_files", env.shim_files},
                       {"hook_files", hook_files(env)}};
   report["vllm"] = vllm.json;
+  Json &switches = report["switches"] = Json::array();
+  for (const Switch &each : kSwitches) {
+    const std::string value = value_of(each);
+    switches.push_back(
+        {{"name", each.name}, {"value", value.empty() ? Json() : Json(value)}, {"meaning", each.meaning}});
+  }
   Json &list = report["findings"] = Json::array();
   for (const Finding &f : findings) {
     list.push_back(
@@ -272,6 +318,39 @@ void print_python(const PythonEnvironment &env) {
   line("packages", packages.empty() ? "none of flashspark's" : packages);
 }
 
+void print_choices(const std::vector<Choice> &chosen, bool gpu_runs, bool verbose) {
+  std::vector<std::string> headers{"problem", "runs on", "because"};
+  if (gpu_runs) headers.insert(headers.begin() + 1, "in GPU memory");
+  Table table(headers);
+  for (const Choice &c : chosen) {
+    std::vector<std::string> cells{c.problem, c.implementation.empty() ? "nothing" : c.implementation,
+                                   c.implementation.empty() ? "see below" : c.reason};
+    if (gpu_runs) cells.insert(cells.begin() + 1, c.on_gpu.empty() ? "not offered" : c.on_gpu);
+    table.row(cells, c.implementation.empty() ? Colour::kRed : Colour::kPlain);
+  }
+  table.print();
+  if (verbose) {
+    for (const Choice &c : chosen)
+      fmt::print("\n{}\n{}", paint(Colour::kBold, c.problem), c.gpu_explanation + c.explanation);
+  }
+}
+
+void print_switches() {
+  Table table({"switch", "value", "meaning"});
+  for (const Switch &each : kSwitches) table.row({each.name, value_of(each), each.meaning});
+  table.print();
+}
+
+void print_findings(const std::vector<Finding> &findings) {
+  for (const Finding &f : findings) {
+    const Colour colour = f.level == Finding::kNote      ? Colour::kDim
+                          : f.level == Finding::kWarning ? Colour::kYellow
+                                                         : Colour::kRed;
+    fmt::print("  {} {}\n", paint(colour, fmt::format("{:<8}", level_name(f.level))), f.text);
+    if (!f.mend.empty()) fmt::print("           {} {}\n", paint(Colour::kDim, "mend:"), f.mend);
+  }
+}
+
 }  // namespace
 
 int doctor(const DoctorOptions &options) {
@@ -286,8 +365,11 @@ int doctor(const DoctorOptions &options) {
 
   std::vector<Finding> findings;
   look_at_machine(facts, gpu, findings);
+  look_at_switches(findings);
   for (const Choice &c : chosen) {
-    if (c.implementation.empty()) {
+    // One cause for all problems is told once.
+    const bool told = !findings.empty() && findings.back().text.ends_with(": " + c.reason);
+    if (c.implementation.empty() && !told) {
       findings.push_back({Finding::kError, "nothing runs \"" + c.problem + "\": " + c.reason,
                           "unset FLASHSPARK_FORCE_IMPLEMENTATION if it is set"});
     }
@@ -306,28 +388,11 @@ int doctor(const DoctorOptions &options) {
   print_python(env);
   for (const auto &[name, value] : vllm.lines) line(name, value);
   fmt::print("\n");
-  std::vector<std::string> headers{"problem", "runs on", "because"};
-  if (gpu_runs) headers.insert(headers.begin() + 1, "in GPU memory");
-  Table table(headers);
-  for (const Choice &c : chosen) {
-    std::vector<std::string> cells{c.problem, c.implementation.empty() ? "nothing" : c.implementation,
-                                   c.implementation.empty() ? "see below" : c.reason};
-    if (gpu_runs) cells.insert(cells.begin() + 1, c.on_gpu.empty() ? "not offered" : c.on_gpu);
-    table.row(cells, c.implementation.empty() ? Colour::kRed : Colour::kPlain);
-  }
-  table.print();
-  if (options.verbose) {
-    for (const Choice &c : chosen)
-      fmt::print("\n{}\n{}", paint(Colour::kBold, c.problem), c.gpu_explanation + c.explanation);
-  }
+  print_choices(chosen, gpu_runs, options.verbose);
   fmt::print("\n");
-  for (const Finding &f : findings) {
-    const Colour colour = f.level == Finding::kNote      ? Colour::kDim
-                          : f.level == Finding::kWarning ? Colour::kYellow
-                                                         : Colour::kRed;
-    fmt::print("  {} {}\n", paint(colour, fmt::format("{:<8}", level_name(f.level))), f.text);
-    if (!f.mend.empty()) fmt::print("           {} {}\n", paint(Colour::kDim, "mend:"), f.mend);
-  }
+  print_switches();
+  fmt::print("\n");
+  print_findings(findings);
   fmt::print("\n{}\n", errors     ? paint(Colour::kRed, fmt::format("{} errors, {} warnings", errors, warnings))
                        : warnings ? paint(Colour::kYellow, fmt::format("no errors, {} warnings", warnings))
                                   : paint(Colour::kGreen, "no troubles"));

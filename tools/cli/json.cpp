@@ -2,8 +2,6 @@
 
 #include <cstdio>
 #include <ctime>
-#include <fstream>
-#include <stdexcept>
 
 #include "cli/gpu_run.hpp"
 
@@ -85,10 +83,7 @@ void print_json(const Json &json) {
 }
 
 void write_json(const Json &json, const std::string &path) {
-  std::ofstream file(path);
-  file << json.dump(1, ' ', false, Json::error_handler_t::replace) << "\n";
-  file.close();
-  if (!file) throw std::runtime_error("cannot write " + path);
+  write_text(path, json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 }  // namespace flashspark::cli

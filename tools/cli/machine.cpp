@@ -6,12 +6,14 @@
 #include <sys/utsname.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <memory>
 #include <sstream>
+#include <stdexcept>
 #include <thread>
 
 #include "flashspark/flashspark.h"
@@ -86,6 +88,18 @@ std::string read_text(const std::string &path) {
   return result;
 }
 
+void write_text(const std::string &path, const std::string &text) {
+  std::ofstream file(path);
+  file << text;
+  file.close();
+  if (!file) throw std::runtime_error(fmt::format("cannot write {}: {}", path, std::strerror(errno)));
+}
+
+void require_writable(const std::string &path) {
+  if (!std::ofstream(path, std::ios::app))
+    throw std::runtime_error(fmt::format("cannot write {}: {}", path, std::strerror(errno)));
+}
+
 Machine machine() {
   Machine m;
   m.cpu = cpu_model();
@@ -93,7 +107,8 @@ Machine machine() {
   uname(&names);
   m.arch = names.machine;
   m.kernel = names.release;
-  m.simd = flashspark_cpu_target();
+  const char *simd = flashspark_cpu_target();
+  m.simd = simd != nullptr ? simd : "unknown";
   m.threads = flashspark_cpu_threads();
   cpu_set_t set;
   m.cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)

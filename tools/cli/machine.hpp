@@ -47,6 +47,8 @@ struct GpuFacts {
 };
 GpuFacts gpu_facts();
 
-std::string read_text(const std::string &path);  // empty if it cannot be read
+std::string read_text(const std::string &path);                     // empty if it cannot be read
+void write_text(const std::string &path, const std::string &text);  // throws if not all of it could be written
+void require_writable(const std::string &path);  // throws if it is not, before minutes are spent on what goes there
 
 }  // namespace flashspark::cli

@@ -1,10 +1,21 @@
 // Options and help. CLI11 takes seconds to compile, so nothing else includes it.
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <cerrno>
+#include <charconv>
+#include <csignal>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <iostream>
 #include <string>
 
 #include "cli/cli.hpp"
+#include "cli/measure.hpp"
 #include "flashspark/flashspark.h"
 
 namespace {
@@ -18,12 +29,45 @@ constexpr char kFooter[] = R"(Examples:
 
 Exit status: 0 fine, 1 a check failed, 2 wrong usage.)";
 
+// A decimal number from `low` to `high` and nothing else: CLI11's own conversion wraps, reads octal and takes nan.
+template <class T>
+CLI::Validator number(T low, T high) {
+  const auto read = [=](std::string &text) -> std::string {
+    T value{};
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size() || !(value >= low && value <= high))
+      return fmt::format("{} is not a number from {} to {}", text, low, high);
+    text = fmt::format("{}", value);
+    return {};
+  };
+  return CLI::Validator(read, "");
+}
+
+std::string not_empty(const std::string &text) {
+  return text.empty() ? "must not be empty" : "";
+}
+
+void add_text(CLI::App *sub, const char *name, std::string &value, const char *help, const char *type) {
+  sub->add_option(name, value, help)->check(not_empty)->type_name(type);
+}
+
+void add_flag(CLI::App *sub, const char *name, bool &value, const char *help) {
+  sub->add_flag(name, value, help)->disable_flag_override();  // --json=maybe is an error
+}
+
+void add_threads_and_seed(CLI::App *sub, int &threads, uint64_t &seed) {
+  sub->add_option("--threads", threads, "CPU threads, up to 1024 (0: all)")->transform(number(0, 1024))->type_name("N");
+  sub->add_option("--seed", seed, "Other random inputs, up to 2^64 - 1")
+      ->transform(number<uint64_t>(0, UINT64_MAX))
+      ->type_name("N");
+}
+
 void add_doctor(CLI::App &app, DoctorOptions &o) {
   auto *sub =
       app.add_subcommand("doctor", "Machine, implementations and Python environment; each trouble with its mend");
-  sub->add_flag("--json", o.json, "Print JSON");
-  sub->add_flag("--bandwidth", o.bandwidth, "Measure the FMA peak and the copy bandwidth (one second)");
-  sub->add_flag("-v,--verbose", o.verbose, "Print the whole explanation of every choice");
+  add_flag(sub, "--json", o.json, "Print JSON");
+  add_flag(sub, "--bandwidth", o.bandwidth, "Measure the FMA peak and the copy bandwidth (one second)");
+  add_flag(sub, "-v,--verbose", o.verbose, "Print the whole explanation of every choice");
   sub->footer(
       "Examples:\n  flashspark doctor\n  flashspark doctor --bandwidth --json | jq .machine\n\n"
       "Exit status: 0 no errors, 1 at least one error, 2 wrong usage.");
@@ -32,19 +76,18 @@ void add_doctor(CLI::App &app, DoctorOptions &o) {
 void add_verify(CLI::App &app, VerifyOptions &o) {
   auto *sub = app.add_subcommand("verify",
                                  "Three guide checks and the feature matrix, each against the oracle, on GPU and CPU");
-  sub->add_option("--filter", o.filter, "Only cases whose name contains TEXT")->type_name("TEXT");
-  sub->add_option("--implementation", o.implementation, "Only this implementation")->type_name("NAME");
-  sub->add_flag("--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
-  sub->add_option("--threads", o.threads, "CPU threads, up to 1024 (0: all)")
-      ->check(CLI::Range(0, 1024).description(""))
-      ->type_name("N");
-  sub->add_option("--seed", o.seed, "Other random inputs")->type_name("N");
-  sub->add_option("--report", o.report, "Write one JSON file with results and machine facts")->type_name("FILE");
-  sub->add_flag("--list", o.list, "Print the names of the cases and run nothing");
-  sub->add_flag("-v,--verbose", o.verbose, "A line for every case");
-  sub->add_flag("--json", o.json, "Print JSON");
+  add_text(sub, "--filter", o.filter, "Only cases whose name contains TEXT", "TEXT");
+  add_text(sub, "--implementation", o.implementation, "Only this implementation", "NAME");
+  add_flag(sub, "--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
+  add_threads_and_seed(sub, o.threads, o.seed);
+  add_text(sub, "--report", o.report, "Write one JSON file with results and machine facts", "FILE");
+  add_flag(sub, "--list", o.list, "Print the names of the cases and run nothing");
+  add_flag(sub, "-v,--verbose", o.verbose, "A line for every case");
+  add_flag(sub, "--json", o.json, "Print JSON");
   sub->add_flag("--vllm", o.vllm, "The installed vLLM's FLASH_ATTN backend on random batches; --seed, --verbose apply")
-      ->excludes("--filter", "--implementation", "--cpu", "--report", "--list", "--json");
+      ->disable_flag_override()
+      ->excludes("--filter", "--implementation", "--cpu", "--threads", "--report", "--list", "--json");
+  sub->get_option("--list")->excludes("--report");
   sub->footer(
       "Examples:\n  flashspark verify\n  flashspark verify --filter guide\n"
       "  flashspark verify --filter paged --implementation cpu-engine --verbose\n"
@@ -53,27 +96,25 @@ void add_verify(CLI::App &app, VerifyOptions &o) {
 }
 
 void add_bench_options(CLI::App *sub, BenchOptions &o, const char *plot) {
-  sub->add_option("--filter", o.filter, "Only cases whose name contains TEXT")->type_name("TEXT");
-  sub->add_option("--implementation", o.implementation, "This one instead of dispatch's choice")->type_name("NAME");
-  sub->add_flag("--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
-  sub->add_option("--threads", o.threads, "CPU threads, up to 1024 (0: all)")
-      ->check(CLI::Range(0, 1024).description(""))
-      ->type_name("N");
+  add_text(sub, "--filter", o.filter, "Only cases whose name contains TEXT", "TEXT");
+  add_text(sub, "--implementation", o.implementation, "This one instead of dispatch's choice", "NAME");
+  add_flag(sub, "--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
   sub->add_option("--seconds", o.seconds, "Time to spend on one case, 0.01 to 600")
-      ->check(CLI::Range(0.01, 600.0).description(""))
+      ->transform(number(0.01, 600.0))
       ->capture_default_str()
       ->type_name("S");
-  sub->add_option("--seed", o.seed, "Other random inputs")->type_name("N");
-  sub->add_option("--plot", o.plot, plot)->type_name("FILE.svg");
-  sub->add_flag("--list", o.list, "Print the names of the cases and run nothing");
-  sub->add_flag("--json", o.json, "Print JSON");
+  add_threads_and_seed(sub, o.threads, o.seed);
+  add_text(sub, "--plot", o.plot, plot, "FILE.svg");
+  add_flag(sub, "--list", o.list, "Print the names of the cases and run nothing");
+  sub->get_option("--list")->excludes("--plot");
+  add_flag(sub, "--json", o.json, "Print JSON");
 }
 
 void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options) {
   auto *sub = app.add_subcommand(
       "bench", "Times the guide checks, prefill and decode, on the GPU if there is one, against limits");
   add_bench_options(sub, o, "Write a bar chart");
-  sub->add_flag("--matrix", o.matrix, "The feature matrix too");
+  add_flag(sub, "--matrix", o.matrix, "The feature matrix too");
   sub->footer(
       "Examples:\n  flashspark bench\n  flashspark bench --filter decode --plot decode.svg\n"
       "  flashspark bench --threads 1 --json > bench.json\n\n"
@@ -84,7 +125,7 @@ void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options) {
   for (CLI::Option *option : sub->get_options()) decode->excludes(option);  // it has its own
   decode_options.seconds = 0.05;
   add_bench_options(decode, decode_options, "Write a chart of time against batch x context");
-  decode->add_flag("--full", decode_options.full, "The whole grid of thousands");
+  add_flag(decode, "--full", decode_options.full, "The whole grid of thousands");
   decode->footer(
       "Examples:\n  flashspark bench decode --plot decode.svg\n  flashspark bench decode --filter 64/8-D128\n"
       "  flashspark bench decode --full --filter q1-page16-bf16 --json > decode.json\n\n"
@@ -98,9 +139,7 @@ void add_uninstall(CLI::App &app) {
       "removed.");
 }
 
-}  // namespace
-
-int main(int argc, char **argv) {
+int run(int argc, char **argv) {
   CLI::App app("flashspark: FlashAttention for NVIDIA SM12x GPUs and for any CPU", "flashspark");
   app.set_version_flag("--version", std::string("flashspark ") + flashspark_version());
   app.require_subcommand(0, 1);  // CLI11's message for a misspelt subcommand would not name it if one were required
@@ -121,16 +160,45 @@ int main(int argc, char **argv) {
     std::fputs(app.help().c_str(), stderr);
     return kUsage;
   }
-  try {
-    if (app.got_subcommand("doctor")) return doctor(doctor_options);
-    if (app.got_subcommand("verify")) return verify_options.vllm ? verify_vllm(verify_options) : verify(verify_options);
-    if (app.got_subcommand("uninstall")) return uninstall();
-    return app.get_subcommand("bench")->got_subcommand("decode") ? bench_decode(decode_options) : bench(bench_options);
-  } catch (const UsageError &e) {
-    std::fprintf(stderr, "flashspark: %s\n", e.what());
-    return kUsage;
-  } catch (const std::exception &e) {
-    std::fprintf(stderr, "flashspark: %s\n", e.what());
-    return kFailed;
+  if (app.got_subcommand("doctor")) return doctor(doctor_options);
+  if (app.got_subcommand("uninstall")) return uninstall();
+  if (const std::string wrong = environment_error(); !wrong.empty()) throw UsageError(wrong);
+  if (app.got_subcommand("verify")) return verify_options.vllm ? verify_vllm(verify_options) : verify(verify_options);
+  return app.get_subcommand("bench")->got_subcommand("decode") ? bench_decode(decode_options) : bench(bench_options);
+}
+
+// A standard stream that the caller closed would otherwise be the next file that is opened, and get what is printed.
+// Writing to these fails.
+void open_standard_streams() {
+  for (int fd = 0; fd <= 2; ++fd) {
+    if (fcntl(fd, F_GETFD) < 0 && errno == EBADF) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
   }
+}
+
+// Text that could not be written is an error, whatever the command found.
+int close_output(int status) {
+  errno = 0;
+  std::cout.flush();
+  const bool failed_before = std::ferror(stdout) != 0;
+  if (std::fclose(stdout) == 0 && !failed_before) return status;
+  std::fprintf(stderr, "flashspark: cannot write to standard output: %s\n",
+               errno != 0 ? std::strerror(errno) : "it is full or closed");
+  return status == kOk ? kFailed : status;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  open_standard_streams();
+  std::signal(SIGPIPE, SIG_DFL);  // `| head -1` ends the command quietly, whatever the caller ignores
+  int status = kFailed;
+  try {
+    status = run(argc, argv);
+  } catch (const UsageError &e) {
+    status = kUsage;
+    std::fprintf(stderr, "flashspark: %s\n", e.what());
+  } catch (const std::exception &e) {
+    if (!std::ferror(stdout)) std::fprintf(stderr, "flashspark: %s\n", e.what());  // else close_output() says it
+  }
+  return close_output(status);
 }

@@ -35,6 +35,18 @@ std::vector<std::string> select_implementations(const std::string &name, bool gp
       fmt::format("--implementation: \"{}\" is not in this build; there are {}", name, fmt::join(names, ", ")));
 }
 
+std::string environment_error() {
+  cases::Case smallest;
+  smallest.lens = {{1, 1}};
+  smallest.heads_q = smallest.heads_kv = 1, smallest.head_dim = 8;
+  for (const char *implementation : {static_cast<const char *>(nullptr), "cpu-engine"}) {
+    const flashspark_status status = cases::Problem(smallest).launch(implementation, 0);
+    // That the implementation asked for does not run on a CPU is no error of its switch.
+    if (status != FLASHSPARK_OK && status != FLASHSPARK_UNSUPPORTED) return flashspark_last_error();
+  }
+  return {};
+}
+
 void print_list(const std::vector<cases::Case> &all, bool json) {
   if (json) {
     Json list = Json::array();

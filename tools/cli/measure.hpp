@@ -16,6 +16,9 @@ std::vector<cases::Case> select(std::vector<cases::Case> all, const std::string 
 // and for the GPU's without a GPU.
 std::vector<std::string> select_implementations(const std::string &name, bool gpu);
 
+// What is wrong with the library's environment switches, which it reports when it computes; empty if nothing.
+std::string environment_error();
+
 void print_list(const std::vector<cases::Case> &all, bool json);
 
 // Seconds of one call, of which `status` is the result.

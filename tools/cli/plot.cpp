@@ -4,10 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <iterator>
-#include <stdexcept>
 
+#include "cli/machine.hpp"
 #include "cli/terminal.hpp"
 
 namespace flashspark::cli {
@@ -46,13 +45,6 @@ std::string begin(int width, int height, const std::string &title, const std::st
       width, height, escape(title), escape(subtitle));
 }
 
-void write(const std::string &path, const std::string &svg) {
-  std::ofstream file(path);
-  file << svg << "</svg>\n";
-  file.close();
-  if (!file) throw std::runtime_error("cannot write " + path);
-}
-
 }  // namespace
 
 void write_bars(const std::string &path, const std::string &title, const std::string &subtitle,
@@ -85,7 +77,7 @@ void write_bars(const std::string &path, const std::string &title, const std::st
         fmt::format("<rect x=\"{}\" y=\"{}\" width=\"11\" height=\"11\" fill=\"{}\"/>\n", x, bottom + 20, colours[n]);
     svg += fmt::format("<text x=\"{}\" y=\"{}\" fill=\"#666\">{}</text>\n", x + 17, bottom + 30, names[n]);
   }
-  write(path, svg);
+  write_text(path, svg + "</svg>\n");
 }
 
 void write_curves(const std::string &path, const std::string &title, const std::string &subtitle,
@@ -134,7 +126,7 @@ void write_curves(const std::string &path, const std::string &title, const std::
     svg += fmt::format("<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-opacity=\"0.4\"/>\n", line, colour);
     svg += dots;
   }
-  write(path, svg);
+  write_text(path, svg + "</svg>\n");
 }
 
 }  // namespace flashspark::cli

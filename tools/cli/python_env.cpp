@@ -8,17 +8,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <sstream>
-
-#include "cli/machine.hpp"
 
 namespace flashspark::cli {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr std::array kInteresting = {"flashspark", "torch",     "vllm",        "apache-tvm-ffi",
-                                     "numpy",      "ml-dtypes", "transformers"};
 
 bool executable(const fs::path &path) {
   return access(path.c_str(), X_OK) == 0 && fs::is_regular_file(path);
@@ -44,51 +40,50 @@ void find_interpreter(PythonEnvironment &env) {
   }
 }
 
-void add_folders(PythonEnvironment &env, const fs::path &prefix) {
-  std::vector<std::string> found;
-  for (const char *lib : {"lib", "lib64", "local/lib"}) {
-    std::error_code error;
-    for (const auto &entry : fs::directory_iterator(prefix / lib, error)) {
-      if (!entry.path().filename().string().starts_with("python3")) continue;
-      for (const char *kind : {"site-packages", "dist-packages"}) {
-        const fs::path folder = fs::weakly_canonical(entry.path() / kind, error);
-        if (fs::is_directory(folder, error)) found.push_back(folder);
-      }
-    }
-  }
-  std::sort(found.begin(), found.end());
-  for (const std::string &folder : found) {
-    if (std::find(env.site_folders.begin(), env.site_folders.end(), folder) == env.site_folders.end()) {
-      env.site_folders.push_back(folder);
-    }
-  }
+// What importlib.metadata finds, on the path that the user's own programs have: environments may be layered by .pth
+// files, PYTHONPATH or the system's packages. A package without metadata that can be imported has no known version.
+constexpr char kQuestion[] = R"(
+import sys
+if sys.path and not sys.path[0]: del sys.path[0]  # the current folder
+import importlib.metadata, importlib.util, json, os, re, site
+names = ["flashspark", "torch", "vllm", "apache-tvm-ffi", "numpy", "ml-dtypes", "transformers"]
+modules = {"apache-tvm-ffi": "tvm_ffi"}
+packages = {}
+for name in names:
+    try:
+        found = importlib.metadata.distribution(name)
+        requires = [r for r in found.requires or [] if ";" not in r]
+        packages[name] = {"version": found.metadata["Version"] or "", "requirements": requires,
+                          "folder": str(getattr(found, "_path", found.locate_file("")))}
+    except importlib.metadata.PackageNotFoundError:
+        spec = importlib.util.find_spec(modules.get(name, name.replace("-", "_")))
+        if spec is None or not spec.origin: continue
+        packages[name] = {"version": "unknown", "requirements": [], "folder": os.path.dirname(spec.origin)}
+    if name == "flashspark":
+        wanted = [re.split("[^A-Za-z0-9._-]", r)[0] for r in packages[name]["requirements"]]
+        names += [n for n in (re.sub("[-_.]+", "-", w).lower() for w in wanted) if n not in names]
+sites = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+sites = list(dict.fromkeys(os.path.realpath(s) for s in sites if os.path.isdir(s)))
+folders = list(dict.fromkeys([*sites, *(os.path.realpath(p) for p in sys.path)]))
+shim = ["fa4_sm120_shim.py", "zzz_fa4_sm120_shim.pth"]
+files = sorted(f for f in (os.path.join(p, s) for p in folders for s in shim) if os.path.isfile(f))
+print(json.dumps({"site_folders": sites, "packages": packages, "shim_files": files,
+                  "has_pip": importlib.util.find_spec("pip") is not None}))
+)";
+
+void take_answer(PythonEnvironment &env, const nlohmann::json &answer) {
+  env.answered = true;
+  env.site_folders = answer.at("site_folders");
+  env.shim_files = answer.at("shim_files");
+  env.has_pip = answer.at("has_pip");
+  for (const auto &[name, package] : answer.at("packages").items())
+    env.packages[name] = {package.at("version"), package.at("folder"), package.at("requirements")};
 }
 
-// Asks an interpreter behind a shim script (pyenv, asdf) for its prefix; -I -S run none of its packages' code.
-std::string ask_prefix(const std::string &interpreter) {
-  if (interpreter.find('\'') != std::string::npos) return {};
-  const std::string command = "'" + interpreter + "' -I -S -c 'import sys; print(sys.prefix)' 2>/dev/null";
-  std::string answer;
-  if (FILE *pipe = popen(command.c_str(), "r")) {
-    std::array<char, 4096> buffer;
-    while (std::fgets(buffer.data(), buffer.size(), pipe)) answer += buffer.data();
-    pclose(pipe);
-  }
-  while (!answer.empty() && std::isspace(static_cast<unsigned char>(answer.back()))) answer.pop_back();
-  return answer;
-}
-
-void find_folders(PythonEnvironment &env) {
-  const fs::path prefix = fs::path(env.interpreter).parent_path().parent_path();
-  add_folders(env, prefix);
-  const std::string config = read_text(prefix / "pyvenv.cfg");
-  if (!env.site_folders.empty() && config.find("include-system-site-packages = true") == std::string::npos) return;
-  if (!config.empty()) {  // a virtual environment that sees the system's packages too
-    std::error_code error;
-    add_folders(env, fs::canonical(env.interpreter, error).parent_path().parent_path());
-    return;
-  }
-  if (const std::string real = ask_prefix(env.interpreter); !real.empty()) add_folders(env, real);
+std::string quoted(const std::string &word) {
+  std::string text = "'";
+  for (const char c : word) text += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return text + "'";
 }
 
 // PEP 503: lower case, runs of - _ . are one -.
@@ -100,21 +95,6 @@ std::string normalise(const std::string &name) {
     result += separator ? '-' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
   }
   return result;
-}
-
-Package read_package(const fs::path &folder) {
-  Package package;
-  package.folder = folder;
-  std::istringstream lines(read_text(folder / "METADATA"));
-  for (std::string line; std::getline(lines, line) && !line.empty() && line != "\r";) {
-    if (line.back() == '\r') line.pop_back();
-    if (line.starts_with("Version: ")) package.version = line.substr(9);
-    // What follows ';' is a condition: extras, platforms, Python versions.
-    if (line.starts_with("Requires-Dist: ") && line.find(';') == std::string::npos) {
-      package.requirements.push_back(line.substr(15));
-    }
-  }
-  return package;
 }
 
 std::vector<int> release(const std::string &version) {
@@ -163,24 +143,30 @@ bool requirement_met(const std::string &clauses, const std::string &version) {
   return true;
 }
 
+std::string last_line_of(const PythonEnvironment &env, const std::vector<std::string> &arguments) {
+  // The current folder may hold another numpy or vllm; -P is newer than Python 3.10.
+  std::string command = "PYTHONSAFEPATH=1 " + quoted(env.interpreter);
+  for (const std::string &argument : arguments) command += " " + quoted(argument);
+  std::string output;
+  if (FILE *pipe = popen((command + " 2>/dev/null").c_str(), "r")) {
+    std::array<char, 4096> buffer;
+    while (std::fgets(buffer.data(), buffer.size(), pipe)) output += buffer.data();
+    pclose(pipe);
+  }
+  std::istringstream lines(output);
+  std::string last;
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.empty()) last = line;
+  }
+  return last;
+}
+
 PythonEnvironment python_environment() {
   PythonEnvironment env;
   find_interpreter(env);
   if (env.interpreter.empty()) return env;
-  find_folders(env);
-  for (const std::string &site : env.site_folders) {
-    std::error_code error;
-    for (const auto &entry : fs::directory_iterator(site, error)) {
-      const std::string name = entry.path().filename();
-      if (name == "fa4_sm120_shim.py" || name == "zzz_fa4_sm120_shim.pth") env.shim_files.push_back(entry.path());
-      if (!name.ends_with(".dist-info")) continue;
-      const std::string project = normalise(name.substr(0, name.find('-')));
-      env.has_pip |= project == "pip";
-      if (std::find(kInteresting.begin(), kInteresting.end(), project) == kInteresting.end()) continue;
-      env.packages.try_emplace(project, read_package(entry.path()));  // the first folder wins, as on sys.path
-    }
-  }
-  std::sort(env.shim_files.begin(), env.shim_files.end());
+  const auto answer = nlohmann::json::parse(last_line_of(env, {"-c", kQuestion}), nullptr, /*allow_exceptions=*/false);
+  if (answer.is_object() && answer.contains("has_pip")) take_answer(env, answer);
   return env;
 }
 

@@ -1,4 +1,4 @@
-// The Python environment that `flashspark` would serve, read from its files: no Python code of it is run.
+// The Python environment that `flashspark` would serve. Its own interpreter is asked what it would import.
 #pragma once
 
 #include <map>
@@ -8,21 +8,24 @@
 namespace flashspark::cli {
 
 struct Package {
-  std::string version;
-  std::string folder;                     // the .dist-info
+  std::string version;                    // "unknown": can be imported, but has no metadata; empty: broken metadata
+  std::string folder;                     // the .dist-info, or where its module lies
   std::vector<std::string> requirements;  // Requires-Dist without extras
 };
 
 struct PythonEnvironment {
   std::string interpreter;                  // empty: no Python found
   std::string found_by;                     // "beside this program", "$VIRTUAL_ENV", "PATH"
-  std::vector<std::string> site_folders;    // site-packages and dist-packages that exist
-  std::map<std::string, Package> packages;  // flashspark, torch, vllm, apache-tvm-ffi, numpy, ml-dtypes; those found
+  bool answered = false;                    // otherwise nothing below is known
+  std::vector<std::string> site_folders;    // whose .pth files it reads: site-packages and dist-packages that exist
+  std::map<std::string, Package> packages;  // of the whole path: flashspark, its requirements, torch, vllm; those found
   std::vector<std::string> shim_files;      // of the community's SM120 shim for vLLM
   bool has_pip = false;                     // uv makes environments without
 };
 
 PythonEnvironment python_environment();
+// Runs its interpreter with the user's environment; the last line of its standard output, empty if there is none.
+std::string last_line_of(const PythonEnvironment &env, const std::vector<std::string> &arguments);
 // The command that installs what is appended to it.
 std::string pip_install(const PythonEnvironment &env);
 

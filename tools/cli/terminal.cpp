@@ -10,12 +10,15 @@
 namespace flashspark::cli {
 namespace {
 
+// Whether this stream is a terminal that knows escape sequences, and nobody asked for none.
+bool takes_escapes(int stream) {
+  const char *no_color = std::getenv("NO_COLOR");
+  const char *term = std::getenv("TERM");
+  return isatty(stream) && !(no_color && *no_color) && term && *term && std::string(term) != "dumb";
+}
+
 bool colours() {
-  static const bool on = [] {
-    const char *no_color = std::getenv("NO_COLOR");
-    const char *term = std::getenv("TERM");
-    return isatty(STDOUT_FILENO) && !(no_color && *no_color) && !(term && std::string(term) == "dumb");
-  }();
+  static const bool on = takes_escapes(STDOUT_FILENO);
   return on;
 }
 
@@ -78,7 +81,7 @@ void Table::print() const {
   for (size_t r = 0; r < rows_.size(); ++r) line(rows_[r], colours_[r], Colour::kPlain);
 }
 
-Progress::Progress(size_t total) : total_(total), shown_(isatty(STDERR_FILENO) && total > 1) {}
+Progress::Progress(size_t total) : total_(total), shown_(takes_escapes(STDERR_FILENO) && total > 1) {}
 
 Progress::~Progress() {
   if (shown_) fmt::print(stderr, "\r\033[K");

@@ -8,7 +8,7 @@ namespace flashspark::cli {
 
 enum class Colour { kPlain, kBold, kDim, kGreen, kYellow, kRed };
 
-// `text` in colour if stdout is a terminal and NO_COLOR is not set.
+// `text` in colour if stdout is a terminal, not a dumb one, and NO_COLOR is not set.
 std::string paint(Colour colour, const std::string &text);
 
 // Columns as wide as their widest cell. A header that starts with '>' aligns its column to the right.
@@ -25,7 +25,7 @@ class Table {
   std::vector<Colour> colours_;
 };
 
-// One line on stderr that overwrites itself; nothing if stderr is not a terminal.
+// One line on stderr that overwrites itself; nothing if stderr is no terminal, a dumb one, or NO_COLOR is set.
 class Progress {
  public:
   explicit Progress(size_t total);

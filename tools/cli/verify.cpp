@@ -192,6 +192,7 @@ int verify(const VerifyOptions &options) {
   for (cases::Case &c : cases::feature_matrix()) all.push_back(std::move(c));
   all = select(std::move(all), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
+  if (!options.report.empty()) require_writable(options.report);
   const std::unique_ptr<GpuSession> gpu = open_gpu(options.cpu);
   const std::vector<std::string> implementations = select_implementations(options.implementation, gpu != nullptr);
 

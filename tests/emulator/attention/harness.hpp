@@ -1,6 +1,7 @@
 // Attention problems (src/cases) run by the GPU kernels on the emulator.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <string>
 
@@ -34,6 +35,11 @@ struct Run {
 bool can_run(const cases::Problem &problem);
 bool can_run(const Kernel &kernel, const cases::Problem &problem);
 Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed);
+
+// The kernels alone: no lengths are read here, and `result` stays empty. `spoil`, where given, may change what a
+// schedule of the problem's own lengths holds; without it the seed says of which lengths the schedule is.
+using SpoilSchedule = std::function<void(std::span<int32_t> lines)>;
+Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &spoil = {});
 
 // Runs and compares with the oracle: empty if all is well. Faults of the emulator come back as text.
 std::string check(const cases::Case &spec, const Kernel *kernel, uint64_t seed);

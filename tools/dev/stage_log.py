@@ -1,0 +1,185 @@
+"""What one stage of run_tests.py runs and counts: programs of several test frameworks, and every test they left out.
+
+A test that is left out is told with its reason at the end of the run, and is a failure unless allowed_skips.txt names
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+JOBS = os.cpu_count() or 2
+ALLOWED = Path(__file__).with_name("allowed_skips.txt")
+
+
+class Failed(Exception):
+    """A check did not hold; the text says which."""
+
+
+def allowed_skips(path: Path = ALLOWED) -> list[tuple[str, str, str]]:
+    """Stage, place (a pattern) and reason of each line."""
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    words = [tuple(part.strip() for part in line.split("|", 2)) for line in lines if line and not line.startswith("#")]
+    if wrong := [line for line in words if len(line) != 3]:
+        raise Failed(f"{path.name}: not stage | place | reason: {wrong[0]}")
+    return words
+
+
+@dataclass
+class Log:
+    """What one stage runs and counts. Commands append to the stage's log file."""
+
+    path: Path
+    passed: int = 0
+    failed: int = 0
+    skips: list[tuple[str, str]] = field(default_factory=list)  # where, and the reason as its program gives it
+    failures: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the counts, where programs run beside each other
+
+    def run(self, *command: str | Path, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None) -> str:
+        words = [str(word) for word in command]
+        result = subprocess.run(
+            words,
+            cwd=cwd,
+            env=os.environ | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        with self.lock, self.path.open("a") as log:
+            log.write(f"$ {' '.join(words)}\n{result.stdout}\n")
+        if check and result.returncode != 0:
+            raise Failed(f"{words[0]} ended with {result.returncode}")
+        return result.stdout
+
+    def check(self, holds: bool, what: str) -> None:
+        """One check of the stage itself."""
+        with self.lock:
+            if holds:
+                self.passed += 1
+            else:
+                self.failed += 1
+                self.failures.append(what)
+
+    def skip(self, where: str, reason: str) -> None:
+        """Something that the stage leaves out."""
+        with self.lock:
+            self.skips.append((where, reason))
+
+    def add(self, passed: int, failed: int, failures: list[str], skips: list[tuple[str, str]]) -> None:
+        with self.lock:
+            self.passed += passed
+            self.failed += failed
+            self.failures += failures
+            self.skips += skips
+
+    def judge_skips(self, stage: str, allowed: list[tuple[str, str, str]]) -> None:
+        """Skips that the list does not name are failures, and so is a stage that neither ran nor left out a test."""
+        for where, reason in self.skips:
+            if not any(stage == s and fnmatchcase(where, place) and reason == why for s, place, why in allowed):
+                self.failed += 1
+                self.failures.append(f"left out, and not in {ALLOWED.name}: {stage} | {where} | {reason}")
+        if self.passed + self.failed == 0 and not self.skips:
+            self.failed += 1
+            self.failures.append("the stage ran no tests")
+
+    def gtest(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
+        name = Path(str(command[0])).name
+        self.add(*read_gtest(name, self.run(*command, check=False, env=env)))
+
+    def gtest_shards(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
+        """The same tests, dealt out to one process a core."""
+        shards = [{"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(n)} | (env or {}) for n in range(JOBS)]
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(lambda shard: self.gtest(*command, env=shard), shards))
+
+    def pytest(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
+        self.add(*read_pytest(self.run(*command, "-qrs", check=False, env=env)))
+
+    def unittests(self, *command: str | Path) -> None:
+        self.add(*read_unittests(self.run(*command, check=False), 1))
+
+    def ctest(self, *command: str | Path) -> None:
+        """Programs of Python's unittest."""
+        out = self.run(*command, "-V", check=False)
+        programs = re.search(r"(\d+) tests? failed out of (\d+)", out)
+        if not programs or int(programs[2]) == 0:
+            raise Failed("ctest ran no tests")
+        counts = read_unittests(re.sub(r"^\d+: ", "", out, flags=re.M), int(programs[2]))
+        if int(programs[1]) and counts[1] == 0:
+            raise Failed(f"ctest: {programs[0]}, without a test that failed")
+        self.add(*counts)
+
+    def summary(self, out: str, program: str, failure: str) -> None:
+        """The line "N passed, N failed" that our own programs end with; `failure` finds what they name."""
+        counts = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
+        if not counts:
+            raise Failed(f"{program} did not finish")
+        self.add(int(counts[1]), int(counts[2]), re.findall(failure, out, re.M), [])
+
+    def preset(self, name: str, *targets: str) -> Path:
+        self.run("cmake", "--preset", name)
+        self.run("cmake", "--build", "--preset", name, "-j", str(JOBS), *(["--target", *targets] if targets else []))
+        return BUILD / name
+
+
+Counts = tuple[int, int, list[str], list[tuple[str, str]]]  # passed, failed, failures, skips
+
+
+def read_gtest(name: str, out: str) -> Counts:
+    ran = re.search(r"\[=+\] (\d+) tests? from \d+ test suites? ran", out)
+    passed = re.search(r"\[  PASSED  \] (\d+) test", out)
+    if not ran or not passed:
+        raise Failed(f"{name} did not finish")
+    if int(ran[1]) == 0:
+        raise Failed(f"{name} ran no tests")
+    skips = [
+        (test, " ".join(re.sub(r"^\S+:\d+: Skipped$", "", text, flags=re.M).split()))
+        for _, text, test in re.findall(r"\[ RUN      \] (\S+)\n((?:(?!\[ RUN).*\n)*?)\[  SKIPPED \] (\S+) \(", out)
+    ]
+    found = re.search(r"\[  SKIPPED \] (\d+) test", out)
+    if (int(found[1]) if found else 0) != len(skips):
+        raise Failed(f"{name}: {found[0] if found else 'no'} skipped tests, of which {len(skips)} say why")
+    failed = int(ran[1]) - int(passed[1]) - len(skips)
+    if disabled := re.search(r"YOU HAVE (\d+) DISABLED TEST", out):
+        skips.append((name, f"{disabled[1]} disabled"))
+    return int(passed[1]), failed, re.findall(r"\[  FAILED  \] (\S+),? ", out), skips
+
+
+def read_pytest(out: str) -> Counts:
+    summary = out.strip().splitlines()[-1] if out.strip() else ""
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (\w+)", summary)}
+    if not counts.get("passed"):
+        raise Failed(f"pytest: {summary or 'no output'}")
+    skips = []
+    for count, where, reason in re.findall(r"^SKIPPED \[(\d+)\] (.*?)(?::\d+)?: (.*)$", out, re.M):
+        skips += [(where, reason)] * int(count)
+    if len(skips) != counts.get("skipped", 0):
+        raise Failed(f"pytest: {counts.get('skipped', 0)} skipped tests, of which {len(skips)} say why")
+    skips += [("pytest", f"{counts[kind]} {kind}") for kind in ("deselected", "xfailed", "xpassed") if kind in counts]
+    failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
+    return counts["passed"], failed, re.findall(r"^(?:FAILED|ERROR) (\S+)", out, re.M), skips
+
+
+def read_unittests(out: str, programs: int) -> Counts:
+    """What so many programs of Python's unittest printed, which name each test."""
+    runs = [int(n) for n in re.findall(r"^Ran (\d+) tests?", out, re.M)]
+    if len(runs) != programs or 0 in runs:
+        raise Failed(f"{programs} programs of unittest ran {runs} tests")
+    skips = re.findall(r"^(\w+ \(\S+\))(?:\n.*)?? \.\.\. skipped ['\"](.*)['\"]$", out, re.M)
+    if len(skips) != sum(int(n) for n in re.findall(r"skipped=(\d+)", out)):
+        raise Failed(f"unittest: skipped tests, of which {len(skips)} say why")
+    names = re.findall(r"^(?:FAIL|ERROR|UNEXPECTED SUCCESS): (.*)", out, re.M)
+    # Subtests of one test fail one by one.
+    failed = {name.split(")")[0] for name in names}
+    return sum(runs) - len(skips) - len(failed), len(failed), names, skips
