@@ -116,6 +116,7 @@ void read_cache(const Tensors &t, flashspark_append_params &p) {
   p.page_table = t.page_table.int32_data();
   p.page_table_stride = t.page_table.size(0) > 1 ? t.page_table.stride(0) : t.page_table.size(1);
   p.num_page_slots = t.page_table.size(1);
+  t.page_table.require_rows();
   p.num_cache_rows = t.page_table.size(0);
   p.num_pages = t.k_cache.size(0);
   p.page_size = t.k_cache.size(1);

@@ -74,6 +74,7 @@ void read_pages(const Tensor &k, const Tensor &table, bool indexed, flashspark_a
   p.num_page_slots = table.size(1);
   p.num_pages = k.size(0);
   p.page_size = k.size(1);
+  table.require_rows();
   p.num_kv_seqs = table.size(0);
 }
 

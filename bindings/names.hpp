@@ -24,6 +24,7 @@ inline constexpr Name kAttentionNames[] = {
     {"num_pages", {"k.shape[0]", "k_cache.shape[0]", "k.shape[0]"}},
     {"num_page_slots", {"block_table.shape[1]", "block_table.shape[1]", "page_table.shape[1]"}},
     {"page_table_stride", {"block_table.stride(0)", "block_table.stride(0)", "page_table.stride(0)"}},
+    {"num_kv_seqs", {"k.shape[0]", "k_cache.shape[0]", "k.shape[0]"}},
     {"sinks_dtype", {"sinks.dtype", "sinks.dtype", "learnable_sink.dtype"}},
     {"rel_dtype", {"rel_logits.dtype", "rel_logits.dtype", "rel_logits.dtype"}},
     {"rel_extent", {"rel_logits.shape[-1]", "rel_logits.shape[-1]", "rel_logits.shape[-1]"}},
@@ -46,19 +47,18 @@ inline constexpr Name kAppendNames[] = {
     {"num_pages", {"k_cache.shape[0]", "k_cache.shape[0]", "k_cache.shape[0]"}},
     {"num_page_slots", {"block_table.shape[1]", "block_table.shape[1]", "block_table.shape[1]"}},
     {"page_table_stride", {"block_table.stride(0)", "block_table.stride(0)", "block_table.stride(0)"}},
+    {"num_cache_rows", {"k_cache.shape[0]", "k_cache.shape[0]", "k_cache.shape[0]"}},
     {"rotary_dim", {"2 * rotary_cos.shape[1]", "2 * rotary_cos.shape[1]", "2 * rotary_cos.shape[1]"}},
     {"rotary_dtype", {"rotary_cos.dtype", "rotary_cos.dtype", "rotary_cos.dtype"}},
     {"seqlen_rotary", {"rotary_cos.shape[0]", "rotary_cos.shape[0]", "rotary_cos.shape[0]"}},
 };
 
 inline constexpr Name kScheduleNames[] = {
-    {"num_seqs", {"batch_size"}},
-    {"head_dim", {"headdim"}},
-    {"head_dim_v", {"headdim_v"}},
-    {"window_left", {"window_size[0]"}},
-    {"window_right", {"window_size[1]"}},
-    {"scheduler_metadata", {"out"}},
-    {"scheduler_metadata_size", {"out.shape[0]"}},
+    {"num_seqs", {"batch_size"}},        {"seqused_k", {"cache_seqlens"}},
+    {"leftpad_k", {"cache_leftpad"}},    {"kv_batch_index", {"cache_batch_idx"}},
+    {"head_dim", {"headdim"}},           {"head_dim_v", {"headdim_v"}},
+    {"window_left", {"window_size[0]"}}, {"window_right", {"window_size[1]"}},
+    {"scheduler_metadata", {"out"}},     {"scheduler_metadata_size", {"out.shape[0]"}},
 };
 
 // Replaces the field that the core's error text starts with: "page_table[0][3] = 9: ..." -> "block_table[0][3] = 9:

@@ -96,6 +96,11 @@ void Tensor::require_size(int32_t i, int64_t expected, const char *meaning) cons
              std::string("must be ") + meaning + ", " + std::to_string(expected));
 }
 
+void Tensor::require_rows() const {
+  if (size(0) <= INT32_MAX) return;
+  fail_value(std::string(name_) + ".shape[0]", std::to_string(size(0)), "must be below 2^31");
+}
+
 void Tensor::require_unit_stride() const {
   // Producers give the strides of an empty tensor no meaning.
   if (size(-1) <= 1 || stride(-1) == 1 || empty()) return;

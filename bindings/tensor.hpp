@@ -44,6 +44,7 @@ class Tensor {
 
   void require_ndim(std::initializer_list<int32_t> allowed, const char *meaning) const;
   void require_size(int32_t i, int64_t expected, const char *meaning) const;
+  void require_rows() const;         // as many as 32 bits count
   void require_unit_stride() const;  // the last dimension is contiguous
   void require_dense() const;        // all dimensions are contiguous
   void require_float() const;        // f32, f16, bf16 or e4m3

@@ -211,8 +211,9 @@ def _attend_any(
     if not mode.strict:
         if args[at["softmax_scale"]] is None and len(q.shape) > 0 and q.shape[-1] > 0:
             args[at["softmax_scale"]] = q.shape[-1] ** -0.5  # of the head size before it is padded
-        memory = _layout.writable(out, v.shape[-1] if len(v.shape) > 0 else 0)
-        q, k, v = _layout.readable(q), _layout.readable(k), _layout.readable(v)
+        step = _layout.step_of(k)
+        memory = _layout.writable(out, v.shape[-1] if len(v.shape) > 0 else 0, step)
+        q, k, v = _layout.readable(q, step), _layout.readable(k, step), _layout.readable(v, step)
     args[at["q"]], args[at["k"]], args[at["v"]], args[at["out"]], args[at["lse"]] = q, k, v, memory, lse
     for bits, name in enumerate(_STORED):
         if at[name] < len(args) and args[at[name]] is not None:

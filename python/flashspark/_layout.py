@@ -14,7 +14,6 @@ import numpy as np
 from ._tensors import Array, array, is_cupy, is_torch
 
 MOST = 512  # the widest head
-_STEP = 8  # numbers that head sizes are a multiple of
 _ROW = 16  # numbers that a copy's rows start at multiples of: 16 bytes of e4m3, 32 of 16-bit types
 
 
@@ -50,19 +49,24 @@ def _contiguous_last(x: Array) -> bool:
     return x.shape[-1] <= 1 or _strides(x)[-1] == x.dtype.itemsize or 0 in x.shape
 
 
-def padded(width: int) -> int:
+def step_of(k: Array) -> int:
+    """What head sizes must be a multiple of: 8, or 16 for keys in e4m3 on a GPU."""
+    return 16 if _on_cuda(k) and k.dtype.itemsize == 1 else 8
+
+
+def padded(width: int, step: int) -> int:
     """The head size that the native call computes with; the numbers behind `width` are zeros."""
-    return -(-width // _STEP) * _STEP
+    return -(-width // step) * step
 
 
-def readable(x: Array) -> Array:
+def readable(x: Array, step: int) -> Array:
     """x (.., width), or a copy of it that the native call can read, as wide as padded(width)."""
     if not _can_copy(x) or len(x.shape) < 3 or not 0 < x.shape[-1] <= MOST:
         return x  # the call says what is wrong with it
-    width = padded(x.shape[-1])
+    width = padded(x.shape[-1], step)
     if width == x.shape[-1] and _contiguous_last(x) and _aligned(x):
         return x
-    copy = _zeros(x, (*x.shape[:-1], -(-width // _ROW) * _ROW))
+    copy = _zeros(x, (*x.shape[:-1], padded(width, _ROW)))
     copy[..., : x.shape[-1]] = x
     return copy[..., :width]
 
@@ -76,15 +80,15 @@ def _zeros(x: Array, shape: tuple[int, ...]) -> Array:
     return np.zeros(shape, x.dtype)
 
 
-def writable(out: Array, width: int) -> Array:
+def writable(out: Array, width: int, step: int) -> Array:
     """out (.., width), or memory for the native call to write into, to be given to `hand_over` behind it."""
     if not _can_copy(out) or len(out.shape) < 3 or out.shape[-1] != width or not 0 < width <= MOST:
         return out
-    if padded(width) == width and _contiguous_last(out):
+    if padded(width, step) == width and _contiguous_last(out):
         return out
-    memory = _zeros(out, (*out.shape[:-1], -(-padded(width) // _ROW) * _ROW))
+    memory = _zeros(out, (*out.shape[:-1], padded(width, _ROW)))
     memory[..., :width] = out  # rows past seqused_q keep what they hold
-    return memory[..., : padded(width)]
+    return memory[..., : padded(width, step)]
 
 
 def hand_over(memory: Array, out: Any) -> None:

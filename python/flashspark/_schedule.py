@@ -11,6 +11,7 @@ import numpy as np
 from . import _core
 from ._call import call
 from ._kinds import pair, settled
+from ._layout import MOST, padded
 from ._signature import REQUIRED, SCHEDULE
 from ._tensors import Array, array, bump, empty_like, is_torch
 
@@ -60,6 +61,10 @@ def get_scheduler_metadata(
     gain: prefill, num_splits other than 0, deterministic, biased or capped scores, the CPU.
     """
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
+    if type(headdim) is int and 0 < headdim < MOST:  # as the calls compute with it
+        headdim = padded(headdim, 8)
+    if type(headdim_v) is int and 0 < headdim_v < MOST:
+        headdim_v = padded(headdim_v, 8)
     # fmt: off
     args = (
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, _type(qkv_dtype),
