@@ -16,6 +16,7 @@ import torch
 ON_CPU = os.environ.get("FLASHSPARK_GPU_TESTS_ON_CPU") == "1"
 # Behind a list of lengths or pages lies a number that no kernel survives using.
 POISON_INT = 2**30 + 7
+LARGEST, SMALLEST = 2**31 - 1, -(2**31)
 GUARD = 1024  # elements of NaN before and behind every tensor; a multiple of 16 bytes
 
 
@@ -380,3 +381,18 @@ def _score_options(problem: Problem, rng: np.random.Generator) -> None:
         options["output_scale"] = torch.full((1,), 0.02, device=q.device)
     if spec.rel_extent:
         options["rel_logits"] = torch.randn((*q.shape[:-1], spec.rel_extent), device=q.device).to(spec.dtype)
+
+
+def wild(rng: np.random.Generator, values: np.ndarray, at: tuple | slice) -> np.ndarray:
+    """values with wild ones in some places of `at`."""
+    result = values.copy()
+    part = result[at]
+    largest = int(values.max(initial=0))
+    kinds = [SMALLEST, -1, LARGEST, LARGEST - 7, largest + 1, -largest - 1, 2**30 + 7, 0]
+    choice = rng.choice(kinds, part.shape)
+    random = rng.integers(SMALLEST, LARGEST, part.shape, dtype=np.int64)
+    part[...] = np.where(rng.random(part.shape) < 0.6, np.where(rng.random(part.shape) < 0.7, choice, random), part)
+    if (part == values[at]).all():
+        part[...] = choice
+    result[at] = part
+    return result

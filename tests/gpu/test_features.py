@@ -275,6 +275,8 @@ FAULTS: dict[str, tuple[dict, dict]] = {
     "no softcap": ({"softcap": 12.0, "scale": 2.0}, {"softcap": 0.0}),
     "no sink": ({"sinks": torch.float32}, {"sinks": None}),
     "no ranges": ({"prefix": "per_seq"}, {"prefix_ranges": None}),
+    "a longer chunk": ({"chunk": 50}, {"attention_chunk": 51}),
+    "no chunk": ({"chunk": 500}, {"attention_chunk": 0}),
     "a key too few in R-SWA": ({"rswa": 48}, {"rswa_window": 47}),
 }
 
