@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from . import _core
-from ._call import CACHE, Mode, as_torch_raises, attend, call, is_plain, required, respelled, respelling
+from ._call import CACHE, Mode, as_torch_raises, attend, call, is_plain, learn_torch, required, respelled, respelling
 from ._kinds import any_flag, flag, integer, is_open, one_spelling, pair, refuse_qv, settled
 from ._layout import contiguous_rows, copied, hand_over
 from ._signature import APPEND
@@ -106,6 +106,7 @@ def _append_quickly(values: tuple[Any, ...]) -> bool:
 
 
 def _append_any(values: tuple[Any, ...], strict: bool) -> None:
+    learn_torch(values[_PLACE["k"]])
     args = settled(APPEND, 0, values)
     for name in ("k", "v", "k_cache", "v_cache"):
         required(name, args[_PLACE[name]])

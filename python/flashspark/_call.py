@@ -14,6 +14,7 @@ from . import _core, _layout
 from ._kinds import settled
 from ._signature import ATTENTION, Signature, in_tail
 from ._tensors import (
+    BFLOAT16,
     LAST_NUMPY_TYPE,
     Array,
     bump,
@@ -28,6 +29,8 @@ from ._tensors import (
 FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use; see bindings/signature.def
 
 _ndarray, _empty = np.ndarray, np.empty
+_BF16, _U16, _FOUR_BF16 = BFLOAT16.num, np.dtype(np.uint16), 0x3333  # stored_as of q, k, v and out
+_NUMPY = frozenset({np.ndarray, type(None), int, bool})  # of a plain call's tail
 CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
 _FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
 # Places among all arguments.
@@ -53,6 +56,12 @@ class _Torch:
 
 
 _torch = _Torch()
+
+
+def learn_torch(x: Array) -> None:
+    """Makes the quick ways know torch, where x is its tensor."""
+    if _torch.Tensor is None and is_torch(x):
+        _torch.learn()
 
 
 def call(function: Callable[..., Any], signature: Signature, args: tuple[Any, ...], face: int = 0) -> Any:
@@ -135,15 +144,21 @@ def attend(
         pass
     elif type(q) is type(k) is type(v) is _ndarray:
         if (
-            not tail
-            and q.dtype.num <= LAST_NUMPY_TYPE
-            and (out is None or type(out) is _ndarray)
+            ((number := q.dtype.num) <= LAST_NUMPY_TYPE or (number == _BF16 and k.dtype is v.dtype is q.dtype))
+            and (not tail or (_NUMPY.issuperset(map(type, tail)) and len(tail) <= _FLOATS))
+            and (out is None or (type(out) is _ndarray and (number != _BF16 or out.dtype.num == _BF16)))
             and (lse is None or type(lse) is _ndarray)
         ):
             try:
                 result = _empty(q.shape[:-1] + v.shape[-1:], q.dtype) if out is None else out
-                logs = empty_lse(q, False) if want_lse and lse is None else lse
-                function(face, 0, q, k, v, result, logs, *head)
+                logs = lse
+                if want_lse and lse is None:
+                    logs = empty_lse(q, bool(tail) and tail[CU_SEQLENS_Q] is not None)
+                if number == _BF16:
+                    views = (q.view(_U16), k.view(_U16), v.view(_U16), result.view(_U16))
+                    function(face, _FOUR_BF16, *views, logs, *head, *tail)
+                else:
+                    function(face, 0, q, k, v, result, logs, *head, *tail)
                 return result, logs
             except Exception:  # noqa: BLE001, S110 - the general way says what is wrong, or mends it
                 pass
@@ -192,8 +207,7 @@ def _attend_any(
     function: Callable[..., Any],
 ) -> Any:
     """`attend` for every kind of arguments. values: q, k, v, out, lse, the head and the tail."""
-    if _torch.Tensor is None and is_torch(values[0]):
-        _torch.learn()
+    learn_torch(values[0])
     args = settled(ATTENTION, face, (0, 0, *values))
     args[0] = face
     words, at = ATTENTION.words[face], _PLACE

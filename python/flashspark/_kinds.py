@@ -115,11 +115,15 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+# Values of these types are what the native call takes, as they are.
+_EXACT = {"code": int, "flag": bool, "real": float, "text": str}
+
+
 def settled(signature: Signature, face: int, values: tuple[Any, ...]) -> list[Any]:
     """The values of a native call, each as its kind wants it. Raises TypeError or ValueError, naming what is wrong."""
     words = signature.words[face]
     return [
-        value if value is None else KINDS[kind](word, value)
+        value if value is None or type(value) is _EXACT.get(kind) else KINDS[kind](word, value)
         for kind, word, value in zip(signature.kinds, words, values)
     ]
 

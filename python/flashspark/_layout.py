@@ -61,8 +61,11 @@ def padded(width: int, step: int) -> int:
 
 def readable(x: Array, step: int) -> Array:
     """x (.., width), or a copy of it that the native call can read, as wide as padded(width)."""
-    if not _can_copy(x) or len(x.shape) < 3 or not 0 < x.shape[-1] <= MOST:
+    shape = x.shape
+    if len(shape) < 3 or not 0 < shape[-1] <= MOST or not _can_copy(x):
         return x  # the call says what is wrong with it
+    if shape[-1] % step == 0 and type(x) is np.ndarray and x.strides[-1] == x.itemsize:
+        return x
     width = padded(x.shape[-1], step)
     if width == x.shape[-1] and _contiguous_last(x) and _aligned(x):
         return x
