@@ -389,6 +389,8 @@ def wild(rng: np.random.Generator, values: np.ndarray, at: tuple | slice) -> np.
     part = result[at]
     largest = int(values.max(initial=0))
     kinds = [SMALLEST, -1, LARGEST, LARGEST - 7, largest + 1, -largest - 1, 2**30 + 7, 0]
+    if values.dtype == np.int64:
+        kinds += [2**62, -(2**63)]
     choice = rng.choice(kinds, part.shape)
     random = rng.integers(SMALLEST, LARGEST, part.shape, dtype=np.int64)
     part[...] = np.where(rng.random(part.shape) < 0.6, np.where(rng.random(part.shape) < 0.7, choice, random), part)

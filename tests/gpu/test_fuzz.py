@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle import failures, poison_unseen
-from problem import ON_CPU, Spec, build
+from problem import ON_CPU, Problem, Spec, arena, build, wild
 
 CASES = int(os.environ.get("FLASHSPARK_GPU_CASES", "60" if ON_CPU else "500"))
 FIRST = int(os.environ.get("FLASHSPARK_GPU_SEED", "0"))
+WILD_EVERY = 25  # of so many cases one is run with wild metadata as well
 CHUNKS = min(CASES, 50)
 # Scores of all heads of a case, which the oracle's time follows; every eighth case may have more. CPUs get a fraction.
 SCORES, MORE_SCORES = (1 << 19, 1 << 21) if ON_CPU else (1 << 23, 1 << 27)
@@ -122,9 +124,20 @@ def draw(seed: int) -> Spec:
     return Spec(q_lens, k_lens, heads, dims, dtype, **options)
 
 
+def run_wild(problem: Problem, seed: int) -> None:
+    """The problem with metadata of no sense: it only must not fault, and changes nothing for the run behind it."""
+    rng = np.random.default_rng([seed, 7])
+    lists = {n: wild(rng, x, slice(None)) if rng.random() < 0.7 else x for n, x in problem.host.items()}
+    changed = replace(problem, device=arena(lists, problem.q.device))
+    changed.run(check_device=False)
+    torch.cuda.synchronize()
+
+
 def failures_of(spec: Spec, seed: int, device: torch.device) -> list[str]:
     problem = build(spec, seed, device)
     poison_unseen(problem)
+    if seed % WILD_EVERY == 0 and not ON_CPU:  # the CPU refuses
+        run_wild(problem, seed)
     return failures(problem, *problem.run())
 
 
