@@ -102,9 +102,7 @@ class Build:
         self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in programs}
 
     def command(self, *needed: str) -> list[str]:
-        listed = subprocess.check_output(
-            ["ninja", "-C", self.folder, "-t", "commands", FUZZ, FORWARD, WILD], text=True
-        )
+        listed = subprocess.check_output(["ninja", "-C", self.folder, "-t", "commands", FUZZ, FORWARD, WILD], text=True)
         for line in listed.splitlines():
             if all(text in line for text in needed):
                 words = shlex.split(line)

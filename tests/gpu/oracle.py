@@ -91,7 +91,8 @@ def group(p: Problem, members: np.ndarray, longest: tuple[int, int], sequences: 
     if table is not None:
         size = p.k.shape[1]
         slot = (place // size).clamp(max=table.shape[1] - 1)
-        outer_k = torch.where(has_key, table[index].gather(1, slot).long(), 0)
+        own = p.device["kv_batch_index"][index].long() if "kv_batch_index" in p.device else index
+        outer_k = torch.where(has_key, table[own].gather(1, slot).long(), 0)
         k_at = (outer_k, place % size)
     elif p.k.ndim == 3:
         k_at = (torch.zeros_like(place), place)
@@ -122,6 +123,10 @@ def _keep(
     left, right = spec.window
     in_left = distance <= left if left >= 0 else torch.ones_like(distance, dtype=torch.bool)
     keep = in_left & ((distance >= 0) | (causal[:, :, None] == 0))
+    if spec.chunk:
+        keep &= position[:, :, None].div(spec.chunk, rounding_mode="floor") == key.div(
+            spec.chunk, rounding_mode="floor"
+        )
     if right >= 0:
         keep &= -distance <= right
     if not spec.prefix:
@@ -203,6 +208,14 @@ def _attend(
     return rows_first(out), rows_first(lse)[..., 0]
 
 
+def stored(p: Problem, out: torch.Tensor) -> torch.Tensor:
+    """A result in float32, rounded as one of out's type."""
+    if not p.spec.e4m3_out:
+        return out.to(p.q.dtype).float()
+    scale = p.options["output_scale"]
+    return (out / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 def attend(p: Problem) -> Answer:
     numbers = p.sequences()
     sequences = torch.from_numpy(numbers).to(p.q.device)
@@ -229,7 +242,7 @@ def attend(p: Problem) -> Answer:
         ):
             o, logsum = _attend(p, g, kept, dtype, round_to)
             at = place[g.rows.flatten()]
-            out.index_copy_(0, at, (o if round_to is None else o.to(round_to).float()).flatten(0, 1))
+            out.index_copy_(0, at, (o if round_to is None else stored(p, o)).flatten(0, 1))
             lse.index_copy_(0, at, logsum.flatten(0, 1))
     return Answer(rows, exact[:-1], exact_lse[:-1], rounded[:-1], rounded_lse[:-1])
 
@@ -270,6 +283,8 @@ def _metrics(got: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> t
 def failures(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, answer: Answer | None = None) -> list[str]:
     """What breaks the rule: errors at most twice those of torch's 16-bit arithmetic + 1e-5, NaN and -inf in place."""
     answer = answer or attend(p)
+    if p.spec.e4m3_out:
+        out = out.float() * p.options["output_scale"]
     compared = {"out": (out.reshape(-1, *out.shape[-2:]), answer.exact, answer.rounded)}
     if lse is not None:
         rows = lse.T if lse.ndim == 2 else lse.transpose(1, 2).reshape(-1, lse.shape[1])

@@ -16,6 +16,7 @@ import torch
 ON_CPU = os.environ.get("FLASHSPARK_GPU_TESTS_ON_CPU") == "1"
 # Behind a list of lengths or pages lies a number that no kernel survives using.
 POISON_INT = 2**30 + 7
+LARGEST, SMALLEST = 2**31 - 1, -(2**31)
 GUARD = 1024  # elements of NaN before and behind every tensor; a multiple of 16 bytes
 
 
@@ -53,7 +54,8 @@ class Spec:
     seqused_q: bool = False  # more rows than are in use
     seqused_k: bool = False  # varlen: more keys than are in use
     leftpad: bool = False
-    batch_index: bool = False  # dense: cache rows in another order
+    batch_index: bool = False  # cache rows, or rows of the page table, in another order
+    whole_table: bool = False  # paged: no seqused_k, all pages of the table are in use
     shared_prefix: bool = False  # sequences share pages
     loose_bounds: bool = False  # max_seqlen_q, max_seqlen_k above the real ones
     poison_unkept: bool = True  # NaN in keys that the mask takes from every row, not only in unused slots
@@ -68,6 +70,9 @@ class Spec:
     prefix: str = ""  # per_seq, per_token
     clamp: bool = False
     rswa: int = 0
+    chunk: int = 0  # attention_chunk
+    e4m3_out: bool = False  # the result is e4m3, by output_scale
+    check: bool = False  # check_device
     lse: bool = True
     num_splits: int = 0
     deterministic: bool = False
@@ -101,7 +106,7 @@ class Problem:
             d.get("cu_seqlens_q"), cache_leftpad=d.get("leftpad_k"), causal=spec.causal, window_size=spec.window,
             has_softcap=spec.softcap > 0, num_splits=spec.num_splits, seqused_q=d.get("seqused_q"),
             cache_batch_idx=d.get("kv_batch_index"), causal_per_seq=d.get("causal_per_seq"),
-            deterministic=spec.deterministic, out=self.metadata,
+            deterministic=spec.deterministic, attention_chunk=spec.chunk, out=self.metadata,
         )  # fmt: skip
 
     def sequences(self) -> np.ndarray:
@@ -117,7 +122,8 @@ class Problem:
         if "cu_seqlens_k" in h:
             k_row, k_len = h["cu_seqlens_k"][:-1].astype(np.int64), np.diff(h["cu_seqlens_k"].astype(np.int64))
         else:
-            k_row, k_len = zero, zero + self.k.shape[1]
+            pages = h["page_table"].shape[1] if "page_table" in h else 1
+            k_row, k_len = zero, zero + pages * self.k.shape[1]
         k_len = h["seqused_k"].astype(np.int64) if "seqused_k" in h else k_len
         if "leftpad_k" in h:
             k_row, k_len = k_row + h["leftpad_k"], np.maximum(k_len - h["leftpad_k"], 0)
@@ -127,6 +133,8 @@ class Problem:
     def empty_results(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """out and lse full of NaN: what is not written stays so."""
         out = self.q.new_full((*self.q.shape[:-1], self.v.shape[-1]), float("nan"))
+        if self.spec.e4m3_out:
+            out = torch.full(out.shape, 0x7F, dtype=torch.uint8, device=out.device).view(torch.float8_e4m3fn)
         shape = (self.q.shape[1], self.q.shape[0]) if self.q.ndim == 3 else tuple(self.q.shape[i] for i in (0, 2, 1))
         return out, self.q.new_full(shape, float("nan"), dtype=torch.float32) if self.spec.lse else None
 
@@ -140,7 +148,8 @@ class Problem:
             **{name: d.get(name) for name in ("seqused_q", "causal_per_seq", "prefix_ranges", "rswa_prefix_lens")},
             **{"causal": spec.causal, "window_size": spec.window, "softcap": spec.softcap, "out": out, "lse": lse},
             **{"rswa_window": spec.rswa, "prefix_clamp_window": spec.clamp, "num_splits": spec.num_splits},
-            **{"deterministic": spec.deterministic, "return_softmax_lse": spec.lse, **changes},
+            **{"deterministic": spec.deterministic, "return_softmax_lse": spec.lse, "attention_chunk": spec.chunk},
+            **{"check_device": spec.check, **changes},
         }
         q, k, v = self.q, self.k, self.v
         if spec.fp8:
@@ -253,7 +262,7 @@ def _pages(spec: Spec, rng: np.random.Generator, used: np.ndarray) -> tuple[np.n
     counts = -(-used // spec.page_size)
     spare = 3
     order = rng.permutation(int(counts.sum()) + spare).astype(np.int32)
-    width = int(counts.max(initial=1)) + int(rng.integers(0, 3))
+    width = int(counts.max(initial=1)) + (0 if spec.whole_table else int(rng.integers(0, 3)))
     # Stale entries: numbers of real pages, which hold NaN or another sequence's keys, or no pages at all.
     table = rng.integers(0, len(order), (len(used), max(width, 1)), dtype=np.int32)
     if rng.random() < 0.5:
@@ -303,9 +312,18 @@ def build(spec: Spec, seed: int, device: torch.device | str) -> Problem:
         k_used = k_used + host["leftpad_k"]
     idle = q_used == 0
     if spec.layout.endswith("paged"):
+        if spec.whole_table:
+            k_used = np.full(batch, -(-max(1, *k_used, 1) // spec.page_size) * spec.page_size)
         host["page_table"], pages = _pages(spec, rng, np.where(idle, 0, k_used))
         # Rows without queries carry lengths of an earlier batch, beyond the table.
-        host["seqused_k"] = np.where(idle, POISON_INT, k_used).astype(np.int32)
+        if not spec.whole_table:
+            host["seqused_k"] = np.where(idle, POISON_INT, k_used).astype(np.int32)
+        if spec.batch_index:
+            rows = rng.permutation(batch + 2)
+            host["kv_batch_index"] = rows[:batch].astype(np.int32)
+            host["page_table"] = np.concatenate(
+                [host["page_table"], np.full_like(host["page_table"][:1].repeat(2, 0), POISON_INT)]
+            )[np.argsort(rows)]
         k, v = _cache(spec, pages, spec.page_size, like)
     elif spec.layout == "varlen":
         room = k_used + (rng.integers(0, 20, batch) if spec.seqused_k else 0)
@@ -359,5 +377,24 @@ def _score_options(problem: Problem, rng: np.random.Generator) -> None:
     if spec.alibi:
         shape = (heads,) if spec.alibi == 1 else (len(spec.q_lens), heads)
         options["alibi_slopes"] = torch.rand(shape, device=q.device) * 0.5
+    if spec.e4m3_out:
+        options["output_scale"] = torch.full((1,), 0.02, device=q.device)
     if spec.rel_extent:
         options["rel_logits"] = torch.randn((*q.shape[:-1], spec.rel_extent), device=q.device).to(spec.dtype)
+
+
+def wild(rng: np.random.Generator, values: np.ndarray, at: tuple | slice) -> np.ndarray:
+    """values with wild ones in some places of `at`."""
+    result = values.copy()
+    part = result[at]
+    largest = int(values.max(initial=0))
+    kinds = [SMALLEST, -1, LARGEST, LARGEST - 7, largest + 1, -largest - 1, 2**30 + 7, 0]
+    if values.dtype == np.int64:
+        kinds += [2**62, -(2**63)]
+    choice = rng.choice(kinds, part.shape)
+    random = rng.integers(SMALLEST, LARGEST, part.shape, dtype=np.int64)
+    part[...] = np.where(rng.random(part.shape) < 0.6, np.where(rng.random(part.shape) < 0.7, choice, random), part)
+    if (part == values[at]).all():
+        part[...] = choice
+    result[at] = part
+    return result

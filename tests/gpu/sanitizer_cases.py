@@ -14,9 +14,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from oracle import failures, poison_unseen
-from problem import Problem, Spec, build
+from problem import Problem, Spec, build, wild
 
 INSTANCES = Path(__file__).resolve().parents[2] / "kernels/forward/instances.def"
 PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+),", re.M)
@@ -24,6 +25,7 @@ PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+),", re.M)
 WIDE = Spec([200, 65, 0, 300] * 12, [330, 65, 9, 300] * 12, (8, 4))  # rows enough to fill the largest GPU's SMs
 FEW = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
 NARROW = Spec([1, 5, 0, 8], [200, 70, 9, 300], (4, 2))
+WILD = ("contiguous", "merge", "shares", "scheduled", "pages of 5", "table by index", "rswa", "dense")
 CHANGED = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
 
 
@@ -46,7 +48,31 @@ def cases() -> dict[str, Spec]:
     found["contiguous"] = replace(FEW, dims=(128, 128), layout="varlen")
     found["dense"] = replace(WIDE, dims=(128, 128), layout="dense", causal=False, sinks=torch.float32)
     found["rswa"] = replace(FEW, rswa=30)
+    found["chunks"] = replace(FEW, chunk=50, dims=(128, 128))
+    found["pages of 5"] = replace(FEW, page_size=5)
+    found["pages of 5, decode"] = replace(found["shares"], page_size=5)
+    found["table by index"] = replace(FEW, batch_index=True, whole_table=True, page_size=20)
+    found["e4m3 result"] = replace(FEW, e4m3_out=True, dims=(128, 128))
+    found["e4m3 result, merge"] = replace(found["merge"], e4m3_out=True, fp8="kv")
+    found["checked"] = replace(FEW, check=True, leftpad=True)
+    for name in WILD:
+        found[f"wild {name}"] = found[name]
     return found
+
+
+def run_wild(problem: Problem, device: torch.device) -> None:
+    """Metadata of no sense, four times: the sanitizer says what is wrong, or the next call does."""
+    for turn in range(4):
+        rng = np.random.default_rng(turn)
+        host = {name: wild(rng, values, slice(None)) for name, values in problem.host.items()}
+        moved = to_device(replace(problem, host=host), device)
+        if problem.spec.schedule:  # the key fits, the numbers do not
+            moved.metadata = to_device(problem, device).metadata
+        try:
+            moved.run(*[x if x is None else x.to(device) for x in problem.empty_results()])
+        except ValueError:
+            if device.type == "cuda":
+                raise
 
 
 def to_device(problem: Problem, device: torch.device) -> Problem:
@@ -79,6 +105,10 @@ def main() -> int:
         spec = table[name]
         problem = build(spec, 1, "cpu")
         poison_unseen(problem)
+        if name.startswith("wild "):
+            run_wild(problem, torch.device(args.device))
+            print(f"{name:14} ran", flush=True)
+            continue
         results = problem.empty_results()
         moved = to_device(problem, torch.device(args.device))
         on_device = [x.to(args.device) for x in results]

@@ -14,7 +14,21 @@ from problem import Spec, build
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The sizes that kernels are built for, and some between them.
 DIMS = [(64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512)]
-ODD_DIMS = [(8, 8), (40, 24), (104, 104), (128, 64), (64, 128), (160, 160), (248, 248), (320, 256), (504, 512)]
+ODD_DIMS = [
+    (59, 59),
+    (60, 111),
+    (111, 60),
+    (300, 129),
+    (8, 8),
+    (40, 24),
+    (104, 104),
+    (128, 64),
+    (64, 128),
+    (160, 160),
+    (248, 248),
+    (320, 256),
+    (504, 512),
+]
 
 MIXED = {"q_lens": [1, 7, 0, 130, 33], "k_lens": [300, 65, 20, 130, 1000]}
 FEATURES: dict[str, dict] = {
@@ -40,6 +54,10 @@ FEATURES: dict[str, dict] = {
     "ranges per token": {"prefix": "per_token"},
     "ranges per token, clamped": {"prefix": "per_token", "window": (25, 0), "clamp": True},
     "rswa": {"rswa": 48},
+    "chunks": {"chunk": 50},
+    "chunks, full, window": {"chunk": 37, "causal": False, "window": (60, 9)},
+    "chunks, ranges": {"chunk": 128, "prefix": "per_seq"},
+    "e4m3 result": {"e4m3_out": True},
     "leftpad": {"leftpad": True},
     "seqused_q": {"seqused_q": True},
     "no lse": {"lse": False},
@@ -60,6 +78,12 @@ LAYOUTS: dict[str, dict] = {
     "pages of 48": {"page_size": 48},
     "pages of 64": {"page_size": 64},
     "pages of 784": {"page_size": 784},
+    "pages of 1": {"page_size": 1},
+    "pages of 4": {"page_size": 4, "cache": "packed"},
+    "pages of 20, full": {"page_size": 20, "cache": "heads_first", "causal": False},
+    "pages of 100, batch index": {"page_size": 100, "batch_index": True},
+    "whole table": {"whole_table": True, "k_lens": [300] * 5},
+    "whole table, batch index": {"whole_table": True, "batch_index": True, "page_size": 20},
     "packed": {"cache": "packed"},
     "packed, pages of 784": {"cache": "packed", "page_size": 784},
     "planes": {"cache": "planes"},
@@ -83,6 +107,11 @@ SPLITS: dict[str, dict] = {
     "sinks": {"q_lens": [1, 2], "k_lens": [1100, 900], "sinks": torch.float32},
     "everything": {**MIXED, **FEATURES["everything"]},
     "no keys": {"q_lens": [2, 3], "k_lens": [0, 0]},
+    "chunks": {"q_lens": [1, 4], "k_lens": [1900, 1000], "chunk": 700},
+    "pages of 3": {"q_lens": [1, 1, 6], "k_lens": [1700, 20, 400], "page_size": 3},
+    "e4m3 result": {"q_lens": [1, 5], "k_lens": [1500, 300], "e4m3_out": True},
+    "e4m3 result and cache": {"q_lens": [1, 5], "k_lens": [1500, 300], "e4m3_out": True, "fp8": "kv"},
+    "all e4m3": {"q_lens": [2, 1], "k_lens": [900, 1400], "e4m3_out": True, "fp8": "qkv"},
 }
 
 
@@ -246,6 +275,8 @@ FAULTS: dict[str, tuple[dict, dict]] = {
     "no softcap": ({"softcap": 12.0, "scale": 2.0}, {"softcap": 0.0}),
     "no sink": ({"sinks": torch.float32}, {"sinks": None}),
     "no ranges": ({"prefix": "per_seq"}, {"prefix_ranges": None}),
+    "a longer chunk": ({"chunk": 50}, {"attention_chunk": 51}),
+    "no chunk": ({"chunk": 500}, {"attention_chunk": 0}),
     "a key too few in R-SWA": ({"rswa": 48}, {"rswa_window": 47}),
 }
 
@@ -262,7 +293,7 @@ def test_the_rule_notices(fault, device):
     assert failures(problem, *problem.run(**changes), answer)
 
 
-@pytest.mark.parametrize("kind", ["implementation", "window"])
+@pytest.mark.parametrize("kind", ["implementation", "num_splits"])
 def test_errors(kind, device):
     """A bad argument is named; nothing is computed."""
     problem = build(replace(Spec(**MIXED), causal=True), 11, device)
@@ -271,6 +302,6 @@ def test_errors(kind, device):
         with pytest.raises((ValueError, NotImplementedError), match="implementation"):
             problem.run(out, lse, implementation="no-such-kernel")
     else:
-        with pytest.raises(ValueError, match="window"):
-            problem.run(out, lse, window_size=(-7, 0))
+        with pytest.raises(ValueError, match="num_splits"):
+            problem.run(out, lse, num_splits=-7)
     assert out.isnan().all()

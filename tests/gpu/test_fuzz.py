@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle import failures, poison_unseen
-from problem import ON_CPU, Spec, build
+from problem import ON_CPU, Problem, Spec, arena, build, wild
 
 CASES = int(os.environ.get("FLASHSPARK_GPU_CASES", "60" if ON_CPU else "500"))
 FIRST = int(os.environ.get("FLASHSPARK_GPU_SEED", "0"))
+WILD_EVERY = 25  # of so many cases one is run with wild metadata as well
 CHUNKS = min(CASES, 50)
 # Scores of all heads of a case, which the oracle's time follows; every eighth case may have more. CPUs get a fraction.
 SCORES, MORE_SCORES = (1 << 19, 1 << 21) if ON_CPU else (1 << 23, 1 << 27)
@@ -61,6 +63,11 @@ def lengths(rng: np.random.Generator, budget: int) -> tuple[list[int], list[int]
     return [q_lens[i] for i in order], [k_lens[i] for i in order]
 
 
+def page_size(rng: np.random.Generator) -> int:
+    """Mostly what is quick; one in eight is anything."""
+    return log_uniform(rng, 1, 300) if rng.random() < 0.125 else int(rng.choice(PAGES))
+
+
 def draw(seed: int) -> Spec:
     rng = np.random.default_rng([seed, 4])
 
@@ -70,7 +77,8 @@ def draw(seed: int) -> Spec:
     heads = HEADS[int(rng.integers(len(HEADS)))]
     dims = DIMS[int(rng.choice(len(DIMS), p=DIM_WEIGHTS))]
     if often(0.08):
-        dims = (8 * int(rng.integers(1, 65)), 8 * int(rng.integers(1, 65)))
+        step = 1 if often(0.3) else 8  # multiples of other numbers are copied
+        dims = tuple(step * int(rng.integers(1, 512 // step + 1)) for _ in range(2))
     budget = MORE_SCORES if often(0.125) else SCORES
     q_lens, k_lens = lengths(rng, budget // heads[0])
     options: dict[str, Any] = {"causal": often(0.75), "scale": float(rng.choice([1.0, 1.0, 1.0, 4.0, 0.2]))}
@@ -80,10 +88,14 @@ def draw(seed: int) -> Spec:
         count = max(1, min(len(q_lens), 4 * KEYS // max(1, *k_lens), budget // (8 * heads[0] * max(1, *q_lens))))
         q_lens, k_lens = q_lens[:count], k_lens[:count]
         options["leftpad"], options["batch_index"] = often(0.2), options["layout"] == "dense" and often(0.3)
+    elif options["layout"] == "paged":
+        options["batch_index"] = often(0.06)
+    if options["layout"].endswith("paged") and often(0.06) and max(k_lens) * len(k_lens) < KEYS:
+        options["whole_table"] = True
     options |= {"fused_q": often(0.2), "seqused_q": often(0.15), "seqused_k": often(0.3), "loose_bounds": often(0.5)}
     options |= {"leftpad": options.get("leftpad", False) or (options["layout"] == "paged" and often(0.05))}
     options |= {"cache": str(rng.choice(["separate", "packed", "planes", "heads_first"]))}
-    options |= {"page_size": int(rng.choice(PAGES)), "shared_prefix": often(0.1), "causal_per_seq": often(0.08)}
+    options |= {"page_size": page_size(rng), "shared_prefix": often(0.1), "causal_per_seq": often(0.08)}
     mask = str(rng.choice(["none", "window", "prefix", "rswa"], p=[0.6, 0.25, 0.1, 0.05]))
     if mask == "window" or (mask == "prefix" and often(0.5)):
         right = 0 if often(0.7) else int(rng.integers(-1, 100))
@@ -92,6 +104,8 @@ def draw(seed: int) -> Spec:
         options |= {"prefix": str(rng.choice(["per_seq", "per_token"])), "clamp": often(0.5)}
     if mask == "rswa":
         options["rswa"] = log_uniform(rng, 1, 1000)
+    if mask in ("none", "window") and often(0.08):
+        options["chunk"] = log_uniform(rng, 1, 4096)
     if often(0.1):
         options["softcap"] = float(rng.choice([5.0, 30.0, 50.0]))
     if often(0.2):
@@ -102,6 +116,7 @@ def draw(seed: int) -> Spec:
         options["rel_extent"] = log_uniform(rng, 1, 300)
     if all(dim % 16 == 0 for dim in dims) and often(0.2):
         options["fp8"] = "kv" if often(0.6) else "qkv"
+    options |= {"check": often(0.1), "e4m3_out": often(0.08)}
     options |= {"lse": often(0.6), "deterministic": often(0.2)}
     options["num_splits"] = int(rng.choice([0, 0, 0, 1, 2, 3, 7]))
     dtype = torch.bfloat16 if often(0.6) else torch.float16
@@ -109,9 +124,20 @@ def draw(seed: int) -> Spec:
     return Spec(q_lens, k_lens, heads, dims, dtype, **options)
 
 
+def run_wild(problem: Problem, seed: int) -> None:
+    """The problem with metadata of no sense: it only must not fault, and changes nothing for the run behind it."""
+    rng = np.random.default_rng([seed, 7])
+    lists = {n: wild(rng, x, slice(None)) if rng.random() < 0.7 else x for n, x in problem.host.items()}
+    changed = replace(problem, device=arena(lists, problem.q.device))
+    changed.run(check_device=False)
+    torch.cuda.synchronize()
+
+
 def failures_of(spec: Spec, seed: int, device: torch.device) -> list[str]:
     problem = build(spec, seed, device)
     poison_unseen(problem)
+    if seed % WILD_EVERY == 0 and not ON_CPU:  # the CPU refuses
+        run_wild(problem, seed)
     return failures(problem, *problem.run())
 
 
@@ -151,7 +177,20 @@ def test_what_the_batches_cover():
     assert max(len(s.q_lens) for s in specs) >= 200
     assert min(len(s.q_lens) for s in specs) == 1
     assert max(max(s.q_lens) for s in specs) >= (500 if ON_CPU else 4000)
-    for name in ("leftpad", "batch_index", "causal_per_seq", "shared_prefix", "rswa", "rel_extent", "alibi", "clamp"):
+    for name in (
+        "leftpad",
+        "batch_index",
+        "causal_per_seq",
+        "shared_prefix",
+        "rswa",
+        "rel_extent",
+        "alibi",
+        "clamp",
+        "chunk",
+        "whole_table",
+        "e4m3_out",
+        "check",
+    ):
         assert sum(bool(getattr(s, name)) for s in specs) >= 20, name
     for name, values in {
         "fp8": 3,
