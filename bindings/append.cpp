@@ -179,6 +179,8 @@ void append_kv(Reader &args) {
   t.seqused_q = args.optional_tensor(A::seqused_q);
   t.cu_seqlens_new = args.optional_tensor(A::cu_seqlens_k_new);
   t.cu_seqlens_q = args.optional_tensor(A::cu_seqlens_q);
+  // Rows of q that lie end to end without offsets of their own lie as the new rows do.
+  if (t.q && t.q.ndim() == 3 && !t.cu_seqlens_q && !t.slot_mapping) t.cu_seqlens_q = t.cu_seqlens_new;
   t.page_table = args.optional_tensor(A::block_table);
   t.kv_batch_index = args.optional_tensor(A::cache_batch_idx);
   t.slot_mapping = args.optional_tensor(A::slot_mapping);
