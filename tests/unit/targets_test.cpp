@@ -4,9 +4,10 @@
 
 #include <bit>
 #include <cmath>
-#include <numeric>
+#include <cstring>
 #include <vector>
 
+#include "cases/cases.hpp"
 #include "cpu/tile.hpp"
 #include "dtype.hpp"
 #include "support/features.hpp"
@@ -86,10 +87,9 @@ TEST_P(Targets, NarrowsToTheNearestEvenCode) {
     std::vector<unsigned char> got(count * dtype_size(dtype), 0xee);
     GetParam()->narrow(points.data(), count, dtype, got.data());
     for (int64_t n = 0; n < count; ++n) {
-      float want = 0;
-      unsigned char cell[4];
-      store_from_float(cell, 0, dtype, points[n]);
-      want = load_as_float(cell, 0, dtype);
+      float cell = 0;  // room for any type
+      store_from_float(&cell, 0, dtype, points[n]);
+      const float want = load_as_float(&cell, 0, dtype);
       const float result = load_as_float(got.data(), n, dtype);
       ASSERT_TRUE(same(result, want)) << dtype_name(dtype) << " of " << points[n] << " is " << result << ", not "
                                       << want;
@@ -125,6 +125,20 @@ TEST_P(Targets, EveryFeatureAgreesWithTheFormula) {
       engine.implementation = "cpu-engine";
       EXPECT_EQ(difference(problem, run(problem, engine), false), "") << feature.name << " " << name;
     }
+  }
+}
+
+// What `flashspark verify` runs, on each target.
+TEST_P(Targets, EveryCaseOfTheMatrixAgreesWithTheOracle) {
+  static const std::vector<cases::Case> matrix = cases::feature_matrix();
+  static std::vector<cases::Result> expected;  // by the oracle, which knows no targets
+  for (size_t n = 0; n < matrix.size(); ++n) {
+    cases::Problem problem(matrix[n]);
+    if (n == expected.size()) expected.push_back(cases::reference(problem));
+    const Use use(GetParam());
+    const cases::Result got = problem.run("cpu-engine");
+    ASSERT_EQ(got.status, FLASHSPARK_OK) << matrix[n].name << ": " << got.error;
+    EXPECT_TRUE(cases::compare(problem, got, expected[n]).passed()) << matrix[n].name;
   }
 }
 
