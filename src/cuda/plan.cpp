@@ -216,7 +216,8 @@ Plan make_plan(const Params &p, const Machine &machine, void *workspace, const I
   Plan plan;
   const Sizes sizes = sizes_of(p);
   if (sizes.tokens == 0 || p.num_seqs == 0) return plan;
-  plan.number = converts(p) ? NumberType::e4m3 : p.q.dtype == FLASHSPARK_BFLOAT16 ? NumberType::bf16 : NumberType::fp16;
+  plan.out = p.out.dtype == FLASHSPARK_BFLOAT16 ? NumberType::bf16 : NumberType::fp16;
+  plan.number = converts(p) ? NumberType::e4m3 : plan.out;
   plan.instance = instance != nullptr ? instance : &choose_instance(p, sizes, machine);
   const Tile &tile = plan.instance->tile(tiles_of(machine));
   const int64_t slots = residency(p, *plan.instance, tile, machine) * machine.sm_count;

@@ -5,9 +5,11 @@
 #include <vector>
 
 #include "cuda/arguments.hpp"
+#include "cuda/quantize.hpp"
 #include "forward/merge.cuh"
 #include "forward/schedule.cuh"
 #include "guarded.hpp"
+#include "quantize/quantize.cuh"
 #include "validate.hpp"
 
 namespace flashspark::emulator {
@@ -62,9 +64,10 @@ void make_padding_stale(cases::Problem &problem) {
     if (problem.seqlen_q(b) > 0) continue;
     set(p.seqused_k, b, 1 << 28);
     set(p.leftpad_k, b, 1 << 20);
-    set(p.kv_batch_index, b, 1 << 20);
+    const int64_t row = p.kv_batch_index != nullptr ? p.kv_batch_index[b] : b;
     for (int64_t n = 0; p.page_table != nullptr && n < p.num_page_slots; ++n)
-      set(p.page_table, b * p.page_table_stride + n, -7);
+      set(p.page_table, row * p.page_table_stride + n, -7);
+    set(p.kv_batch_index, b, 1 << 20);
   }
 }
 
@@ -148,7 +151,19 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
   return result;
 }
 
+// As the host does with results in e4m3 (src/cuda/forward.cpp).
+Run execute_quantized(const Params &p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &spoil) {
+  Guarded<char> memory(cuda::wide_out_bytes(p));
+  const Params wide = cuda::with_wide_out(p, memory.data());
+  Run result = execute(wide, kernel, seed, spoil);
+  const auto plan = std::make_unique<cuda::QuantizePlan>(cuda::make_quantize_plan(p, wide));
+  if (plan->launch.grid[0] > 0)
+    add(result.counters, launch_one(plan->launch, seed + 3, [&plan] { quantize(plan->arguments); }));
+  return result;
+}
+
 Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &spoil) {
+  if (cuda::is_quantized(p)) return execute_quantized(p, kernel, seed, spoil);
   // A small GPU, so that small problems make several waves, splits and sections; which one depends on the seed.
   const cuda::Machine machine{
       kernel != nullptr ? kernel->tiles : (seed % 2 != 0 ? Architecture::sm_120f : Architecture::sm_90),
@@ -173,7 +188,10 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &
     result.kernel = name_of(chosen);
     add(result.counters, launch_one(plan->forward, seed, [&plan, &chosen] { chosen.run(plan->arguments); }));
     if (plan->merge.grid[0] > 0) {
-      add(result.counters, launch_one(plan->merge, seed + 1, [&plan] { merge(plan->arguments); }));
+      const bool bf16 = plan->out == cuda::NumberType::bf16;
+      add(result.counters, launch_one(plan->merge, seed + 1, [&plan, bf16] {
+            bf16 ? merge<ptx::Bfloat16>(plan->arguments) : merge<ptx::Float16>(plan->arguments);
+          }));
     }
   }
   return result;
