@@ -87,11 +87,12 @@ void choose_lengths(Draw &draw, cases::Case &c) {
   }
 }
 
-void choose_cache(Draw &draw, cases::Case &c) {
+void choose_cache(Draw &draw, const Limits &limits, cases::Case &c) {
   using cases::Layout;
   c.q_layout = draw.one_in(4) ? Layout::kDense : Layout::kVarlen;
   c.kv_layout = draw.of({Layout::kPaged, Layout::kPaged, Layout::kPaged, Layout::kVarlen, Layout::kDense});
-  c.page_size = draw.of<int64_t>({16, 16, 32, 48, 64, 256, 784, 1, draw.from(1, 100)});
+  c.page_size = draw.of<int64_t>({16, 16, 32, 48, 64, 256, 784});
+  if (limits.changed() && draw.one_in(5)) c.page_size = draw.of<int64_t>({1, draw.from(1, 100)});
   c.cache_order = draw.of({cases::CacheOrder::kPageTokenHead, cases::CacheOrder::kPageHeadToken});
   c.packed_kv = draw.one_in(4);
   c.strided = draw.one_in(4);
@@ -106,7 +107,7 @@ void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
   c.causal_per_seq = draw.one_in(8);
   if (draw.one_in(4)) c.window_left = draw.from(0, draw.one_in(2) ? 20 : 200);
   if (draw.one_in(6)) c.window_right = draw.from(0, 60);
-  if (draw.one_in(6)) c.attention_chunk = draw.from(1, 120);
+  if (limits.changed() && draw.one_in(6)) c.attention_chunk = draw.from(1, 120);
   c.sinks = draw.one_in(4);
   c.sinks_dtype = draw.of({FLASHSPARK_FLOAT32, FLASHSPARK_FLOAT16, FLASHSPARK_BFLOAT16});
   if (!limits.changed() || draw.one_in(4) == (limits.kernel != nullptr)) return;
@@ -142,7 +143,7 @@ cases::Case random_case(uint64_t seed, const Limits &limits) {
   choose_heads(draw, limits, c);
   if (c.out_dtype == FLASHSPARK_FLOAT8_E4M3 && draw.one_in(2)) c.output_scale = 0.02f;
   choose_lengths(draw, c);
-  choose_cache(draw, c);
+  choose_cache(draw, limits, c);
   choose_mask(draw, limits, c);
   c.num_splits = draw.of({0, 0, 1, 2, 3, 5});
   c.lse = !draw.one_in(4);
