@@ -59,7 +59,6 @@ struct ForwardArguments {
   int32_t total_q;                // varlen: rows of q
   int32_t key_rows;               // varlen: rows of k; else rows that a sequence of k, or its pages, has
   int32_t last_batch, last_page;  // the largest that kv_batch_index and page_table may name
-  int32_t whole_pages;            // 0: 16 does not divide the rows of a page; kind `changed` alone takes such
 
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k, *leftpad_k, *kv_batch_index, *page_table;
   int64_t page_table_stride;
@@ -83,7 +82,7 @@ struct ForwardArguments {
   // Mask. Windows are clamped to 2^30, open ones are 2^30.
   int32_t causal;
   int32_t window_left, window_right;
-  Divisor attention_chunk;  // value 0: off
+  int32_t attention_chunk;  // 0: off
   const int32_t *causal_per_seq;
   PrefixMode prefix_mode;
   int32_t prefix_clamp_window;

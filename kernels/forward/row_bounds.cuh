@@ -62,12 +62,12 @@ FLASHSPARK_DEVICE Interval seen(const ForwardArguments &a, const Mask &mask, int
   const int32_t pos = token + mask.shift;
   Interval x{max_of(mask.begin, pos - a.window_left), min_of(mask.end, pos + a.window_right + 1)};
   if (mask.causal) x.end = min_of(x.end, pos + 1);
-  if (changed && a.attention_chunk.value != 0) {
+  if (changed && a.attention_chunk != 0) {
     // The chunks of positions before the first key hold no key.
     const int32_t from_begin = pos - mask.begin;
-    const int32_t chunk = pos - divide(max_of(from_begin, 0), a.attention_chunk).remainder;
+    const int32_t chunk = mask.begin + quotient(max_of(from_begin, 0), a.attention_chunk) * a.attention_chunk;
     x.begin = max_of(x.begin, chunk);
-    x.end = from_begin < 0 ? mask.begin : min_of(x.end, chunk + static_cast<int32_t>(a.attention_chunk.value));
+    x.end = from_begin < 0 ? mask.begin : min_of(x.end, chunk + a.attention_chunk);
   }
   return x;
 }

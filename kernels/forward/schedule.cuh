@@ -63,12 +63,14 @@ struct Line {
   int32_t word;
 
   FLASHSPARK_DEVICE int32_t operator[](ScheduleWord n) const { return ptx::uniform(ptx::shuffle(word, n)); }
-  // Cut to [low, high] before it becomes uniform: there is no minimum in uniform registers.
-  FLASHSPARK_DEVICE int32_t at(ScheduleWord n, int32_t low, int32_t high) const {
-    return ptx::uniform(clamp(ptx::shuffle(word, n), low, high));
+  // Cut to [0, most] before it becomes uniform: there is no minimum in uniform registers. What is negative counts as
+  // beyond.
+  FLASHSPARK_DEVICE int32_t at(ScheduleWord n, int32_t most) const {
+    const auto x = static_cast<uint32_t>(ptx::shuffle(word, n));
+    return ptx::uniform(static_cast<int32_t>(min_of(x, static_cast<uint32_t>(most))));
   }
   // Positions are at most 2^29 (is_decode in plan.cpp), so that sums of two fit in 31 bits.
-  FLASHSPARK_DEVICE int32_t position(ScheduleWord n) const { return at(n, 0, 1 << 29); }
+  FLASHSPARK_DEVICE int32_t position(ScheduleWord n) const { return at(n, 1 << 29); }
 };
 
 FLASHSPARK_DEVICE Line read_line(const ForwardArguments &a) {
@@ -82,35 +84,35 @@ FLASHSPARK_DEVICE bool is_of(const ForwardArguments &a, const Line &line) {
 
 FLASHSPARK_DEVICE Work work_of(const ForwardArguments &a, const Line &line) {
   Work work{};
-  work.seq = line.at(kSeq, 0, a.num_seqs - 1);
-  work.head_kv = line.at(kHead, 0, a.num_heads_kv - 1);
-  work.seqlen_q = line.at(kTokens, 0, a.max_seqlen_q);
+  work.seq = line.at(kSeq, a.num_seqs - 1);
+  work.head_kv = line.at(kHead, a.num_heads_kv - 1);
+  work.seqlen_q = line.at(kTokens, a.max_seqlen_q);
   // The host lets no sequence be longer than all of q (make_plan).
-  work.q_row = a.cu_seqlens_q != nullptr ? line.at(kQueryRow, 0, a.total_q - work.seqlen_q) : 0;
+  work.q_row = a.cu_seqlens_q != nullptr ? line.at(kQueryRow, a.total_q - work.seqlen_q) : 0;
   work.end_row = work.seqlen_q * static_cast<int32_t>(a.group.value);
-  work.first_row = line.at(kFirstRow, 0, work.end_row);
+  work.first_row = line.at(kFirstRow, work.end_row);
   work.found = line[kFound] != 0 && work.first_row < work.end_row;
   return work;
 }
 FLASHSPARK_DEVICE Piece piece_of(const ForwardArguments &a, const Line &line) {
   return {line.position(kFirst), line.position(kCount), line[kWhole] != 0,
-          line.at(kPlace, 0, 2 * a.share_limits.shares - 1), line[kMore] != 0};
+          line.at(kPlace, 2 * a.share_limits.shares - 1), line[kMore] != 0};
 }
 FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, const Line &line) {
   Keys keys{};
-  const int32_t row = a.cu_seqlens_k != nullptr ? line.at(kKeysRow, 0, a.key_rows) : 0;
+  const int32_t row = a.cu_seqlens_k != nullptr ? line.at(kKeysRow, a.key_rows) : 0;
   keys.row = row;
-  keys.begin = line.at(kKeysBegin, 0, a.key_rows - row);
-  keys.end = line.at(kKeysEnd, keys.begin, a.key_rows - row);
-  keys.batch = line.at(kKeysBatch, 0, a.last_batch);
+  keys.begin = line.at(kKeysBegin, a.key_rows - row);
+  keys.end = line.at(kKeysEnd, a.key_rows - row);
+  keys.batch = line.at(kKeysBatch, a.last_batch);
   if (a.page_table != nullptr) keys.pages = a.page_table + keys.batch * a.page_table_stride;
   return keys;
 }
 FLASHSPARK_DEVICE Share share_of(const ForwardArguments &a, const Line &line) {
   return {line.position(kShareAt),
           line.position(kShareEnd),
-          line.at(kShareStart, 0, a.share_limits.start),
-          {line.at(kPassedSeqs, 0, a.num_seqs), line.position(kPassedPositions)},
+          line.at(kShareStart, a.share_limits.start),
+          {line.at(kPassedSeqs, a.num_seqs), line.position(kPassedPositions)},
           line.position(kShareSkip)};
 }
 

@@ -45,7 +45,7 @@ struct KeyLoader {
 
   // Whether a page holds whole groups of rows. Other pages are for kind `changed`: every row of a tile looks up its
   // own, which the others' loops have no registers for.
-  FLASHSPARK_DEVICE bool whole_pages() const { return !T::kChanged || a.whole_pages != 0; }
+  FLASHSPARK_DEVICE bool whole_pages() const { return !T::kChanged || a.page_size.value % kGroupRows == 0; }
 
   FLASHSPARK_DEVICE bool reads(int32_t key) const {
     const bool in_first = key >= hull[0].begin && key < hull[0].end;

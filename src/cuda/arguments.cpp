@@ -122,7 +122,6 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.key_rows = static_cast<int32_t>(key_rows(p));
   a.last_batch = static_cast<int32_t>(std::max<int64_t>(num_kv_seqs(p) - 1, 0));
   a.last_page = static_cast<int32_t>(std::max<int64_t>(p.num_pages - 1, 0));
-  a.whole_pages = p.page_size % kGroupRows == 0 ? 1 : 0;
   if (is_paged(p)) {
     a.page_size = make_divisor(static_cast<uint32_t>(p.page_size));
     a.k_pages = page_steps(p, p.k).value_or(PageSteps{});
@@ -160,8 +159,7 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.causal = p.causal;
   a.window_left = window_of(p.window_left);
   a.window_right = window_of(p.window_right);
-  if (p.attention_chunk > 0)
-    a.attention_chunk = make_divisor(static_cast<uint32_t>(std::min(p.attention_chunk, kMost)));
+  a.attention_chunk = static_cast<int32_t>(std::min(p.attention_chunk, kMost));
   a.causal_per_seq = p.causal_per_seq;
   a.prefix_mode = static_cast<PrefixMode>(p.prefix_mode);
   a.prefix_clamp_window = p.prefix_clamp_window;
