@@ -100,7 +100,12 @@ namespace {
 Plan schedule_plan(const Params &p) {
   if (const std::string lack = device_lack(p.device_index); !lack.empty())
     throw Error(FLASHSPARK_UNSUPPORTED, "schedule: no implementation fits: cuda: " + lack);
-  return make_plan(p, device_facts(p.device_index).machine, nullptr);
+  Plan plan = make_plan(p, device_facts(p.device_index).machine, nullptr);
+  // What the calls will have room for is not known here, only that positions have 32 bits: the calls cut what they
+  // read.
+  plan.arguments.key_rows = most_key_rows(p, plan.arguments);
+  plan.arguments.last_batch = INT32_MAX;
+  return plan;
 }
 }  // namespace
 

@@ -201,6 +201,13 @@ int64_t section_units(const Params &p, const Sizes &sizes, int64_t tiles, int64_
 
 }  // namespace
 
+int32_t most_key_rows(const Params &p, const ForwardArguments &a) {
+  if (a.tile_rows == 0) return a.key_rows;
+  const int64_t row_tiles = ceil_div(sizes_of(p).rows, a.tile_rows);
+  const int64_t tiles = kMost / (2 * p.num_seqs * p.num_heads_kv * row_tiles) - 1;
+  return static_cast<int32_t>(std::min(kMost, tiles * a.tile_keys));
+}
+
 int64_t tiles_per_unit(const Params &p, const Sizes &sizes, int64_t tile_rows) {
   const int64_t of_one = ceil_div(sizes.rows, tile_rows);
   if (!is_varlen_q(p)) return of_one;

@@ -51,6 +51,9 @@ bool fits(const Instance &instance, const Params &p);
 // when only the size is wanted. `instance`: NULL, or one that fits and is to be taken.
 Plan make_plan(const Params &p, const Machine &machine, void *workspace, const Instance *instance = nullptr);
 
+// The most keys of a sequence with which the positions of a decode problem (stream of tiles) fit in 2^29.
+int32_t most_key_rows(const Params &p, const ForwardArguments &a);
+
 // Row tiles a unit, at most: of one sequence, or of all with cu_seqlens_q (each sequence wastes less than one tile).
 int64_t tiles_per_unit(const Params &p, const Sizes &sizes, int64_t tile_rows);
 
