@@ -38,7 +38,8 @@
  * The environment. FLASHSPARK_CPU_TARGET (a SIMD target that this CPU runs), FLASHSPARK_NUM_THREADS (0, all, to 1024)
  * and FLASHSPARK_CHECK (0 or 1) are read once a process, FLASHSPARK_FORCE_IMPLEMENTATION (a name that
  * flashspark_implementation_name() gives) at every call whose params name none. Empty is as if not set; with any other
- * value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT.
+ * value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT (flashspark_attention_validate() chooses no
+ * implementation, and does not look at the last switch).
  */
 #ifndef FLASHSPARK_FLASHSPARK_H_
 #define FLASHSPARK_FLASHSPARK_H_

@@ -1,27 +1,18 @@
 #include "cuda/metadata.hpp"
 
 #include <bit>
-#include <cstdlib>
 #include <memory>
-#include <string_view>
 #include <vector>
 
 #include "cuda/device.hpp"
 #include "cuda/driver.hpp"
 #include "dtype.hpp"
+#include "environment.hpp"
 #include "error.hpp"
 #include "validate.hpp"
 
 namespace flashspark::cuda {
 namespace {
-
-bool environment_asks() {
-  static const bool asks = [] {
-    const char *value = std::getenv("FLASHSPARK_CHECK");
-    return value != nullptr && std::string_view(value) == "1";
-  }();
-  return asks;
-}
 
 // Copies on the host, alive as long as this.
 class HostCopies {
@@ -78,7 +69,7 @@ class HostCopies {
 }  // namespace
 
 void check_if_asked(const Params &p) {
-  if (p.check_device == 0 && !environment_asks()) return;
+  if (p.check_device == 0 && !environment().check) return;
   HostCopies host(p.device_index, p.stream);
   Params copy = p;
   copy.device = FLASHSPARK_CPU;
@@ -103,7 +94,7 @@ void check_if_asked(const Params &p) {
 }
 
 void check_if_asked(const AppendParams &p) {
-  if (p.check_device == 0 && !environment_asks()) return;
+  if (p.check_device == 0 && !environment().check) return;
   HostCopies host(p.device_index, p.stream);
   AppendParams copy = p;
   copy.device = FLASHSPARK_CPU;

@@ -194,6 +194,15 @@ Result fakeMemcpyDtoH(void *to, Address from, size_t bytes) {
   std::memcpy(to, reinterpret_cast<const void *>(from), bytes);
   return kSuccess;
 }
+Result fakeStreamIsCapturing(Stream, int *status) {
+  *status = state().capturing ? 1 : 0;
+  return kSuccess;
+}
+Result fakeStreamSynchronize(Stream) {
+  const std::lock_guard lock(state().mutex);
+  state().order.push_back("synchronize");
+  return kSuccess;
+}
 Result fakeMemcpyDtoDAsync(Address, Address, size_t, Stream) {
   return kSuccess;
 }
@@ -270,6 +279,8 @@ extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const 
                                                    FAKE(KernelSetAttribute),
                                                    FAKE(LaunchKernel),
                                                    FAKE(LaunchKernelEx),
+                                                   FAKE(StreamIsCapturing),
+                                                   FAKE(StreamSynchronize),
                                                    FAKE(MemAllocAsync),
                                                    FAKE(MemFreeAsync),
                                                    FAKE(MemAlloc),

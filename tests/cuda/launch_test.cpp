@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <thread>
+#include <vector>
 
 #include "cuda/device.hpp"
 #include "cuda/fake_cuda.hpp"
@@ -19,7 +20,7 @@ namespace {
 constexpr int kOld = 2, kDatacenter = 3, kHopper = 4;  // of the fake's devices; 0 and 1 are SM12x
 
 void *address(uintptr_t n) {
-  return reinterpret_cast<void *>(n << 20);
+  return reinterpret_cast<void *>(n << 32);  // far apart: memory that results share with tensors is refused
 }
 
 // Decode over a paged cache: device memory that is never looked at.
@@ -92,6 +93,7 @@ TEST(Fatbins, EveryInstanceIsThere) {
     expected.push_back(std::string("merge") + suffix);
   }
   for (const Instance &instance : kInstances) expected.push_back(std::string(instance.name) + "_e4m3");
+  expected.push_back("quantize");
   expected.push_back("schedule");
   expected.push_back("append");
   expected.push_back("peak");
@@ -171,6 +173,55 @@ TEST_F(Cuda, KeysInE4m3) {
   EXPECT_TRUE(contains(explain(odd, FLASHSPARK_UNSUPPORTED), "head_dim 72: must be a multiple of 16"));
   p.k.token_stride += 8;
   EXPECT_TRUE(contains(explain(p, FLASHSPARK_UNSUPPORTED), "is not a multiple of 16 elements"));
+}
+
+// A result in e4m3: 16-bit numbers in scratch memory, then one more launch.
+TEST_F(Cuda, ResultsInE4m3) {
+  Params p = decode();
+  p.out.dtype = FLASHSPARK_FLOAT8_E4M3;
+  p.output_scale = static_cast<const float *>(address(8));
+  run(p);
+  ASSERT_EQ(fake.launches.size(), 2u);
+  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_narrow_bf16");
+  EXPECT_STREQ(name_of(fake.launches[1].image), "quantize");
+  EXPECT_EQ(fake.order.front(), "alloc " + std::to_string(4 * 16 * 128 * 2));
+  EXPECT_NE(fake.launches[0].arguments.out, p.out.data);
+  EXPECT_EQ(fake.launches[0].arguments.out_strides.token, 16 * 128);
+  size_t bytes = 0;
+  ASSERT_EQ(flashspark_attention_workspace_size(&p, &bytes), FLASHSPARK_OK);
+  EXPECT_EQ(bytes, size_t{4 * 16 * 128 * 2});
+  p.workspace = address(10), p.workspace_size = bytes;
+  run(p);
+  EXPECT_EQ(fake.launches[2].arguments.out, p.workspace);
+  p.workspace_size -= 1;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
+}
+
+// What the host cannot see is read back where the caller asks for it, and the errors are the CPU's.
+TEST_F(Cuda, CheckOfDeviceMetadata) {
+  std::vector<int32_t> used{1, 2, 3, 256}, pages(4 * 16, 7);
+  Params p = decode();
+  p.seqused_k = used.data(), p.page_table = pages.data();
+  p.check_device = 1;
+  run(p);
+  EXPECT_EQ(fake.order.front(), "synchronize");
+  const size_t launched = fake.launches.size();
+  used[2] = 257;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "seqused_k[2] = 257")) << flashspark_last_error();
+  used[2] = 3, pages[16] = 1000;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "page_table[1,0] = 1000")) << flashspark_last_error();
+  pages[16] = 0;
+  fake.capturing = true;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "check_device = 1")) << flashspark_last_error();
+  fake.capturing = false;
+  EXPECT_EQ(fake.launches.size(), launched) << "nothing is launched after an error";
+  p.check_device = 0;
+  used[0] = -5;
+  run(p);
+  EXPECT_EQ(fake.launches.size(), launched + 1) << "nobody asked";
 }
 
 TEST_F(Cuda, AppendIsOneLaunch) {
@@ -337,7 +388,8 @@ TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
   run(p);
   EXPECT_EQ(fake.launches[1].arguments.schedule, p.scheduler_metadata);
   EXPECT_EQ(fake.launches[1].arguments.schedule_key, written.schedule_key);
-  EXPECT_EQ(fake.launches[1].arguments.schedule_keys, 4096);
+  EXPECT_EQ(fake.launches[1].arguments.key_rows, 4096);
+  EXPECT_GE(written.key_rows, 4096) << "the schedule kernel knows no page table";
   // One that is too small is none.
   p.scheduler_metadata_size = size - 1;
   fake.launches.clear();
@@ -524,7 +576,7 @@ TEST_F(Cuda, OtherTypesAreLackedByName) {
   Params p = decode();
   p.out.dtype = FLASHSPARK_FLOAT32;
   const std::string text = explain(p, FLASHSPARK_UNSUPPORTED);
-  EXPECT_TRUE(contains(text, "lacks float32; out must have q's type unless k and v are float8_e4m3")) << text;
+  EXPECT_TRUE(contains(text, "lacks float32; out must have q's type or be float8_e4m3 unless k and v are")) << text;
 }
 
 TEST_F(Cuda, AForkedChildIsToldWhatToDo) {

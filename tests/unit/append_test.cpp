@@ -299,7 +299,7 @@ const std::vector<Fault> kFaults = {
     {"Device", {}, [](Fixture &f) { f.p.device = 3; }, "device = 3"},
     {"NumSeqs", {}, [](Fixture &f) { f.p.num_seqs = -1; }, "num_seqs = -1"},
     {"Heads", {}, [](Fixture &f) { f.p.num_heads_kv = 0; }, "num_heads_kv = 0"},
-    {"HeadDim", {}, [](Fixture &f) { f.p.head_dim = 7; }, "head_dim = 7"},
+    {"HeadDim", {}, [](Fixture &f) { f.p.head_dim = 513; }, "head_dim = 513"},
     {"HeadDimV", {}, [](Fixture &f) { f.p.head_dim_v = 2000; }, "head_dim_v = 2000"},
     {"SeqlenNew", {}, [](Fixture &f) { f.p.seqlen_new = -1; }, "seqlen_new = -1"},
     {"CacheRows", {}, [](Fixture &f) { f.p.num_cache_rows = 2; }, "num_cache_rows = 2"},

@@ -101,7 +101,7 @@ class Measured:
 
     @property
     def name(self) -> str:
-        return f"{self.instance.name} {self.number}" if self.instance else "merge"
+        return f"{self.instance.name if self.instance else 'merge'} {self.number}"
 
     @property
     def allowed_registers(self) -> int:
@@ -184,7 +184,7 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, n
         "-I",
         str(ROOT / "kernels"),
     ]
-    command += [*name, *(NUMBERS[number] if instance else ()), str(source)]
+    command += [*name, *NUMBERS[number], str(source)]
     cubin, said = cached(command, sources() + nvcc[1].encode(), "cubin")
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
@@ -228,7 +228,10 @@ def measure_all(nvcc: tuple[Path, str], only: list[str] | None = None) -> list[M
         sys.exit(f"--only: not all of {' '.join(only)} are instances")
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(measure, nvcc, nvdisasm, i, number) for i in wanted for number in (NUMBERS if i else ["bf16"])
+            pool.submit(measure, nvcc, nvdisasm, i, number)
+            for i in wanted
+            for number in NUMBERS
+            if number != "e4m3" or i
         ]
         measured = [job.result() for job in jobs]
     if not only:

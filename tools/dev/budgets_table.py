@@ -87,9 +87,8 @@ def table(kernels: list[Measured], nvcc: str) -> str:
     head += ["LDGSTS", "other", "loop", "next unit", "full rate", "GeForce"]
     shown = [k for k in kernels if k.number != "fp16"]
     lines = [head, ["---"] * len(head), *map(row, shown)]
-    forward = [k for k in kernels if k.instance]
-    pairs = zip((k for k in forward if k.number == "bf16"), (k for k in forward if k.number == "fp16"), strict=True)
-    unlike = [a.instance.name for a, b in pairs if a.instance and a.values != b.values]
+    pairs = zip((k for k in kernels if k.number == "bf16"), (k for k in kernels if k.number == "fp16"), strict=True)
+    unlike = [a.instance.name if a.instance else "merge" for a, b in pairs if a.values != b.values]
     loops = [k for k in shown if k.instance and k.loop]
     bounds = {k.name: tensor_share(k.loop.path, FULL_RATE, 1, 1)[0] for k in loops if k.loop}
     below = [f"{name} {bound:.0%}" for name, bound in bounds.items() if bound < 1]
