@@ -62,7 +62,8 @@ def append_kv(
     rotary_interleaved: pairs (0, 1), (2, 3) ..; else (0, rotary_dim / 2), (1, ..) ..
     rotary_seqlens: int32 (num_seqs,): take the place of cache_seqlens in these positions, for keys and queries.
     q: (num_seqs, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q int32
-    (num_seqs + 1,), None: cu_seqlens_k_new; as many rows as it likes. seqused_q: int32 (num_seqs,): rows that turn; the rest stay.
+    (num_seqs + 1,), None: cu_seqlens_k_new; as many rows as it likes. seqused_q: int32 (num_seqs,): rows that turn;
+    the rest stay.
     slot_mapping: int64 (num_tokens,), in place of lengths and block_table: row t of k and v, (total, num_heads_kv,
     head_dim) with total >= num_tokens, goes to page slot_mapping[t] // page_size, row slot_mapping[t] % page_size of
     it; negative entries are skipped. Any page_size; descales of one sequence.
