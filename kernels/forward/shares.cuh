@@ -137,9 +137,11 @@ struct Passed {
 };
 
 // The row tile at a position behind what is passed; `w` is the work of the 32 sequences there. Passes on to those that
-// hold the position. None is found (work.found) where no sequence does, as a schedule's wild numbers may ask.
+// hold the position. None is found (work.found) where no sequence does, or where the position lies before what is
+// passed, as a schedule's wild numbers may have it: a block would else meet one tile again and again.
 FLASHSPARK_DEVICE RowTile row_tile_at(const ForwardArguments &a, int32_t rows, int32_t keys, int32_t position,
                                       int32_t start, SequenceWork w, Passed &passed) {
+  if (position < passed.positions) return {};
   uint32_t beyond;
   while ((beyond = ptx::ballot(passed.positions + w.passed + start * w.passed_units > position)) == 0) {
     passed.positions += ptx::shuffle(w.passed + start * w.passed_units, 31);

@@ -34,7 +34,8 @@ HWY_ATTR void widen_all(const void *from, int64_t count, int32_t dtype, float *t
 
 HWY_ATTR void widen_row(const void *from, int64_t count, int32_t dtype, int lanes, float *to) {
   if (lanes == 4) return widen_all<D4>(from, count, dtype, to);
-  lanes == 8 ? widen_all<Lanes8>(from, count, dtype, to) : widen_all<Lanes16>(from, count, dtype, to);
+  if (lanes == 8) return widen_all<Lanes8>(from, count, dtype, to);
+  widen_all<Lanes16>(from, count, dtype, to);
 }
 
 HWY_ATTR void narrow_row(const float *from, int64_t count, int32_t dtype, void *to) {

@@ -154,7 +154,7 @@ class Build:
 def program_of(mutant: Mutant) -> str:
     if not mutant.test:
         return FUZZ
-    return WILD if "WithinTheTensors" in mutant.test else FORWARD
+    return WILD if "Wild" in mutant.test else FORWARD
 
 
 def command_of(program: Path, mutant: Mutant) -> list[str]:

@@ -136,6 +136,28 @@ TEST_P(WildMetadata, SchedulesStayWithinTheTensors) {
   EXPECT_GT(spoiled, 0);
 }
 
+// A share that claims to end far away, and to begin before what it has passed, must not keep its block for ever: the
+// work of the whole batch is the most that a block may do.
+TEST_P(WildMetadata, SharesOfASchedulesLineEnd) {
+  const Kernel &kernel = GetParam();
+  if (!takes_shares(kernel.instance->kind)) return;
+  cases::Case spec = layouts(kernel)[1];
+  spec.num_splits = 0;
+  for (const int32_t passed : {0, 1, 1 << 20, INT32_MAX}) {
+    cases::Problem problem(spec);
+    ASSERT_TRUE(can_run(kernel, problem));
+    const uint64_t all = execute(problem.params, &kernel, 1).counters.mma;
+    const auto spoiled = execute(problem.params, &kernel, 2, [passed](std::span<int32_t> lines) {
+      ASSERT_GT(lines.size(), 0u);
+      for (size_t line = 0; line < lines.size(); line += kScheduleWords) {
+        lines[line + kMore] = 1, lines[line + kShareAt] = 0, lines[line + kShareEnd] = INT32_MAX;
+        lines[line + kShareSkip] = 0, lines[line + kPassedSeqs] = 0, lines[line + kPassedPositions] = passed;
+      }
+    });
+    EXPECT_LT(spoiled.counters.mma, 20 * all + 1000) << passed;
+  }
+}
+
 std::vector<Kernel> some() {
   // The order of execution differs by kind and format, not by width: one width of each, and those with stages of one.
   std::vector<Kernel> chosen;
