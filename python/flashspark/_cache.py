@@ -196,8 +196,8 @@ def flash_attn_with_kvcache(
     cache_seqlens: int32 (num_seqs,) or int: keys in the cache before the call. None: all of a cache or of the pages of
     block_table.
     cache_batch_idx: int32 (num_seqs,): the cache row of each sequence; with block_table, the row of it.
-    cache_leftpad: int32 (num_seqs,): keys to skip at the start; they count in cache_seqlens and in rotary positions. At
-    most the sequence's length (the CPU refuses more; on a GPU it then has no keys).
+    cache_leftpad: int32 (num_seqs,): keys to skip at the start; they count in cache_seqlens and in rotary positions. A
+    sequence that is all padding has no keys.
     block_table: int32 (num_seqs, pages per sequence); page_table is the same argument.
     scheduler_metadata: int32, from get_scheduler_metadata: decoding on a GPU starts sooner.
     The other arguments are flash_attn_func's. With explain, nothing is written into the cache.

@@ -137,7 +137,9 @@ def flash_attn_func(
     window_size: (left, right) keys around that position, inclusive; None or negative: open.
     softcap: scores become softcap * tanh(score / softcap); 0: off.
     alibi_slopes: float32 (num_heads,) or (num_seqs, num_heads); subtracts slope * distance.
-    deterministic: bit-identical on every run, and independent of the other sequences of the batch.
+    deterministic: a sequence's results are the same to the last bit on every run, whatever its neighbours and the
+    number of threads. On a GPU a row's bits depend on its own query and keys alone, so that a prompt may also be cut
+    into chunks; on the CPU chunks may differ in the last bits of float32.
     return_attn_probs: return (out, lse, None), the arity of flash-attention, whose third result is for dropout tests.
 
     Returns out (num_seqs, seqlen_q, num_heads, head_dim of v) in q's type (bfloat16 for a float8_e4m3 q), or (out, lse)
