@@ -247,13 +247,14 @@ def aarch64(log: Log) -> None:
     inspect_wheel(log, built_wheel("aarch64"), "aarch64")
     build = log.preset("aarch64", "unit_tests")
     log.skip("BigStride*, Fork*", "they test the kernel, which here is an emulator's")
+    log.skip("EnvironmentDeathTest*", "the kernel starts no Arm program a second time")
     passed = log.passed
     log.gtest_shards(
         "qemu-aarch64",
         "-L",
         "/usr/aarch64-linux-gnu",
         build / "tests/unit_tests",
-        "--gtest_filter=-BigStride*:*/BigStride*:Fork*",
+        "--gtest_filter=-BigStride*:*/BigStride*:Fork*:EnvironmentDeathTest*",
     )
     # Among them every case of `flashspark verify`: what the stage `targets` does, on NEON.
     matrix = log.path.read_text().count("[       OK ] All/FeatureMatrix.")
@@ -271,10 +272,11 @@ def budgets(log: Log) -> None:
 
 def emulator(log: Log) -> None:
     """The GPU kernels' own source on the CPU: every instance, and random serving batches; two processes."""
-    programs = ("emulator_test", "emulator_append_test", "emulator_forward_test", "emulator_fuzz")
+    programs = ("emulator_test", "emulator_append_test", "emulator_wild_test", "emulator_forward_test", "emulator_fuzz")
     build = log.preset("emulator", *programs) / "tests/emulator"
     log.gtest(build / "emulator_test")
     log.gtest(build / "emulator_append_test")
+    log.gtest(build / "emulator_wild_test")
     log.gtest_shards(build / "emulator_forward_test")
 
     def batches(number: int) -> str:
