@@ -1,7 +1,8 @@
 // Times one tile of one instance on dense problems, to choose the tiles of kernels/forward/instances.def:
-//   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -Iinclude -Isrc -DFLASHSPARK_NAME=d128 -DTUNE_WARPS=4 -DTUNE_ROWS=32
-//        -DTUNE_KEYS=64 -DTUNE_SCORES=64 -DTUNE_GROUPS=1 -DTUNE_SCHEDULE=ring -DTUNE_QUERIES=shared -DTUNE_BLOCKS=2
-//        bench/gpu/tune.cu src/cuda/plan.cpp
+//   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -Iinclude -Isrc -DFLASHSPARK_NAME=d128_prefill -DTUNE_WARPS=4
+//   -DTUNE_ROWS=32
+//        -DTUNE_KEYS=64 -DTUNE_SCORES=64 -DTUNE_GROUPS=1 -DTUNE_BUFFERING=double_buffer -DTUNE_QUERIES=shared
+//        -DTUNE_CTAS=2 bench/gpu/tune.cu src/cuda/plan.cpp
 //   ./tune [shared memory to hold the residency down, KB]
 // Every line is checked against a plain kernel on some rows first.
 #include <algorithm>
@@ -11,18 +12,18 @@
 #include <vector>
 
 #include "cuda/plan.hpp"
-#include "forward/forward.cuh"
+#include "forward/kernel.cuh"
 
 using namespace flashspark;
 using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, Architecture::sm_90, ptx::Bfloat16>;
 
-FLASHSPARK_KERNEL(Kernel::kThreads, Kernel::kTile.blocks)
-flashspark_forward(FLASHSPARK_PARAMETER ForwardArguments arguments) {
+FLASHSPARK_KERNEL(Kernel::kThreads, Kernel::kTile.min_ctas)
+tuned_forward(FLASHSPARK_PARAMETER ForwardArguments arguments) {
   forward<Kernel>(arguments);
 }
 
 __device__ float bf16(const void *p, int64_t n) {
-  return ptx::widen(static_cast<const ptx::Bfloat16 *>(p)[n]);
+  return ptx::to_float(static_cast<const ptx::Bfloat16 *>(p)[n]);
 }
 
 __global__ void fill(uint16_t *p, int64_t n, uint32_t seed) {
@@ -74,15 +75,15 @@ int main(int argc, char **argv) {
   const cuda::Machine machine{Architecture::sm_90, device.multiProcessorCount, device.l2CacheSize,
                               static_cast<int32_t>(device.sharedMemPerMultiprocessor)};
   const int shared = std::max<int>(Kernel::kSharedBytes, held);
-  cudaFuncSetAttribute(flashspark_forward, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaFuncSetAttribute(tuned_forward, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   cudaFuncSetAttribute(check, cudaFuncAttributeMaxDynamicSharedMemorySize, 160 * 1024);
   cudaFuncAttributes attributes;
-  cudaFuncGetAttributes(&attributes, flashspark_forward);
+  cudaFuncGetAttributes(&attributes, tuned_forward);
   int resident = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, flashspark_forward, Kernel::kThreads, shared);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, tuned_forward, Kernel::kThreads, shared);
   constexpr Tile t = Kernel::kTile;
   std::printf("%s %dx%dx%d %d/%d s%d q%d b%d | %d reg %zu spill %d blocks |", Kernel::kInstance.name, t.warps,
-              t.warp_rows, t.keys, t.score_keys, t.key_groups, static_cast<int>(t.schedule),
+              t.warp_rows, t.keys, t.score_keys, t.key_groups, static_cast<int>(t.buffering),
               static_cast<int>(t.queries), t.blocks, attributes.numRegs, attributes.localSizeBytes, resident);
 
   const struct {
@@ -113,9 +114,9 @@ int main(int argc, char **argv) {
     cuda::Plan plan = cuda::make_plan(p, machine, nullptr, &Kernel::kInstance);
     ForwardArguments a = plan.arguments;
     const int64_t rows = x.q * (x.heads_q / x.heads_kv);
-    a.tiles = static_cast<int32_t>((rows + Kernel::kRows - 1) / Kernel::kRows);
-    const dim3 grid(a.tiles * a.units, 1, plan.forward.grid[2]);
-    const auto go = [&] { flashspark_forward<<<grid, Kernel::kThreads, shared>>>(a); };
+    a.num_m_blocks = static_cast<int32_t>((rows + Kernel::kRows - 1) / Kernel::kRows);
+    const dim3 grid(a.num_m_blocks * a.num_heads_times_batch, 1, plan.forward.grid[2]);
+    const auto go = [&] { tuned_forward<<<grid, Kernel::kThreads, shared>>>(a); };
     for (int n = 0; n < 3; ++n) go();
     cudaMemset(worst, 0, 4);
     check<<<64, 128, x.k * 4>>>(a, x.batch * x.q * x.heads_q, p.softmax_scale, worst);

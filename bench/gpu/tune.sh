@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tune.sh FILE: each line of FILE is "name warps rows keys scores groups schedule queries blocks [held KB]"; builds all, then times them.
+# tune.sh FILE: each line of FILE is "name warps rows keys scores groups buffering queries ctas [held KB]"; builds all, then times them.
 # TUNE_KERNELS: another copy of kernels/; TUNE_OUT: where the programs go; TUNE_FLAGS: more flags. Columns: TFLOP/s of B4 32/8 S4096 full, causal; B1 16/8 S256, S512, S1024, S8192 causal; B1 64/8 chunk of 1024 over 32k.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,7 +12,7 @@ build() {
   set -- $1
   exe=$out/$(tr ' ' _ <<<"${*:1:9}")
   [[ -x $exe ]] || nvcc -std=c++20 -O3 -arch=sm_90 -I"${TUNE_KERNELS:-kernels}" -Iinclude -Isrc -DFLASHSPARK_NAME="$1" -DTUNE_WARPS="$2" \
-    -DTUNE_ROWS="$3" -DTUNE_KEYS="$4" -DTUNE_SCORES="$5" -DTUNE_GROUPS="$6" -DTUNE_SCHEDULE="$7" -DTUNE_QUERIES="$8" -DTUNE_BLOCKS="$9" ${TUNE_FLAGS:-} \
+    -DTUNE_ROWS="$3" -DTUNE_KEYS="$4" -DTUNE_SCORES="$5" -DTUNE_GROUPS="$6" -DTUNE_BUFFERING="$7" -DTUNE_QUERIES="$8" -DTUNE_CTAS="$9" ${TUNE_FLAGS:-} \
     bench/gpu/tune.cu "$out/plan.o" "$out/arguments.o" -o "$exe" || echo "does not build: $*"
 }
 export -f build

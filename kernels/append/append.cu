@@ -2,6 +2,6 @@
 #include "append/append.cuh"
 
 FLASHSPARK_KERNEL(flashspark::kAppendWarps * 32, 8)
-flashspark_append(FLASHSPARK_PARAMETER flashspark::AppendArguments arguments) {
+flashspark_append_kv(FLASHSPARK_PARAMETER flashspark::AppendArguments arguments) {
   flashspark::append(arguments);
 }

@@ -11,23 +11,23 @@ namespace flashspark {
 
 constexpr int32_t kAppendWarps = 4;
 
-FLASHSPARK_DEVICE int32_t bytes_of(Number number) {
-  return number == Number::float32 ? 4 : (number == Number::e4m3 ? 1 : 2);
+FLASHSPARK_DEVICE int32_t bytes_of(DType dtype) {
+  return dtype == DType::float32 ? 4 : (dtype == DType::e4m3 ? 1 : 2);
 }
 
-FLASHSPARK_DEVICE void store_number(void *to, int64_t n, Number number, float x) {
-  switch (number) {
-    case Number::float32:
+FLASHSPARK_DEVICE void store_from_float(void *to, int64_t n, DType dtype, float x) {
+  switch (dtype) {
+    case DType::float32:
       static_cast<float *>(to)[n] = x;
       break;
-    case Number::float16:
+    case DType::float16:
       static_cast<ptx::Float16 *>(to)[n].bits = static_cast<uint16_t>(ptx::pack<ptx::Float16>(x, 0));
       break;
-    case Number::bfloat16:
+    case DType::bfloat16:
       static_cast<ptx::Bfloat16 *>(to)[n].bits = static_cast<uint16_t>(ptx::pack<ptx::Bfloat16>(x, 0));
       break;
-    case Number::e4m3:
-      static_cast<ptx::E4m3 *>(to)[n].bits = static_cast<uint8_t>(ptx::narrow_e4m3x2(x, 0));
+    case DType::e4m3:
+      static_cast<ptx::E4m3 *>(to)[n].bits = static_cast<uint8_t>(ptx::convert_f32x2_to_e4m3x2(x, 0));
       break;
   }
 }
@@ -63,7 +63,7 @@ FLASHSPARK_DEVICE TokenRow find_token(const AppendArguments &a, int32_t row, con
 }
 
 // What a sequence's rows count on from: `base` + `index`, or -1 where that is not from 0 to `end` - 1.
-FLASHSPARK_DEVICE int32_t place_of(int32_t base, int32_t index, int32_t end) {
+FLASHSPARK_DEVICE int32_t row_within(int32_t base, int32_t index, int32_t end) {
   return base >= 0 && base < end && index < end - base ? base + index : -1;
 }
 
@@ -74,7 +74,7 @@ FLASHSPARK_DEVICE int32_t position_of(const AppendArguments &a, const TokenRow &
     return position >= 0 && position < a.seqlen_rotary ? static_cast<int32_t>(position) : -1;
   }
   const int32_t *from = a.rotary_seqlens != nullptr ? a.rotary_seqlens : a.seqlens;
-  return place_of(read_length(from, r.seq), index, a.seqlen_rotary);
+  return row_within(read_length(from, r.seq), index, a.seqlen_rotary);
 }
 
 // Where a new row goes to.
@@ -92,7 +92,7 @@ FLASHSPARK_DEVICE CacheRow find_cache_row(const AppendArguments &a, const TokenR
     const Quotient at = divide(static_cast<int32_t>(slot), a.page_size);
     return {true, at.quotient, at.remainder};
   }
-  const int32_t row = place_of(read_length(a.seqlens, r.seq), r.index, a.capacity);
+  const int32_t row = row_within(read_length(a.seqlens, r.seq), r.index, a.capacity);
   if (row < 0) return c;
   c.slot = row;
   c.batch = a.kv_batch_index != nullptr ? a.kv_batch_index[r.seq] : r.seq;
@@ -107,33 +107,33 @@ FLASHSPARK_DEVICE CacheRow find_cache_row(const AppendArguments &a, const TokenR
 }
 
 // Turns the first rotary_dim numbers of a row, pair by pair, times `factor`: `to` may be `from`.
-FLASHSPARK_DEVICE void turn_row(const AppendArguments &a, const void *from, Number number, void *to, Number to_number,
+FLASHSPARK_DEVICE void turn_row(const AppendArguments &a, const void *from, DType dtype, void *to, DType to_dtype,
                                 float factor, int32_t position) {
   const int32_t half = a.rotary_dim / 2;
   const int64_t at = position * a.rotary_stride;
   for (int32_t n = static_cast<int32_t>(ptx::thread_index() % 32); n < half; n += 32) {
-    const float c = load_number(a.rotary_cos, at + n, a.rotary_number);
-    const float s = load_number(a.rotary_sin, at + n, a.rotary_number);
+    const float c = load_as_float(a.rotary_cos, at + n, a.rotary_dtype);
+    const float s = load_as_float(a.rotary_sin, at + n, a.rotary_dtype);
     const int32_t first = a.rotary_interleaved != 0 ? 2 * n : n,
                   second = a.rotary_interleaved != 0 ? first + 1 : n + half;
-    const float x = load_number(from, first, number), y = load_number(from, second, number);
-    store_number(to, first, to_number, (x * c - y * s) * factor);
-    store_number(to, second, to_number, (x * s + y * c) * factor);
+    const float x = load_as_float(from, first, dtype), y = load_as_float(from, second, dtype);
+    store_from_float(to, first, to_dtype, (x * c - y * s) * factor);
+    store_from_float(to, second, to_dtype, (x * s + y * c) * factor);
   }
 }
 
 // Numbers [begin, width) of a row: the same bytes, or times `factor` in another type.
-FLASHSPARK_DEVICE void copy_row(const char *from, Number number, char *to, Number to_number, float factor,
-                                int32_t begin, int32_t width) {
+FLASHSPARK_DEVICE void copy_row(const char *from, DType dtype, char *to, DType to_dtype, float factor, int32_t begin,
+                                int32_t width) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  if (number != to_number) {
+  if (dtype != to_dtype) {
     for (int32_t n = begin + lane; n < width; n += 32)
-      store_number(to, n, to_number, load_number(from, n, number) * factor);
+      store_from_float(to, n, to_dtype, load_as_float(from, n, dtype) * factor);
     return;
   }
-  from += begin * bytes_of(number);
-  to += begin * bytes_of(number);
-  const int32_t bytes = (width - begin) * bytes_of(number);
+  from += begin * bytes_of(dtype);
+  to += begin * bytes_of(dtype);
+  const int32_t bytes = (width - begin) * bytes_of(dtype);
   if ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) | static_cast<uint32_t>(bytes)) % 16 == 0) {
     for (int32_t n = lane * 16; n < bytes; n += 512)
       *reinterpret_cast<ptx::Vector16 *>(to + n) = *reinterpret_cast<const ptx::Vector16 *>(from + n);
@@ -162,7 +162,7 @@ FLASHSPARK_DEVICE void append_row(const AppendArguments &a, int32_t row) {
   const int32_t position = turns ? position_of(a, r, r.index) : 0;
   if (!c.found || position < 0) return;
   const int64_t new_batch = a.cu_seqlens_new != nullptr ? 0 : r.seq;
-  const int32_t size = bytes_of(a.new_number), cache_size = bytes_of(a.cache_number);
+  const int32_t size = bytes_of(a.new_dtype), cache_size = bytes_of(a.cache_dtype);
   const auto source = [&](const void *data, const Strides &s, int32_t head) {
     return static_cast<const char *>(data) + (new_batch * s.batch + r.token * s.token + head * s.head) * size;
   };
@@ -173,10 +173,10 @@ FLASHSPARK_DEVICE void append_row(const AppendArguments &a, int32_t row) {
     const char *from = source(a.k_new, a.k_new_strides, head);
     char *to = target(a.k_cache, a.k_cache_strides, head);
     const float factor = inverse_scale(a.k_descale, r.seq, head);
-    if (turns) turn_row(a, from, a.new_number, to, a.cache_number, factor, position);
-    copy_row(from, a.new_number, to, a.cache_number, factor, turns ? a.rotary_dim : 0, a.head_dim);
-    copy_row(source(a.v_new, a.v_new_strides, head), a.new_number, target(a.v_cache, a.v_cache_strides, head),
-             a.cache_number, inverse_scale(a.v_descale, r.seq, head), 0, a.head_dim_v);
+    if (turns) turn_row(a, from, a.new_dtype, to, a.cache_dtype, factor, position);
+    copy_row(from, a.new_dtype, to, a.cache_dtype, factor, turns ? a.rotary_dim : 0, a.head_dim);
+    copy_row(source(a.v_new, a.v_new_strides, head), a.new_dtype, target(a.v_cache, a.v_cache_strides, head),
+             a.cache_dtype, inverse_scale(a.v_descale, r.seq, head), 0, a.head_dim_v);
   }
 }
 
@@ -190,15 +190,15 @@ FLASHSPARK_DEVICE void turn_query(const AppendArguments &a, int32_t row) {
   const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : r.seq;
   for (int32_t head = warp_number(); head < a.num_heads_q; head += kAppendWarps) {
     const int64_t offset = batch * a.q_strides.batch + r.token * a.q_strides.token + head * a.q_strides.head;
-    char *to = static_cast<char *>(a.q) + offset * bytes_of(a.q_number);
-    turn_row(a, to, a.q_number, to, a.q_number, 1.0f, position);
+    char *to = static_cast<char *>(a.q) + offset * bytes_of(a.q_dtype);
+    turn_row(a, to, a.q_dtype, to, a.q_dtype, 1.0f, position);
   }
 }
 
 FLASHSPARK_DEVICE void append(const AppendArguments &a) {
   ptx::grid_dependency_wait();  // every block, as in forward()
   ptx::grid_dependency_launch();
-  const auto block = static_cast<int32_t>(ptx::block_x());
+  const auto block = static_cast<int32_t>(ptx::cta_x());
   if (block < a.new_rows) {
     append_row(a, block);
   } else {

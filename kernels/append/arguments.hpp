@@ -11,7 +11,7 @@ struct AppendArguments {
   void *k_cache, *v_cache;
   void *q;  // NULL: not turned
   Strides k_new_strides, v_new_strides, k_cache_strides, v_cache_strides, q_strides;
-  Number new_number, cache_number, q_number, rotary_number;
+  DType new_dtype, cache_dtype, q_dtype, rotary_dtype;
 
   int32_t num_seqs, num_heads_q, num_heads_kv, head_dim, head_dim_v;
   int32_t new_rows;              // blocks of as many come first, those of the rows of q behind them

@@ -1,4 +1,4 @@
-// What the host hands to the forward kernel and its merge. Plain data, one copy in the constant bank; every pointer
+// What the host hands to the forward kernel and its combine. Plain data, one copy in the constant bank; every pointer
 // lies on the device. Fields mean what the fields of the same name in flashspark.h mean; strides count elements.
 #pragma once
 
@@ -23,7 +23,7 @@ struct PageSteps {
 };
 
 enum class PrefixMode : int32_t { none, per_seq, per_token };
-enum class Number : int32_t { float32, float16, bfloat16, e4m3 };
+enum class DType : int32_t { float32, float16, bfloat16, e4m3 };
 
 // A factor for each sequence and KV head; strides may be 0. NULL: 1.
 struct Scale {
@@ -31,17 +31,19 @@ struct Scale {
   int64_t seq_stride, head_stride;
 };
 
-// The merge kernel's blocks: warps, columns of a block, shared memory of a warp, and pieces of a row that it reads at
+// The combine kernel's blocks: warps, columns of a block, shared memory of a warp, and pieces of a row that it reads at
 // once.
-constexpr int32_t kMergeWarps = 8, kMergeColumns = 128, kMergeWarpBytes = kMergeColumns * 4 + 16, kMergePieces = 8;
+constexpr int32_t kCombineWarps = 8, kCombineColumns = 128, kCombineWarpBytes = kCombineColumns * 4 + 16,
+                  kCombinePartials = 8;
 
-// How the device may cut all work into shares: so many, of which each is to have 2^least_shift tiles of keys at least;
-// only few_shares for fewer than few_total tiles; the start of a row tile counts as so many tiles.
-struct ShareLimits {
-  int32_t shares, least_shift, few_shares, few_total, start;
+// How the device may cut all work into shares: so many, of which each is to have 2^min_tiles_shift tiles of keys at
+// least; only small_problem_ctas for fewer than small_problem_tiles tiles; the start of a row tile counts as so many
+// tiles.
+struct StreamKLimits {
+  int32_t ctas, min_tiles_shift, small_problem_ctas, small_problem_tiles, tile_start_cost;
 };
 
-constexpr int32_t kScheduleWords = 32;  // of a block: a line of the L2
+constexpr int32_t kRecordWords = 32;  // of a block: a line of the L2
 
 struct ForwardArguments {
   const void *q, *k, *v;
@@ -55,7 +57,7 @@ struct ForwardArguments {
   Divisor group;      // query heads a KV head
   Divisor page_size;  // value 0: not paged
 
-  // What there is, to which kernels cut whatever they read on the device (work.cuh).
+  // What there is, to which kernels cut whatever they read on the device (sequence.cuh).
   int32_t total_q;                // varlen: rows of q
   int32_t key_rows;               // varlen: rows of k; else rows that a sequence of k, or its pages, has
   int32_t last_batch, last_page;  // the largest that kv_batch_index and page_table may name
@@ -65,14 +67,14 @@ struct ForwardArguments {
   PageSteps k_pages, v_pages;
 
   // Of kernels that convert K and V from e4m3 alone: the others have one type for all.
-  Number q_number, out_number;
+  DType q_dtype, out_dtype;
   Scale q_descale, k_descale, v_descale;  // q's is NULL unless q is e4m3
 
   // Scores.
-  float softmax_scale;              // scores leave the product in natural units times this
-  float softcap;                    // 0: off
-  const void *sinks;                // (Hq)
-  Number sinks_number, rel_number;  // no e4m3
+  float softmax_scale;           // scores leave the product in natural units times this
+  float softcap;                 // 0: off
+  const void *sinks;             // (Hq)
+  DType sinks_dtype, rel_dtype;  // no e4m3
   const void *rel_logits;
   int64_t rel_token_stride, rel_head_stride;
   int32_t rel_extent;
@@ -93,25 +95,26 @@ struct ForwardArguments {
 
   // Work. Block x is (section, tile, unit): `units` (sequence x KV head, or KV head alone with cu_seqlens_q) of a
   // section share the cache; tiles go from the last rows of a sequence to the first, since those see most keys.
-  int32_t tiles;          // row tiles a unit (bound)
-  int32_t units;          // all units
-  int32_t section_units;  // units a section
-  int32_t num_splits;     // y: pieces of the keys of every tile
-  // shares > 0: block x takes the x-th of so many even shares of all work instead, found from the lengths (shares.cuh).
-  ShareLimits share_limits;
-  // What the schedule kernel has found of them (schedule.cuh): (blocks of x, kScheduleWords); NULL: nothing.
-  int32_t *schedule;
-  int32_t schedule_key;  // of these arguments
-  // Pieces of split row tiles, which the merge kernel joins: (places, tile_rows, partial_columns), as piece_row() says,
-  // and (places, tile_rows) float.
+  int32_t num_m_blocks;           // row tiles a unit (bound)
+  int32_t num_heads_times_batch;  // all units
+  int32_t l2_section_heads;       // units a section
+  int32_t num_splits;             // y: pieces of the keys of every tile
+  // shares > 0: block x takes the x-th of so many even shares of all work instead, found from the lengths
+  // (stream_k.cuh).
+  StreamKLimits stream_k;
+  // What the schedule kernel has found of them (scheduler_metadata.cuh): (blocks of x, kRecordWords); NULL: nothing.
+  int32_t *scheduler_metadata;
+  int32_t metadata_fingerprint;  // of these arguments
+  // Contributors of split row tiles, which the combine kernel joins: (places, tile_rows, partial_columns), as
+  // partial_row() says, and (places, tile_rows) float.
   float *partial_out, *partial_lse;
-  int32_t partial_columns;       // head_dim_v up to a multiple of 16
-  int32_t pair_distance;         // of a lane's two pairs of columns in a piece: 8, or 2 where V is e4m3
-  int32_t tile_rows, tile_keys;  // of the forward kernel
-  int32_t key_groups;            // of tiles that let the host choose (Tile::flexible): 1 or 2
-  // The merge kernel's grid: blocks of y, at least one for kMergeWarps rows, and row tiles of a sequence and KV head
-  // where block x is for row tile x; 0: for share x.
-  int32_t merge_blocks, merge_tiles;
+  int32_t partial_columns;        // head_dim_v up to a multiple of 16
+  int32_t partial_pair_distance;  // of a lane's two pairs of columns in a piece: 8, or 2 where V is e4m3
+  int32_t tile_rows, tile_keys;   // of the forward kernel
+  int32_t key_groups;             // of tiles that let the host choose (Tile::runtime_key_groups): 1 or 2
+  // The combine kernel's grid: blocks of y, at least one for kCombineWarps rows, and row tiles of a sequence and KV
+  // head where block x is for row tile x; 0: for share x.
+  int32_t combine_ctas_per_tile, combine_tiles;
 };
 
 }  // namespace flashspark

@@ -1,7 +1,8 @@
-// One instance a translation unit: -DFLASHSPARK_NAME=d128 -DFLASHSPARK_NUMBER=Bfloat16, or for keys and values in e4m3
-// -DFLASHSPARK_NUMBER=Float16 -DFLASHSPARK_STORED=E4m3.
-// -DFLASHSPARK_TILES_SM120F gives every architecture the tiles of sm_120f, to time them on a stand-in.
-#include "forward/forward.cuh"
+// One instance a translation unit: -DFLASHSPARK_NAME=d128_prefill_prefill -DFLASHSPARK_ELEMENT=Bfloat16, or for keys
+// and values in e4m3 -DFLASHSPARK_ELEMENT=Float16 -DFLASHSPARK_ELEMENT_KV=E4m3. The build passes the entry point's name
+// as FLASHSPARK_ENTRY. -DFLASHSPARK_TILES_SM120F gives every architecture the tiles of sm_120f, to time them on a
+// stand-in.
+#include "forward/kernel.cuh"
 
 namespace flashspark {
 
@@ -10,15 +11,16 @@ constexpr Architecture kArchitecture = Architecture::sm_120f;
 #else
 constexpr Architecture kArchitecture = Architecture::sm_90;
 #endif
-#if defined(FLASHSPARK_STORED)
-using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_NUMBER, ptx::FLASHSPARK_STORED>;
+#if defined(FLASHSPARK_ELEMENT_KV)
+using Kernel =
+    Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT, ptx::FLASHSPARK_ELEMENT_KV>;
 #else
-using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_NUMBER>;
+using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT>;
 #endif
 
 }  // namespace flashspark
 
-FLASHSPARK_KERNEL(flashspark::Kernel::kThreads, flashspark::Kernel::kTile.blocks)
-flashspark_forward(FLASHSPARK_PARAMETER flashspark::ForwardArguments arguments) {
+FLASHSPARK_KERNEL(flashspark::Kernel::kThreads, flashspark::Kernel::kTile.min_ctas)
+FLASHSPARK_ENTRY(FLASHSPARK_PARAMETER flashspark::ForwardArguments arguments) {
   flashspark::forward<flashspark::Kernel>(arguments);
 }

@@ -5,14 +5,14 @@
 
 #include <type_traits>
 
-#include "forward/row_bounds.cuh"
+#include "forward/mask.cuh"
 #include "forward/traits.cuh"
 
 namespace flashspark {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kRescaleAbove = 8.0f;
+constexpr float kRescaleThreshold = 8.0f;
 // The lowest finite number: a masked score, -inf, minus it is -inf, where -inf minus itself would be NaN.
 constexpr float kLowest = -3.4028234663852886e38f;
 
@@ -25,55 +25,56 @@ FLASHSPARK_DEVICE float larger(float a, float b) {
 
 // The rows of which a lane holds scores: its row n is row lane / 4 + 8 * (n % 2) of slab n / 2 of the warp.
 template <class T>
-FLASHSPARK_DEVICE int32_t lane_row(const ForwardArguments &a, const Work &work, int32_t n) {
+FLASHSPARK_DEVICE int32_t lane_row(const ForwardArguments &a, const RowTile &row_tile, int32_t n) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  return work.first_row + first_warp_row<T>(a) + n / 2 * 16 + n % 2 * 8 + lane / 4;
+  return row_tile.first_row + first_warp_row<T>(a) + n / 2 * 16 + n % 2 * 8 + lane / 4;
 }
 
-// What kind `changed` keeps of such a row. The others find the mask anew for the few tiles that need one: registers are
-// dearer.
-struct ChangedRow {
+// What kind with a score modification keeps of such a row. The others find the mask anew for the few tiles that need
+// one: registers are dearer.
+struct RowContext {
   RowMask mask;  // empty for rows past the sequence
   int32_t pos;
   float slope;      // ALiBi, units of log2
   const void *rel;  // bias by distance; NULL: none
 };
-struct NoRow {};
+struct NoContext {};
 template <class T>
-using LaneRow = std::conditional_t<T::kChanged, ChangedRow, NoRow>;
+using LaneRowContext = std::conditional_t<T::kHasScoreMod, RowContext, NoContext>;
 
 template <class T>
-struct LaneState {
-  float base[T::kLaneRows];   // what the probabilities are relative to, units of log2; kLowest before the first key
-  float sum[T::kLaneRows];    // of this lane's columns alone, until the end
-  float limit[T::kLaneRows];  // a maximum above it moves the base
+struct RowState {
+  float row_max[T::kLaneRows];  // what the probabilities are relative to, units of log2; kLowest before the first key
+  float row_sum[T::kLaneRows];  // of this lane's columns alone, until the end
+  float rescale_threshold[T::kLaneRows];  // a maximum above it moves the base
 };
 
-FLASHSPARK_DEVICE float load_number(const void *from, int64_t n, Number number) {
-  if (number == Number::float32) return static_cast<const float *>(from)[n];
-  if (number == Number::float16) return ptx::widen(static_cast<const ptx::Float16 *>(from)[n]);
-  return ptx::widen(static_cast<const ptx::Bfloat16 *>(from)[n]);
+FLASHSPARK_DEVICE float load_as_float(const void *from, int64_t n, DType dtype) {
+  if (dtype == DType::float32) return static_cast<const float *>(from)[n];
+  if (dtype == DType::float16) return ptx::to_float(static_cast<const ptx::Float16 *>(from)[n]);
+  return ptx::to_float(static_cast<const ptx::Bfloat16 *>(from)[n]);
 }
 
-FLASHSPARK_DEVICE ChangedRow changed_row(const ForwardArguments &a, const Work &work, const Mask &mask, int32_t row) {
-  ChangedRow r{};
-  if (row >= work.end_row) return r;
+FLASHSPARK_DEVICE RowContext make_row_context(const ForwardArguments &a, const RowTile &row_tile,
+                                              const SequenceMask &mask, int32_t row) {
+  RowContext r{};
+  if (row >= row_tile.end_row) return r;
   const Quotient at = divide(row, a.group);
-  const int64_t head = work.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
-  r.mask = mask_of<true>(a, mask, at.quotient);
+  const int64_t head = row_tile.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
+  r.mask = row_mask<true>(a, mask, at.quotient);
   r.pos = at.quotient + mask.shift;
-  if (a.alibi_slopes != nullptr) r.slope = a.alibi_slopes[work.seq * a.alibi_batch_stride + head] * kLog2E;
+  if (a.alibi_slopes != nullptr) r.slope = a.alibi_slopes[row_tile.seq * a.alibi_batch_stride + head] * kLog2E;
   if (a.rel_logits != nullptr) {
     const int64_t offset = (mask.token_row + at.quotient) * a.rel_token_stride + head * a.rel_head_stride;
-    r.rel = static_cast<const char *>(a.rel_logits) + offset * (a.rel_number == Number::float32 ? 4 : 2);
+    r.rel = static_cast<const char *>(a.rel_logits) + offset * (a.rel_dtype == DType::float32 ? 4 : 2);
   }
   return r;
 }
 
 // Scale, softcap and biases, to units of log2.
 template <class T>
-FLASHSPARK_DEVICE void change_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLaneRows], const ForwardArguments &a,
-                                     float softmax_scale, int32_t first_key) {
+FLASHSPARK_DEVICE void apply_score_mod(Scores<T> &s, const LaneRowContext<T> (&rows)[T::kLaneRows],
+                                       const ForwardArguments &a, float softmax_scale, int32_t first_key) {
   const int32_t column = static_cast<int32_t>(ptx::thread_index() % 4) * 2;
   const float cap = a.softcap * kLog2E, inverse_cap = a.softcap > 0 ? 2 * kLog2E / a.softcap : 0;
   FLASHSPARK_UNROLL
@@ -86,25 +87,26 @@ FLASHSPARK_DEVICE void change_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::k
       x = a.softcap > 0 ? cap - 2 * cap / (ptx::exp2_approx(x * inverse_cap) + 1) : x * kLog2E;
       const int32_t distance = rows[n].pos - (first_key + c / 2 * 8 + column + c % 2);
       if (rows[n].rel != nullptr && distance >= 0 && distance < a.rel_extent)
-        x += load_number(rows[n].rel, distance, a.rel_number) * kLog2E;
+        x += load_as_float(rows[n].rel, distance, a.rel_dtype) * kLog2E;
       if (a.alibi_slopes != nullptr) x -= rows[n].slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
   }
 }
 
 template <class T>
-FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLaneRows], const ForwardArguments &a,
-                                   const Work &work, const Mask &mask, int32_t first_key) {
+FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRowContext<T> (&rows)[T::kLaneRows],
+                                   const ForwardArguments &a, const RowTile &row_tile, const SequenceMask &mask,
+                                   int32_t first_key) {
   // Relative to the lane's first key, so that every column compares with a constant.
   const int32_t shift = first_key + static_cast<int32_t>(ptx::thread_index() % 4) * 2;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     RowMask row;
-    if constexpr (T::kChanged) {
+    if constexpr (T::kHasScoreMod) {
       row = rows[n].mask;
     } else {
       // Rows past the sequence keep what their position says; nobody reads them.
-      row.first = seen(a, mask, divide(lane_row<T>(a, work, n), a.group).quotient);
+      row.first = window_interval(a, mask, divide(lane_row<T>(a, row_tile, n), a.group).quotient);
     }
     const Interval one{row.first.begin - shift, row.first.end - shift};
     const Interval two{row.second.begin - shift, row.second.end - shift};
@@ -112,7 +114,7 @@ FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRow<T> (&rows)[T::kLa
     for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       const int32_t key = c / 2 * 8 + c % 2;
       bool keep = key >= one.begin && key < one.end;
-      if constexpr (T::kChanged) keep = keep || (key >= two.begin && key < two.end);
+      if constexpr (T::kHasScoreMod) keep = keep || (key >= two.begin && key < two.end);
       if (!keep) s.at[n / 2][c / 2][n % 2 * 2 + c % 2] = minus_infinity();
     }
   }
@@ -146,24 +148,24 @@ FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
 }
 
 // Moves the running maxima of the rows whose scores ask for it, and of no others: a row's result does not depend on the
-// rows beside it. `scale` turns scores into units of log2 (1 once change_scores() has run).
+// rows beside it. `scale` turns scores into units of log2 (1 once apply_score_mod() has run).
 template <class T>
-FLASHSPARK_DEVICE void move_maxima(RowMaxima<T> highest, Output<T> &o, LaneState<T> &state, float scale) {
+FLASHSPARK_DEVICE void update_row_max(RowMaxima<T> highest, Output<T> &o, RowState<T> &state, float scale) {
   bool moves = false;
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest.at[n] * scale > state.limit[n];
+  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest.at[n] * scale > state.rescale_threshold[n];
   // One branch for all rows of the warp, not one a row. The four lanes of a row compare theirs behind it alone.
   if (!ptx::any(moves)) return;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const uint32_t asking = ptx::ballot(highest.at[n] * scale > state.limit[n]);
+    const uint32_t asking = ptx::ballot(highest.at[n] * scale > state.rescale_threshold[n]);
     const bool row_asks = (asking >> ptx::thread_index() % 32 / 4 * 4 & 15) != 0;
     highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
     highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
-    const float base = row_asks ? larger(state.base[n], highest.at[n] * scale) : state.base[n];
-    const float factor = ptx::exp2_approx(state.base[n] - base);
-    state.base[n] = base;
-    state.sum[n] *= factor;
+    const float row_max = row_asks ? larger(state.row_max[n], highest.at[n] * scale) : state.row_max[n];
+    const float factor = ptx::exp2_approx(state.row_max[n] - row_max);
+    state.row_max[n] = row_max;
+    state.row_sum[n] *= factor;
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kHeadDimV / 8; ++c) {
       o.at[n / 2][c][n % 2 * 2] *= factor;
@@ -174,10 +176,11 @@ FLASHSPARK_DEVICE void move_maxima(RowMaxima<T> highest, Output<T> &o, LaneState
 
 // After a product with V, off the way of the next scores.
 template <class T>
-FLASHSPARK_DEVICE void set_limits(LaneState<T> &state) {
+FLASHSPARK_DEVICE void update_rescale_thresholds(RowState<T> &state) {
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n)
-    state.limit[n] = state.base[n] + __builtin_fminf(larger(ptx::log2_approx(state.sum[n]), 0.0f), kRescaleAbove);
+    state.rescale_threshold[n] =
+        state.row_max[n] + __builtin_fminf(larger(ptx::log2_approx(state.row_sum[n]), 0.0f), kRescaleThreshold);
 }
 
 // Probabilities of 16 keys, as the A operand of P V: D of one product is A of the next, since the same lane holds the
@@ -185,16 +188,16 @@ FLASHSPARK_DEVICE void set_limits(LaneState<T> &state) {
 // exponentials between the products of the 16 keys before.
 template <class T>
 struct Probabilities {
-  uint32_t at[T::kSlabs][4];
-  static constexpr int32_t kPieces = T::kSlabs * 4;
+  uint32_t at[T::kMAtoms][4];
+  static constexpr int32_t kFragments = T::kMAtoms * 4;
 
-  FLASHSPARK_DEVICE void compute(int32_t piece, const Scores<T> &s, int32_t step, LaneState<T> &state, float scale) {
-    const int32_t slab = piece / 4, half = piece % 2, n = 2 * slab + half;
-    const float *x = &s.at[slab][2 * step + piece % 4 / 2][2 * half];
-    const float low = ptx::exp2_approx(x[0] * scale - state.base[n]);
-    const float high = ptx::exp2_approx(x[1] * scale - state.base[n]);
-    state.sum[n] += low + high;
-    at[slab][piece % 4] = ptx::pack<typename T::Number>(low, high);
+  FLASHSPARK_DEVICE void compute(int32_t fragment, const Scores<T> &s, int32_t step, RowState<T> &state, float scale) {
+    const int32_t m_atom = fragment / 4, half = fragment % 2, n = 2 * m_atom + half;
+    const float *x = &s.at[m_atom][2 * step + fragment % 4 / 2][2 * half];
+    const float low = ptx::exp2_approx(x[0] * scale - state.row_max[n]);
+    const float high = ptx::exp2_approx(x[1] * scale - state.row_max[n]);
+    state.row_sum[n] += low + high;
+    at[m_atom][fragment % 4] = ptx::pack<typename T::Element>(low, high);
   }
 };
 

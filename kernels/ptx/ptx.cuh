@@ -38,18 +38,24 @@ struct alignas(16) Vector16 {
 FLASHSPARK_DEVICE uint32_t thread_index() {
   return threadIdx.x;
 }
-FLASHSPARK_DEVICE uint32_t block_x() {
+FLASHSPARK_DEVICE int32_t lane() {
+  return static_cast<int32_t>(thread_index() % 32);
+}
+FLASHSPARK_DEVICE int32_t warp() {
+  return static_cast<int32_t>(thread_index() / 32);
+}
+FLASHSPARK_DEVICE uint32_t cta_x() {
   return blockIdx.x;
 }
-FLASHSPARK_DEVICE uint32_t block_y() {
+FLASHSPARK_DEVICE uint32_t cta_y() {
   return blockIdx.y;
 }
-FLASHSPARK_DEVICE uint32_t block_z() {
+FLASHSPARK_DEVICE uint32_t cta_z() {
   return blockIdx.z;
 }
 
 // bar.sync 0: all threads of the block meet; shared memory written before is visible after.
-FLASHSPARK_DEVICE void block_barrier() {
+FLASHSPARK_DEVICE void cta_barrier() {
   __syncthreads();
 }
 // bar.warp.sync: the same for a warp.
@@ -179,7 +185,7 @@ FLASHSPARK_DEVICE uint32_t as_word(float x) {
 //   a[0]: row l / 4, columns 2 * (l % 4) and + 1;  a[1]: row + 8;  a[2]: columns + 8;  a[3]: both
 //   b0: rows 2 * (l % 4) and + 1, column l / 4;    b1: rows + 8
 //   d[0], d[1]: row l / 4, columns 2 * (l % 4) and + 1;  d[2], d[3]: row + 8
-template <class Number>
+template <class Element>
 FLASHSPARK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 FLASHSPARK_DEVICE void mma_m16n8k16<Bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -197,7 +203,7 @@ FLASHSPARK_DEVICE void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[
 }
 
 // cvt.rn: two floats to one register of 16-bit numbers, `low` in the lower half.
-template <class Number>
+template <class Element>
 FLASHSPARK_DEVICE uint32_t pack(float low, float high);
 template <>
 FLASHSPARK_DEVICE uint32_t pack<Bfloat16>(float low, float high) {
@@ -218,14 +224,14 @@ FLASHSPARK_DEVICE uint32_t pack_finite(float low, float high) {
   return word;
 }
 // A 16-bit number as a float, exactly.
-template <class Number>
-FLASHSPARK_DEVICE float widen(Number x);
+template <class Element>
+FLASHSPARK_DEVICE float to_float(Element x);
 template <>
-FLASHSPARK_DEVICE float widen<Bfloat16>(Bfloat16 x) {
+FLASHSPARK_DEVICE float to_float<Bfloat16>(Bfloat16 x) {
   return __uint_as_float(uint32_t{x.bits} << 16);
 }
 template <>
-FLASHSPARK_DEVICE float widen<Float16>(Float16 x) {
+FLASHSPARK_DEVICE float to_float<Float16>(Float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
@@ -235,7 +241,7 @@ FLASHSPARK_DEVICE float widen<Float16>(Float16 x) {
 // the lowest byte, and in the lower half of the first word. One piece of assembly, so that the second conversion takes
 // the upper half of its register as it is. Devices before 8.9 have no such instruction: the exponent is 4 bits, biased
 // by 7, and a product with 2^8 leads to fp16's 15, subnormal numbers included; what is NaN is found beside it.
-FLASHSPARK_DEVICE void widen_e4m3x4(uint32_t &first, uint32_t &second, uint32_t four) {
+FLASHSPARK_DEVICE void convert_e4m3x4_to_f16x4(uint32_t &first, uint32_t &second, uint32_t four) {
 #if __CUDA_ARCH__ >= 890
   asm("{\n"
       ".reg .b16 low, high;\n"
@@ -246,7 +252,7 @@ FLASHSPARK_DEVICE void widen_e4m3x4(uint32_t &first, uint32_t &second, uint32_t 
       : "=r"(first), "=r"(second)
       : "r"(four));
 #else
-  const auto widen = [](uint32_t pair) {
+  const auto convert = [](uint32_t pair) {
     const uint32_t bytes = (pair & 0xff) | (pair & 0xff00) << 8;
     const uint32_t magnitude = (bytes & 0x007f007f) << 7;
     uint32_t word;
@@ -255,21 +261,21 @@ FLASHSPARK_DEVICE void widen_e4m3x4(uint32_t &first, uint32_t &second, uint32_t 
     if ((bytes & 0x7f0000) == 0x7f0000) word |= 0x7fff0000;
     return word | (bytes & 0x00800080) << 8;
   };
-  first = widen(four);
-  second = widen(four >> 16);
+  first = convert(four);
+  second = convert(four >> 16);
 #endif
 }
 
 // cvt.rn.satfinite.e4m3x2.f32: two floats as e4m3, `low` in the lower byte; beyond 448: 448, NaN: NaN. Devices
 // before 8.9 have no such instruction: fp16 has all of e4m3's numbers, so one rounding of the float to e4m3's steps
 // suffices.
-FLASHSPARK_DEVICE uint32_t narrow_e4m3x2(float low, float high) {
+FLASHSPARK_DEVICE uint32_t convert_f32x2_to_e4m3x2(float low, float high) {
 #if __CUDA_ARCH__ >= 890
   uint16_t pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
 #else
-  const auto narrow = [](float x) -> uint32_t {
+  const auto round = [](float x) -> uint32_t {
     const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80;
     const float magnitude = fminf(fabsf(x), 448.0f);
     if (x != x) return sign | 0x7f;
@@ -281,7 +287,7 @@ FLASHSPARK_DEVICE uint32_t narrow_e4m3x2(float low, float high) {
     const uint32_t normal = (r >> 20) - (120u << 3);  // exponent and three bits, rebiased from 127 to 7
     return sign | (rounded < 0.015625f ? static_cast<uint32_t>(rounded * 512.0f) : normal);
   };
-  return narrow(low) | narrow(high) << 8;
+  return round(low) | round(high) << 8;
 #endif
 }
 

@@ -1,6 +1,6 @@
 #include "quantize/quantize.cuh"
 
 FLASHSPARK_KERNEL(flashspark::kQuantizeWarps * 32, 8)
-flashspark_quantize(FLASHSPARK_PARAMETER flashspark::QuantizeArguments arguments) {
+flashspark_attention_forward_quantize(FLASHSPARK_PARAMETER flashspark::QuantizeArguments arguments) {
   flashspark::quantize(arguments);
 }

@@ -3,39 +3,39 @@
 // turn.
 #pragma once
 
-#include "forward/work.cuh"
+#include "forward/sequence.cuh"
 #include "quantize/arguments.hpp"
 
 namespace flashspark {
 
 constexpr int32_t kQuantizeWarps = 4, kQuantizeRows = 32;
 
-FLASHSPARK_DEVICE float widen_number(uint16_t bits, Number number) {
-  return number == Number::bfloat16 ? ptx::widen(ptx::Bfloat16{bits}) : ptx::widen(ptx::Float16{bits});
+FLASHSPARK_DEVICE float to_float(uint16_t bits, DType dtype) {
+  return dtype == DType::bfloat16 ? ptx::to_float(ptx::Bfloat16{bits}) : ptx::to_float(ptx::Float16{bits});
 }
 
 FLASHSPARK_DEVICE void quantize(const QuantizeArguments &q) {
   const ForwardArguments &a = q.forward;
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
-  const Work work = find_work(a, find_place(a), kQuantizeRows);
-  if (!work.found) return;
+  const RowTile row_tile = single_tile(a, grid_coordinate(a), kQuantizeRows);
+  if (!row_tile.valid) return;
   const float factor = q.output_scale == nullptr ? 1.0f : 1.0f / *q.output_scale;
-  const auto warp = static_cast<int32_t>(ptx::thread_index() / 32),
-             lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t end = min_of(work.first_row + kQuantizeRows, work.end_row);
-  for (int32_t row = work.first_row + warp; row < end; row += kQuantizeWarps) {
+  const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32),
+                lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  const int32_t end = min_of(row_tile.first_row + kQuantizeRows, row_tile.end_row);
+  for (int32_t row = row_tile.first_row + warp; row < end; row += kQuantizeWarps) {
     const Quotient at = divide(row, a.group);
-    const int64_t head = work.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
+    const int64_t head = row_tile.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
     const auto offset = [&](const Strides &strides) {
-      const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : work.seq * strides.batch;
-      return batch + (work.q_row + at.quotient) * strides.token + head * strides.head;
+      const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : row_tile.seq * strides.batch;
+      return batch + (row_tile.q_row + at.quotient) * strides.token + head * strides.head;
     };
     const auto *from = static_cast<const uint16_t *>(a.out) + offset(a.out_strides);
     auto *to = static_cast<ptx::E4m3 *>(q.out) + offset(q.out_strides);
     for (int32_t column = 2 * lane; column < a.head_dim_v; column += 64) {  // widths are even
-      const uint32_t pair = ptx::narrow_e4m3x2(widen_number(from[column], a.out_number) * factor,
-                                               widen_number(from[column + 1], a.out_number) * factor);
+      const uint32_t pair = ptx::convert_f32x2_to_e4m3x2(to_float(from[column], a.out_dtype) * factor,
+                                                         to_float(from[column + 1], a.out_dtype) * factor);
       to[column].bits = static_cast<uint8_t>(pair);
       to[column + 1].bits = static_cast<uint8_t>(pair >> 8);
     }

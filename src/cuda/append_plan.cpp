@@ -23,10 +23,10 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.k_cache_strides = strides_of(p.k_cache);
   a.v_cache_strides = strides_of(p.v_cache);
   a.q_strides = strides_of(p.q);
-  a.new_number = number_of(p.k_new.dtype);
-  a.cache_number = number_of(p.k_cache.dtype);
-  a.q_number = number_of(p.q.dtype);
-  a.rotary_number = number_of(p.rotary_dtype);
+  a.new_dtype = dtype_of(p.k_new.dtype);
+  a.cache_dtype = dtype_of(p.k_cache.dtype);
+  a.q_dtype = dtype_of(p.q.dtype);
+  a.rotary_dtype = dtype_of(p.rotary_dtype);
   a.num_seqs = static_cast<int32_t>(p.num_seqs);
   a.num_heads_q = static_cast<int32_t>(p.num_heads_q);
   a.num_heads_kv = static_cast<int32_t>(p.num_heads_kv);

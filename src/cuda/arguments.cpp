@@ -28,7 +28,7 @@ std::string misaligned(const char *name, const flashspark_tensor &t, int64_t num
 }
 
 int32_t window_of(int64_t window) {
-  return static_cast<int32_t>(window < 0 ? kMost : std::min(window, kMost));
+  return static_cast<int32_t>(window < 0 ? kMaxTokens : std::min(window, kMaxTokens));
 }
 
 // None: some page lies further off than 31 bits of units reach, with strides of whole rows terabytes away.
@@ -45,7 +45,7 @@ std::optional<PageSteps> page_steps(const Params &p, const flashspark_tensor &t)
 
 }  // namespace
 
-bool converts(const Params &p) {
+bool dequantizes_kv(const Params &p) {
   return p.k.dtype == FLASHSPARK_FLOAT8_E4M3;
 }
 
@@ -62,21 +62,21 @@ int64_t kv_bytes(const Params &p, int64_t keys) {
 
 int64_t key_rows(const Params &p) {
   // Without pages or batches there is nothing that a page number or batch index could name.
-  if (is_paged(p)) return p.num_pages == 0 ? 0 : std::min(p.num_page_slots * p.page_size, kMost);
+  if (is_paged(p)) return p.num_pages == 0 ? 0 : std::min(p.num_page_slots * p.page_size, kMaxTokens);
   if (is_varlen_k(p)) return p.total_k;
   return p.max_seqlen_k;
 }
 
-Number number_of(int32_t dtype) {
+DType dtype_of(int32_t dtype) {
   switch (dtype) {
     case FLASHSPARK_FLOAT32:
-      return Number::float32;
+      return DType::float32;
     case FLASHSPARK_FLOAT16:
-      return Number::float16;
+      return DType::float16;
     case FLASHSPARK_FLOAT8_E4M3:
-      return Number::e4m3;
+      return DType::e4m3;
     default:
-      return Number::bfloat16;
+      return DType::bfloat16;
   }
 }
 
@@ -98,7 +98,7 @@ Divisor make_divisor(uint32_t d) {
   return result;
 }
 
-ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
+ForwardArguments arguments_of(const Params &p, const Sizes &sizes, ScoreMod score_mod) {
   ForwardArguments a{};
   a.q = p.q.data;
   a.k = p.k.data;
@@ -135,9 +135,9 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   a.kv_batch_index = p.kv_batch_index;
   a.page_table = p.page_table;
   a.page_table_stride = p.page_table_stride;
-  if (converts(p)) {
-    a.q_number = number_of(p.q.dtype);
-    a.out_number = number_of(p.out.dtype);
+  if (dequantizes_kv(p)) {
+    a.q_dtype = dtype_of(p.q.dtype);
+    a.out_dtype = dtype_of(p.out.dtype);
     if (p.q.dtype == FLASHSPARK_FLOAT8_E4M3) a.q_descale = scale_of(p.q_descale);
     a.k_descale = scale_of(p.k_descale);
     a.v_descale = scale_of(p.v_descale);
@@ -145,21 +145,21 @@ ForwardArguments arguments_of(const Params &p, const Sizes &sizes, Kind kind) {
   // Masked scores are -inf, and 0 * -inf is NaN. With 1e-30 every other score still is 0 to the last bit of the result.
   const float scale = std::max(p.softmax_scale, 1e-30f);
   // Instances of kind `changed` turn to units of log2 themselves, after what asks for natural ones.
-  a.softmax_scale = kind == Kind::changed ? scale : scale * 1.4426950408889634f;
+  a.softmax_scale = score_mod == ScoreMod::native ? scale : scale * 1.4426950408889634f;
   a.softcap = p.softcap;
   a.sinks = p.sinks;
-  a.sinks_number = number_of(p.sinks_dtype);
-  a.rel_number = number_of(p.rel_dtype);
+  a.sinks_dtype = dtype_of(p.sinks_dtype);
+  a.rel_dtype = dtype_of(p.rel_dtype);
   a.rel_logits = p.rel_logits;
   a.rel_token_stride = p.rel_token_stride;
   a.rel_head_stride = p.rel_head_stride;
-  a.rel_extent = static_cast<int32_t>(std::min(p.rel_extent, kMost));
+  a.rel_extent = static_cast<int32_t>(std::min(p.rel_extent, kMaxTokens));
   a.alibi_slopes = p.alibi_slopes;
   a.alibi_batch_stride = p.alibi_batch_stride;
   a.causal = p.causal;
   a.window_left = window_of(p.window_left);
   a.window_right = window_of(p.window_right);
-  a.attention_chunk = static_cast<int32_t>(std::min(p.attention_chunk, kMost));
+  a.attention_chunk = static_cast<int32_t>(std::min(p.attention_chunk, kMaxTokens));
   a.causal_per_seq = p.causal_per_seq;
   a.prefix_mode = static_cast<PrefixMode>(p.prefix_mode);
   a.prefix_clamp_window = p.prefix_clamp_window;
@@ -175,7 +175,7 @@ std::string unsupported(const Params &p) {
   const auto add = [&](const std::string &what) {
     if (!what.empty()) text += (text.empty() ? "" : "; ") + what;
   };
-  if (converts(p)) {
+  if (dequantizes_kv(p)) {
     const auto whole = [&](const char *what, int64_t width) {
       if (width % 16 != 0)
         add(std::string(what) + " " + std::to_string(width) + ": must be a multiple of 16 with float8_e4m3 k and v");
@@ -185,7 +185,7 @@ std::string unsupported(const Params &p) {
   } else if (p.out.dtype != p.q.dtype && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) {
     add("out must have q's type or be float8_e4m3 unless k and v are float8_e4m3");
   }
-  const int64_t numbers = converts(p) ? 16 : 8;
+  const int64_t numbers = dequantizes_kv(p) ? 16 : 8;
   add(misaligned("q", p.q, 8, !is_varlen_q(p) && p.num_seqs > 1, is_varlen_q(p) ? p.total_q : p.max_seqlen_q,
                  p.num_heads_q));
   const int64_t rows_k = is_paged(p) ? p.page_size : (is_varlen_k(p) ? p.total_k : p.max_seqlen_k);
@@ -196,7 +196,7 @@ std::string unsupported(const Params &p) {
     add("k and v must lie within 2^31 units of the largest power of two that divides their strides");
   const Sizes sizes = sizes_of(p);
   const auto limit = [&](const char *what, int64_t value) {
-    if (value > kMost) add(std::string(what) + " " + std::to_string(value) + " > 2^30");
+    if (value > kMaxTokens) add(std::string(what) + " " + std::to_string(value) + " > 2^30");
   };
   limit("max_seqlen_q x group", sizes.rows);
   limit("total_q x group", sizes.tokens * sizes.group);

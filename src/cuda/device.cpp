@@ -43,10 +43,11 @@ DeviceFacts ask(int index) {
   facts.machine.shared_bytes_per_sm = attribute(kSharedBytesPerSm);
   const std::string capability = std::to_string(facts.major) + "." + std::to_string(facts.minor);
   if (!architecture_of(facts.major, facts.minor, facts.machine.arch)) {
-    facts.lack = facts.name + " has compute capability " + capability + "; the kernels serve 8.x, 9.0 and 12.x";
+    facts.unavailable_reason =
+        facts.name + " has compute capability " + capability + "; the kernels serve 8.x, 9.0 and 12.x";
   } else if (!is_built(architecture_name(facts.machine.arch))) {
-    facts.lack = facts.name + " needs " + architecture_name(facts.machine.arch) + " kernels; this build has " +
-                 fatbin_architectures();
+    facts.unavailable_reason = facts.name + " needs " + architecture_name(facts.machine.arch) +
+                               " kernels; this build has " + fatbin_architectures();
   }
   return facts;
 }
@@ -83,14 +84,14 @@ const DeviceFacts &device_facts(int index) {
   return facts[index];
 }
 
-std::string device_lack(int index) {
+std::string device_unavailable_reason(int index) {
   if (fatbins().empty()) return "this library was built without CUDA kernels";
   const Driver &d = driver();
-  if (!d.lack.empty()) return d.lack;
+  if (!d.unavailable_reason.empty()) return d.unavailable_reason;
   if (index >= d.device_count)
     return "there is no " + name_of(index) + ": the driver has " + std::to_string(d.device_count);
   if (index >= kMostDevices) return name_of(index) + " is beyond the first " + std::to_string(kMostDevices);
-  return device_facts(index).lack;
+  return device_facts(index).unavailable_reason;
 }
 
 CurrentDevice::CurrentDevice(int index) {

@@ -13,7 +13,7 @@ struct DeviceFacts {
   int major = 0, minor = 0;
   int64_t shared_bytes_per_block = 0;
   Machine machine{};
-  std::string lack;  // why the kernels of this build do not run there, in words; empty: they do
+  std::string unavailable_reason;  // why the kernels of this build do not run there, in words; empty: they do
 };
 
 // Asked once; `index` must be a device of the driver.
@@ -24,7 +24,7 @@ bool architecture_of(int major, int minor, Architecture &arch);
 const char *architecture_name(Architecture arch);  // "sm_120f"
 
 // Why CUDA device `index` cannot be used, in words; empty: it can. Loads the driver.
-std::string device_lack(int index);
+std::string device_unavailable_reason(int index);
 
 // A context of the device is current as long as this lives: the caller's, if it has one of this device current, else
 // the device's primary context, the one that CUDA's runtime, torch and all others use.

@@ -26,27 +26,27 @@ bool take(Result (*get_address)(const char *, void **, int, uint64_t, int *), co
 void load(Driver &d) {
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    d.lack = "no NVIDIA driver: libcuda.so.1 is not found";
+    d.unavailable_reason = "no NVIDIA driver: libcuda.so.1 is not found";
     return;
   }
   d.found = true;
   using GetAddress = Result (*)(const char *, void **, int, uint64_t, int *);
   const auto get_address = reinterpret_cast<GetAddress>(dlsym(library, "cuGetProcAddress_v2"));
   if (get_address == nullptr) {
-    d.lack = "the NVIDIA driver is older than CUDA 12.0";
+    d.unavailable_reason = "the NVIDIA driver is older than CUDA 12.0";
     return;
   }
-#define FLASHSPARK_DRIVER_TAKE(name, ...)                                   \
-  if (!take(get_address, #name, d.name)) {                                  \
-    d.lack = "the NVIDIA driver has no " #name "; it must offer CUDA 12.0"; \
-    return;                                                                 \
+#define FLASHSPARK_DRIVER_TAKE(name, ...)                                                 \
+  if (!take(get_address, #name, d.name)) {                                                \
+    d.unavailable_reason = "the NVIDIA driver has no " #name "; it must offer CUDA 12.0"; \
+    return;                                                                               \
   }
   FLASHSPARK_DRIVER_FUNCTIONS(FLASHSPARK_DRIVER_TAKE)
 #undef FLASHSPARK_DRIVER_TAKE
   d.cuDriverGetVersion(&d.version);
   Result result = d.init_result = d.cuInit(0);
   if (result == kNoDevice) {
-    d.lack = "no GPU: the NVIDIA driver finds none";
+    d.unavailable_reason = "no GPU: the NVIDIA driver finds none";
     return;
   }
   if (result == kSuccess) result = d.cuDeviceGetCount(&d.device_count);
@@ -54,9 +54,10 @@ void load(Driver &d) {
     pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
     return;
   }
-  d.lack = error_text(d, "cuInit", result);
+  d.unavailable_reason = error_text(d, "cuInit", result);
   // What the driver says in a child whose parent had used it, through torch for instance.
-  if (result == kNotInitialized) d.lack += ": was CUDA initialised before fork()? Then start processes by spawn";
+  if (result == kNotInitialized)
+    d.unavailable_reason += ": was CUDA initialised before fork()? Then start processes by spawn";
 }
 
 }  // namespace

@@ -88,10 +88,10 @@ constexpr int kDriverVersion = 12000;
   F(cuGetErrorName, Result(Result, const char **))
 
 struct Driver {
-  std::string lack;               // why there is none, in words; the functions may be NULL then
-  bool found = false;             // libcuda.so.1 is there
-  Result init_result = kSuccess;  // of cuInit
-  int version = 0;                // 13000: CUDA 13.0
+  std::string unavailable_reason;  // why there is none, in words; the functions may be NULL then
+  bool found = false;              // libcuda.so.1 is there
+  Result init_result = kSuccess;   // of cuInit
+  int version = 0;                 // 13000: CUDA 13.0
   int device_count = 0;
 #define FLASHSPARK_DRIVER_POINTER(name, ...) std::add_pointer_t<__VA_ARGS__> name = nullptr;
   FLASHSPARK_DRIVER_FUNCTIONS(FLASHSPARK_DRIVER_POINTER)

@@ -7,7 +7,7 @@
 namespace flashspark::cuda {
 
 struct Fatbin {
-  const char *name;  // "d128_few_bf16", "merge_fp16", "peak"
+  const char *name;  // "attention_forward_d128_short_q_bf16", "append_kv"; its entry point is "flashspark_" + name
   const unsigned char *begin, *end;
 };
 

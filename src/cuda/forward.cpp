@@ -56,14 +56,14 @@ void forward_16_bit(const Params &p) {
   }
   const CurrentDevice current(p.device_index);
   const auto stream = static_cast<Stream>(p.stream);
-  const Kernel kernel = forward_kernel(*plan.instance, plan.number, p.device_index, plan.forward.shared_bytes);
-  const bool merged = plan.merge.grid[0] > 0;
-  const Kernel merge = merged ? merge_kernel(plan.out, p.device_index) : nullptr;
+  const Kernel kernel = forward_kernel(*plan.instance, plan.dtype, p.device_index, plan.forward.shared_bytes);
+  const bool combines = plan.combine.grid[0] > 0;
+  const Kernel combine = combines ? combine_kernel(plan.out_dtype, p.device_index) : nullptr;
   const Workspace memory(p, plan.workspace);
   if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
   const Architecture arch = device.machine.arch;
   launch(kernel, plan.forward, &plan.arguments, stream, arch);
-  if (merged) launch(merge, plan.merge, &plan.arguments, stream, arch);
+  if (combines) launch(combine, plan.combine, &plan.arguments, stream, arch);
 }
 
 // Results in e4m3: the kernels write 16-bit numbers to scratch memory, which one more launch divides and rounds.
@@ -98,12 +98,12 @@ size_t workspace(const Params &p) {
 
 namespace {
 Plan schedule_plan(const Params &p) {
-  if (const std::string lack = device_lack(p.device_index); !lack.empty())
-    throw Error(FLASHSPARK_UNSUPPORTED, "schedule: no implementation fits: cuda: " + lack);
+  if (const std::string reason = device_unavailable_reason(p.device_index); !reason.empty())
+    throw Error(FLASHSPARK_UNSUPPORTED, "schedule: no implementation fits: cuda: " + reason);
   Plan plan = make_plan(p, device_facts(p.device_index).machine, nullptr);
   // What the calls will have room for is not known here, only that positions have 32 bits: the calls cut what they
   // read.
-  plan.arguments.key_rows = most_key_rows(p, plan.arguments);
+  plan.arguments.key_rows = max_key_rows(p, plan.arguments);
   plan.arguments.last_batch = INT32_MAX;
   return plan;
 }
@@ -129,20 +129,20 @@ void schedule(const Params &p) {
 std::string detail(const Params &p) {
   if (fatbins().empty()) return "built without CUDA kernels";
   if (p.device != FLASHSPARK_CUDA) return std::string("kernels for ") + fatbin_architectures();
-  if (const std::string lack = device_lack(p.device_index); !lack.empty()) return "not here";
+  if (const std::string reason = device_unavailable_reason(p.device_index); !reason.empty()) return "not here";
   const DeviceFacts &device = device_facts(p.device_index);
   std::string text = device.name + ", " + architecture_name(device.machine.arch) + " kernels";
   if (!unsupported(p).empty()) return text;
   const Plan plan = make_plan(is_quantized(p) ? with_wide_out(p, nullptr) : p, device.machine, nullptr);
   if (plan.instance == nullptr) return text;  // no rows
-  text += std::string(", ") + plan.instance->name + (plan.number == NumberType::e4m3 ? "_e4m3" : "");
+  text += std::string(", ") + plan.instance->name + (plan.dtype == KernelDType::e4m3 ? "_e4m3" : "");
   if (plan.forward.grid[1] > 1) text += ", " + std::to_string(plan.forward.grid[1]) + " splits";
   return text;
 }
 
 std::string unavailable(const Params &p) {
-  std::string lack = device_lack(p.device_index);
-  return lack.empty() ? unsupported(p) : lack;
+  std::string reason = device_unavailable_reason(p.device_index);
+  return reason.empty() ? unsupported(p) : reason;
 }
 
 }  // namespace flashspark::cuda

@@ -7,7 +7,7 @@
 
 #include "cuda/arguments.hpp"
 #include "forward/arguments.hpp"
-#include "forward/instances.hpp"
+#include "forward/config.hpp"
 #include "problem.hpp"
 
 namespace flashspark::cuda {
@@ -27,21 +27,19 @@ struct Launch {
 };
 
 // Of a kernel: what q, k, v and out are; e4m3: k and v alone, and the kernel computes in fp16.
-enum class NumberType : uint8_t { bf16, fp16, e4m3 };
+enum class KernelDType : uint8_t { bf16, fp16, e4m3 };
 
 struct Plan {
-  const Instance *instance = nullptr;  // its fatbin is "<name>_<number>", its function flashspark_forward
-  NumberType number{}, out{};          // out: what the forward and merge kernels write
+  const Instance *instance = nullptr;  // kernel attention_forward_<name>_<dtype>
+  KernelDType dtype{}, out_dtype{};    // out: what the forward and combine kernels write
   Launch forward;
   ForwardArguments arguments{};  // of both kernels
-  Launch merge;                  // fatbin "merge_<out>", function flashspark_merge
+  Launch combine;                // kernel attention_forward_combine_<out_dtype>
   size_t workspace = 0;          // bytes that arguments.partial_out and partial_lse lie in
 
-  // Elements of params.scheduler_metadata, a line a block; 0: blocks find no shares that could be scheduled.
-  int64_t schedule_size() const {
-    return arguments.share_limits.shares > 0 ? int64_t{forward.grid[0]} * kScheduleWords : 0;
-  }
-  Launch schedule() const { return {{forward.grid[0], 1, 1}, 32, 0}; }  // fatbin and function flashspark_schedule
+  // Elements of params.scheduler_metadata, a line a block; 0: blocks find no shares that could be from_metadata.
+  int64_t schedule_size() const { return arguments.stream_k.ctas > 0 ? int64_t{forward.grid[0]} * kRecordWords : 0; }
+  Launch schedule() const { return {{forward.grid[0], 1, 1}, 32, 0}; }  // kernel attention_schedule
 };
 
 // Whether an instance can run the problem at all; make_plan() chooses among those that do.
@@ -52,7 +50,7 @@ bool fits(const Instance &instance, const Params &p);
 Plan make_plan(const Params &p, const Machine &machine, void *workspace, const Instance *instance = nullptr);
 
 // The most keys of a sequence with which the positions of a decode problem (stream of tiles) fit in 2^29.
-int32_t most_key_rows(const Params &p, const ForwardArguments &a);
+int32_t max_key_rows(const Params &p, const ForwardArguments &a);
 
 // Row tiles a unit, at most: of one sequence, or of all with cu_seqlens_q (each sequence wastes less than one tile).
 int64_t tiles_per_unit(const Params &p, const Sizes &sizes, int64_t tile_rows);

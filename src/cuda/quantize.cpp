@@ -35,14 +35,14 @@ QuantizePlan make_quantize_plan(const Params &p, const Params &wide) {
   QuantizePlan plan;
   const Sizes sizes = sizes_of(p);
   if (sizes.tokens == 0 || p.num_seqs == 0) return plan;
-  ForwardArguments &a = plan.arguments.forward = arguments_of(wide, sizes, Kind::few);
-  a.out_number = number_of(wide.out.dtype);
-  a.tiles = static_cast<int32_t>(tiles_per_unit(p, sizes, kRows));
-  a.units = a.section_units = static_cast<int32_t>(sizes.units);
+  ForwardArguments &a = plan.arguments.forward = arguments_of(wide, sizes, ScoreMod::none);
+  a.out_dtype = dtype_of(wide.out.dtype);
+  a.num_m_blocks = static_cast<int32_t>(tiles_per_unit(p, sizes, kRows));
+  a.num_heads_times_batch = a.l2_section_heads = static_cast<int32_t>(sizes.units);
   plan.arguments.out = p.out.data;
   plan.arguments.out_strides = strides_of(p.out);
   plan.arguments.output_scale = p.output_scale;
-  plan.launch = {{static_cast<uint32_t>(int64_t{a.tiles} * a.units), 1, 1}, kThreads, 0};
+  plan.launch = {{static_cast<uint32_t>(int64_t{a.num_m_blocks} * a.num_heads_times_batch), 1, 1}, kThreads, 0};
   return plan;
 }
 

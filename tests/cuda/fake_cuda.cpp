@@ -145,9 +145,9 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
   if (state().launch_result != kSuccess) return state().launch_result;
   fake_cuda::Launch launch{kernel->image, kernel->function, device, {x, y, z}, threads,
                            shared_bytes,  stream,           {},     {},        false};
-  if (kernel->function == "flashspark_append") {
+  if (kernel->function == "flashspark_append_kv") {
     std::memcpy(&launch.append, parameters[0], sizeof launch.append);
-  } else if (kernel->function != "flashspark_peak") {
+  } else if (kernel->function != "flashspark_mma_peak") {
     std::memcpy(&launch.arguments, parameters[0], sizeof launch.arguments);
   }
   state().launches.push_back(launch);
@@ -259,7 +259,8 @@ void fake_cuda::set_current_device(int n) {
 
 extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char *symbol, void **address, int,
                                                                           uint64_t, int *) {
-#define FAKE(name) {"cu" #name, reinterpret_cast<void *>(fake##name)}
+#define FAKE(name) \
+  { "cu" #name, reinterpret_cast<void *>(fake##name) }
   static const std::map<std::string, void *> table{FAKE(Init),
                                                    FAKE(DriverGetVersion),
                                                    FAKE(DeviceGetCount),

@@ -38,7 +38,7 @@ struct State {
   bool capturing = false;
   // What was asked of it.
   std::vector<Launch> launches;
-  std::vector<std::string> order;  // of launches, allocations and frees: "alloc 4096", "flashspark_merge", "free"
+  std::vector<std::string> order;  // of launches, allocations and frees: "alloc 4096", "flashspark_append_kv", "free"
   std::vector<const void *> loads;
   int pushes = 0, pops = 0;
 };

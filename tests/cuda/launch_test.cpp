@@ -89,14 +89,16 @@ using CudaDeath = Cuda;  // tests that start a process of their own
 TEST(Fatbins, EveryInstanceIsThere) {
   std::vector<std::string> expected;
   for (const char *suffix : {"_bf16", "_fp16"}) {
-    for (const Instance &instance : kInstances) expected.push_back(instance.name + std::string(suffix));
-    expected.push_back(std::string("merge") + suffix);
+    for (const Instance &instance : kInstances)
+      expected.push_back("attention_forward_" + (instance.name + std::string(suffix)));
+    expected.push_back(std::string("attention_forward_combine") + suffix);
   }
-  for (const Instance &instance : kInstances) expected.push_back(std::string(instance.name) + "_e4m3");
-  expected.push_back("quantize");
-  expected.push_back("schedule");
-  expected.push_back("append");
-  expected.push_back("peak");
+  for (const Instance &instance : kInstances)
+    expected.push_back("attention_forward_" + (instance.name + std::string("_e4m3")));
+  expected.push_back("attention_forward_quantize");
+  expected.push_back("attention_schedule");
+  expected.push_back("append_kv");
+  expected.push_back("mma_peak");
   std::vector<std::string> found;
   for (const Fatbin &fatbin : fatbins()) {
     found.push_back(fatbin.name);
@@ -154,20 +156,20 @@ TEST_F(Cuda, KeysInE4m3) {
   p.k_descale = {scale, 0, 1};
   p.q_descale = {scale, 0, 0};  // not read: q is no e4m3
   run(p);
-  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_narrow_e4m3");
+  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_decode_e4m3");
   const ForwardArguments &a = fake.launches[0].arguments;
   EXPECT_EQ(a.k_descale.data, scale);
   EXPECT_EQ(a.k_descale.head_stride, 1);
   EXPECT_EQ(a.q_descale.data, nullptr);
   EXPECT_EQ(int64_t{a.k_pages.page} * a.k_pages.unit, p.k.batch_stride) << "bytes of e4m3";
-  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), "d128_narrow_e4m3): chosen"));
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), "d128_decode_e4m3): chosen"));
   p.q.dtype = FLASHSPARK_FLOAT8_E4M3;
   run(p);
   EXPECT_EQ(fake.launches[1].arguments.q_descale.data, scale);
-  EXPECT_EQ(fake.launches[1].arguments.q_number, Number::e4m3);
+  EXPECT_EQ(fake.launches[1].arguments.q_dtype, DType::e4m3);
   p.num_splits = 3, p.max_seqlen_k = 4096, p.num_page_slots = p.page_table_stride = 256;
   run(p);
-  EXPECT_STREQ(name_of(fake.launches[3].image), "merge_bf16") << "by the type of out";
+  EXPECT_STREQ(name_of(fake.launches[3].image), "attention_forward_combine_bf16") << "by the type of out";
   Params odd = decode(256, 72);
   odd.k.dtype = odd.v.dtype = FLASHSPARK_FLOAT8_E4M3;
   EXPECT_TRUE(contains(explain(odd, FLASHSPARK_UNSUPPORTED), "head_dim 72: must be a multiple of 16"));
@@ -182,7 +184,7 @@ TEST_F(Cuda, ResultsInE4m3) {
   p.output_scale = static_cast<const float *>(address(8));
   run(p);
   ASSERT_EQ(fake.launches.size(), 2u);
-  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_narrow_bf16");
+  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_decode_bf16");
   EXPECT_STREQ(name_of(fake.launches[1].image), "quantize");
   EXPECT_EQ(fake.order.front(), "alloc " + std::to_string(4 * 16 * 128 * 2));
   EXPECT_NE(fake.launches[0].arguments.out, p.out.data);
@@ -271,12 +273,12 @@ TEST_F(Cuda, TheChoiceOfKernelFollowsTheGrid) {
   p.page_table = nullptr, p.seqused_k = nullptr, p.num_pages = p.page_size = p.num_page_slots = 0;
   const auto kind_of = [&](int64_t num_seqs, int64_t rows) {
     p.num_seqs = num_seqs, p.max_seqlen_q = p.max_seqlen_k = rows;
-    return make_plan(p, machine, nullptr).instance->kind;
+    return make_plan(p, machine, nullptr).instance->tiling;
   };
-  EXPECT_EQ(kind_of(1, 1), Kind::narrow);
-  EXPECT_EQ(kind_of(1, 16), Kind::few);
-  EXPECT_EQ(kind_of(1, 512), Kind::few);
-  EXPECT_EQ(kind_of(64, 4096), Kind::wide);
+  EXPECT_EQ(kind_of(1, 1), Tiling::decode);
+  EXPECT_EQ(kind_of(1, 16), Tiling::short_q);
+  EXPECT_EQ(kind_of(1, 512), Tiling::short_q);
+  EXPECT_EQ(kind_of(64, 4096), Tiling::prefill);
 }
 
 TEST_F(Cuda, LoadsOnceADeviceAndKernel) {
@@ -303,7 +305,7 @@ TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
   p.workspace_size = bytes;
   run(p);
   ASSERT_EQ(fake.order, (std::vector<std::string>{"flashspark_forward", "flashspark_merge"}));
-  EXPECT_STREQ(name_of(fake.launches[1].image), "merge_bf16");
+  EXPECT_STREQ(name_of(fake.launches[1].image), "attention_forward_combine_bf16");
   for (const fake_cuda::Launch &launch : fake.launches) {
     EXPECT_EQ(launch.arguments.partial_out, p.workspace);
     EXPECT_EQ(launch.arguments.partial_lse, launch.arguments.partial_out + rows * 128);
@@ -328,15 +330,15 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
     Params p = decode(4096);
     p.num_splits = 0, p.num_seqs = num_seqs;
     const Plan plan = make_plan(p, machine, nullptr);
-    const auto shares = static_cast<int64_t>(plan.arguments.share_limits.shares);
-    EXPECT_EQ(plan.instance->kind, Kind::narrow);
+    const auto shares = static_cast<int64_t>(plan.arguments.stream_k.ctas);
+    EXPECT_EQ(plan.instance->tiling, Tiling::decode);
     EXPECT_GE(shares, machine.sm_count);
     EXPECT_EQ(shares % machine.sm_count, 0);
     EXPECT_EQ(plan.forward.grid[0], shares);
     EXPECT_EQ(plan.forward.grid[1], 1u);
     // Where the mean row tile is in few pieces, all shares that meet in one join it.
-    EXPECT_EQ(plan.merge.grid[0], num_seqs == 1 ? p.num_heads_kv : shares);
-    EXPECT_EQ(plan.arguments.merge_tiles, num_seqs == 1 ? 1 : 0);
+    EXPECT_EQ(plan.combine.grid[0], num_seqs == 1 ? p.num_heads_kv : shares);
+    EXPECT_EQ(plan.arguments.combine_tiles, num_seqs == 1 ? 1 : 0);
     if (bytes == 0) bytes = plan.workspace;
     EXPECT_EQ(plan.workspace, bytes) << num_seqs;
     p.deterministic = 1;
@@ -347,13 +349,13 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
   // Several row tiles of a sequence, where the L2 holds what they all read.
   Params p = decode(4096);
   p.num_splits = 0, p.num_seqs = 1, p.max_seqlen_q = 40;
-  EXPECT_GT(make_plan(p, machine, nullptr).arguments.share_limits.shares, 0);
-  EXPECT_EQ(make_plan(p, machine, nullptr).instance->kind, Kind::few);
+  EXPECT_GT(make_plan(p, machine, nullptr).arguments.stream_k.ctas, 0);
+  EXPECT_EQ(make_plan(p, machine, nullptr).instance->tiling, Tiling::short_q);
   Params one_head = p;
   one_head.num_heads_q /= one_head.num_heads_kv, one_head.num_heads_kv = 1;
-  EXPECT_GT(make_plan(one_head, machine, nullptr).arguments.merge_tiles, 1);
+  EXPECT_GT(make_plan(one_head, machine, nullptr).arguments.combine_tiles, 1);
   p.num_seqs = 300;
-  EXPECT_EQ(make_plan(p, machine, nullptr).arguments.share_limits.shares, 0);
+  EXPECT_EQ(make_plan(p, machine, nullptr).arguments.stream_k.ctas, 0);
 }
 
 TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
@@ -382,19 +384,19 @@ TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
   EXPECT_EQ(fake.launches[0].threads, 32u);
   EXPECT_EQ(fake.launches[0].stream, p.stream);
   const ForwardArguments written = fake.launches[0].arguments;
-  EXPECT_EQ(written.schedule, asked.scheduler_metadata);
+  EXPECT_EQ(written.scheduler_metadata, asked.scheduler_metadata);
   // The call finds it by the same key, and looks no further than its page table reaches.
   p.scheduler_metadata = asked.scheduler_metadata, p.scheduler_metadata_size = size;
   run(p);
-  EXPECT_EQ(fake.launches[1].arguments.schedule, p.scheduler_metadata);
-  EXPECT_EQ(fake.launches[1].arguments.schedule_key, written.schedule_key);
+  EXPECT_EQ(fake.launches[1].arguments.scheduler_metadata, p.scheduler_metadata);
+  EXPECT_EQ(fake.launches[1].arguments.metadata_fingerprint, written.metadata_fingerprint);
   EXPECT_EQ(fake.launches[1].arguments.key_rows, 4096);
   EXPECT_GE(written.key_rows, 4096) << "the schedule kernel knows no page table";
   // One that is too small is none.
   p.scheduler_metadata_size = size - 1;
   fake.launches.clear();
   run(p);
-  EXPECT_EQ(fake.launches[0].arguments.schedule, nullptr);
+  EXPECT_EQ(fake.launches[0].arguments.scheduler_metadata, nullptr);
 }
 
 // Whatever moves a share makes another key; what does not, does not: a graph keeps the bounds it was captured with.
@@ -402,7 +404,7 @@ TEST_F(Cuda, AScheduleIsOfOneProblem) {
   const auto key = [](const Params &p) {
     const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
     EXPECT_GT(plan.schedule_size(), 0);
-    return plan.arguments.schedule_key;
+    return plan.arguments.metadata_fingerprint;
   };
   Params p = decode(4096);
   p.num_splits = 0;
@@ -529,7 +531,7 @@ TEST_F(Cuda, ManyThreadsLoadAKernelOnce) {
 
 TEST_F(Cuda, ExplainNamesTheGpuTheKernelsAndTheSplits) {
   const std::string text = explain(split(4), FLASHSPARK_OK);
-  EXPECT_TRUE(contains(text, "cuda (NVIDIA Imagined, sm_120f kernels, d128_narrow, 4 splits): chosen")) << text;
+  EXPECT_TRUE(contains(text, "cuda (NVIDIA Imagined, sm_120f kernels, d128_decode, 4 splits): chosen")) << text;
   EXPECT_TRUE(contains(text, "cpu-engine (")) << text;
   EXPECT_TRUE(fake.launches.empty());
 }

@@ -87,9 +87,9 @@ TEST(Conversion, PackFloat16) {
 TEST(Conversion, WidenEveryCode) {
   for (uint32_t code = 0; code < 65536; code++) {
     const auto bits = static_cast<uint16_t>(code);
-    const float brain = ptx::widen(ptx::Bfloat16{bits});
+    const float brain = ptx::to_float(ptx::Bfloat16{bits});
     ASSERT_EQ(std::bit_cast<uint32_t>(brain), code << 16);
-    const float half = ptx::widen(ptx::Float16{bits});
+    const float half = ptx::to_float(ptx::Float16{bits});
     const auto expected = static_cast<float>(std::bit_cast<_Float16>(bits));
     ASSERT_TRUE(half == expected || (std::isnan(half) && std::isnan(expected))) << code;
     ASSERT_EQ(std::signbit(half), (code & 0x8000) != 0);
@@ -131,7 +131,7 @@ TEST(Launch, EveryThreadOfEveryBlockOnce) {
     std::fill(runs.begin(), runs.end(), 0);
     uint32_t first_block = 0xffffffff;
     launch({{3, 2, 4}, 96, 0, seed}, [&] {
-      const uint32_t block = ptx::block_x() + 3 * (ptx::block_y() + 2 * ptx::block_z());
+      const uint32_t block = ptx::cta_x() + 3 * (ptx::cta_y() + 2 * ptx::cta_z());
       if (first_block == 0xffffffff) first_block = block;
       runs[block * 96 + ptx::thread_index()]++;
     });
@@ -202,14 +202,14 @@ Place place_d(uint32_t lane, uint32_t i) {
   return {i < 2 ? lane >> 2 : (lane >> 2) + 8, (lane % 4) * 2 + (i & 1)};
 }
 
-template <class Number>
+template <class Element>
 void check_product(uint64_t seed, bool whole) {
   std::mt19937_64 random(seed);
   // Whole numbers make every sum exact, whatever its order.
   const auto draw = [&] {
     const float x = whole ? static_cast<float>(static_cast<int>(random() % 31) - 15)
                           : std::ldexp(static_cast<float>(static_cast<int>(random() % 511) - 255), -7);
-    return ptx::widen(Number{static_cast<uint16_t>(ptx::pack<Number>(x, 0))});
+    return ptx::to_float(Element{static_cast<uint16_t>(ptx::pack<Element>(x, 0))});
   };
   float a[16][16], b[16][8], d[16][8], result[16][8];
   for (auto &row : a) {
@@ -226,10 +226,10 @@ void check_product(uint64_t seed, bool whole) {
     const auto at_a = [&](uint32_t i) { return a[place_a(lane, i).row][place_a(lane, i).column]; };
     const auto at_b = [&](uint32_t i) { return b[place_b(lane, i).row][place_b(lane, i).column]; };
     uint32_t part[4];
-    for (uint32_t i = 0; i < 4; i++) part[i] = ptx::pack<Number>(at_a(2 * i), at_a(2 * i + 1));
+    for (uint32_t i = 0; i < 4; i++) part[i] = ptx::pack<Element>(at_a(2 * i), at_a(2 * i + 1));
     float sum[4];
     for (uint32_t i = 0; i < 4; i++) sum[i] = d[place_d(lane, i).row][place_d(lane, i).column];
-    ptx::mma_m16n8k16<Number>(sum, part, ptx::pack<Number>(at_b(0), at_b(1)), ptx::pack<Number>(at_b(2), at_b(3)));
+    ptx::mma_m16n8k16<Element>(sum, part, ptx::pack<Element>(at_b(0), at_b(1)), ptx::pack<Element>(at_b(2), at_b(3)));
     for (uint32_t i = 0; i < 4; i++) result[place_d(lane, i).row][place_d(lane, i).column] = sum[i];
   });
   EXPECT_EQ(counters.mma, 1u);
@@ -311,7 +311,7 @@ TEST(Shared, LoadsAndStores) {
     for (uint32_t n = 0; n < 4; ++n) words.word[n] = lane + n;
     ptx::store_shared_16(at, words);
     ptx::store_shared_4(at + 8, 77);
-    ptx::block_barrier();
+    ptx::cta_barrier();
     const ptx::Vector16 next = ptx::load_shared_16(ptx::shared_memory() + 16 * ((lane + 1) % 32));
     EXPECT_EQ(next.word[0], (lane + 1) % 32);
     EXPECT_EQ(next.word[2], 77u);

@@ -38,7 +38,7 @@ TEST(Fault, NamesBlockThreadAndLine) {
   int line = 0;
   try {
     launch({{2, 3, 4}, 64, 64, 1}, [&] {
-      const bool chosen = ptx::block_x() == 1 && ptx::block_y() == 2 && ptx::block_z() == 3 && thread_index() == 37;
+      const bool chosen = ptx::cta_x() == 1 && ptx::cta_y() == 2 && ptx::cta_z() == 3 && thread_index() == 37;
       line = __LINE__ + 1;
       if (chosen) ptx::load_shared_4(64);
     });
@@ -54,14 +54,14 @@ TEST(Fault, LeavesTheEmulatorUsable) {
     expect_fault(
         "uninitialised", 256, 64,
         [] {
-          ptx::block_barrier();
+          ptx::cta_barrier();
           if (thread_index() == 200) ptx::load_shared_4(shared_memory());
-          ptx::block_barrier();
+          ptx::cta_barrier();
         },
         seed);
     int runs = 0;
     launch({{1, 1, 1}, 64, 0, seed}, [&] {
-      ptx::block_barrier();
+      ptx::cta_barrier();
       runs++;
     });
     EXPECT_EQ(runs, 64);
@@ -117,7 +117,7 @@ TEST(Fault, RacesOfLoadsAndStores) {
           ptx::warp_barrier();  // not enough between warps
           const uint32_t other = (thread_index() + 32) % 64;
           // Whoever runs first finds the word unwritten, which is a fault too; a word of an earlier phase is not.
-          ptx::block_barrier();
+          ptx::cta_barrier();
           ptx::store_shared_4(shared_memory() + 4 * thread_index(), 2);
           ptx::warp_barrier();
           ptx::load_shared_4(shared_memory() + 4 * other);
@@ -285,7 +285,8 @@ TEST(Fault, Divergence) {
           }
         },
         seed);
-    expect_fault("divergence", 32, 0, [] { thread_index() == 9 ? ptx::warp_barrier() : ptx::block_barrier(); }, seed);
+    expect_fault(
+        "divergence", 32, 0, [] { thread_index() == 9 ? ptx::warp_barrier() : ptx::cta_barrier(); }, seed);
     // A lane is gone before the others come.
     bool first = true;
     expect_fault(
@@ -304,7 +305,7 @@ TEST(Fault, Divergence) {
     expect_fault(
         "exit", 128, 0,
         [] {
-          if (thread_index() / 32 != 2) ptx::block_barrier();
+          if (thread_index() / 32 != 2) ptx::cta_barrier();
         },
         seed);
     // Both halves wait for ever: each at a barrier of its own.
@@ -312,9 +313,9 @@ TEST(Fault, Divergence) {
         "divergence", 64, 0,
         [] {
           if (thread_index() < 32) {
-            ptx::block_barrier();
+            ptx::cta_barrier();
           } else {
-            ptx::block_barrier();
+            ptx::cta_barrier();
           }
         },
         seed);

@@ -47,7 +47,7 @@ DETECTORS = [
 ]
 
 
-NUMBERS = {"bf16": "Bfloat16", "fp16": "Float16", "e4m3": "E4m3"}
+ELEMENTS = {"bf16": "Bfloat16", "fp16": "Float16", "e4m3": "E4m3"}
 
 
 FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
@@ -59,7 +59,7 @@ class Mutant:
     file: str
     old: str
     new: str
-    kernels: list[str] = field(default_factory=lambda: ["d64_few_bf16_sm_120f"])
+    kernels: list[str] = field(default_factory=lambda: ["d64_short_q_bf16_sm_120f"])
     test: str = ""
     survives: str = ""
 
@@ -140,12 +140,12 @@ class Build:
             source = folder / f"{name}.cpp"
             source.write_text(
                 f"#define KERNEL_NAME {instance}\n"
-                f"#define KERNEL_NUMBER {NUMBERS[number]}\n"
+                f"#define KERNEL_ELEMENT {ELEMENTS[number]}\n"
                 f"#define KERNEL_ARCHITECTURE {tiles}\n"
                 '#include "attention/kernel.cpp"\n'
             )
             objects.append(self.compile(source, kernels, source.with_suffix(".o")))
-        # The merge kernel is part of the harness.
+        # The combine kernel is part of the harness.
         objects.append(self.compile(HERE / "attention/harness.cpp", kernels, folder / "harness.o"))
         self.link(program, objects, folder / program)
         return folder / program

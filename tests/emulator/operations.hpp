@@ -24,7 +24,7 @@ inline constexpr uint32_t kSharedBase = 0x400;
 // What lanes of a warp meet for.
 enum class Operation : uint8_t {
   none,
-  block_barrier,
+  cta_barrier,
   warp_barrier,
   ldmatrix,
   ldmatrix_trans,

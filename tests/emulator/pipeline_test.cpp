@@ -64,14 +64,14 @@ void column_sums(Mistake mistake, uint32_t rows, const uint16_t *x, float *resul
     } else if (mistake != Mistake::no_wait) {
       ptx::cp_async_wait<1>();
     }
-    if (mistake != Mistake::no_barrier_after_wait) ptx::block_barrier();
+    if (mistake != Mistake::no_barrier_after_wait) ptx::cta_barrier();
     for (uint32_t pair = 0; pair < kColumns / 16; pair++) {
       uint32_t part[4];  // columns 16 * pair: rows 0 to 7, 8 to 15; then the next 8 columns
       ptx::ldmatrix_x4_trans(part, address(tile, lane % 16, 2 * pair + lane / 16));
       ptx::mma_m16n8k16<ptx::Bfloat16>(sum[2 * pair], ones, part[0], part[1]);
       ptx::mma_m16n8k16<ptx::Bfloat16>(sum[2 * pair + 1], ones, part[2], part[3]);
     }
-    if (mistake != Mistake::no_barrier_before_refill) ptx::block_barrier();
+    if (mistake != Mistake::no_barrier_before_refill) ptx::cta_barrier();
   }
   if (mistake == Mistake::exits_with_a_copy) {
     load(0);

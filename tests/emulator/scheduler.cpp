@@ -54,7 +54,7 @@ void Machine::leave() {
     fail(std::string("exits while other lanes of its warp wait at ") + name(warp.meeting.operation),
          warp.meeting.place);
   }
-  if (arrived_warps_ != 0) fail("exits while other warps wait at block_barrier", block_meeting_.place);
+  if (arrived_warps_ != 0) fail("exits while other warps wait at cta_barrier", block_meeting_.place);
   const uint32_t bit = 1u << self % kLanes;
   warp.ready &= ~bit;
   warp.exited |= bit;
@@ -132,7 +132,7 @@ uint32_t Machine::arrive(Operation operation, Site site) {
 void Machine::complete(uint32_t warp_index) {
   Warp &warp = warps_[warp_index];
   counters_.bank_conflicts += warp.banks.take();
-  if (warp.meeting.operation == Operation::block_barrier) {
+  if (warp.meeting.operation == Operation::cta_barrier) {
     meet_block(warp_index);
   } else {
     perform(warp_index);
@@ -153,11 +153,11 @@ void Machine::release(uint32_t warp_index) {
 void Machine::meet_block(uint32_t warp_index) {
   const Meeting &meeting = warps_[warp_index].meeting;
   const auto warps = static_cast<uint32_t>(warps_.size());
-  if (alive_ != count_) fail("block_barrier after threads have exited", meeting.place);
+  if (alive_ != count_) fail("cta_barrier after threads have exited", meeting.place);
   if (arrived_warps_ == 0) {
     block_meeting_ = meeting;
   } else if (block_meeting_.place != meeting.place) {
-    fail("divergence: block_barrier while other warps wait at that of " + shared_.places.text(block_meeting_.place),
+    fail("divergence: cta_barrier while other warps wait at that of " + shared_.places.text(block_meeting_.place),
          meeting.place);
   }
   arrived_warps_++;

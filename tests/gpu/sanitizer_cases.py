@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitizer_cases.py [NAME ...]
 
-Names are those of kernels/forward/instances.def; merge stands for split keys. With PYTORCH_NO_CUDA_MEMORY_CACHING=1
+Names are those of kernels/forward/instances.def; combine stands for split keys. With PYTORCH_NO_CUDA_MEMORY_CACHING=1
 every tensor is an allocation of its own, so that memcheck sees what lies outside it.
 """
 
@@ -20,41 +20,41 @@ from oracle import failures, poison_unseen
 from problem import Problem, Spec, build, wild
 
 INSTANCES = Path(__file__).resolve().parents[2] / "kernels/forward/instances.def"
-PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+),", re.M)
+PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+), (\w+),", re.M)
 
-WIDE = Spec([200, 65, 0, 300] * 12, [330, 65, 9, 300] * 12, (8, 4))  # rows enough to fill the largest GPU's SMs
-FEW = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
-NARROW = Spec([1, 5, 0, 8], [200, 70, 9, 300], (4, 2))
-WILD = ("contiguous", "merge", "shares", "scheduled", "pages of 5", "table by index", "rswa", "dense")
-CHANGED = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
+PREFILL = Spec([200, 65, 0, 300] * 12, [330, 65, 9, 300] * 12, (8, 4))  # rows enough to fill the largest GPU's SMs
+SHORT_Q = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
+DECODE = Spec([1, 5, 0, 8], [200, 70, 9, 300], (4, 2))
+WILD = ("contiguous", "combine", "shares", "scheduled", "pages of 5", "table by index", "rswa", "dense")
+SCORE_MODS = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
 
 
 def cases() -> dict[str, Spec]:
-    """The kind of a kernel decides what makes the host choose it: many rows, few, or features that need it."""
+    """The tiling of a kernel decides what makes the host choose it: many rows, few, or features that need it."""
     found: dict[str, Spec] = {}
-    for name, dim, dim_v, kind in PATTERN.findall(INSTANCES.read_text(encoding="utf-8")):
-        shape = {"wide": WIDE, "narrow": NARROW}.get(kind, FEW)
+    for name, dim, dim_v, tiling, score_mod in PATTERN.findall(INSTANCES.read_text(encoding="utf-8")):
+        shape = SHORT_Q if score_mod == "native" else {"prefill": PREFILL, "decode": DECODE}.get(tiling, SHORT_Q)
         spec = replace(shape, dims=(int(dim), int(dim_v)), num_splits=1)
-        if kind == "changed":
-            spec = replace(spec, **CHANGED)
+        if score_mod == "native":
+            spec = replace(spec, **SCORE_MODS)
         found[name] = spec
         if int(dim) <= 256:
             found[f"{name}_e4m3"] = replace(spec, fp8="kv")
-    found["merge"] = replace(FEW, dims=(128, 128), num_splits=3, k_lens=[700, 300, 9, 400])
+    found["combine"] = replace(SHORT_Q, dims=(128, 128), num_splits=3, k_lens=[700, 300, 9, 400])
     # Blocks that go through several row tiles, and row tiles that several blocks meet in.
-    found["shares"] = replace(NARROW, q_lens=[1, 0, 2] * 30, k_lens=[150, 7, 900] * 30, dims=(128, 128), num_splits=0)
+    found["shares"] = replace(DECODE, q_lens=[1, 0, 2] * 30, k_lens=[150, 7, 900] * 30, dims=(128, 128), num_splits=0)
     found["scheduled"] = replace(found["shares"], schedule="fresh")
     found["stale"] = replace(found["shares"], schedule="stale")
-    found["contiguous"] = replace(FEW, dims=(128, 128), layout="varlen")
-    found["dense"] = replace(WIDE, dims=(128, 128), layout="dense", causal=False, sinks=torch.float32)
-    found["rswa"] = replace(FEW, rswa=30)
-    found["chunks"] = replace(FEW, chunk=50, dims=(128, 128))
-    found["pages of 5"] = replace(FEW, page_size=5)
+    found["contiguous"] = replace(SHORT_Q, dims=(128, 128), layout="varlen")
+    found["dense"] = replace(PREFILL, dims=(128, 128), layout="dense", causal=False, sinks=torch.float32)
+    found["rswa"] = replace(SHORT_Q, rswa=30)
+    found["chunks"] = replace(SHORT_Q, chunk=50, dims=(128, 128))
+    found["pages of 5"] = replace(SHORT_Q, page_size=5)
     found["pages of 5, decode"] = replace(found["shares"], page_size=5)
-    found["table by index"] = replace(FEW, batch_index=True, whole_table=True, page_size=20)
-    found["e4m3 result"] = replace(FEW, e4m3_out=True, dims=(128, 128))
-    found["e4m3 result, merge"] = replace(found["merge"], e4m3_out=True, fp8="kv")
-    found["checked"] = replace(FEW, check=True, leftpad=True)
+    found["table by index"] = replace(SHORT_Q, batch_index=True, whole_table=True, page_size=20)
+    found["e4m3 result"] = replace(SHORT_Q, e4m3_out=True, dims=(128, 128))
+    found["e4m3 result, combine"] = replace(found["combine"], e4m3_out=True, fp8="kv")
+    found["checked"] = replace(SHORT_Q, check=True, leftpad=True)
     for name in WILD:
         found[f"wild {name}"] = found[name]
     return found

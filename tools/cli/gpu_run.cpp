@@ -164,7 +164,7 @@ double GpuSession::time(const std::function<void()> &issue) {
 }
 
 void GpuSession::multiply(unsigned blocks, int32_t rounds) {
-  if (multiply_ == nullptr) multiply_ = cuda::named_kernel("peak", "flashspark_peak");
+  if (multiply_ == nullptr) multiply_ = cuda::named_kernel("mma_peak");
   cuda::Address nowhere = flush_->address();
   void *parameters[] = {&nowhere, &rounds};
   FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernel, reinterpret_cast<cuda::Function>(multiply_), blocks, 1, 1,
@@ -205,7 +205,7 @@ std::string GpuSession::text() {
 }
 
 std::string gpu_lack() {
-  return cuda::device_lack(0);
+  return cuda::device_unavailable_reason(0);
 }
 
 std::unique_ptr<GpuSession> open_gpu(bool cpu_only) {

@@ -114,7 +114,7 @@ Machine machine() {
   m.cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
                                                         : static_cast<int>(std::thread::hardware_concurrency());
   m.cpu_limit = cpu_quota();
-  struct sysinfo info{};
+  struct sysinfo info {};
   if (sysinfo(&info) == 0) m.memory_gib = static_cast<double>(info.totalram) * info.mem_unit / (1 << 30);
   m.os = field(read_text("/etc/os-release"), "PRETTY_NAME", '=');
   m.version = flashspark_version();

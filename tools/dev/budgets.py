@@ -30,21 +30,21 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = ROOT / "tests/budgets.json"
 TABLE = ROOT / "bench/results/budgets-sm120f.md"
 CACHE = ROOT / "build/budgets"
-NUMBERS = {  # e4m3: of K and V
-    "bf16": ("-DFLASHSPARK_NUMBER=Bfloat16",),
-    "fp16": ("-DFLASHSPARK_NUMBER=Float16",),
-    "e4m3": ("-DFLASHSPARK_NUMBER=Float16", "-DFLASHSPARK_STORED=E4m3"),
+DTYPES = {  # e4m3: of K and V
+    "bf16": ("-DFLASHSPARK_ELEMENT=Bfloat16",),
+    "fp16": ("-DFLASHSPARK_ELEMENT=Float16",),
+    "e4m3": ("-DFLASHSPARK_ELEMENT=Float16", "-DFLASHSPARK_ELEMENT_KV=E4m3"),
 }
 SHARED_OF_BLOCK = 99 * 1024
 SHARED_OF_SM, SHARED_RESERVED = 100 * 1024, 1024
 REGISTERS_OF_SM, REGISTERS_OF_THREAD, WARPS_OF_SM = 65536, 255, 48
-MERGE_THREADS, MERGE_BLOCKS = 256, 3  # launch bounds of merge.cu
+COMBINE_THREADS, COMBINE_BLOCKS = 256, 3  # launch bounds of combine.cu
 
 USED: set[Path] = set()  # of the cache, by this run
 
 # Prints kInstances with the tiles of sm_120f.
 FACTS = r"""
-#include "forward/instances.hpp"
+#include "forward/config.hpp"
 #include <cstdio>
 using namespace flashspark;
 int main() {
@@ -52,7 +52,7 @@ int main() {
     const Tile &t = i.tile(Architecture::sm_120f);
     std::printf("%s %d %d %d %d %d %d %d", i.name, i.head_dim, i.head_dim_v, t.warps, t.warp_rows, t.keys, t.score_keys,
                 t.key_groups);
-    std::printf(" %d %d %d %d %d\n", t.schedule == Schedule::single, t.queries == QueryPlace::shared, t.blocks,
+    std::printf(" %d %d %d %d %d\n", t.buffering == Buffering::single_buffer, t.queries == QueryStorage::shared, t.min_ctas,
                 shared_bytes(i, t), shared_bytes(i, t, true));
   }
 }
@@ -75,8 +75,8 @@ class Instance:
     shared_bytes: int
     shared_bytes_e4m3: int
 
-    def shared(self, number: str) -> int:
-        return self.shared_bytes_e4m3 if number == "e4m3" else self.shared_bytes
+    def shared(self, dtype: str) -> int:
+        return self.shared_bytes_e4m3 if dtype == "e4m3" else self.shared_bytes
 
     @property
     def hmma_of_turn(self) -> int:
@@ -85,28 +85,28 @@ class Instance:
         output = self.score_keys // 16 * (self.head_dim_v // 8)
         return self.warp_rows // 16 * (scores + output)
 
-    def resident(self, registers: int, number: str) -> int:
+    def resident(self, registers: int, dtype: str) -> int:
         """Blocks an SM holds."""
         by_registers = REGISTERS_OF_SM // (self.warps * 32 * (-(-registers // 8) * 8))
-        by_shared = SHARED_OF_SM // (self.shared(number) + SHARED_RESERVED)
+        by_shared = SHARED_OF_SM // (self.shared(dtype) + SHARED_RESERVED)
         return min(by_registers, by_shared, WARPS_OF_SM // self.warps)
 
 
 @dataclass
 class Measured:
-    instance: Instance | None  # None: merge
-    number: str
+    instance: Instance | None  # None: combine
+    dtype: str
     values: dict[str, int | float]
     loop: sass.Loop | None
 
     @property
     def name(self) -> str:
-        return f"{self.instance.name if self.instance else 'merge'} {self.number}"
+        return f"{self.instance.name if self.instance else 'combine'} {self.dtype}"
 
     @property
     def allowed_registers(self) -> int:
-        threads = self.instance.warps * 32 if self.instance else MERGE_THREADS
-        blocks = self.instance.blocks if self.instance else MERGE_BLOCKS
+        threads = self.instance.warps * 32 if self.instance else COMBINE_THREADS
+        blocks = self.instance.blocks if self.instance else COMBINE_BLOCKS
         return min(REGISTERS_OF_THREAD, REGISTERS_OF_SM // (threads * blocks) // 8 * 8)
 
 
@@ -170,13 +170,14 @@ def instances() -> list[Instance]:
     return [Instance(name, *map(int, rest)) for name, *rest in map(str.split, lines)]
 
 
-def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, number: str) -> Measured:
+def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, dtype: str) -> Measured:
     name = [f"-DFLASHSPARK_NAME={instance.name}"] if instance else []
-    source = ROOT / "kernels/forward" / ("forward.cu" if instance else "merge.cu")
+    source = ROOT / "kernels/forward" / ("forward.cu" if instance else "combine.cu")
     command = [
         str(nvcc[0]),
         "-cubin",
         "-arch=sm_120f",
+        "-DFLASHSPARK_ENTRY=kernel",
         "-std=c++20",
         "-O3",
         "-Xptxas",
@@ -184,7 +185,7 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, n
         "-I",
         str(ROOT / "kernels"),
     ]
-    command += [*name, *NUMBERS[number], str(source)]
+    command += [*name, *DTYPES[dtype], str(source)]
     cubin, said = cached(command, sources() + nvcc[1].encode(), "cubin")
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
@@ -194,17 +195,17 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, n
     values: dict[str, int | float] = {
         "registers": int(registers[1]),
         "spill_bytes": max(int(spills[1]), int(spills[2])),
-        "shared_bytes": (instance.shared(number) if instance else 0) + (int(static[1]) if static else 0),
+        "shared_bytes": (instance.shared(dtype) if instance else 0) + (int(static[1]) if static else 0),
     }
     listing, _ = cached([str(nvdisasm), "-c", "-hex", str(cubin)], b"", "sass", to_stdout=True)
     code = sass.read(listing.read_text())
     if not instance:
         values["code"] = len(code)
-        return Measured(None, number, values, None)
+        return Measured(None, dtype, values, None)
     try:
         loop = sass.hot_loop(code)
     except sass.NotUnderstood as error:
-        sys.exit(f"{instance.name} {number}: {error}")
+        sys.exit(f"{instance.name} {dtype}: {error}")
     tiles, rest = divmod(loop.count("HMMA"), instance.hmma_of_turn)
     if rest or not tiles:
         sys.exit(
@@ -218,20 +219,17 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, n
         key: count // tiles if count % tiles == 0 else round(count / tiles, 2) for key, count in per_turn.items()
     }
     values["loop_spills"] = loop.spills
-    return Measured(instance, number, values, loop)
+    return Measured(instance, dtype, values, loop)
 
 
 def measure_all(nvcc: tuple[Path, str], only: list[str] | None = None) -> list[Measured]:
     nvdisasm = find_nvdisasm()
-    wanted = [i for i in [*instances(), None] if not only or (i.name if i else "merge") in only]
+    wanted = [i for i in [*instances(), None] if not only or (i.name if i else "combine") in only]
     if only and len(wanted) != len(set(only)):
         sys.exit(f"--only: not all of {' '.join(only)} are instances")
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(measure, nvcc, nvdisasm, i, number)
-            for i in wanted
-            for number in NUMBERS
-            if number != "e4m3" or i
+            pool.submit(measure, nvcc, nvdisasm, i, dtype) for i in wanted for dtype in DTYPES if dtype != "e4m3" or i
         ]
         measured = [job.result() for job in jobs]
     if not only:
@@ -279,7 +277,7 @@ def check(nvcc: tuple[Path, str]) -> int:
         )
         expect(values["shared_bytes"] <= SHARED_OF_BLOCK, f"{name}: {values['shared_bytes']} bytes of shared memory")
         if kernel.instance:
-            resident = kernel.instance.resident(int(values["registers"]), kernel.number)
+            resident = kernel.instance.resident(int(values["registers"]), kernel.dtype)
             blocks = kernel.instance.blocks
             expect(resident >= blocks, f"{name}: an SM holds {resident} blocks, not {blocks}")
         if same_compiler and name in kernels:

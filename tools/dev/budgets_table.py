@@ -62,7 +62,7 @@ def row(kernel: Measured) -> list[str]:
     values, instance = kernel.values, kernel.instance
     if not instance or not kernel.loop:
         registers = f"{values['registers']} / {kernel.allowed_registers}"
-        return ["merge", "", "", registers, str(values["spill_bytes"]), "0", *[""] * 9]
+        return ["combine", "", "", registers, str(values["spill_bytes"]), "0", *[""] * 9]
     way = kernel.loop.path
     blocks = instance.resident(int(values["registers"]), kernel.number)
     unit, share = units(way, FULL_RATE).busiest_beside_tensor()
@@ -88,7 +88,7 @@ def table(kernels: list[Measured], nvcc: str) -> str:
     shown = [k for k in kernels if k.number != "fp16"]
     lines = [head, ["---"] * len(head), *map(row, shown)]
     pairs = zip((k for k in kernels if k.number == "bf16"), (k for k in kernels if k.number == "fp16"), strict=True)
-    unlike = [a.instance.name if a.instance else "merge" for a, b in pairs if a.values != b.values]
+    unlike = [a.instance.name if a.instance else "combine" for a, b in pairs if a.values != b.values]
     loops = [k for k in shown if k.instance and k.loop]
     bounds = {k.name: tensor_share(k.loop.path, FULL_RATE, 1, 1)[0] for k in loops if k.loop}
     below = [f"{name} {bound:.0%}" for name, bound in bounds.items() if bound < 1]

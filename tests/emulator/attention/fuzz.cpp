@@ -1,5 +1,5 @@
 // Random serving-shaped batches through the kernels that the plan chooses, and through each of the others.
-//   emulator_fuzz [--count 1000] [--seed 1] [--seconds 600] [--failures 10] [--kernel d64_few_bf16_sm_120f ...]
+//   emulator_fuzz [--count 1000] [--seed 1] [--seconds 600] [--failures 10] [--kernel d64_short_q_bf16_sm_120f ...]
 // A failure prints its seed; --seed S --count 1 (and the same --kernel) runs it again.
 #include <algorithm>
 #include <chrono>
@@ -35,7 +35,7 @@ class Draw {
 // What a case is drawn for: any that the plan may choose (NULL), or one kernel.
 struct Limits {
   const Kernel *kernel;
-  bool changed() const { return kernel == nullptr || kernel->instance->kind == Kind::changed; }
+  bool changed() const { return kernel == nullptr || kernel->instance->score_mod == ScoreMod::native; }
 };
 
 void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
@@ -68,7 +68,7 @@ void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
 // Decode, verify, chunk, prefill and padded rows; short enough for the emulator.
 void choose_lengths(Draw &draw, cases::Case &c) {
   c.lens.resize(draw.from(1, draw.one_in(8) ? 40 : 5));
-  // Pieces of 16 rows x 16 keys x 64 columns of K and of V; ten thousand take about a second.
+  // Contributors of 16 rows x 16 keys x 64 columns of K and of V; ten thousand take about a second.
   constexpr int64_t kBudget = 2000;
   int64_t budget = kBudget;
   const int64_t group = c.heads_q / c.heads_kv;

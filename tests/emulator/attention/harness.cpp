@@ -6,8 +6,8 @@
 
 #include "cuda/arguments.hpp"
 #include "cuda/quantize.hpp"
-#include "forward/merge.cuh"
-#include "forward/schedule.cuh"
+#include "forward/combine.cuh"
+#include "forward/scheduler_metadata.cuh"
 #include "guarded.hpp"
 #include "quantize/quantize.cuh"
 #include "validate.hpp"
@@ -97,19 +97,19 @@ Guarded<int32_t> make_schedule(const Params &p, const cuda::Machine &machine, co
   if (of == ScheduleOf::none || plan->schedule_size() == 0) return {};
   Guarded<int32_t> lines(static_cast<size_t>(plan->schedule_size()));
   std::fill(lines.begin(), lines.end(), -1);
-  plan->arguments.schedule = lines.data();
+  plan->arguments.scheduler_metadata = lines.data();
   if (of == ScheduleOf::other_problem) {
-    ShareLimits &limits = plan->arguments.share_limits;
-    limits.least_shift += 1, limits.few_total = 0, limits.start += 3;
-    plan->arguments.schedule_key += 1;
+    StreamKLimits &limits = plan->arguments.stream_k;
+    limits.min_tiles_shift += 1, limits.small_problem_tiles = 0, limits.tile_start_cost += 3;
+    plan->arguments.metadata_fingerprint += 1;
   }
   // Other lengths are those of the same sequences with half their keys.
   std::vector<int32_t> used(p.seqused_k, p.seqused_k + (p.seqused_k != nullptr ? p.num_seqs : 0));
   for (int32_t &keys : used) keys /= 2;
   if (of == ScheduleOf::other_lengths && p.seqused_k != nullptr) plan->arguments.seqused_k = used.data();
-  add(counters, launch_one(plan->schedule(), seed, [&plan] { schedule(plan->arguments); }));
+  add(counters, launch_one(plan->schedule(), seed, [&plan] { write_scheduler_metadata(plan->arguments); }));
   if (of == ScheduleOf::other_lengths && p.seqused_k == nullptr) {
-    for (size_t n = kLengths; n < lines.size(); n += kScheduleWords) lines[n] += 1;
+    for (size_t n = kLengthsChecksum; n < lines.size(); n += kRecordWords) lines[n] += 1;
   }
   return lines;
 }
@@ -152,7 +152,7 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
 }
 
 // As the host does with results in e4m3 (src/cuda/forward.cpp).
-Run execute_quantized(const Params &p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &spoil) {
+Run execute_quantized(const Params &p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &spoil) {
   Guarded<char> memory(cuda::wide_out_bytes(p));
   const Params wide = cuda::with_wide_out(p, memory.data());
   Run result = execute(wide, kernel, seed, spoil);
@@ -162,7 +162,7 @@ Run execute_quantized(const Params &p, const Kernel *kernel, uint64_t seed, cons
   return result;
 }
 
-Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &spoil) {
+Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &spoil) {
   if (cuda::is_quantized(p)) return execute_quantized(p, kernel, seed, spoil);
   // A small GPU, so that small problems make several waves, splits and sections; which one depends on the seed.
   const cuda::Machine machine{
@@ -187,10 +187,10 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &
                      spoil);  // the same instance has the same tile on both, or is not linked in twice
     result.kernel = name_of(chosen);
     add(result.counters, launch_one(plan->forward, seed, [&plan, &chosen] { chosen.run(plan->arguments); }));
-    if (plan->merge.grid[0] > 0) {
-      const bool bf16 = plan->out == cuda::NumberType::bf16;
-      add(result.counters, launch_one(plan->merge, seed + 1, [&plan, bf16] {
-            bf16 ? merge<ptx::Bfloat16>(plan->arguments) : merge<ptx::Float16>(plan->arguments);
+    if (plan->combine.grid[0] > 0) {
+      const bool bf16 = plan->out_dtype == cuda::KernelDType::bf16;
+      add(result.counters, launch_one(plan->combine, seed + 1, [&plan, bf16] {
+            bf16 ? combine<ptx::Bfloat16>(plan->arguments) : combine<ptx::Float16>(plan->arguments);
           }));
     }
   }

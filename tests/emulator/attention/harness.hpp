@@ -38,8 +38,8 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed);
 
 // The kernels alone: no lengths are read here, and `result` stays empty. `spoil`, where given, may change what a
 // schedule of the problem's own lengths holds; without it the seed says of which lengths the schedule is.
-using SpoilSchedule = std::function<void(std::span<int32_t> lines)>;
-Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilSchedule &spoil = {});
+using SpoilMetadata = std::function<void(std::span<int32_t> lines)>;
+Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &spoil = {});
 
 // Runs and compares with the oracle: empty if all is well. Faults of the emulator come back as text.
 std::string check(const cases::Case &spec, const Kernel *kernel, uint64_t seed);

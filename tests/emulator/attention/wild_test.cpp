@@ -5,7 +5,7 @@
 #include <random>
 
 #include "attention/harness.hpp"
-#include "forward/schedule.cuh"
+#include "forward/scheduler_metadata.cuh"
 
 namespace flashspark::emulator {
 namespace {
@@ -31,7 +31,7 @@ int64_t ranges(const Params &p) {
 }
 #define METADATA(name, count)                            \
   Metadata {                                             \
-    #name, [](const Params &p) { return p.name; }, count \
+#name, [](const Params &p) { return p.name; }, count \
   }
 const Metadata kMetadata[] = {
     METADATA(cu_seqlens_q, offsets),    METADATA(cu_seqlens_k, offsets), METADATA(seqused_q, one_each),
@@ -80,7 +80,7 @@ std::vector<cases::Case> layouts(const Kernel &kernel) {
   dense.seqused_k = dense.kv_batch_index = true;
   padded.kv_layout = cases::Layout::kPaged, padded.leftpad = 9, padded.window_left = 30, padded.num_splits = 3;
   std::vector<cases::Case> all{varlen, paged, dense, padded};
-  if (kernel.instance->kind == Kind::changed) {
+  if (kernel.instance->score_mod == ScoreMod::native) {
     for (const int32_t mode : {FLASHSPARK_PREFIX_PER_SEQ, FLASHSPARK_PREFIX_PER_TOKEN}) {
       cases::Case prefix = padded;
       prefix.prefix_mode = mode;
@@ -117,7 +117,7 @@ TEST_P(WildMetadata, StaysWithinTheTensors) {
 // A line whose key and lengths are right is believed, so that its other words must not lead astray.
 TEST_P(WildMetadata, SchedulesStayWithinTheTensors) {
   const Kernel &kernel = GetParam();
-  if (!takes_shares(kernel.instance->kind)) return;  // the others are given none
+  if (!supports_stream_k(*kernel.instance)) return;  // the others are given none
   int spoiled = 0;
   for (const cases::Case &layout : layouts(kernel)) {
     for (uint64_t seed = 1; seed <= 12; ++seed) {
@@ -128,8 +128,8 @@ TEST_P(WildMetadata, SchedulesStayWithinTheTensors) {
       std::mt19937_64 rng(seed);
       EXPECT_NO_THROW(execute(problem.params, &kernel, 2 * seed,
                               [&](std::span<int32_t> lines) {
-                                for (size_t line = 0; line < lines.size(); line += kScheduleWords) {
-                                  for (size_t word = kFound; word < kScheduleFields; ++word) {
+                                for (size_t line = 0; line < lines.size(); line += kRecordWords) {
+                                  for (size_t word = kValid; word < kRecordFields; ++word) {
                                     if (rng() % 4 == 0) lines[line + word] = wild(rng), ++spoiled;
                                   }
                                 }
@@ -144,7 +144,7 @@ TEST_P(WildMetadata, SchedulesStayWithinTheTensors) {
 // work of the whole batch is the most that a block may do.
 TEST_P(WildMetadata, SharesOfASchedulesLineEnd) {
   const Kernel &kernel = GetParam();
-  if (!takes_shares(kernel.instance->kind)) return;
+  if (!supports_stream_k(*kernel.instance)) return;
   cases::Case spec = layouts(kernel)[1];
   spec.num_splits = 0;
   for (const int32_t passed : {0, 1, 1 << 20, INT32_MAX}) {
@@ -153,9 +153,9 @@ TEST_P(WildMetadata, SharesOfASchedulesLineEnd) {
     const uint64_t all = execute(problem.params, &kernel, 1).counters.mma;
     const auto spoiled = execute(problem.params, &kernel, 2, [passed](std::span<int32_t> lines) {
       ASSERT_GT(lines.size(), 0u);
-      for (size_t line = 0; line < lines.size(); line += kScheduleWords) {
-        lines[line + kMore] = 1, lines[line + kShareAt] = 0, lines[line + kShareEnd] = INT32_MAX;
-        lines[line + kShareSkip] = 0, lines[line + kPassedSeqs] = 0, lines[line + kPassedPositions] = passed;
+      for (size_t line = 0; line < lines.size(); line += kRecordWords) {
+        lines[line + kHasNext] = 1, lines[line + kRangeNext] = 0, lines[line + kRangeEnd] = INT32_MAX;
+        lines[line + kRangeSkip] = 0, lines[line + kPrefixSeqs] = 0, lines[line + kPrefixPositions] = passed;
       }
     });
     EXPECT_LT(spoiled.counters.mma, 20 * all + 1000) << passed;
@@ -167,7 +167,8 @@ std::vector<Kernel> some() {
   std::vector<Kernel> chosen;
   for (const Kernel &kernel : kernels()) {
     const int64_t width = kernel.instance->head_dim;
-    if (kernel.tiles == Architecture::sm_120f && (width == 64 || (width == 256 && kernel.instance->kind != Kind::wide)))
+    if (kernel.tiles == Architecture::sm_120f &&
+        (width == 64 || (width == 256 && kernel.instance->tiling != Tiling::prefill)))
       chosen.push_back(kernel);
   }
   return chosen;

@@ -52,18 +52,24 @@ struct alignas(16) Vector16 {
 inline uint32_t thread_index() {
   return emulator::position.thread;
 }
-inline uint32_t block_x() {
+inline int32_t lane() {
+  return static_cast<int32_t>(thread_index() % 32);
+}
+inline int32_t warp() {
+  return static_cast<int32_t>(thread_index() / 32);
+}
+inline uint32_t cta_x() {
   return emulator::position.block[0];
 }
-inline uint32_t block_y() {
+inline uint32_t cta_y() {
   return emulator::position.block[1];
 }
-inline uint32_t block_z() {
+inline uint32_t cta_z() {
   return emulator::position.block[2];
 }
 
-inline void block_barrier(FLASHSPARK_CALLER) {
-  emulator::barrier(emulator::Operation::block_barrier, site);
+inline void cta_barrier(FLASHSPARK_CALLER) {
+  emulator::barrier(emulator::Operation::cta_barrier, site);
 }
 inline void warp_barrier(FLASHSPARK_CALLER) {
   emulator::barrier(emulator::Operation::warp_barrier, site);
@@ -142,7 +148,7 @@ inline uint32_t as_word(float x) {
   return std::bit_cast<uint32_t>(x);
 }
 
-template <class Number>
+template <class Element>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FLASHSPARK_CALLER);
 template <>
 inline void mma_m16n8k16<Bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -176,7 +182,7 @@ inline uint32_t round_float16(float x) {
 }
 }  // namespace detail
 
-template <class Number>
+template <class Element>
 inline uint32_t pack(float low, float high);
 template <>
 inline uint32_t pack<Bfloat16>(float low, float high) {
@@ -186,14 +192,14 @@ template <>
 inline uint32_t pack<Float16>(float low, float high) {
   return detail::round_float16(low) | detail::round_float16(high) << 16;
 }
-template <class Number>
-inline float widen(Number x);
+template <class Element>
+inline float to_float(Element x);
 template <>
-inline float widen<Bfloat16>(Bfloat16 x) {
+inline float to_float<Bfloat16>(Bfloat16 x) {
   return std::bit_cast<float>(uint32_t{x.bits} << 16);
 }
 template <>
-inline float widen<Float16>(Float16 x) {
+inline float to_float<Float16>(Float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -213,7 +219,7 @@ inline uint32_t pack_finite(float low, float high) {
   return pack<Float16>(in_range(low), in_range(high));
 }
 
-inline void widen_e4m3x4(uint32_t &first, uint32_t &second, uint32_t four) {
+inline void convert_e4m3x4_to_f16x4(uint32_t &first, uint32_t &second, uint32_t four) {
   first = second = 0;
   for (int n = 0; n < 4; ++n) {
     const uint32_t byte = four >> 8 * n & 0xff, magnitude = byte & 0x7f;
@@ -226,8 +232,8 @@ inline void widen_e4m3x4(uint32_t &first, uint32_t &second, uint32_t four) {
 }
 
 // Looks for the nearest of all numbers, the even one of two as near.
-inline uint32_t narrow_e4m3x2(float low, float high) {
-  const auto narrow = [](float x) -> uint32_t {
+inline uint32_t convert_f32x2_to_e4m3x2(float low, float high) {
+  const auto round = [](float x) -> uint32_t {
     const uint32_t sign = std::signbit(x) ? 0x80 : 0;
     if (std::isnan(x)) return sign | 0x7f;
     const double magnitude = std::fabs(static_cast<double>(x));
@@ -240,7 +246,7 @@ inline uint32_t narrow_e4m3x2(float low, float high) {
     }
     return sign | best;
   };
-  return narrow(low) | narrow(high) << 8;
+  return round(low) | round(high) << 8;
 }
 
 inline float exp2_approx(float x) {

@@ -37,8 +37,8 @@ FLASHSPARK_DEVICE int32_t clamp(int32_t x, int32_t low, int32_t high) {
   return max_of(low, min_of(x, high));
 }
 
-struct Work {
-  bool found;   // false: a surplus block
+struct RowTile {
+  bool valid;   // false: a surplus block
   int32_t seq;  // b
   int32_t head_kv;
   int32_t seqlen_q;   // query tokens in use
@@ -94,9 +94,9 @@ FLASHSPARK_DEVICE int32_t prefix_sum(int32_t x) {
 
 // Varlen: walks the sequences from the last to the first, 32 at a time, until `rank` tiles are passed. Tiles of a
 // sequence also count from the last, so the rows that see most keys start first.
-FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank, int32_t rows) {
+FLASHSPARK_DEVICE RowTile varlen_row_tile(const ForwardArguments &a, int32_t rank, int32_t rows) {
   const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  Work work{};
+  RowTile row_tile{};
   for (int32_t base = a.num_seqs - 1; base >= 0; base -= 32) {
     const int32_t b = base - lane;
     SequenceRows q{};
@@ -109,27 +109,27 @@ FLASHSPARK_DEVICE Work find_varlen(const ForwardArguments &a, int32_t rank, int3
       continue;
     }
     const uint32_t winner = ptx::lowest_bit(beyond);
-    work.seq = ptx::uniform(base - static_cast<int32_t>(winner));
-    work.seqlen_q = ptx::uniform(ptx::shuffle(q.tokens, winner));
-    work.q_row = ptx::uniform(ptx::shuffle(q.row, winner));
-    work.first_row = ptx::uniform((ptx::shuffle(passed, winner) - 1 - rank) * rows);
-    work.found = work.first_row >= 0;  // offsets that overlap by far may have more tiles than 31 bits count
-    return work;
+    row_tile.seq = ptx::uniform(base - static_cast<int32_t>(winner));
+    row_tile.seqlen_q = ptx::uniform(ptx::shuffle(q.tokens, winner));
+    row_tile.q_row = ptx::uniform(ptx::shuffle(q.row, winner));
+    row_tile.first_row = ptx::uniform((ptx::shuffle(passed, winner) - 1 - rank) * rows);
+    row_tile.valid = row_tile.first_row >= 0;  // offsets that overlap by far may have more tiles than 31 bits count
+    return row_tile;
   }
-  return work;
+  return row_tile;
 }
 
 // What a block learns from the arguments alone, before the kernel ahead of it in the stream has ended.
-struct Place {
+struct GridCoordinate {
   int32_t seq, head_kv;  // with cu_seqlens_q units are KV heads, and the sequence is found from `rank`
   int32_t rank;          // of the tile among those of its unit
 };
-FLASHSPARK_DEVICE Place find_place(const ForwardArguments &a) {
-  const int32_t block = static_cast<int32_t>(ptx::block_x());
-  const int32_t section = block / (a.tiles * a.section_units);
-  const int32_t first_unit = section * a.section_units;
-  const int32_t units = min_of(a.section_units, a.units - first_unit);
-  const int32_t inside = block - section * a.tiles * a.section_units;
+FLASHSPARK_DEVICE GridCoordinate grid_coordinate(const ForwardArguments &a) {
+  const int32_t block = static_cast<int32_t>(ptx::cta_x());
+  const int32_t section = block / (a.num_m_blocks * a.l2_section_heads);
+  const int32_t first_unit = section * a.l2_section_heads;
+  const int32_t units = min_of(a.l2_section_heads, a.num_heads_times_batch - first_unit);
+  const int32_t inside = block - section * a.num_m_blocks * a.l2_section_heads;
   const int32_t rank = inside / units;
   const int32_t unit = first_unit + inside - rank * units;
   const int32_t seq = unit / a.num_heads_kv;
@@ -138,7 +138,7 @@ FLASHSPARK_DEVICE Place find_place(const ForwardArguments &a) {
 
 // True: some word of the arguments is not 0. Reads one of each 64 bytes, a line of the constant cache: a line that is
 // met for the first time in the middle of a chain of dependent work puts its miss into that chain.
-FLASHSPARK_DEVICE bool fetch(const ForwardArguments &a) {
+FLASHSPARK_DEVICE bool warm_constant_cache(const ForwardArguments &a) {
   uint32_t some = 0;
   FLASHSPARK_UNROLL
   for (uint32_t at = 0; at < sizeof a; at += 64) {
@@ -150,25 +150,26 @@ FLASHSPARK_DEVICE bool fetch(const ForwardArguments &a) {
 }
 
 // The tile of the block; `rows` packed rows a tile.
-FLASHSPARK_DEVICE Work find_work(const ForwardArguments &a, Place place, int32_t rows) {
-  Work work{};
+FLASHSPARK_DEVICE RowTile single_tile(const ForwardArguments &a, GridCoordinate coordinate, int32_t rows) {
+  RowTile row_tile{};
   if (a.cu_seqlens_q != nullptr) {
-    work = find_varlen(a, place.rank, rows);
+    row_tile = varlen_row_tile(a, coordinate.rank, rows);
   } else {
-    work.seq = place.seq;
-    work.seqlen_q = a.max_seqlen_q;
-    if (a.seqused_q != nullptr) work.seqlen_q = clamp(a.seqused_q[work.seq], 0, a.max_seqlen_q);
-    work.first_row = (a.tiles - 1 - place.rank) * rows;
-    work.found = work.first_row < work.seqlen_q * static_cast<int32_t>(a.group.value);
+    row_tile.seq = coordinate.seq;
+    row_tile.seqlen_q = a.max_seqlen_q;
+    if (a.seqused_q != nullptr) row_tile.seqlen_q = clamp(a.seqused_q[row_tile.seq], 0, a.max_seqlen_q);
+    row_tile.first_row = (a.num_m_blocks - 1 - coordinate.rank) * rows;
+    row_tile.valid = row_tile.first_row < row_tile.seqlen_q * static_cast<int32_t>(a.group.value);
   }
-  work.head_kv = place.head_kv;
-  work.end_row = work.seqlen_q * static_cast<int32_t>(a.group.value);
-  return work;
+  row_tile.head_kv = coordinate.head_kv;
+  row_tile.end_row = row_tile.seqlen_q * static_cast<int32_t>(a.group.value);
+  return row_tile;
 }
 
 // A factor of the work's sequence and KV head.
-FLASHSPARK_DEVICE float scale_of(const Scale &scale, const Work &work) {
-  return scale.data == nullptr ? 1.0f : scale.data[work.seq * scale.seq_stride + work.head_kv * scale.head_stride];
+FLASHSPARK_DEVICE float scale_of(const Scale &scale, const RowTile &row_tile) {
+  return scale.data == nullptr ? 1.0f
+                               : scale.data[row_tile.seq * scale.seq_stride + row_tile.head_kv * scale.head_stride];
 }
 
 // The keys of a sequence, counted in rows of its cache: left padding comes first, so that a key's page follows from its
@@ -197,7 +198,7 @@ FLASHSPARK_DEVICE Keys keys_of(const ForwardArguments &a, const KeyLengths &x) {
 }
 
 // The same of one sequence, and where its pages are. Written out: with keys_of() here, or the page table looked at
-// before the rest, ptxas spills 108 bytes of d64 and 60 of d128, which cost a tenth of their speed.
+// before the rest, ptxas spills 108 bytes of d64_prefill and 60 of d128_prefill, which cost a tenth of their speed.
 FLASHSPARK_DEVICE Keys find_keys(const ForwardArguments &a, int32_t seq) {
   Keys keys{};
   int32_t held = a.max_seqlen_k, begin = 0, room = a.key_rows;

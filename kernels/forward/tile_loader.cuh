@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "forward/row_bounds.cuh"
+#include "forward/mask.cuh"
 #include "forward/traits.cuh"
 
 namespace flashspark {
@@ -11,51 +11,52 @@ namespace flashspark {
 // Copies tiles of K and V. A whole tile (all its keys are read and all columns exist) takes few instructions beside the
 // copies themselves; others take a slow path that looks at every key.
 template <class T>
-struct KeyLoader {
-  using Stored = typename T::Stored;
-  static constexpr int32_t kChunkNumbers = 16 / sizeof(Stored);
+struct TileLoader {
+  using ElementKV = typename T::ElementKV;
+  static constexpr int32_t kChunkElements = 16 / sizeof(ElementKV);
   // Rows of a tile lie on aligned groups of 16, and a page holds a multiple of 16: a thread's rows of one pass, or of
   // kGroupPasses passes of a warp for itself, share a page with their group.
   static constexpr int32_t kGroupRows = 16;
-  static constexpr int32_t kGroupPasses = T::kOwnKeys ? kGroupRows / T::kPassRows : 1;
+  static constexpr int32_t kGroupPasses = T::kWarpPrivateKV ? kGroupRows / T::kPassRows : 1;
   static constexpr int32_t kGroups = T::kPasses / kGroupPasses;  // of a thread, in a tile
   static_assert(T::kPassRows * kGroupPasses % kGroupRows == 0 && T::kCopyRows % kGroupRows == 0);
 
   const ForwardArguments &a;
-  const Stored *k, *v;   // of this KV head, at this thread's first chunk of its row of tile 0 (or of page row 0)
-  const int32_t *pages;  // NULL: contiguous
-  Interval hull[2];
-  uint32_t place;     // of this thread in a tile of K
-  int32_t group_row;  // of its group of rows in a pass
+  const ElementKV *k, *v;  // of this KV head, at this thread's first chunk of its row of tile 0 (or of page row 0)
+  const int32_t *pages;    // NULL: contiguous
+  Interval visited[2];
+  uint32_t smem_offset;  // of this thread in a tile of K
+  int32_t group_row;     // of its group of rows in a pass
   // Page numbers of the next whole tile: read one tile ahead, since their latency would else stand before every copy.
   int32_t page[kGroups];
 
   // This thread's row of the first pass, in the tile, and its first chunk of 16 bytes.
   static FLASHSPARK_DEVICE int32_t row() {
     const uint32_t thread = ptx::thread_index();
-    if constexpr (T::kOwnKeys) return static_cast<int32_t>(thread / 32 * T::kCopyRows + thread % 32 / T::kRowThreads);
+    if constexpr (T::kWarpPrivateKV)
+      return static_cast<int32_t>(thread / 32 * T::kCopyRows + thread % 32 / T::kRowThreads);
     return static_cast<int32_t>(thread / T::kRowThreads);
   }
   static FLASHSPARK_DEVICE int32_t chunk() { return static_cast<int32_t>(ptx::thread_index() % T::kRowThreads); }
   // Columns of K or V that this block reads.
   template <bool values>
   FLASHSPARK_DEVICE int32_t columns() const {
-    return values ? a.head_dim_v - static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV : a.head_dim;
+    return values ? a.head_dim_v - static_cast<int32_t>(ptx::cta_z()) * T::kHeadDimV : a.head_dim;
   }
 
-  // Whether a page holds whole groups of rows. Other pages are for kind `changed`: every row of a tile looks up its
-  // own, which the others' loops have no registers for.
-  FLASHSPARK_DEVICE bool whole_pages() const { return !T::kChanged || a.page_size.value % kGroupRows == 0; }
+  // Whether a page holds whole groups of rows. Other pages are for kind with a score modification: every row of a tile
+  // looks up its own, which the others' loops have no registers for.
+  FLASHSPARK_DEVICE bool whole_pages() const { return !T::kHasScoreMod || a.page_size.value % kGroupRows == 0; }
 
   FLASHSPARK_DEVICE bool reads(int32_t key) const {
-    const bool in_first = key >= hull[0].begin && key < hull[0].end;
-    if constexpr (T::kChanged) return in_first || (key >= hull[1].begin && key < hull[1].end);
+    const bool in_first = key >= visited[0].begin && key < visited[0].end;
+    if constexpr (T::kHasScoreMod) return in_first || (key >= visited[1].begin && key < visited[1].end);
     return in_first;
   }
   FLASHSPARK_DEVICE bool reads_all(int32_t tile) const {
     const int32_t begin = tile * T::kKeys, end = begin + T::kKeys;
-    bool all = begin >= hull[0].begin && end <= hull[0].end;
-    if constexpr (T::kChanged) all = all || (begin >= hull[1].begin && end <= hull[1].end);
+    bool all = begin >= visited[0].begin && end <= visited[0].end;
+    if constexpr (T::kHasScoreMod) all = all || (begin >= visited[1].begin && end <= visited[1].end);
     return all && whole_pages();
   }
 
@@ -66,7 +67,7 @@ struct KeyLoader {
   }
   // A page that there is, whatever the table says. Asked where the number is used: where it is read nobody waits for
   // it.
-  FLASHSPARK_DEVICE int32_t existing(int32_t number) const {
+  FLASHSPARK_DEVICE int32_t clamped_page(int32_t number) const {
     return static_cast<int32_t>(min_of(static_cast<uint32_t>(number), static_cast<uint32_t>(a.last_page)));
   }
   FLASHSPARK_DEVICE void look_up(int32_t tile) {
@@ -81,7 +82,7 @@ struct KeyLoader {
   // Tiles [begin, end) are whole: all their keys are read and all columns exist.
   FLASHSPARK_DEVICE Interval whole_tiles() const {
     if (columns<false>() < T::kHeadDim || columns<true>() < T::kHeadDimV || !whole_pages()) return {0, 0};
-    return {ceil_div(hull[0].begin, T::kKeys), hull[0].end / T::kKeys};
+    return {ceil_div(visited[0].begin, T::kKeys), visited[0].end / T::kKeys};
   }
 
   // Copies a tile; if it is whole, its pages were looked up last.
@@ -95,7 +96,7 @@ struct KeyLoader {
   }
   // A whole tile; `from` is from_tile(tile), or k and v after step().
   template <bool values>
-  FLASHSPARK_DEVICE void copy_whole(int32_t tile, const Stored *from, ptx::SharedAddress stage) const {
+  FLASHSPARK_DEVICE void copy_whole(int32_t tile, const ElementKV *from, ptx::SharedAddress stage) const {
     const Strides &strides = values ? a.v_strides : a.k_strides;
     const ptx::SharedAddress to = target<values>(stage);
     if (pages != nullptr) {
@@ -103,8 +104,9 @@ struct KeyLoader {
       for (int32_t n = 0; n < kGroups; ++n) {
         const PageSteps &steps = values ? a.v_pages : a.k_pages;
         const int32_t slot = divide(group(tile, n), a.page_size).remainder;
-        const int64_t offset = static_cast<int64_t>(existing(page[n]) * steps.page + slot * steps.slot) * steps.unit;
-        from = reinterpret_cast<const Stored *>(reinterpret_cast<const char *>(values ? v : k) + offset);
+        const int64_t offset =
+            static_cast<int64_t>(clamped_page(page[n]) * steps.page + slot * steps.slot) * steps.unit;
+        from = reinterpret_cast<const ElementKV *>(reinterpret_cast<const char *>(values ? v : k) + offset);
         FLASHSPARK_UNROLL
         for (int32_t pass = 0; pass < kGroupPasses; ++pass, from += T::kPassRows * strides.token)
           copy_row<values>(to, n * kGroupPasses + pass, from);
@@ -116,7 +118,7 @@ struct KeyLoader {
     }
   }
   template <bool values>
-  FLASHSPARK_DEVICE const Stored *from_tile(int32_t tile) const {
+  FLASHSPARK_DEVICE const ElementKV *from_tile(int32_t tile) const {
     return (values ? v : k) + tile * (T::kKeys * (values ? a.v_strides.token : a.k_strides.token));
   }
 
@@ -138,30 +140,30 @@ struct KeyLoader {
   static constexpr int32_t kLoads = LayoutOf<values>::kChunks / T::kRowThreads;
   template <bool values>
   static FLASHSPARK_DEVICE bool exists(int32_t n) {
-    constexpr int32_t kChunks = (values ? T::kHeadDimV : T::kHeadDim) / kChunkNumbers;
+    constexpr int32_t kChunks = (values ? T::kHeadDimV : T::kHeadDim) / kChunkElements;
     return kChunks % T::kRowThreads == 0 || chunk() + n * T::kRowThreads < kChunks;
   }
   // From the place of a pass's first copy in a row to that of the n-th.
   template <bool values>
-  static FLASHSPARK_DEVICE ptx::SharedAddress place_of(ptx::SharedAddress to, int32_t n) {
+  static FLASHSPARK_DEVICE ptx::SharedAddress chunk_offset(ptx::SharedAddress to, int32_t n) {
     return LayoutOf<values>::step(to, n * T::kRowThreads);
   }
 
   // K and V of one width lie alike.
   template <bool values>
   FLASHSPARK_DEVICE ptx::SharedAddress target(ptx::SharedAddress stage) const {
-    if constexpr (!values) return stage + place;
-    if constexpr (T::kHeadDim == T::kHeadDimV) return stage + T::kKeyBytes + place;
+    if constexpr (!values) return stage + smem_offset;
+    if constexpr (T::kHeadDim == T::kHeadDimV) return stage + T::kKeyBytes + smem_offset;
     return stage + T::kKeyBytes + T::ValueLayout::offset(row(), chunk());
   }
 
   template <bool values>
-  static FLASHSPARK_DEVICE void copy_row(ptx::SharedAddress to, int32_t pass, const Stored *from) {
+  static FLASHSPARK_DEVICE void copy_row(ptx::SharedAddress to, int32_t pass, const ElementKV *from) {
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < kLoads<values>; ++n) {
       if (exists<values>(n))
-        ptx::cp_async_16(LayoutOf<values>::down(place_of<values>(to, n), pass * T::kPassRows),
-                         from + n * T::kRowThreads * kChunkNumbers);
+        ptx::cp_async_16(LayoutOf<values>::down(chunk_offset<values>(to, n), pass * T::kPassRows),
+                         from + n * T::kRowThreads * kChunkElements);
     }
   }
 
@@ -169,25 +171,25 @@ struct KeyLoader {
   template <bool values>
   FLASHSPARK_DEVICE void copy_checked(int32_t tile, ptx::SharedAddress to) const {
     const Strides &strides = values ? a.v_strides : a.k_strides;
-    const Stored *base = values ? v : k;
+    const ElementKV *base = values ? v : k;
     FLASHSPARK_NO_UNROLL
     for (int32_t pass = 0; pass < T::kPasses; ++pass, to = LayoutOf<values>::down(to, T::kPassRows)) {
       const int32_t first = tile * T::kKeys + pass * T::kPassRows;
       const bool reads_key = reads(first + row());
-      const Stored *from = base;
+      const ElementKV *from = base;
       if (reads_key && pages != nullptr) {
         // base is at the row's place in its group
         const Quotient at = divide(whole_pages() ? group(tile, pass / kGroupPasses) : first + row(), a.page_size);
         const int32_t behind = whole_pages() ? pass % kGroupPasses * T::kPassRows : -(row() % kGroupRows);
-        from += existing(pages[at.quotient]) * strides.batch + (at.remainder + behind) * strides.token;
+        from += clamped_page(pages[at.quotient]) * strides.batch + (at.remainder + behind) * strides.token;
       } else if (reads_key) {
         from += first * strides.token;
       }
       FLASHSPARK_UNROLL
       for (int32_t n = 0; n < kLoads<values>; ++n) {
         if (!exists<values>(n)) continue;
-        const bool valid = reads_key && (chunk() + n * T::kRowThreads) * kChunkNumbers < columns<values>();
-        ptx::cp_async_16_or_zero(place_of<values>(to, n), valid ? from + n * T::kRowThreads * kChunkNumbers : base,
+        const bool valid = reads_key && (chunk() + n * T::kRowThreads) * kChunkElements < columns<values>();
+        ptx::cp_async_16_or_zero(chunk_offset<values>(to, n), valid ? from + n * T::kRowThreads * kChunkElements : base,
                                  valid);
       }
     }
@@ -195,25 +197,26 @@ struct KeyLoader {
 };
 
 template <class T>
-FLASHSPARK_DEVICE KeyLoader<T> make_loader(const ForwardArguments &a, const Work &work, const Keys &keys,
-                                           const Hull &hull) {
-  constexpr int32_t kNumbers = KeyLoader<T>::kChunkNumbers;
-  const int32_t row = KeyLoader<T>::row(), chunk = KeyLoader<T>::chunk();
-  const int32_t first_column = static_cast<int32_t>(ptx::block_z()) * T::kHeadDimV;
-  KeyLoader<T> loader{
+FLASHSPARK_DEVICE TileLoader<T> make_loader(const ForwardArguments &a, const RowTile &row_tile, const Keys &keys,
+                                            const KeyBounds &bounds) {
+  constexpr int32_t kElements = TileLoader<T>::kChunkElements;
+  const int32_t row = TileLoader<T>::row(), chunk = TileLoader<T>::chunk();
+  const int32_t first_column = static_cast<int32_t>(ptx::cta_z()) * T::kHeadDimV;
+  TileLoader<T> loader{
       a,
-      static_cast<const typename T::Stored *>(a.k) + work.head_kv * a.k_strides.head + chunk * kNumbers,
-      static_cast<const typename T::Stored *>(a.v) + work.head_kv * a.v_strides.head + first_column + chunk * kNumbers,
+      static_cast<const typename T::ElementKV *>(a.k) + row_tile.head_kv * a.k_strides.head + chunk * kElements,
+      static_cast<const typename T::ElementKV *>(a.v) + row_tile.head_kv * a.v_strides.head + first_column +
+          chunk * kElements,
       keys.pages,
-      {hull.hull[0], hull.hull[1]},
+      {bounds.visited[0], bounds.visited[1]},
       T::KeyLayout::offset(row, chunk),
-      T::kOwnKeys || T::kPassRows > KeyLoader<T>::kGroupRows
-          ? ptx::uniform(row / KeyLoader<T>::kGroupRows * KeyLoader<T>::kGroupRows)
+      T::kWarpPrivateKV || T::kPassRows > TileLoader<T>::kGroupRows
+          ? ptx::uniform(row / TileLoader<T>::kGroupRows * TileLoader<T>::kGroupRows)
           : 0,
       {}};
   if (keys.pages != nullptr) {
-    loader.k += row % KeyLoader<T>::kGroupRows * a.k_strides.token;
-    loader.v += row % KeyLoader<T>::kGroupRows * a.v_strides.token;
+    loader.k += row % TileLoader<T>::kGroupRows * a.k_strides.token;
+    loader.v += row % TileLoader<T>::kGroupRows * a.v_strides.token;
   } else {
     const int64_t batch = a.cu_seqlens_k != nullptr ? 0 : keys.batch;
     loader.k += batch * a.k_strides.batch + (keys.row + row) * a.k_strides.token;
@@ -224,19 +227,19 @@ FLASHSPARK_DEVICE KeyLoader<T> make_loader(const ForwardArguments &a, const Work
 
 // Eight queries' numbers as fp16. What lies beyond fp16's range, as bf16 can, becomes its largest number: the softmax
 // of such scores is as sharp either way.
-FLASHSPARK_DEVICE ptx::Vector16 widen_queries(const void *q, int64_t offset, Number number) {
+FLASHSPARK_DEVICE ptx::Vector16 load_queries_as_f16(const void *q, int64_t offset, DType dtype) {
   ptx::Vector16 y;
-  if (number == Number::e4m3) {
+  if (dtype == DType::e4m3) {
     const auto *words = reinterpret_cast<const uint32_t *>(static_cast<const ptx::E4m3 *>(q) + offset);
     FLASHSPARK_UNROLL
-    for (int32_t i = 0; i < 2; ++i) ptx::widen_e4m3x4(y.word[2 * i], y.word[2 * i + 1], words[i]);
+    for (int32_t i = 0; i < 2; ++i) ptx::convert_e4m3x4_to_f16x4(y.word[2 * i], y.word[2 * i + 1], words[i]);
     return y;
   }
   y = *reinterpret_cast<const ptx::Vector16 *>(static_cast<const ptx::Float16 *>(q) + offset);
-  if (number == Number::float16) return y;
-  const auto number_of = [](uint32_t bits) { return ptx::widen(ptx::Bfloat16{static_cast<uint16_t>(bits)}); };
+  if (dtype == DType::float16) return y;
+  const auto dtype_of = [](uint32_t bits) { return ptx::to_float(ptx::Bfloat16{static_cast<uint16_t>(bits)}); };
   FLASHSPARK_UNROLL
-  for (int32_t i = 0; i < 4; ++i) y.word[i] = ptx::pack_finite(number_of(y.word[i]), number_of(y.word[i] >> 16));
+  for (int32_t i = 0; i < 4; ++i) y.word[i] = ptx::pack_finite(dtype_of(y.word[i]), dtype_of(y.word[i] >> 16));
   return y;
 }
 
@@ -244,32 +247,32 @@ FLASHSPARK_DEVICE ptx::Vector16 widen_queries(const void *q, int64_t offset, Num
 // in any type, at once, and move them to where the numbers of K that they meet come to lie (multiply_keys): of 16
 // columns those at 4 j and 4 j + 1 are at 2 j and 2 j + 1, those at 4 j + 2 and 4 j + 3 eight further.
 template <class T>
-FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const Work &work, ptx::SharedAddress to) {
+FLASHSPARK_DEVICE void copy_queries(const ForwardArguments &a, const RowTile &row_tile, ptx::SharedAddress to) {
   const int32_t thread = static_cast<int32_t>(ptx::thread_index());
   const int32_t row = thread / T::kQueryThreads, chunk = thread % T::kQueryThreads;
-  const auto *q_begin = static_cast<const typename T::Number *>(a.q), *q = q_begin;
-  if (a.cu_seqlens_q == nullptr) q += work.seq * a.q_strides.batch;
+  const auto *q_begin = static_cast<const typename T::Element *>(a.q), *q = q_begin;
+  if (a.cu_seqlens_q == nullptr) q += row_tile.seq * a.q_strides.batch;
   FLASHSPARK_UNROLL
-  for (int32_t pass = 0; pass < T::kMostRows / T::kQueryPassRows; ++pass) {
-    if (T::kFlexible && pass * T::kQueryPassRows >= rows_of<T>(a)) break;
+  for (int32_t pass = 0; pass < T::kMaxRows / T::kQueryPassRows; ++pass) {
+    if (T::kRuntimeKeyGroups && pass * T::kQueryPassRows >= rows_of<T>(a)) break;
     const int32_t tile_row = pass * T::kQueryPassRows + row;
-    const bool in_use = work.first_row + tile_row < work.end_row;
-    const Quotient at = divide(in_use ? work.first_row + tile_row : 0, a.group);
-    const int64_t head = work.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
-    const auto *from = q + (work.q_row + at.quotient) * a.q_strides.token + head * a.q_strides.head + chunk * 8;
+    const bool in_use = row_tile.first_row + tile_row < row_tile.end_row;
+    const Quotient at = divide(in_use ? row_tile.first_row + tile_row : 0, a.group);
+    const int64_t head = row_tile.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
+    const auto *from = q + (row_tile.q_row + at.quotient) * a.q_strides.token + head * a.q_strides.head + chunk * 8;
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < T::QueryLayout::kChunks / T::kQueryThreads; ++n) {
       const bool valid = in_use && (chunk + n * T::kQueryThreads) * 8 < a.head_dim;
-      if constexpr (T::kConverts) {
-        ptx::Vector16 eight{};
-        if (valid) eight = widen_queries(a.q, from - q_begin + n * T::kQueryThreads * 8, a.q_number);
+      if constexpr (T::kDequantizeKV) {
+        ptx::Vector16 octet{};
+        if (valid) octet = load_queries_as_f16(a.q, from - q_begin + n * T::kQueryThreads * 8, a.q_dtype);
         const ptx::SharedAddress half = to + n * T::kQueryThreads * 16 + chunk % 2 * 8;
-        ptx::store_shared_8(half + T::QueryLayout::offset(tile_row, chunk / 2 * 2), eight.word[0], eight.word[2]);
-        ptx::store_shared_8(half + T::QueryLayout::offset(tile_row, chunk / 2 * 2 + 1), eight.word[1], eight.word[3]);
+        ptx::store_shared_8(half + T::QueryLayout::offset(tile_row, chunk / 2 * 2), octet.word[0], octet.word[2]);
+        ptx::store_shared_8(half + T::QueryLayout::offset(tile_row, chunk / 2 * 2 + 1), octet.word[1], octet.word[3]);
         continue;
       }
       ptx::cp_async_16_or_zero(to + T::QueryLayout::offset(tile_row, chunk) + n * T::kQueryThreads * 16,
-                               valid ? from + n * T::kQueryThreads * 8 : static_cast<const typename T::Number *>(a.q),
+                               valid ? from + n * T::kQueryThreads * 8 : static_cast<const typename T::Element *>(a.q),
                                valid);
     }
   }
