@@ -5,32 +5,12 @@
 #pragma once
 
 #include "append/arguments.hpp"
-#include "forward/softmax.cuh"
+#include "attention/sequence.cuh"
+#include "common/element.cuh"
 
 namespace flashspark {
 
 constexpr int32_t kAppendWarps = 4;
-
-FLASHSPARK_DEVICE int32_t bytes_of(DType dtype) {
-  return dtype == DType::float32 ? 4 : (dtype == DType::e4m3 ? 1 : 2);
-}
-
-FLASHSPARK_DEVICE void store_from_float(void *to, int64_t n, DType dtype, float x) {
-  switch (dtype) {
-    case DType::float32:
-      static_cast<float *>(to)[n] = x;
-      break;
-    case DType::float16:
-      static_cast<ptx::Float16 *>(to)[n].bits = static_cast<uint16_t>(ptx::pack<ptx::Float16>(x, 0));
-      break;
-    case DType::bfloat16:
-      static_cast<ptx::Bfloat16 *>(to)[n].bits = static_cast<uint16_t>(ptx::pack<ptx::Bfloat16>(x, 0));
-      break;
-    case DType::e4m3:
-      static_cast<ptx::E4m3 *>(to)[n].bits = static_cast<uint8_t>(ptx::convert_f32x2_to_e4m3x2(x, 0));
-      break;
-  }
-}
 
 // A row of the new keys or of q.
 struct TokenRow {
@@ -47,7 +27,7 @@ FLASHSPARK_DEVICE TokenRow find_token(const AppendArguments &a, int32_t row, con
     const Quotient at = divide(row, seqlen);
     return {true, at.quotient, at.remainder, at.remainder};
   }
-  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  const int32_t lane = ptx::lane();
   for (int32_t base = 0; base < a.num_seqs; base += 32) {
     const int32_t b = base + lane;
     const uint32_t beyond = ptx::ballot(b < a.num_seqs && offsets[b + 1] > row);
@@ -111,7 +91,7 @@ FLASHSPARK_DEVICE void turn_row(const AppendArguments &a, const void *from, DTyp
                                 float factor, int32_t position) {
   const int32_t half = a.rotary_dim / 2;
   const int64_t at = position * a.rotary_stride;
-  for (int32_t n = static_cast<int32_t>(ptx::thread_index() % 32); n < half; n += 32) {
+  for (int32_t n = ptx::lane(); n < half; n += 32) {
     const float c = load_as_float(a.rotary_cos, at + n, a.rotary_dtype);
     const float s = load_as_float(a.rotary_sin, at + n, a.rotary_dtype);
     const int32_t first = a.rotary_interleaved != 0 ? 2 * n : n,
@@ -125,7 +105,7 @@ FLASHSPARK_DEVICE void turn_row(const AppendArguments &a, const void *from, DTyp
 // Numbers [begin, width) of a row: the same bytes, or times `factor` in another type.
 FLASHSPARK_DEVICE void copy_row(const char *from, DType dtype, char *to, DType to_dtype, float factor, int32_t begin,
                                 int32_t width) {
-  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
+  const int32_t lane = ptx::lane();
   if (dtype != to_dtype) {
     for (int32_t n = begin + lane; n < width; n += 32)
       store_from_float(to, n, to_dtype, load_as_float(from, n, dtype) * factor);
@@ -148,10 +128,6 @@ FLASHSPARK_DEVICE float inverse_scale(const Scale &scale, int32_t seq, int32_t h
   return x > 0 ? 1.0f / x : 0.0f;
 }
 
-FLASHSPARK_DEVICE int32_t warp_number() {
-  return static_cast<int32_t>(ptx::thread_index() / 32);
-}
-
 // One new row of keys and values.
 FLASHSPARK_DEVICE void append_row(const AppendArguments &a, int32_t row) {
   TokenRow r{true, 0, row, row};  // with slots all rows are sequence 0, whose factors they take
@@ -169,7 +145,7 @@ FLASHSPARK_DEVICE void append_row(const AppendArguments &a, int32_t row) {
   const auto target = [&](void *data, const Strides &s, int32_t head) {
     return static_cast<char *>(data) + (c.batch * s.batch + c.slot * s.token + head * s.head) * cache_size;
   };
-  for (int32_t head = warp_number(); head < a.num_heads_kv; head += kAppendWarps) {
+  for (int32_t head = ptx::warp(); head < a.num_heads_kv; head += kAppendWarps) {
     const char *from = source(a.k_new, a.k_new_strides, head);
     char *to = target(a.k_cache, a.k_cache_strides, head);
     const float factor = inverse_scale(a.k_descale, r.seq, head);
@@ -188,7 +164,7 @@ FLASHSPARK_DEVICE void turn_query(const AppendArguments &a, int32_t row) {
   const int32_t position = position_of(a, r, a.q_rotary_per_token != 0 ? r.index : 0);
   if (position < 0) return;
   const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : r.seq;
-  for (int32_t head = warp_number(); head < a.num_heads_q; head += kAppendWarps) {
+  for (int32_t head = ptx::warp(); head < a.num_heads_q; head += kAppendWarps) {
     const int64_t offset = batch * a.q_strides.batch + r.token * a.q_strides.token + head * a.q_strides.head;
     char *to = static_cast<char *>(a.q) + offset * bytes_of(a.q_dtype);
     turn_row(a, to, a.q_dtype, to, a.q_dtype, 1.0f, position);

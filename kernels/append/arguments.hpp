@@ -2,7 +2,7 @@
 // mean; every pointer lies on the device, strides count elements.
 #pragma once
 
-#include "forward/arguments.hpp"
+#include "attention/arguments.hpp"
 
 namespace flashspark {
 

@@ -62,47 +62,9 @@ enum class InstanceIndex : int32_t {
 };
 #undef FLASHSPARK_TILE
 
-// Of the shared memory that results pass through, what a warp has: its rows, or with key groups first what the warps of
-// the same rows in other groups hand over, 16 bytes a lane at once: half a row each of two, all of more.
-constexpr int32_t epilogue_bytes(const Instance &instance, const Tile &tile) {
-  if (tile.key_groups > 2) return (instance.head_dim_v / 8 + 1) * 512;
-  const int32_t rows = tile.warp_rows * instance.head_dim_v * 2;
-  const int32_t handed = tile.warp_rows / 16 * (instance.head_dim_v / 16 + 1) * 512;
-  return tile.key_groups == 1 || (tile.runtime_key_groups() && rows > handed) ? rows : handed;
-}
-
-// Shared memory of a block, bytes. Q lies behind the stages of K and V, or where it only passes through on its way to
-// registers behind the first.
-constexpr int32_t query_bytes(const Instance &instance, const Tile &tile) {
-  return tile.max_rows() * instance.head_dim * 2;
-}
-// Rows of K or V in shared memory, in units of 16 bits: e4m3 (`dequantizes_kv`) takes half of them, up to whole groups
-// of chunks (TileLayout).
-constexpr int32_t kv_columns(int32_t columns, bool dequantizes_kv) {
-  return dequantizes_kv ? (columns / 2 + 31) / 32 * 32 : columns;
-}
-constexpr int32_t stage_bytes(const Instance &instance, const Tile &tile, bool dequantizes_kv) {
-  return tile.keys * (kv_columns(instance.head_dim, dequantizes_kv) + kv_columns(instance.head_dim_v, dequantizes_kv)) *
-         2;
-}
-constexpr int32_t loop_bytes(const Instance &instance, const Tile &tile, bool dequantizes_kv) {
-  const int32_t stage = stage_bytes(instance, tile, dequantizes_kv), queries = query_bytes(instance, tile);
-  const int32_t ring = stage * tile.stages();
-  // At the end: rows of the result, or what key groups hand to each other (see reduce_key_groups).
-  const int32_t joined = tile.warps * epilogue_bytes(instance, tile);
-  const int32_t loop =
-      tile.queries != QueryStorage::registers ? ring + queries : (ring > stage + queries ? ring : stage + queries);
-  return loop > joined ? loop : joined;
-}
-// Kernels that decode: their blocks can take even shares of all work (stream_k.cuh).
+// Whether CTAs may take Stream-K ranges of all work (forward/scheduler/stream_k.cuh).
 constexpr bool supports_stream_k(const Instance &instance) {
   return instance.tiling != Tiling::prefill && instance.score_mod == ScoreMod::none;
-}
-// What a warp of kernels with shares keeps of its share lies behind all (stream_k.cuh).
-constexpr int32_t kWorkRangeBytes = 32;
-constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool dequantizes_kv = false) {
-  const int32_t share = supports_stream_k(instance) ? tile.warps * kWorkRangeBytes : 0;
-  return loop_bytes(instance, tile, dequantizes_kv) + share;
 }
 
 }  // namespace flashspark

@@ -1,4 +1,4 @@
-// One instance a translation unit: -DFLASHSPARK_NAME=d128_prefill_prefill -DFLASHSPARK_ELEMENT=Bfloat16, or for keys
+// One instance a translation unit: -DFLASHSPARK_NAME=d128_prefill -DFLASHSPARK_ELEMENT=Bfloat16, or for keys
 // and values in e4m3 -DFLASHSPARK_ELEMENT=Float16 -DFLASHSPARK_ELEMENT_KV=E4m3. The build passes the entry point's name
 // as FLASHSPARK_ENTRY. -DFLASHSPARK_TILES_SM120F gives every architecture the tiles of sm_120f, to time them on a
 // stand-in.
@@ -12,11 +12,13 @@ constexpr Architecture kArchitecture = Architecture::sm_120f;
 constexpr Architecture kArchitecture = Architecture::sm_90;
 #endif
 #if defined(FLASHSPARK_ELEMENT_KV)
-using Kernel =
-    Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT, ptx::FLASHSPARK_ELEMENT_KV>;
+using Mma = MmaE4m3Dequant;
+static_assert(std::is_same_v<Mma::Element, ptx::FLASHSPARK_ELEMENT> &&
+              std::is_same_v<Mma::ElementKV, ptx::FLASHSPARK_ELEMENT_KV>);
 #else
-using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT>;
+using Mma = MmaF16<ptx::FLASHSPARK_ELEMENT>;
 #endif
+using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, Mma>;
 
 }  // namespace flashspark
 

@@ -1,52 +1,58 @@
-// The loop over tiles of keys, in two schedules. All copies are asynchronous and each schedule names what a barrier
-// protects; a copy group that has nothing to copy is still committed, so that counts stay the same on the last tiles.
+// The loop over key tiles, with two buffers of K and V or with one. All copies are asynchronous, and every barrier says
+// what it protects. A copy group that has nothing to copy is committed all the same, so that the counts of groups in
+// flight stay the same on the last tiles.
 #pragma once
 
-#include "forward/mma.cuh"
-#include "forward/softmax.cuh"
-#include "forward/tile_loader.cuh"
+#include "attention/mma/products.cuh"
+#include "attention/query_loader.cuh"
+#include "attention/tile_loader.cuh"
+#include "forward/traits.cuh"
 
 namespace flashspark {
 
-// What a block keeps through the loop. Tiles are numbered 0, 1, ... in the order of `tiles`.
+// What a CTA keeps through the loop. Key tiles are numbered 0, 1, ... in the order of `tiles`.
 template <class T>
 struct Mainloop {
-  using Element = typename T::Element;
+  using ScoreMod = typename T::ScoreMod;
 
   const ForwardArguments &a;
   const RowTile &row_tile;
   const SequenceMask &mask;
-  TileLoader<T> loader;
+  KeyTileCopy<T> tile_copy;
+  TileLoader<T, KVOperand::key> k;
+  TileLoader<T, KVOperand::value> v;
   KeyTiles tiles;
-  int32_t begin, end;  // this split's piece
-  // Tiles [plain_begin, plain_end) need no mask and their copies look at no key: the loops run them without a question.
+  int32_t begin, end;  // of this split or range
+  // Tiles [unmasked_begin, unmasked_end) are full, as are the two behind them, and every row keeps all their keys: the
+  // loop over them needs no predicates.
   int32_t unmasked_begin, unmasked_end;
   KeyBounds warp_bounds;
   ptx::SharedAddress shared;
   LaneOffsets lane;
-  LaneRowContext<T> rows[T::kLaneRows];
+  typename ScoreMod::RowContext contexts[T::kLaneRows];
   Queries<T> q;
   Output<T> o;
   RowState<T> state;
-  float qk_scale;  // softmax_scale times the factors of q and k
+  typename T::Mma::Scales scales;
 
   // The first tile takes the first stage: queries on their way to registers lie in the second.
   FLASHSPARK_DEVICE ptx::SharedAddress stage(int32_t n) const {
-    return shared + (T::kStages == 1 ? 0 : (n - begin) % 2 * T::kStageBytes);
+    return shared + (T::kStages == 1 ? 0 : (n - begin) % 2 * static_cast<uint32_t>(T::kSharedMemory.stage));
   }
-  FLASHSPARK_DEVICE ptx::SharedAddress queries() const { return shared + T::kQueryOffset; }
+  FLASHSPARK_DEVICE ptx::SharedAddress value_stage(int32_t n) const { return stage(n) + T::kSharedMemory.keys; }
+  FLASHSPARK_DEVICE ptx::SharedAddress queries() const { return shared + T::kSharedMemory.queries; }
 
   // Pages of tile n are looked up one step before they are used.
   FLASHSPARK_DEVICE void look_up(int32_t n) {
-    if (n < end) loader.look_up(tiles.at(n));
+    if (n < end) tile_copy.look_up(tiles.at(n));
   }
   FLASHSPARK_DEVICE void copy_keys(int32_t n) {
-    if (n < end) loader.template copy<false>(tiles.at(n), stage(n));
+    if (n < end) k.copy(tile_copy, tiles.at(n), stage(n));
   }
   FLASHSPARK_DEVICE void copy_values(int32_t n) {
-    if (n < end) loader.template copy<true>(tiles.at(n), stage(n));
+    if (n < end) v.copy(tile_copy, tiles.at(n), value_stage(n));
   }
-  // A whole tile, whose pages were looked up last, and the pages of the tile behind it.
+  // A tile, whose pages were looked up last, and the pages of the tile behind it.
   FLASHSPARK_DEVICE void copy(int32_t n) {
     copy_keys(n);
     copy_values(n);
@@ -54,51 +60,55 @@ struct Mainloop {
     look_up(n + 1);
   }
 
-  // A warp goes through its key group's part of a tile in pieces of kScoreKeys keys: piece 0, 1, ... pieces() - 1.
+  // From the pointers of one contiguous tile to those of another.
+  FLASHSPARK_DEVICE void step_pointers(int32_t by) {
+    k.step(tile_copy, by);
+    v.step(tile_copy, by);
+  }
+
+  // A warp goes through its key group's part of a tile in subtiles of kScoreKeys keys.
   static constexpr int32_t kSubtiles = T::kKeys / (T::kScoreKeys * T::kKeyGroups);
   FLASHSPARK_DEVICE int32_t num_subtiles() const {
-    return T::kRuntimeKeyGroups && warps_split_rows<T>(a) ? T::kKeyGroups * kSubtiles : kSubtiles;
+    return T::kRuntimeKeyGroups && T::warps_split_rows(a) ? T::kKeyGroups * kSubtiles : kSubtiles;
   }
   FLASHSPARK_DEVICE int32_t first_row_of(int32_t subtile) const {
-    return ((T::kKeyGroups > 1 ? key_group<T>(a) * kSubtiles : 0) + subtile) * T::kScoreKeys;
+    return ((T::kKeyGroups > 1 ? T::key_group(a) * kSubtiles : 0) + subtile) * T::kScoreKeys;
   }
   FLASHSPARK_DEVICE int32_t first_key(int32_t n, int32_t subtile) const {
     return tiles.at(n) * T::kKeys + first_row_of(subtile);
   }
 
-  // Whether any of the warp's rows keeps a key of this piece.
+  // Whether any of the warp's rows keeps a key of the subtile that begins at key `first`.
   FLASHSPARK_DEVICE bool visits(int32_t first) const {
     bool some = first < warp_bounds.visited[0].end && first + T::kScoreKeys > warp_bounds.visited[0].begin;
-    if constexpr (T::kHasScoreMod)
+    if constexpr (ScoreMod::kActive)
       some = some || (first < warp_bounds.visited[1].end && first + T::kScoreKeys > warp_bounds.visited[1].begin);
     return some;
   }
   FLASHSPARK_DEVICE void qk(Scores<T> &s, int32_t n, int32_t subtile) const {
-    multiply_keys<T>(s, q, queries(), stage(n) + first_row_of(subtile) * T::KeyLayout::kPitch, lane);
+    qk_product<T>(s, q, queries(), stage(n) + first_row_of(subtile) * T::KeyLayout::kPitch, lane);
   }
-  // Of q k, in natural units for instances that change scores, else in those of log2.
-  FLASHSPARK_DEVICE float softmax_scale() const { return T::kDequantizeKV ? qk_scale : a.softmax_scale; }
-  FLASHSPARK_DEVICE float scale() const { return T::kHasScoreMod ? 1.0f : softmax_scale(); }
-  // What a piece of a tile that is not plain asks for: scale, caps and biases, and the mask where some row drops a key.
-  FLASHSPARK_DEVICE void apply_score_mod_and_mask(Scores<T> &s, int32_t first) {
-    bool full = first >= warp_bounds.unmasked[0].begin && first + T::kScoreKeys <= warp_bounds.unmasked[0].end;
-    if constexpr (T::kHasScoreMod) {
-      full = full || (first >= warp_bounds.unmasked[1].begin && first + T::kScoreKeys <= warp_bounds.unmasked[1].end);
-      apply_score_mod<T>(s, rows, a, softmax_scale(), first);
+  // From Q K^T to units of log2; apply_score_mod() leaves scores in them.
+  FLASHSPARK_DEVICE float scale() const { return ScoreMod::kActive ? 1.0f : scales.qk(a); }
+  // Scales, modifies and masks the scores of a subtile; the mask only where some row drops a key.
+  FLASHSPARK_DEVICE void modify_and_mask(Scores<T> &s, int32_t first) {
+    bool unmasked = first >= warp_bounds.unmasked[0].begin && first + T::kScoreKeys <= warp_bounds.unmasked[0].end;
+    if constexpr (ScoreMod::kActive) {
+      unmasked =
+          unmasked || (first >= warp_bounds.unmasked[1].begin && first + T::kScoreKeys <= warp_bounds.unmasked[1].end);
+      apply_score_mod<T>(s, contexts, a, scales.qk(a), first);
     }
-    if (!full) mask_scores<T>(s, rows, a, row_tile, mask, first);
+    if (!unmasked) mask_scores<T>(s, contexts, a, row_tile, mask, first);
   }
-  // Softmax and product with V.
   FLASHSPARK_DEVICE void softmax_and_pv(const Scores<T> &s, int32_t n, int32_t subtile) {
     update_row_max<T>(row_maxima<T>(s), o, state, scale());
-    multiply_values<T>(o, s, state, scale(), stage(n) + T::kKeyBytes + first_row_of(subtile) * T::ValueLayout::kPitch,
-                       lane);
+    pv_product<T>(o, s, state, scale(), value_stage(n) + first_row_of(subtile) * T::ValueLayout::kPitch, lane);
     update_rescale_thresholds<T>(state);
   }
 };
 
-// The copies of the first tile, or two, whose pages have been looked up: what else the loop needs is worked out while
-// they are on their way.
+// Starts the copies of the first tile, or two, whose pages have been looked up. What else the loop needs is computed
+// while they are in flight.
 template <class T>
 FLASHSPARK_DEVICE void prologue(Mainloop<T> &mainloop) {
   if constexpr (T::kTwoTilePrologue) {
@@ -112,7 +122,7 @@ FLASHSPARK_DEVICE void prologue(Mainloop<T> &mainloop) {
   ptx::cp_async_commit();
 }
 
-// What a tile's copies are for: the warps of the block, or the warp itself.
+// Those who use a tile's copies meet: the CTA, or a warp with keys of its own.
 template <class T>
 FLASHSPARK_DEVICE void copy_barrier() {
   if constexpr (T::kWarpPrivateKV) {
@@ -122,8 +132,8 @@ FLASHSPARK_DEVICE void copy_barrier() {
   }
 }
 
-// One buffer of K and one of V. Every barrier does two things: the copy awaited before it becomes visible to all, and
-// all are done with the other buffer, which is refilled after it.
+// One buffer of K and one of V. Every barrier does two things: it makes the copy awaited before it visible to all, and
+// it says that all are done with the other buffer, which is refilled after it.
 template <class T>
 FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
   ptx::cp_async_wait<1>();  // Q and the first K
@@ -141,7 +151,7 @@ FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
     mainloop.copy_keys(n + 1);
     ptx::cp_async_commit();
     if (visits) {
-      mainloop.apply_score_mod_and_mask(s, first);
+      mainloop.modify_and_mask(s, first);
       mainloop.softmax_and_pv(s, n, 0);
     }
     ptx::cp_async_wait<0>();  // K of the next tile
@@ -151,7 +161,7 @@ FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
   }
 }
 
-// Two buffers of each; one barrier a tile.
+// Two buffers of each: the next tile is in flight while this one is used, with one barrier a tile.
 template <class T>
 FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
   if constexpr (!T::kTwoTilePrologue) mainloop.look_up(mainloop.begin + 1);
@@ -160,11 +170,10 @@ FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
     ptx::cta_barrier();
     load_queries<T>(mainloop.q, mainloop.queries(), mainloop.lane);
   }
-  const auto asked_for = [&mainloop](int32_t n) {
-    return T::kTwoTilePrologue && n == mainloop.begin;
-  };  // the tile behind n
-  const auto wait = [&asked_for](int32_t n) {
-    if (asked_for(n)) {
+  // Whether the prologue has started the copy of the tile behind n.
+  const auto in_flight = [&mainloop](int32_t n) { return T::kTwoTilePrologue && n == mainloop.begin; };
+  const auto wait = [&in_flight](int32_t n) {
+    if (in_flight(n)) {
       ptx::cp_async_wait<1>();
     } else {
       ptx::cp_async_wait<0>();
@@ -172,15 +181,15 @@ FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
   };
   const auto step = [&](int32_t n) {
     wait(n);            // for this tile
-    copy_barrier<T>();  // ... for all; and all are done with the tile before (and with Q's passage)
-    if (!asked_for(n)) mainloop.copy(n + 1);
+    copy_barrier<T>();  // ... for all; and all are done with the tile before, or with Q where it passes on to registers
+    if (!in_flight(n)) mainloop.copy(n + 1);
     FLASHSPARK_NO_UNROLL
     for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
       const int32_t first = mainloop.first_key(n, subtile);
       if (!mainloop.visits(first)) continue;
       Scores<T> s;
       mainloop.qk(s, n, subtile);
-      mainloop.apply_score_mod_and_mask(s, first);
+      mainloop.modify_and_mask(s, first);
       mainloop.softmax_and_pv(s, n, subtile);
     }
   };
@@ -191,7 +200,7 @@ FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
       step(n++);
       continue;
     }
-    mainloop.loader.step(mainloop.tiles.begin[0] + n + 1);
+    mainloop.step_pointers(mainloop.tiles.begin[0] + n + 1);
     FLASHSPARK_NO_UNROLL
     for (; n < mainloop.unmasked_end; ++n) {
       wait(n);  // as in step()
@@ -200,22 +209,22 @@ FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
       for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
         Scores<T> s;
         mainloop.qk(s, n, subtile);
-        if (subtile == 0) {  // not before the first products: all warps would work out addresses at once
+        if (subtile == 0) {  // behind the first products: before them, all warps would compute addresses at once (E9)
           const int32_t next = mainloop.tiles.begin[0] + n + 1;
-          if (!asked_for(n)) {
-            mainloop.loader.template copy_whole<false>(next, mainloop.loader.k, mainloop.stage(n + 1));
-            mainloop.loader.template copy_whole<true>(next, mainloop.loader.v, mainloop.stage(n + 1));
+          if (!in_flight(n)) {
+            mainloop.k.copy_full(mainloop.tile_copy, next, mainloop.k.data, mainloop.stage(n + 1));
+            mainloop.v.copy_full(mainloop.tile_copy, next, mainloop.v.data, mainloop.value_stage(n + 1));
           }
-          mainloop.loader.step(1);
-          if (!asked_for(n)) {
+          mainloop.step_pointers(1);
+          if (!in_flight(n)) {
             ptx::cp_async_commit();
-            mainloop.loader.look_up_whole(next + 1);
+            mainloop.tile_copy.look_up_full(next + 1);
           }
         }
         mainloop.softmax_and_pv(s, n, subtile);
       }
     }
-    mainloop.loader.step(-(mainloop.tiles.begin[0] + n + 1));
+    mainloop.step_pointers(-(mainloop.tiles.begin[0] + n + 1));
   }
 }
 

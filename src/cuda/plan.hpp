@@ -7,7 +7,7 @@
 
 #include "cuda/arguments.hpp"
 #include "forward/arguments.hpp"
-#include "forward/config.hpp"
+#include "forward/smem_plan.hpp"
 #include "problem.hpp"
 
 namespace flashspark::cuda {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/plan.hpp"
-#include "quantize/arguments.hpp"
+#include "forward/arguments.hpp"
 
 namespace flashspark::cuda {
 

@@ -1,6 +1,6 @@
 // The Stream-K ranges of decode as arithmetic, over random batches and the SM counts of GPUs that nobody here has:
 // balanced, and no key tile lost or done twice. What the kernels make of them the other tests see.
-#include "forward/stream_k.cuh"
+#include "forward/scheduler/stream_k.cuh"
 
 #include <gtest/gtest.h>
 

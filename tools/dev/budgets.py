@@ -44,7 +44,7 @@ USED: set[Path] = set()  # of the cache, by this run
 
 # Prints kInstances with the tiles of sm_120f.
 FACTS = r"""
-#include "forward/config.hpp"
+#include "forward/smem_plan.hpp"
 #include <cstdio>
 using namespace flashspark;
 int main() {

@@ -7,9 +7,9 @@
 #include "cuda/arguments.hpp"
 #include "cuda/quantize.hpp"
 #include "forward/combine.cuh"
-#include "forward/scheduler_metadata.cuh"
+#include "forward/quantize.cuh"
+#include "forward/scheduler/metadata.cuh"
 #include "guarded.hpp"
-#include "quantize/quantize.cuh"
 #include "validate.hpp"
 
 namespace flashspark::emulator {

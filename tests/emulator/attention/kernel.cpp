@@ -9,8 +9,8 @@ namespace flashspark::emulator {
 namespace {
 
 using ElementKV = ptx::KERNEL_ELEMENT;
-using Element = std::conditional_t<std::is_same_v<ElementKV, ptx::E4m3>, ptx::Float16, ElementKV>;
-using Chosen = Traits<InstanceIndex::KERNEL_NAME, Architecture::KERNEL_ARCHITECTURE, Element, ElementKV>;
+using Mma = std::conditional_t<std::is_same_v<ElementKV, ptx::E4m3>, MmaE4m3Dequant, MmaF16<ElementKV>>;
+using Chosen = Traits<InstanceIndex::KERNEL_NAME, Architecture::KERNEL_ARCHITECTURE, Mma>;
 
 const Registration kRegistration{{&kInstances[static_cast<int32_t>(InstanceIndex::KERNEL_NAME)],
                                   std::is_same_v<ElementKV, ptx::E4m3>       ? FLASHSPARK_FLOAT8_E4M3

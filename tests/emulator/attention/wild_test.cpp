@@ -5,7 +5,7 @@
 #include <random>
 
 #include "attention/harness.hpp"
-#include "forward/scheduler_metadata.cuh"
+#include "forward/scheduler/metadata.cuh"
 
 namespace flashspark::emulator {
 namespace {

@@ -1,10 +1,8 @@
-// Results as e4m3: what the forward kernel has written in 16 bits, divided by output_scale, for the rows in use and for
-// no others. Block x is the row tile of that number, as of a forward kernel without shares; its warps take its rows in
-// turn.
+// Results as e4m3: divides what the forward kernel has written in 16 bits by output_scale and rounds it, for the rows
+// in use and for no others. CTA x is the row tile x of a grid without Stream-K; its warps take the rows in turn.
 #pragma once
 
-#include "forward/sequence.cuh"
-#include "quantize/arguments.hpp"
+#include "forward/scheduler/single_tile.cuh"
 
 namespace flashspark {
 
@@ -18,18 +16,17 @@ FLASHSPARK_DEVICE void quantize(const QuantizeArguments &q) {
   const ForwardArguments &a = q.forward;
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
-  const RowTile row_tile = single_tile(a, grid_coordinate(a), kQuantizeRows);
-  if (!row_tile.valid) return;
+  const RowTile rows = single_tile(a, grid_coordinate(a), kQuantizeRows);
+  if (!rows.valid) return;
   const float factor = q.output_scale == nullptr ? 1.0f : 1.0f / *q.output_scale;
-  const int32_t warp = static_cast<int32_t>(ptx::thread_index() / 32),
-                lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  const int32_t end = min_of(row_tile.first_row + kQuantizeRows, row_tile.end_row);
-  for (int32_t row = row_tile.first_row + warp; row < end; row += kQuantizeWarps) {
+  const int32_t warp = ptx::warp(), lane = ptx::lane();
+  const int32_t end = min_of(rows.first_row + kQuantizeRows, rows.end_row);
+  for (int32_t row = rows.first_row + warp; row < end; row += kQuantizeWarps) {
     const Quotient at = divide(row, a.group);
-    const int64_t head = row_tile.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
+    const int64_t head = rows.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
     const auto offset = [&](const Strides &strides) {
-      const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : row_tile.seq * strides.batch;
-      return batch + (row_tile.q_row + at.quotient) * strides.token + head * strides.head;
+      const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : rows.seq * strides.batch;
+      return batch + (rows.q_row + at.quotient) * strides.token + head * strides.head;
     };
     const auto *from = static_cast<const uint16_t *>(a.out) + offset(a.out_strides);
     auto *to = static_cast<ptx::E4m3 *>(q.out) + offset(q.out_strides);

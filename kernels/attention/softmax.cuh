@@ -1,19 +1,15 @@
-// Scores to probabilities, online (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2. The running maximum
-// moves only when a maximum exceeds it by more than 8: probabilities then reach 2^8 at most, which costs a 16-bit
-// number nothing, and most tiles need no rescaling of O (Dao 2025, FlashAttention-4).
+// Scores to probabilities, online (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2. The reference
+// maximum of a row moves only when a new maximum exceeds it by more than 8: probabilities then reach 2^8 at most, which
+// a 16-bit float holds as precisely, and most tiles need no rescaling of O (Dao 2025, FlashAttention-4).
 #pragma once
 
-#include <type_traits>
-
-#include "forward/mask.cuh"
-#include "forward/traits.cuh"
+#include "attention/score_mod.cuh"
 
 namespace flashspark {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kRescaleThreshold = 8.0f;
-// The lowest finite number: a masked score, -inf, minus it is -inf, where -inf minus itself would be NaN.
+// The lowest finite number: -inf (a masked score) minus it is -inf, where -inf minus itself would be NaN.
 constexpr float kLowest = -3.4028234663852886e38f;
 
 FLASHSPARK_DEVICE float minus_infinity() {
@@ -23,87 +19,59 @@ FLASHSPARK_DEVICE float larger(float a, float b) {
   return __builtin_fmaxf(a, b);
 }
 
-// The rows of which a lane holds scores: its row n is row lane / 4 + 8 * (n % 2) of slab n / 2 of the warp.
+// What a lane holds of a warp's tile, in the accumulator layout of mma_m16n8k16: [m_atom][n8 tile][register].
 template <class T>
-FLASHSPARK_DEVICE int32_t lane_row(const ForwardArguments &a, const RowTile &row_tile, int32_t n) {
-  const int32_t lane = static_cast<int32_t>(ptx::thread_index() % 32);
-  return row_tile.first_row + first_warp_row<T>(a) + n / 2 * 16 + n % 2 * 8 + lane / 4;
+struct Scores {
+  float at[T::kMAtoms][T::kScoreKeys / 8][4];
+};
+template <class T>
+struct Output {
+  float at[T::kMAtoms][T::kHeadDimV / 8][4];
+};
+
+// The rows of which a lane holds scores: its row n is row lane / 4 + 8 * (n % 2) of m_atom n / 2 of the warp.
+template <class T>
+FLASHSPARK_DEVICE int32_t lane_row(const typename T::Arguments &a, const RowTile &row_tile, int32_t n) {
+  const int32_t lane = ptx::lane();
+  return row_tile.first_row + T::first_warp_row(a) + n / 2 * 16 + n % 2 * 8 + lane / 4;
 }
 
-// What kind with a score modification keeps of such a row. The others find the mask anew for the few tiles that need
-// one: registers are dearer.
-struct RowContext {
-  RowMask mask;  // empty for rows past the sequence
-  int32_t pos;
-  float slope;      // ALiBi, units of log2
-  const void *rel;  // bias by distance; NULL: none
-};
-struct NoContext {};
-template <class T>
-using LaneRowContext = std::conditional_t<T::kHasScoreMod, RowContext, NoContext>;
-
+// Of each of the lane's rows.
 template <class T>
 struct RowState {
-  float row_max[T::kLaneRows];  // what the probabilities are relative to, units of log2; kLowest before the first key
-  float row_sum[T::kLaneRows];  // of this lane's columns alone, until the end
-  float rescale_threshold[T::kLaneRows];  // a maximum above it moves the base
+  float
+      row_max[T::kLaneRows];  // reference maximum: what probabilities are relative to, units of log2; kLowest at first
+  float row_sum[T::kLaneRows];            // of this lane's columns alone, until the epilogue
+  float rescale_threshold[T::kLaneRows];  // a score above it moves row_max
 };
 
-FLASHSPARK_DEVICE float load_as_float(const void *from, int64_t n, DType dtype) {
-  if (dtype == DType::float32) return static_cast<const float *>(from)[n];
-  if (dtype == DType::float16) return ptx::to_float(static_cast<const ptx::Float16 *>(from)[n]);
-  return ptx::to_float(static_cast<const ptx::Bfloat16 *>(from)[n]);
-}
-
-FLASHSPARK_DEVICE RowContext make_row_context(const ForwardArguments &a, const RowTile &row_tile,
-                                              const SequenceMask &mask, int32_t row) {
-  RowContext r{};
-  if (row >= row_tile.end_row) return r;
-  const Quotient at = divide(row, a.group);
-  const int64_t head = row_tile.head_kv * static_cast<int64_t>(a.group.value) + at.remainder;
-  r.mask = row_mask<true>(a, mask, at.quotient);
-  r.pos = at.quotient + mask.shift;
-  if (a.alibi_slopes != nullptr) r.slope = a.alibi_slopes[row_tile.seq * a.alibi_batch_stride + head] * kLog2E;
-  if (a.rel_logits != nullptr) {
-    const int64_t offset = (mask.token_row + at.quotient) * a.rel_token_stride + head * a.rel_head_stride;
-    r.rel = static_cast<const char *>(a.rel_logits) + offset * (a.rel_dtype == DType::float32 ? 4 : 2);
-  }
-  return r;
-}
-
-// Scale, softcap and biases, to units of log2.
+// Scales scores and applies the score modification: to units of log2.
 template <class T>
-FLASHSPARK_DEVICE void apply_score_mod(Scores<T> &s, const LaneRowContext<T> (&rows)[T::kLaneRows],
-                                       const ForwardArguments &a, float softmax_scale, int32_t first_key) {
+FLASHSPARK_DEVICE void apply_score_mod(Scores<T> &s, const typename T::ScoreMod::RowContext (&rows)[T::kLaneRows],
+                                       const typename T::Arguments &a, float softmax_scale, int32_t first_key) {
   const int32_t column = static_cast<int32_t>(ptx::thread_index() % 4) * 2;
-  const float cap = a.softcap * kLog2E, inverse_cap = a.softcap > 0 ? 2 * kLog2E / a.softcap : 0;
+  const auto caps = T::ScoreMod::caps(a);
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       float &x = s.at[n / 2][c / 2][n % 2 * 2 + c % 2];
-      x *= softmax_scale;
-      // tanh y = 1 - 2 / (e^2y + 1)
-      x = a.softcap > 0 ? cap - 2 * cap / (ptx::exp2_approx(x * inverse_cap) + 1) : x * kLog2E;
-      const int32_t distance = rows[n].pos - (first_key + c / 2 * 8 + column + c % 2);
-      if (rows[n].rel != nullptr && distance >= 0 && distance < a.rel_extent)
-        x += load_as_float(rows[n].rel, distance, a.rel_dtype) * kLog2E;
-      if (a.alibi_slopes != nullptr) x -= rows[n].slope * static_cast<float>(distance < 0 ? -distance : distance);
+      x = T::ScoreMod::apply(a, caps, x * softmax_scale, rows[n], first_key + c / 2 * 8 + column + c % 2);
     }
   }
 }
 
 template <class T>
-FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRowContext<T> (&rows)[T::kLaneRows],
-                                   const ForwardArguments &a, const RowTile &row_tile, const SequenceMask &mask,
+FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const typename T::ScoreMod::RowContext (&rows)[T::kLaneRows],
+                                   const typename T::Arguments &a, const RowTile &row_tile, const SequenceMask &mask,
                                    int32_t first_key) {
   // Relative to the lane's first key, so that every column compares with a constant.
   const int32_t shift = first_key + static_cast<int32_t>(ptx::thread_index() % 4) * 2;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     RowMask row;
-    if constexpr (T::kHasScoreMod) {
-      row = rows[n].mask;
+    if constexpr (T::ScoreMod::kActive) {
+      row = rows[n].keys;
     } else {
       // Rows past the sequence keep what their position says; nobody reads them.
       row.first = window_interval(a, mask, divide(lane_row<T>(a, row_tile, n), a.group).quotient);
@@ -114,7 +82,7 @@ FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const LaneRowContext<T> (&rows)
     for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       const int32_t key = c / 2 * 8 + c % 2;
       bool keep = key >= one.begin && key < one.end;
-      if constexpr (T::kHasScoreMod) keep = keep || (key >= two.begin && key < two.end);
+      if constexpr (T::ScoreMod::kActive) keep = keep || (key >= two.begin && key < two.end);
       if (!keep) s.at[n / 2][c / 2][n % 2 * 2 + c % 2] = minus_infinity();
     }
   }
@@ -147,8 +115,8 @@ FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
   return highest;
 }
 
-// Moves the running maxima of the rows whose scores ask for it, and of no others: a row's result does not depend on the
-// rows beside it. `scale` turns scores into units of log2 (1 once apply_score_mod() has run).
+// Moves the reference maximum of the rows whose scores exceed their threshold, and of no others, so that a row's result
+// does not depend on the rows beside it. `scale` turns scores into units of log2 (1 once apply_score_mod() has run).
 template <class T>
 FLASHSPARK_DEVICE void update_row_max(RowMaxima<T> highest, Output<T> &o, RowState<T> &state, float scale) {
   bool moves = false;

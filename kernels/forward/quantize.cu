@@ -1,4 +1,4 @@
-#include "quantize/quantize.cuh"
+#include "forward/quantize.cuh"
 
 FLASHSPARK_KERNEL(flashspark::kQuantizeWarps * 32, 8)
 flashspark_attention_forward_quantize(FLASHSPARK_PARAMETER flashspark::QuantizeArguments arguments) {
