@@ -11,7 +11,7 @@ namespace flashspark {
 // Computes a work tile and stores it. Where the scheduler has taken it from metadata that turns out to be stale,
 // nothing is stored.
 template <class T, class Scheduler>
-FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, const WorkTile &work) {
+FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, WorkTile work) {
   const RowTile &rows = work.rows;
   const auto start_queries = [&] {
     copy_queries<T>(a, rows, ptx::shared_memory() + T::kSharedMemory.queries);
@@ -99,11 +99,10 @@ FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
   Scheduler scheduler{a};
   if (!scheduler.begin()) return;
   WorkTile work{};
-  // Written once: the compiler expands compute() and next() where they are called.
   do {
     if (!scheduler.next(work)) return;
-    compute<T>(a, scheduler, work);
-  } while (Scheduler::kPersistent);
+    if (work.rows.valid) compute<T>(a, scheduler, work);
+  } while (scheduler.goes_on(work));
 }
 
 }  // namespace flashspark

@@ -123,10 +123,7 @@ struct StreamKScheduler {
   MetadataRecord record{};
   GridCoordinate coordinate{};
   bool from_metadata = false;  // the next work tile is the record's, and the wait for the previous kernel still to come
-  bool is_first = true;
-
-  // A CTA goes from work tile to work tile.
-  static constexpr bool kPersistent = true;
+  bool is_first = true, stale = false;
 
   explicit FLASHSPARK_DEVICE StreamKScheduler(const ForwardArguments &arguments) : a(arguments) {}
 
@@ -141,25 +138,20 @@ struct StreamKScheduler {
     return true;
   }
 
+  // False: nothing is left. A work tile without rows is a stale record's: goes_on() says so, and the next call finds
+  // the work tile from the lengths.
   FLASHSPARK_DEVICE bool next(WorkTile &work) {
     const ptx::SharedAddress memory =
         ptx::shared_memory() + T::kSharedMemory.work_ranges + ptx::thread_index() / 32 * kWorkRangeBytes;
-    if (!is_first) {
-      if (!work.keys.has_next) return false;
-      ptx::cta_barrier();  // all are done with this work tile's shared memory
-    }
     if (from_metadata) {
       work = {row_tile_of(a, record), key_range_of(a, record)};
       if (work.keys.has_next) save_range(memory, work_range_of(a, record));
-      if (work.rows.valid) {
-        is_first = false;
-        return true;
-      }
+      if (work.rows.valid) return true;
       wait_for_previous_kernel();
-      if (lengths_checksum(a) == record[kLengthsChecksum]) return false;
-      from_metadata = false;
-    }
-    if (a.stream_k.ctas > 0) {
+      if (lengths_checksum(a) == record[kLengthsChecksum]) return false;  // there is no work, indeed
+      stale = true;
+      return true;
+    } else if (a.stream_k.ctas > 0) {
       WorkRange range{};
       if (!is_first) range = load_range(memory);
       work = find_work_tile<T::ScoreMod::kActive>(a, T::rows(a), T::kKeys, is_first, range);
@@ -167,7 +159,6 @@ struct StreamKScheduler {
     } else {
       work = {single_tile(a, coordinate, T::kRows), even_split(a)};
     }
-    is_first = false;
     return work.rows.valid;
   }
 
@@ -183,11 +174,17 @@ struct StreamKScheduler {
   }
   // False: the record is of other lengths, and the work tile is left alone; next() finds the one that the lengths say.
   FLASHSPARK_DEVICE bool confirm() {
-    if (!from_metadata) return true;
+    stale = from_metadata && lengths_checksum(a) != record[kLengthsChecksum];
+    return !stale;
+  }
+  // Whether there is another work tile behind this one, or a stale one to replace.
+  FLASHSPARK_DEVICE bool goes_on(const WorkTile &work) {
     from_metadata = false;
-    if (lengths_checksum(a) == record[kLengthsChecksum]) return true;
-    is_first = true;
-    return false;
+    is_first = stale;
+    if (stale) return true;
+    if (!work.keys.has_next) return false;
+    ptx::cta_barrier();  // all are done with this work tile's shared memory
+    return true;
   }
   // Which of the row tile's key tiles, counted as in `tiles`, are the CTA's.
   FLASHSPARK_DEVICE Interval key_tiles(const WorkTile &work, const KeyTiles &tiles) const {

@@ -123,8 +123,6 @@ struct SingleTileScheduler {
   const ForwardArguments &a;
   GridCoordinate coordinate{};
 
-  static constexpr bool kPersistent = false;
-
   explicit FLASHSPARK_DEVICE SingleTileScheduler(const ForwardArguments &arguments) : a(arguments) {}
 
   FLASHSPARK_DEVICE bool begin() {
@@ -142,6 +140,7 @@ struct SingleTileScheduler {
   FLASHSPARK_DEVICE bool causal(const WorkTile &work) const { return is_causal(a, work.rows.seq); }
   FLASHSPARK_DEVICE void wait() const {}
   FLASHSPARK_DEVICE bool confirm() const { return true; }
+  FLASHSPARK_DEVICE bool goes_on(const WorkTile &) const { return false; }
   FLASHSPARK_DEVICE Interval key_tiles(const WorkTile &, const KeyTiles &tiles) const {
     return even_key_tiles(a, tiles);
   }
