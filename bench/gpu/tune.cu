@@ -82,9 +82,9 @@ int main(int argc, char **argv) {
   int resident = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, tuned_forward, Kernel::kThreads, shared);
   constexpr Tile t = Kernel::kTile;
-  std::printf("%s %dx%dx%d %d/%d s%d q%d b%d | %d reg %zu spill %d blocks |", Kernel::kInstance.name, t.warps,
+  std::printf("%s %dx%dx%d %d/%d s%d q%d c%d | %d reg %zu spill %d CTAs |", Kernel::kInstance.name, t.warps,
               t.warp_rows, t.keys, t.score_keys, t.key_groups, static_cast<int>(t.buffering),
-              static_cast<int>(t.queries), t.blocks, attributes.numRegs, attributes.localSizeBytes, resident);
+              static_cast<int>(t.queries), t.min_ctas, attributes.numRegs, attributes.localSizeBytes, resident);
 
   const struct {
     int64_t batch, heads_q, heads_kv, q, k;

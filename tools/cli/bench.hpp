@@ -15,8 +15,8 @@
 namespace flashspark::cli {
 
 // The GPU if there is one, and what it or the CPU could do.
-struct Place {
-  explicit Place(const BenchOptions &options);  // throws UsageError if the implementation cannot run here
+struct Target {
+  explicit Target(const BenchOptions &options);  // throws UsageError if the implementation cannot run here
   std::string text() const;
 
   std::unique_ptr<GpuSession> gpu;  // NULL: the CPU
@@ -45,7 +45,7 @@ struct Timing {
 
 std::vector<Timing> time_all(const std::vector<cases::Case> &all,
                              const std::function<Timing(const cases::Case &)> &measure);
-Json report(const Place &place, const std::vector<Timing> &timings);
+Json report(const Target &target, const std::vector<Timing> &timings);
 void add_untimed(Table &table, const Timing &timing);
 void print_failures(const std::vector<Timing> &timings);
 int exit_status(const std::vector<Timing> &timings);

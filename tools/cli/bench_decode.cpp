@@ -61,14 +61,14 @@ Work work(const cases::Case &c) {
 }
 
 // `sets` page tables over as many caches, taken in turn.
-void measure(Timing &t, int64_t sets, const Place &place, Cache &cache, const BenchOptions &options) {
+void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const BenchOptions &options) {
   const cases::Case &spec = *t.spec;
   const auto num_seqs = static_cast<int64_t>(spec.lens.size());
   int64_t slots = 0, pages = 0;
   for (const cases::SeqLen &len : spec.lens)
     slots = std::max(slots, page_count(spec, len)), pages += page_count(spec, len);
   pages *= sets;
-  const bool gpu = place.gpu != nullptr;
+  const bool gpu = target.gpu != nullptr;
   std::byte *keys = cache.get(2 * pages * page_bytes(spec), spec.kv_dtype, gpu);
 
   // q, out and all that is not the cache.
@@ -122,7 +122,7 @@ void measure(Timing &t, int64_t sets, const Place &place, Cache &cache, const Be
         status = flashspark_attention_forward(&p);
       }
     };
-    if (gpu) return place.gpu->time(calls) / static_cast<double>(t.calls);
+    if (gpu) return target.gpu->time(calls) / static_cast<double>(t.calls);
     const auto start = std::chrono::steady_clock::now();
     calls();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -133,17 +133,17 @@ void measure(Timing &t, int64_t sets, const Place &place, Cache &cache, const Be
   if (status != FLASHSPARK_OK) t.refuse(status, options);
 }
 
-Timing measure(const cases::Case &spec, const Place &place, Cache &cache, const BenchOptions &options) {
+Timing measure(const cases::Case &spec, const Target &target, Cache &cache, const BenchOptions &options) {
   Timing t;
   t.spec = &spec;
   t.work = work(spec);
-  t.roof = roofline(t.work, place.limits);
-  const int64_t l2 = place.gpu ? place.gpu->facts().machine.l2_bytes : kCpuCaches;
+  t.roof = roofline(t.work, target.limits);
+  const int64_t l2 = target.gpu ? target.gpu->facts().machine.l2_bytes : kCpuCaches;
   // When a cache's turn comes again, more than twice L2 was read since. Without memory for two, one larger than that.
   const auto needed = static_cast<int64_t>(t.work.bytes);
   for (int64_t sets = 2 + 2 * l2 / needed; sets > 0; sets = sets > 1 && needed > 2 * l2 ? 1 : 0) {
     try {
-      measure(t, sets, place, cache, options);
+      measure(t, sets, target, cache, options);
       return t;
     } catch (const Error &e) {
       if (e.status() != FLASHSPARK_OUT_OF_MEMORY) throw;
@@ -220,21 +220,21 @@ void plot(const std::string &path, const std::string &where, const std::vector<T
 }  // namespace
 
 int bench_decode(const BenchOptions &options) {
-  const bool on_gpu = !options.cpu && gpu_lack().empty() &&
+  const bool on_gpu = !options.cpu && gpu_unavailable_reason().empty() &&
                       (options.implementation.empty() || options.implementation == kGpuImplementation);
   using cases::DecodeGrid;
   const DecodeGrid grid = options.full ? DecodeGrid::kFull : on_gpu ? DecodeGrid::kShort : DecodeGrid::kCpu;
   const std::vector<cases::Case> all = select(cases::decode_cases(grid), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
   if (!options.plot.empty()) require_writable(options.plot);
-  const Place place(options);
+  const Target target(options);
   Cache cache;
   const std::vector<Timing> timings =
-      time_all(all, [&](const cases::Case &spec) { return measure(spec, place, cache, options); });
+      time_all(all, [&](const cases::Case &spec) { return measure(spec, target, cache, options); });
   const Growth growth = largest_growth(timings);
-  const auto of_copy_bandwidth = [&](const Timing &t) { return t.work.bytes / t.median() / place.limits.bytes; };
+  const auto of_copy_bandwidth = [&](const Timing &t) { return t.work.bytes / t.median() / target.limits.bytes; };
   if (options.json) {
-    Json json = report(place, timings);
+    Json json = report(target, timings);
     for (size_t n = 0; n < timings.size(); ++n) {
       if (timings[n].error.empty()) json["results"][n]["of_copy_bandwidth"] = of_copy_bandwidth(timings[n]);
     }
@@ -262,10 +262,10 @@ int bench_decode(const BenchOptions &options) {
           paint(growth.factor > kMostGrowth ? Colour::kRed : Colour::kGreen, fmt::format("{:.2f}", growth.factor)),
           kMostGrowth, growth.from->spec->name, growth.to->spec->name);
     }
-    fmt::print("\n{}\n", paint(Colour::kDim, place.text()));
+    fmt::print("\n{}\n", paint(Colour::kDim, target.text()));
   }
   if (!options.plot.empty()) {
-    plot(options.plot, place.text(), timings);
+    plot(options.plot, target.text(), timings);
     if (!options.json) fmt::print("plot: {}\n", options.plot);
   }
   return exit_status(timings);

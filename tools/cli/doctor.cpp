@@ -150,8 +150,8 @@ void look_at_machine(const Machine &m, const GpuFacts &gpu, std::vector<Finding>
           "in a container, start it with --gpus all; else install the driver's user libraries");
     }
     add(Finding::kNote, "no GPU: everything runs on the CPU", "");
-  } else if (const std::string lack = gpu_lack(); !lack.empty()) {
-    add(Finding::kWarning, "problems in GPU memory are refused: " + lack,
+  } else if (const std::string reason = gpu_unavailable_reason(); !reason.empty()) {
+    add(Finding::kWarning, "problems in GPU memory are refused: " + reason,
         cuda::fatbins().empty() ? "build with nvcc 12.9 or newer, or install a wheel that has the kernels"
                                 : "a driver that offers CUDA 12.0 or newer, and a GPU that the kernels serve");
   }
@@ -303,7 +303,7 @@ void print_machine(const Machine &m, const GpuFacts &gpu, const Limits *limits) 
   }
   std::string kernels = "this build has none";
   if (!cuda::fatbins().empty()) kernels = fmt::format("for {}", cuda::fatbin_architectures());
-  if (!gpu.gpus.empty() && gpu_lack().empty())
+  if (!gpu.gpus.empty() && gpu_unavailable_reason().empty())
     kernels += fmt::format("; the GPU takes {}", cuda::architecture_name(cuda::device_facts(0).machine.arch));
   line("kernels", kernels);
   line("toolkit", gpu.toolkit.empty() ? "none (not needed to run)" : gpu.toolkit + " " + gpu.toolkit_version);
@@ -357,7 +357,7 @@ int doctor(const DoctorOptions &options) {
   const Machine facts = machine();
   const GpuFacts gpu = gpu_facts();
   const PythonEnvironment env = python_environment();
-  const bool gpu_runs = !gpu.gpus.empty() && gpu_lack().empty();
+  const bool gpu_runs = !gpu.gpus.empty() && gpu_unavailable_reason().empty();
   const std::vector<Choice> chosen = choices(gpu_runs);
   Limits measured;
   if (options.bandwidth) measured = measure_limits(facts.threads);

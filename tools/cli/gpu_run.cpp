@@ -204,12 +204,12 @@ std::string GpuSession::text() {
                      limits().bytes / 1e9);
 }
 
-std::string gpu_lack() {
+std::string gpu_unavailable_reason() {
   return cuda::device_unavailable_reason(0);
 }
 
 std::unique_ptr<GpuSession> open_gpu(bool cpu_only) {
-  if (cpu_only || !gpu_lack().empty()) return nullptr;
+  if (cpu_only || !gpu_unavailable_reason().empty()) return nullptr;
   return std::make_unique<GpuSession>();
 }
 

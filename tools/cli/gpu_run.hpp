@@ -92,7 +92,7 @@ class GpuSession {
 };
 
 // Why device 0 cannot run the kernels, in words; empty: it can.
-std::string gpu_lack();
+std::string gpu_unavailable_reason();
 
 // NULL where there is no usable GPU, or where --cpu asks for none.
 std::unique_ptr<GpuSession> open_gpu(bool cpu_only);

@@ -21,8 +21,8 @@ std::vector<cases::Case> select(std::vector<cases::Case> all, const std::string 
 
 std::vector<std::string> select_implementations(const std::string &name, bool gpu) {
   if (name == kGpuImplementation && !gpu) {
-    const std::string lack = gpu_lack();
-    throw UsageError(fmt::format("--implementation: {} cannot run here: {}", name, lack.empty() ? "--cpu" : lack));
+    const std::string reason = gpu_unavailable_reason();
+    throw UsageError(fmt::format("--implementation: {} cannot run here: {}", name, reason.empty() ? "--cpu" : reason));
   }
   std::vector<std::string> names;
   for (int n = 0; const char *each = flashspark_implementation_name(n); ++n) names.push_back(each);
