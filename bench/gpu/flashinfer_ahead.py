@@ -27,7 +27,7 @@ from flashinfer.jit import gen_batch_prefill_module  # noqa: E402
 args.out.mkdir(parents=True, exist_ok=True)
 for dim in args.dims:
     types = (torch.bfloat16,) * 3  # q, kv, out
-    # No positional encoding, sliding window, softcap or 16-bit sums: what peers.py plans.
+    # No positional encoding, sliding window, softcap or 16-bit accumulation, as peers.py plans its calls.
     spec = gen_batch_prefill_module("fa2", *types, torch.int32, dim, dim, 0, False, False, False)
     spec.build(verbose=False)
     shutil.copy(spec.jit_library_path, args.out)

@@ -1,4 +1,4 @@
-"""Reads the machine code of a kernel: its instructions, the loop over key tiles, and the way through it."""
+"""Reads the machine code of a kernel: its instructions, the loop over key tiles, and the route through it."""
 
 from __future__ import annotations
 
@@ -92,26 +92,26 @@ def tensor_work(instructions: list[Instruction]) -> int:
 
 
 def path(code: list[Instruction], first: int, last: int) -> list[Instruction]:
-    """The way from `first` to a branch back to it: the most HMMA, then the most copies, then the least of all else."""
+    """The route from `first` to a branch back to it: the most HMMA, then the most copies, then the least of all else."""
     best: dict[int, tuple[int, int, int, int]] = {}  # from this place on: HMMA, copies, - instructions, the next place
     for at in range(last, first - 1, -1):
         here = code[at]
-        nexts = [] if here.always_branches or (here.name in ("EXIT", "RET") and not here.predicate) else [at + 1]
+        successors = [] if here.always_branches or (here.name in ("EXIT", "RET") and not here.predicate) else [at + 1]
         if here.target is not None:
-            nexts.append(here.target)
-        ways = [(*best[n][:3], n) for n in nexts if n > at and n in best]
+            successors.append(here.target)
+        candidates = [(*best[n][:3], n) for n in successors if n > at and n in best]
         if here.target == first:
-            ways.append((0, 0, 0, -1))
-        if ways:
-            tensor, copies, length, following = max(ways)
+            candidates.append((0, 0, 0, -1))
+        if candidates:
+            tensor, copies, length, following = max(candidates)
             best[at] = (tensor + (here.name == "HMMA"), copies + (here.name == "LDGSTS"), length - 1, following)
     if first not in best:
-        raise NotUnderstood(f"no way through the loop at instruction {first}")
-    way, at = [], first
+        raise NotUnderstood(f"no path through the loop at instruction {first}")
+    route, at = [], first
     while at != -1:
-        way.append(code[at])
+        route.append(code[at])
         at = best[at][3]
-    return way
+    return route
 
 
 def hot_loop(code: list[Instruction]) -> Loop:
@@ -126,7 +126,7 @@ def hot_loop(code: list[Instruction]) -> Loop:
         raise NotUnderstood("no loop with tensor work")
     first, last = max(inner, key=lambda loop: tensor_work(code[loop[0] : loop[1] + 1]))
     whole = code[first : last + 1]
-    way = path(code, first, last)
-    if tensor_work(way) != tensor_work(whole):
-        raise NotUnderstood(f"a turn takes {tensor_work(way)} of the {tensor_work(whole)} HMMA of its loop")
-    return Loop(first, last, way, whole)
+    route = path(code, first, last)
+    if tensor_work(route) != tensor_work(whole):
+        raise NotUnderstood(f"a turn takes {tensor_work(route)} of the {tensor_work(whole)} HMMA of its loop")
+    return Loop(first, last, route, whole)

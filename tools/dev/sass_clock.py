@@ -63,44 +63,44 @@ class Units:
         return name, clocks / self.tensor
 
 
-def units(way: list[Instruction], part: Part) -> Units:
+def units(path: list[Instruction], part: Part) -> Units:
     return Units(
-        tensor=sum(part.hmma_clocks for i in way if i.name == "HMMA"),
-        shared=sum(wavefronts(i) for i in way) * QUARTERS,
-        mufu=sum(32 / MUFU_LANES for i in way if i.name == "MUFU"),
-        issue=len(way),
+        tensor=sum(part.hmma_clocks for i in path if i.name == "HMMA"),
+        shared=sum(wavefronts(i) for i in path) * QUARTERS,
+        mufu=sum(32 / MUFU_LANES for i in path if i.name == "MUFU"),
+        issue=len(path),
     )
 
 
 @dataclass
 class Warp:
-    block: int
+    cta: int
     ready: float
-    at: int = 0  # of the way
+    at: int = 0  # of the path
     turn: int = 0
     at_barrier: bool = False
     free: list[float] = field(default_factory=lambda: [0.0] * 8)  # scoreboards; 7 is none
 
 
 class Quarter:
-    """`blocks` blocks, of each `warps` warps in this quarter, in the loop."""
+    """`ctas` ctas, of each `warps` warps in this quarter, in the loop."""
 
-    def __init__(self, way: list[Instruction], part: Part, blocks: int, warps: int):
-        self.way, self.part = way, part
-        # Blocks do not run in step.
-        offset = sum(i.stall for i in way) / blocks
-        self.warps = [Warp(block, block * offset) for block in range(blocks) for _ in range(warps)]
+    def __init__(self, path: list[Instruction], part: Part, ctas: int, warps: int):
+        self.path, self.part = path, part
+        # CTAs do not run in step.
+        offset = sum(i.stall for i in path) / ctas
+        self.warps = [Warp(cta, cta * offset) for cta in range(ctas) for _ in range(warps)]
         self.tensor_free = self.mufu_free = self.shared_free = 0.0
         self.now = 0.0
 
     def earliest(self, warp: Warp) -> float:
-        instruction = self.way[warp.at]
+        instruction = self.path[warp.at]
         awaited = (warp.free[n] for n in range(6) if instruction.waits >> n & 1)
         pipe = {"HMMA": self.tensor_free, "MUFU": self.mufu_free}.get(instruction.name, 0.0)
         return max(self.now, warp.ready, pipe, *awaited)
 
     def issue(self, warp: Warp, time: float) -> None:
-        instruction = self.way[warp.at]
+        instruction = self.path[warp.at]
         done = time
         if instruction.name == "HMMA":
             self.tensor_free = time + self.part.hmma_clocks
@@ -115,15 +115,15 @@ class Quarter:
             warp.free[scoreboard] = max(warp.free[scoreboard], done)
         warp.ready = time + max(instruction.stall, 1)
         warp.at_barrier = instruction.name == "BAR"
-        warp.at = (warp.at + 1) % len(self.way)
+        warp.at = (warp.at + 1) % len(self.path)
         warp.turn += warp.at == 0
-        block = [w for w in self.warps if w.block == warp.block]
-        if all(w.at_barrier for w in block):
-            for other in block:
+        cta = [w for w in self.warps if w.cta == warp.cta]
+        if all(w.at_barrier for w in cta):
+            for other in cta:
                 other.at_barrier, other.ready = False, max(other.ready, time + 1)
 
     def run(self, turns: int) -> float:
-        """The clock when the warps have made so many turns together: those of other blocks may be ahead."""
+        """The clock when the warps have made so many turns together: those of other ctas may be ahead."""
         last = self.warps[0]
         while sum(w.turn for w in self.warps) < turns:
             # Among the warps that can issue, the scheduler stays with its last one.
@@ -135,16 +135,16 @@ class Quarter:
         return self.now
 
 
-def turn_clocks(way: list[Instruction], part: Part, blocks: int, warps: int) -> float:
+def turn_clocks(path: list[Instruction], part: Part, ctas: int, warps: int) -> float:
     """Clocks of the quarter for a turn of one of its warps, once the pipes are full."""
-    quarter, together = Quarter(way, part, blocks, warps), blocks * warps
+    quarter, together = Quarter(path, part, ctas, warps), ctas * warps
     filled = quarter.run(FILLING_TURNS * together)
     counted = COUNTED_TURNS * together
     return (quarter.run(FILLING_TURNS * together + counted) - filled) / counted
 
 
-def tensor_share(way: list[Instruction], part: Part, blocks: int, warps: int) -> tuple[float, float]:
+def tensor_share(path: list[Instruction], part: Part, ctas: int, warps: int) -> tuple[float, float]:
     """Share of the time in which the tensor pipe works: bound by the busiest unit, and as the model runs it."""
-    one = units(way, part)
+    one = units(path, part)
     bound = one.tensor / max(one.tensor, one.shared, one.mufu, one.issue)
-    return bound, min(bound, one.tensor / turn_clocks(way, part, blocks, warps))
+    return bound, min(bound, one.tensor / turn_clocks(path, part, ctas, warps))
