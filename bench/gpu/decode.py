@@ -37,7 +37,7 @@ def skewed(heads: tuple[int, int, int], long: int, batch: int, short: int) -> Wo
 
 
 def grid(kind: str) -> list[Workload]:
-    """all: every batch and context for every head configuration; main: every second of each; quick: a few."""
+    """all: every batch and context for every head configuration; main: a coarser grid; quick: a few of them."""
     heads = HEADS if kind != "quick" else (HEADS[0], HEADS[2], HEADS[3])
     batches = {"all": BATCHES, "main": (1, 2, 8, 32, 128), "quick": (1, 8, 32)}[kind]
     keys = KEYS if kind == "all" else (2048, 8192, 32768)

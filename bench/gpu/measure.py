@@ -179,7 +179,7 @@ def measure_workload(
 def measure_all(
     works: list[Workload], makers_of: Callable[[Workload], Makers], label: str, budget: float, document: dict[str, Any]
 ) -> None:
-    """Adds a row for each workload; stops early on KeyboardInterrupt."""
+    """Adds a row for each workload. An interrupt ends the loop; the rows measured so far are kept."""
     start = time.monotonic()
     try:
         for work in works:

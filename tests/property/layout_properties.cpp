@@ -130,8 +130,8 @@ RC_GTEST_PROP(Splits, NumSplitsDoesNotMatter, ()) {
   require(difference(p, whole, run(p, layout)));
 }
 
-// Attention over parts of the keys, combined by their lse, equals attention over all of them.
-Result merged(const Problem &whole, const std::vector<Result> &parts) {
+// Combines the results over parts of the keys by their lse.
+Result combined(const Problem &whole, const std::vector<Result> &parts) {
   Result r = parts[0];
   for (size_t b = 0; b < whole.seqs.size(); ++b) {
     for (int64_t row = 0; row < whole.seqs[b].tq * whole.hq; ++row) {
@@ -176,7 +176,7 @@ RC_GTEST_PROP(Splits, AnySplitOfTheKeysMergesByLse, ()) {
     parts.push_back(run(keys_between(p, cuts[n], cuts[n + 1]), arbitrary_layout()));
     RC_ASSERT(parts.back().status == FLASHSPARK_OK);
   }
-  require(difference(p, run(p, {}), merged(p, parts)));
+  require(difference(p, run(p, {}), combined(p, parts)));
 }
 
 // Cascade inference: an unmasked common prefix combined with the causal remainder.
@@ -196,7 +196,7 @@ RC_GTEST_PROP(Splits, PrefixAndCausalSuffixMergeByLse, ()) {
   }
   const std::vector<Result> parts = {run(prefix, {}), run(suffix, {.kv = Kind::kPaged})};
   RC_ASSERT(parts[0].status == FLASHSPARK_OK && parts[1].status == FLASHSPARK_OK);
-  require(difference(p, run(p, {}), merged(p, parts)));
+  require(difference(p, run(p, {}), combined(p, parts)));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// flashspark bench: how long, how fast, and how far from what the machine could do.
+// flashspark bench: the time of each problem, the rates it reaches, and the fraction of the machine's limit.
 #include "cli/bench.hpp"
 
 #include <fmt/format.h>
@@ -11,10 +11,10 @@
 namespace flashspark::cli {
 namespace {
 
-constexpr size_t kCopies = 3;  // problems with different values, taken in turn: no call finds its own inputs in L2
+constexpr size_t kCopies = 3;  // problems with different values, used in turn, so that no call finds its inputs in L2
 constexpr size_t kFewestCalls = 5, kMostCalls = 2000;
 
-// On the GPU one set of values does: between the calls L2 is written over.
+// On the GPU one set of values suffices: L2 is overwritten between calls.
 Timing measure_on(GpuSession &gpu, const cases::Case &spec, const BenchOptions &options) {
   Timing t;
   t.spec = &spec;
@@ -45,7 +45,7 @@ Timing measure(const cases::Case &spec, const BenchOptions &options, const Limit
   t.roof = roofline(t.work, limits);
   const char *name = options.implementation.empty() ? nullptr : options.implementation.c_str();
   flashspark_status status = FLASHSPARK_OK;
-  for (cases::Problem &problem : problems) {  // warm-up: threads started, pages of out touched
+  for (cases::Problem &problem : problems) {  // warm-up: start the threads, touch the pages of out
     time_call(problem, name, options.threads, status);
     if (status != FLASHSPARK_OK) return t.refuse(status, options), t;
   }
@@ -82,7 +82,7 @@ Json timing_json(const Timing &t) {
 }  // namespace
 
 Target::Target(const BenchOptions &options) {
-  // An implementation of the CPU asked for by name is timed there.
+  // A CPU implementation that is asked for by name is timed on the CPU.
   const bool wants_cpu = !options.implementation.empty() && options.implementation != kGpuImplementation;
   gpu = open_gpu(options.cpu || wants_cpu);
   select_implementations(options.implementation, gpu != nullptr);

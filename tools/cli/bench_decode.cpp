@@ -1,4 +1,5 @@
-// flashspark bench decode: decode and verification over paged caches, and whether their cost grows as their work does.
+// flashspark bench decode: decode and verification over paged caches, and whether the time grows in proportion to the
+// work.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -19,12 +20,13 @@
 namespace flashspark::cli {
 namespace {
 
-constexpr int64_t kCpuCaches = 64 << 20;  // bytes that a CPU's caches hold at most
-constexpr double kRunSeconds = 3e-4;      // of calls between two events: their own time does not show
-constexpr double kMostCalls = 32;         // there
-constexpr double kMostGrowth = 2.1;       // of time, for twice the work: beyond is a cliff
+constexpr int64_t kCpuCaches = 64 << 20;  // limit of the CPU caches' total size
+// duration of the calls between two events, long enough to hide the events' own cost
+constexpr double kRunSeconds = 3e-4;
+constexpr double kMostCalls = 32;  // limit of the calls between two events
+constexpr double kMostGrowth = 2.1;  // largest growth of time for twice the work; beyond it the tool reports a cliff
 
-// Normal numbers as keys and values, for one cell after the other.
+// Normal random keys and values, reused for one cell after the other.
 class Cache {
  public:
   std::byte *get(size_t bytes, int32_t dtype, bool gpu) {
@@ -48,7 +50,7 @@ class Cache {
 int64_t page_count(const cases::Case &c, const cases::SeqLen &len) {
   return (len.k + c.page_size - 1) / c.page_size;
 }
-size_t page_bytes(const cases::Case &c) {  // of keys or of values
+size_t page_bytes(const cases::Case &c) {  // of K or of V
   return c.page_size * c.heads_kv * c.head_dim * flashspark_dtype_size(c.kv_dtype);
 }
 
@@ -56,11 +58,11 @@ Work work(const cases::Case &c) {
   int64_t pairs = 0, keys = 0, rows = 0;
   for (const auto &[q, k] : c.lens) pairs += q * k - q * (q - 1) / 2, keys += k, rows += q;
   const size_t cache = keys * c.heads_kv * flashspark_dtype_size(c.kv_dtype);
-  const size_t queries = rows * c.heads_q * flashspark_dtype_size(c.q_dtype);  // and as much of out
+  const size_t queries = rows * c.heads_q * flashspark_dtype_size(c.q_dtype);  // out has as many
   return {4.0 * pairs * c.heads_q * c.head_dim, 2.0 * c.head_dim * (cache + queries)};
 }
 
-// `sets` page tables over as many caches, taken in turn.
+// `sets` page tables over as many caches, used in turn.
 void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const BenchOptions &options) {
   const cases::Case &spec = *t.spec;
   const auto num_seqs = static_cast<int64_t>(spec.lens.size());
@@ -71,7 +73,7 @@ void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const 
   const bool gpu = target.gpu != nullptr;
   std::byte *keys = cache.get(2 * pages * page_bytes(spec), spec.kv_dtype, gpu);
 
-  // q, out and all that is not the cache.
+  // q, out and everything but the cache.
   cases::Case small = spec;
   for (cases::SeqLen &len : small.lens) len.k = len.q;
   cases::Problem problem(small);
@@ -106,7 +108,7 @@ void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const 
   const Memory workspace(gpu, p.workspace_size);
   p.workspace = workspace.data();
   t.implementation = choose(p).name;
-  // As an engine makes it once a step for all layers.
+  // Made once, as an engine does once per step for all layers.
   status = flashspark_attention_schedule_size(&p, &p.scheduler_metadata_size);
   const Memory schedule(gpu, p.scheduler_metadata_size * sizeof(int32_t));
   p.scheduler_metadata = reinterpret_cast<int32_t *>(schedule.data());
@@ -127,7 +129,7 @@ void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const 
     calls();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
-  for (size_t n = 0; n < 3; ++n) seconds(n);  // kernels loaded, threads started
+  for (size_t n = 0; n < 3; ++n) seconds(n);  // load kernels, start threads
   if (gpu) t.calls = static_cast<size_t>(std::clamp(kRunSeconds / seconds(3), 1.0, kMostCalls));
   if (status == FLASHSPARK_OK) t.take(options.seconds / t.calls, seconds);
   if (status != FLASHSPARK_OK) t.refuse(status, options);
@@ -139,7 +141,8 @@ Timing measure(const cases::Case &spec, const Target &target, Cache &cache, cons
   t.work = work(spec);
   t.roof = roofline(t.work, target.limits);
   const int64_t l2 = target.gpu ? target.gpu->facts().machine.l2_bytes : kCpuCaches;
-  // When a cache's turn comes again, more than twice L2 was read since. Without memory for two, one larger than that.
+  // By the time a cache is used again, more than twice L2 has been read. If memory is short, a single cache larger than
+  // that.
   const auto needed = static_cast<int64_t>(t.work.bytes);
   for (int64_t sets = 2 + 2 * l2 / needed; sets > 0; sets = sets > 1 && needed > 2 * l2 ? 1 : 0) {
     try {
@@ -154,7 +157,8 @@ Timing measure(const cases::Case &spec, const Target &target, Cache &cache, cons
   return t;
 }
 
-// The most that time grows for twice the (query row, key) pairs, from a cell to the next in batch, context or rows.
+// The largest growth of time per doubling of (query row, key) pairs between neighbouring cells of batch, context or
+// rows.
 struct Growth {
   double factor = 0;
   const Timing *from = nullptr, *to = nullptr;
@@ -183,7 +187,7 @@ Growth largest_growth(const std::vector<Timing> &timings) {
       const auto &[key, from] = order[n - 1];
       const auto &[next_key, to] = order[n];
       const double doublings = std::log2(pairs(*to) / pairs(*from));
-      // Of one long sequence among more short ones there is hardly more work.
+      // Skipped for one long sequence among short ones, where more sequences hardly add work.
       if (!std::equal(key.begin(), key.end() - 1, next_key.begin()) || doublings < 1) continue;
       const double factor = std::pow(to->median() / from->median(), 1 / doublings);
       if (factor > most.factor) most = {factor, from, to};
@@ -192,7 +196,7 @@ Growth largest_growth(const std::vector<Timing> &timings) {
   return most;
 }
 
-// Those that are like the first but for heads, batch and context; a curve for each batch.
+// Cells that differ from the first only in heads, batch and context; one curve per batch.
 void plot(const std::string &path, const std::string &where, const std::vector<Timing> &timings) {
   const auto kind = [](const cases::Case &c) {
     return std::tuple(c.lens.back().q, c.page_size, c.kv_dtype, c.lens.front().k == c.lens.back().k);
