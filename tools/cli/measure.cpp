@@ -41,7 +41,7 @@ std::string environment_error() {
   smallest.heads_q = smallest.heads_kv = 1, smallest.head_dim = 8;
   for (const char *implementation : {static_cast<const char *>(nullptr), "cpu-engine"}) {
     const flashspark_status status = cases::Problem(smallest).launch(implementation, 0);
-    // That the implementation asked for does not run on a CPU is no error of its switch.
+    // Not an error of the environment variable: it names an implementation that does not run on a CPU.
     if (status != FLASHSPARK_OK && status != FLASHSPARK_UNSUPPORTED) return flashspark_last_error();
   }
   return {};
