@@ -44,6 +44,9 @@ prepare() {
   du -sh .gpu/*  # put the output of bench/gpu/flashinfer_ahead.py into .gpu/flashinfer
 }
 
+# The folder that a wheel is installed into.
+site() { echo "$state/site-$(sha256sum "$1" | cut -c1-12)"; }
+
 # build [NAME SOURCE]: builds and installs the package for one GPU architecture, which is quick on many cores.
 build() {
   local name=${1:-built} source=${2:-.}
