@@ -1,9 +1,9 @@
-"""Compiles FlashInfer's kernels on a machine without a GPU, so that the GPU machine need not: 1.5 to 4 minutes a size.
+"""Compiles FlashInfer's kernels on a machine without a GPU, so that the GPU machine need not spend minutes on it.
 
     python bench/gpu/flashinfer_ahead.py PEERS OUT [--arch 9.0a] [--dims 64 128 256]
 
 PEERS: the folder with site/. Needs torch, nvcc, ninja and what FlashInfer imports (requests, click, tqdm, ...). OUT
-gets one library a head size; put it at site/flashinfer/data/aot/NAME/NAME.so, where FlashInfer looks first.
+gets one library per head size; put it at site/flashinfer/data/aot/NAME/NAME.so, where FlashInfer looks first.
 """
 
 import argparse

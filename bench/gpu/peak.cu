@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kChains = 8;  // independent accumulators per warp, more than the latency of an mma needs
+constexpr int kChains = 8;    // independent accumulators per warp, more than the latency of an mma needs
 constexpr int kSteps = 4096;  // products per accumulator
 constexpr int kThreads = 256;
 

@@ -264,7 +264,7 @@ TEST(Append, AnyPageSize) {
 
 // Rows of padded CUDA graph batches, and metadata errors that the host cannot see: the row is skipped, and nothing is
 // read or written for it.
-TEST(Append, RowsWithoutAPlaceAreLeftOut) {
+TEST(Append, RowsWithoutAValidSlotAreSkipped) {
   const auto untouched = [](const Spec &spec, auto &&spoil) {
     Problem got(spec, 5);
     spoil(got);

@@ -114,8 +114,8 @@ class Engine:
 ENGINES: dict[str, tuple[dict, int, int, int]] = {  # Spec, slots, rows, longest_k
     "decode": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1)}, 48, 48, 900),
     "decode, few": ({"q_lens": [1], "dims": (128, 128), "heads": (16, 2)}, 3, 3, 4000),
-    "decode, scheduled": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1), "schedule": "fresh"}, 48, 48, 900),
-    "verify, scheduled": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2), "schedule": "fresh"}, 20, 160, 1600),
+    "decode, metadata": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1), "schedule": "fresh"}, 48, 48, 900),
+    "verify, metadata": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2), "schedule": "fresh"}, 20, 160, 1600),
     "verify": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2)}, 20, 160, 600),
     "verify, 5 splits": ({"q_lens": [6], "dims": (256, 256), "num_splits": 5}, 6, 36, 1500),
     "mixed": ({"q_lens": [300], "dims": (128, 128), "heads": (4, 2)}, 12, 700, 800),

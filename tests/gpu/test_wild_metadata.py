@@ -38,7 +38,7 @@ PROBLEMS: dict[str, Spec] = {
     "few, indexed pages of 20": Spec(**MIXED, batch_index=True, page_size=20, leftpad=True),
     "few, whole table": Spec(**MIXED, whole_table=True, page_size=48),
     "decode": Spec(**DECODE, heads=(16, 2), schedule="fresh"),
-    "decode, narrow, packed": Spec(**{**DECODE, "dims": (64, 64)}, heads=(4, 2), cache="packed", leftpad=True),
+    "decode, D64, packed": Spec(**{**DECODE, "dims": (64, 64)}, heads=(4, 2), cache="packed", leftpad=True),
     "decode, splits": Spec(**DECODE, num_splits=5),
     "decode, fp8": Spec(**DECODE, fp8="kv", heads=(8, 1), schedule="fresh"),
     "decode, pages of 1": Spec(**{**DECODE, "dims": (64, 64)}, page_size=1),

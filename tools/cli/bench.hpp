@@ -27,11 +27,11 @@ struct Target {
 
 struct Timing {
   const cases::Case *spec = nullptr;
-  std::string error;  // not empty if the case could not run
+  std::string error;     // not empty if the case could not run
   std::string left_out;  // not empty if the case was skipped, which is no failure
   std::string implementation;
   std::vector<double> seconds;  // per call, sorted
-  size_t calls = 1;  // calls averaged into each entry of `seconds`
+  size_t calls = 1;             // calls averaged into each entry of `seconds`
   Work work;
   Roofline roof;
   double at(double quantile) const { return seconds[static_cast<size_t>(quantile * (seconds.size() - 1))]; }

@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kCpuCaches = 64 << 20;  // limit of the CPU caches' total size
 // duration of the calls between two events, long enough to hide the events' own cost
 constexpr double kRunSeconds = 3e-4;
-constexpr double kMostCalls = 32;  // limit of the calls between two events
+constexpr double kMostCalls = 32;    // limit of the calls between two events
 constexpr double kMostGrowth = 2.1;  // largest growth of time for twice the work; beyond it the tool reports a cliff
 
 // Normal random keys and values, reused for one cell after the other.

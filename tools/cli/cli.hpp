@@ -18,7 +18,7 @@ struct UsageError : std::runtime_error {
 
 struct DoctorOptions {
   bool json = false;
-  bool verbose = false;  // print explanations in full
+  bool verbose = false;    // print explanations in full
   bool bandwidth = false;  // measure copy bandwidth and peak FMA rate
 };
 
@@ -27,7 +27,7 @@ struct VerifyOptions {
   bool cpu = false;  // not on the GPU
   bool list = false;
   bool verbose = false;  // print a line for every case
-  bool vllm = false;  // verify the installed vLLM's backend instead
+  bool vllm = false;     // verify the installed vLLM's backend instead
   std::string filter;
   std::string implementation;  // empty: all
   int threads = 0;
@@ -40,7 +40,7 @@ struct BenchOptions {
   bool cpu = false;  // not on the GPU
   bool list = false;
   bool matrix = false;  // also the feature matrix; not for bench decode
-  bool full = false;  // bench decode: the whole grid
+  bool full = false;    // bench decode: the whole grid
   std::string filter;
   std::string implementation;  // empty: chosen by dispatch
   int threads = 0;
