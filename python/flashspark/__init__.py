@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._fwd import _flash_attn_fwd as _flash_attn_fwd
     from ._info import cpu_target, cpu_threads, implementations, native_version
     from ._ops import attention_explain, flash_attn_func, flash_attn_varlen_func
-    from ._schedule import get_scheduler_metadata
+    from ._scheduler_metadata import get_scheduler_metadata
 
     __version__: str
 
@@ -37,7 +37,7 @@ _HOME = {
     "flash_attn_varlen_func": "_ops",
     "flash_attn_with_kvcache": "_cache",
     "_flash_attn_fwd": "_fwd",
-    "get_scheduler_metadata": "_schedule",
+    "get_scheduler_metadata": "_scheduler_metadata",
     "implementations": "_info",
     "native_version": "_info",
 }

@@ -7,16 +7,27 @@ from functools import partial
 from typing import Any
 
 from . import _core
-from ._call import CACHE, Mode, as_torch_raises, attend, call, is_plain, learn_torch, required, respelled, respelling
+from ._call import (
+    CACHE,
+    Mode,
+    as_torch_raises,
+    attend,
+    call,
+    is_plain,
+    learn_torch,
+    rare_options,
+    required,
+    respelled,
+    respelling,
+)
 from ._kinds import any_flag, flag, integer, is_open, one_spelling, pair, refuse_qv, settled
 from ._layout import contiguous_rows, copied, hand_over
 from ._signature import APPEND
 from ._tensors import Array, array, bump, int32_full, is_torch, lengths, stored, sum_of
 
-_ZERO = 0  # the default of a number that is off
 _NUMBERS = frozenset({int, bool})
 _STORED = ("k", "v", "k_cache", "v_cache", "q", "rotary_cos", "rotary_sin")  # in the order of their bits in stored_as
-_PLACE = {name: place for place, name in enumerate(APPEND.names)}
+_INDEX = {name: index for index, name in enumerate(APPEND.names)}
 
 
 def append_kv(
@@ -107,17 +118,17 @@ def _append_quickly(values: tuple[Any, ...]) -> bool:
 
 
 def _append_any(values: tuple[Any, ...], strict: bool) -> None:
-    learn_torch(values[_PLACE["k"]])
+    learn_torch(values[_INDEX["k"]])
     args = settled(APPEND, 0, values)
     for name in ("k", "v", "k_cache", "v_cache"):
-        required(name, args[_PLACE[name]])
-    q = args[_PLACE["q"]]
+        required(name, args[_INDEX[name]])
+    q = args[_INDEX["q"]]
     if not strict:
         for name in ("k", "v", "q"):
-            args[_PLACE[name]] = contiguous_rows(args[_PLACE[name]])
-    memory = args[_PLACE["q"]]
+            args[_INDEX[name]] = contiguous_rows(args[_INDEX[name]])
+    memory = args[_INDEX["q"]]
     for bits, name in enumerate(_STORED):
-        args[_PLACE[name]], code = stored(args[_PLACE[name]], bits)
+        args[_INDEX[name]], code = stored(args[_INDEX[name]], bits)
         args[0] |= code
     call(_core.append_kv, APPEND, tuple(args))
     hand_over(memory, q)
@@ -233,17 +244,10 @@ def flash_attn_with_kvcache(
         cu_seqlens_q, max_seqlen_q, None, max_seqlen_k, seqused_q, seqused_k, block_table, cache_leftpad,
         cache_batch_idx, scheduler_metadata,
     )
-    if (
-        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
-        or v_descale is not None or output_scale is not None or rel_logits is not None
-        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
-        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
-        or prefix_clamp_window is not False
-    ):
-        tail += (
-            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
-        )
+    tail += rare_options(
+        sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+        prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+    )
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if k is not None and not (mode and mode.explain):
         if _attend is attend:

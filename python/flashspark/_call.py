@@ -15,6 +15,7 @@ from ._kinds import settled
 from ._signature import ATTENTION, Signature, in_tail
 from ._tensors import (
     BFLOAT16,
+    DTYPE_CODES,
     LAST_NUMPY_TYPE,
     Array,
     bump,
@@ -26,16 +27,50 @@ from ._tensors import (
     stored,
 )
 
-FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use; see bindings/signature.def
+FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use: enum Face of bindings/signature.hpp
 
 _ndarray, _empty = np.ndarray, np.empty
-_BF16, _U16, _FOUR_BF16 = BFLOAT16.num, np.dtype(np.uint16), 0x3333  # stored_as of q, k, v and out
-_NUMPY = frozenset({np.ndarray, type(None), int, bool})  # of a plain call's tail
+_BF16, _U16 = BFLOAT16.num, np.dtype(np.uint16)
+_FOUR_BF16 = DTYPE_CODES["bfloat16"] * 0x1111  # stored_as of q, k, v and out
+_NUMPY = frozenset({np.ndarray, type(None), int, bool})  # the types in a plain call's tail
 CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
 _FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
-# Places among all arguments.
-_PLACE = {name: place for place, name in enumerate(ATTENTION.names)}
+_INDEX = {name: index for index, name in enumerate(ATTENTION.names)}
 _STORED = ("q", "k", "v", "out", "sinks", "rel_logits")  # in the order of their bits in stored_as
+_ZERO = 0  # the default of numbers that are off
+
+
+def rare_options(
+    sinks: Array | None,
+    alibi_slopes: Array | None,
+    q_descale: Array | None,
+    k_descale: Array | None,
+    v_descale: Array | None,
+    output_scale: Array | None,
+    rel_logits: Array | None,
+    causal_per_seq: Array | None,
+    prefix_ranges: Array | None,
+    prefix_clamp_window: bool,
+    rswa_prefix_lens: Array | None,
+    rswa_window: int,
+    attention_chunk: int,
+    check_device: bool,
+) -> tuple[Any, ...]:
+    """The second half of the tail (signature.def); empty where all of it has its defaults, as in most calls."""
+    # fmt: off
+    if (
+        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
+        or v_descale is not None or output_scale is not None or rel_logits is not None
+        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
+        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+        or prefix_clamp_window is not False
+    ):
+        return (
+            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+        )
+    return ()
+    # fmt: on
 
 
 class _Torch:
@@ -150,8 +185,10 @@ def attend(
             and (lse is None or type(lse) is _ndarray)
         ):
             try:
-                result = _empty(q.shape[:-1] + v.shape[-1:], q.dtype) if out is None else out
-                logs = lse
+                result, logs = out, lse
+                if out is None:
+                    shape, width = q.shape, v.shape[-1]
+                    result = _empty(shape if shape[-1] == width else (*shape[:-1], width), q.dtype)
                 if want_lse and lse is None:
                     logs = empty_lse(q, bool(tail) and tail[CU_SEQLENS_Q] is not None)
                 if number == _BF16:
@@ -210,7 +247,7 @@ def _attend_any(
     learn_torch(values[0])
     args = settled(ATTENTION, face, (0, 0, *values))
     args[0] = face
-    words, at = ATTENTION.words[face], _PLACE
+    words, at = ATTENTION.words[face], _INDEX
     q, k, v, out, lse = (args[at[name]] for name in ("q", "k", "v", "out", "lse"))
     for name, x in (("q", q), ("k", k), ("v", v)):
         required(words[at[name]], x)

@@ -76,11 +76,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._call import FUNC, Mode, attend
+from ._call import FUNC, Mode, attend, rare_options
 from ._kinds import any_flag, one_spelling, pair, refuse_dropout, refuse_qv
 from ._tensors import Array, lengths
-
-_ZERO = 0  # the default of a number that is off
 
 
 def flash_attn_func(
@@ -155,21 +153,13 @@ def flash_attn_func(
     if qv is not None or s_aux is not None or learnable_sink is not None:
         refuse_qv(qv)
         sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
-    tail: tuple[Any, ...] = ()
     # fmt: off
-    if (
-        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
-        or v_descale is not None or output_scale is not None or rel_logits is not None
-        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
-        or seqused_q is not None or seqused_k is not None or scheduler_metadata is not None
-        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
-        or prefix_clamp_window is not False
-    ):
-        tail = (
-            None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata,
-            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
-        )
+    tail = rare_options(
+        sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+        prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+    )
+    if tail or seqused_q is not None or seqused_k is not None or scheduler_metadata is not None:
+        tail = (None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata, *tail)
     # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if explain is not False or strict is not False or spelled is not None:
@@ -272,17 +262,10 @@ def flash_attn_varlen_func(
         cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, block_table, None, None,
         scheduler_metadata,
     )
-    if (
-        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
-        or v_descale is not None or output_scale is not None or rel_logits is not None
-        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
-        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
-        or prefix_clamp_window is not False
-    ):
-        tail += (
-            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
-        )
+    tail += rare_options(
+        sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+        prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+    )
     # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if explain is not False or strict is not False or spelled is not None:

@@ -14,10 +14,15 @@ Array = Any  # numpy.ndarray, torch.Tensor or another DLPack producer
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-# NumPy's own types have small numbers; ml_dtypes' are registered above them, and NumPy's DLPack refuses those. They
-# cross as integers of their width, with a flashspark_dtype beside them.
+# flashspark_dtype of the C header, by the names of the types.
+DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4}
+# The type numbers of ml_dtypes lie above those of NumPy's own types, and NumPy exports none of them through DLPack.
+# Their arrays are passed as integers of the same width, with a flashspark_dtype beside them.
 LAST_NUMPY_TYPE = np.dtype(np.float16).num
-_STORED = {BFLOAT16.num: (np.dtype(np.uint16), 3), E4M3.num: (np.dtype(np.uint8), 4)}
+_STORED = {
+    BFLOAT16.num: (np.dtype(np.uint16), DTYPE_CODES["bfloat16"]),
+    E4M3.num: (np.dtype(np.uint8), DTYPE_CODES["float8_e4m3fn"]),
+}
 
 _WANTED = "must be a NumPy array, a torch tensor or another DLPack tensor"
 
@@ -120,7 +125,7 @@ def stored(x: Array, place: int) -> tuple[Array, int]:
             integer, code = _STORED[number]
             return x.view(integer), code << 4 * place
     elif is_torch(x) and x.dtype.itemsize == 1 and x.dtype is sys.modules["torch"].float8_e4m3fn:
-        return x.view(sys.modules["torch"].uint8), 4 << 4 * place
+        return x.view(sys.modules["torch"].uint8), DTYPE_CODES["float8_e4m3fn"] << 4 * place
     return x, 0
 
 
