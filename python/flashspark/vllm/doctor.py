@@ -17,6 +17,7 @@ from typing import Any
 from flashspark import _hook
 
 from . import replace, takeover
+from .names import FLASH_ATTN
 
 HOOK_FILES = ("flashspark.pth", "flashspark.start")
 _PIP = "pip" if importlib.util.find_spec("pip") else "uv pip"  # which uv's environments lack
@@ -39,7 +40,7 @@ def inspect_process() -> dict[str, Any]:
 
     from . import register
 
-    importlib.import_module(_hook.FLASH_ATTN)
+    importlib.import_module(FLASH_ATTN)
     armed = any(isinstance(finder, _hook.Finder) for finder in sys.meta_path)
 
     register()  # what vLLM's plug-in loader does

@@ -20,6 +20,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .names import FLASH_ATTN, SELECTOR
+
 BOUND = {"bfloat16": (1e-2, 1e-2), "float16": (2e-3, 2e-3)}  # absolute, relative
 ORACLE_WORK = 2 * 10**9  # multiply-adds of one batch that the oracle can do in a second
 NOBODY = 2**30  # a page number and a length that nothing may use
@@ -105,7 +107,7 @@ class Batch:
 
         from .versions import cache_split
 
-        backend = sys.modules[IMPLEMENTATION].FlashAttentionBackend
+        backend = sys.modules[FLASH_ATTN].FlashAttentionBackend
         # vLLM keeps fp8 caches as bytes.
         dtype = self.dtype if self.layer.cache == "auto" else torch.uint8
         p, n, h, d = self.pages, self.layer.page, self.layer.heads_kv, self.layer.head_dim
@@ -182,17 +184,14 @@ class Batch:
         return f"error is {worst:.2g} times the bound" if worst > 1 else ""
 
 
-IMPLEMENTATION = "vllm.v1.attention.backends.flash_attn"
-
-
 def prepare(device: str) -> str:
     """Imports vLLM's attention and takes it over; returns what stands in the way, or ""."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         return "no GPU: flashspark verify (without --vllm) checks the CPU"
-    importlib.import_module("vllm.v1.attention.selector")
-    importlib.import_module(IMPLEMENTATION)
+    importlib.import_module(SELECTOR)
+    importlib.import_module(FLASH_ATTN)
     from . import register, takeover
 
     register()
@@ -213,7 +212,7 @@ def implementation(layer: Layer, batch: Batch) -> Any:
 
 def metadata(batch: Batch) -> Any:
     """FlashAttentionMetadata of the installed release, with the bounds of a captured batch."""
-    cls, layer = sys.modules[IMPLEMENTATION].FlashAttentionMetadata, batch.layer
+    cls, layer = sys.modules[FLASH_ATTN].FlashAttentionMetadata, batch.layer
     values = {
         "num_actual_tokens": batch.rows, "max_query_len": layer.longest_q, "query_start_loc": batch.cu,
         "max_seq_len": layer.longest_k, "seq_lens": batch.used, "block_table": batch.table, "slot_mapping": batch.used,
@@ -273,7 +272,7 @@ def no_waiting() -> Iterator[None]:
 
 def supported(layer: Layer) -> bool:
     """Whether this release has such layers: windows of layers that are not causal came with 0.24."""
-    return layer.causal or not layer.window or hasattr(sys.modules[IMPLEMENTATION], "_maybe_symmetrize_window")
+    return layer.causal or not layer.window or hasattr(sys.modules[FLASH_ATTN], "_maybe_symmetrize_window")
 
 
 def main() -> int:

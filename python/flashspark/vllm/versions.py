@@ -2,7 +2,7 @@
 
 python -m flashspark.vllm.versions        prints the table, and the installed release's row
 
-Nothing decides by this table: the probes of flashspark.vllm.probe do. The tests compare it with the releases' files.
+The table decides nothing; flashspark.vllm.probe does. The tests compare it with the releases' files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from flashspark._hook import FA_UTILS, FLASH_ATTN
+from .names import FA_UTILS, FLASH_ATTN, INTERFACE
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ RELEASES = {
 def measured() -> Release:
     """The row of the vLLM whose attention modules are loaded, from its own functions."""
     from . import probe
-    from .sites import INTERFACE
 
     utils, backend = sys.modules[FA_UTILS], sys.modules[FLASH_ATTN]
     gates = [name for name in (_DTYPE, _FUNCTION) if hasattr(utils, name)]
