@@ -1,4 +1,8 @@
-"""From Python arguments to one native call: the quick ways for plain arrays and tensors, and the way for all others."""
+"""From Python arguments to one native call: fast paths for plain arrays and tensors, and a general path.
+
+A fast path passes its arguments on unconverted. If the native call refuses them, nothing has been computed, and the
+general path repeats the call with converted arguments, or reports what is wrong in the caller's words.
+"""
 
 from __future__ import annotations
 
@@ -74,14 +78,14 @@ def rare_options(
 
 
 class _Torch:
-    """What the quick way needs of torch, where it is in use: looked up once."""
+    """The functions of torch that the fast path uses, looked up once torch is in use."""
 
     Tensor: Any = None
 
     def learn(self) -> None:
         torch = sys.modules["torch"]
         self.is_grad_enabled, self.empty_like = torch.is_grad_enabled, torch.empty_like
-        try:  # three times as quick as the public function
+        try:  # much faster than the public function
             with torch.inference_mode():
                 torch._C._increment_version((torch.empty(0),))
             self.increment_version = torch._C._increment_version
@@ -94,14 +98,14 @@ _torch = _Torch()
 
 
 def learn_torch(x: Array) -> None:
-    """Makes the quick ways know torch, where x is its tensor."""
+    """Enables the fast paths for torch once x is a torch tensor."""
     if _torch.Tensor is None and is_torch(x):
         _torch.learn()
 
 
 def call(function: Callable[..., Any], signature: Signature, args: tuple[Any, ...], face: int = 0) -> Any:
-    """One native call. NumPy refuses to export some arrays at first; those are sorted out only then."""
-    # tvm-ffi asks torch for its current stream, but not CuPy.
+    """One native call. Arrays that NumPy refuses to export are exported another way, or reported."""
+    # tvm-ffi finds out torch's current stream by itself, but not CuPy's.
     if "cupy" in sys.modules and (array := next(filter(is_cupy, args), None)) is not None:
         stream = sys.modules["cupy"].cuda.get_current_stream().ptr
         with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", array.device.id), stream):
@@ -117,11 +121,11 @@ def _export(name: str, x: Any) -> Any:
     if not isinstance(x, np.ndarray):
         return x
     try:
-        # Asked for the newer protocol, NumPy exports read-only arrays, too.
+        # With the newer version of the protocol NumPy exports read-only arrays, too.
         return tvm_ffi.from_dlpack(x.__dlpack__(max_version=(1, 0)))
     except BufferError as error:
         text = f"{name}.dtype = {x.dtype}, strides {x.strides} bytes: cannot be passed without a copy ({error})"
-    except RuntimeError as error:  # a type that DLPack has no code for
+    except RuntimeError as error:  # a type that DLPack cannot express
         text = f"{name}.dtype = {x.dtype}: {error}"
     if x.dtype.isnative and x.dtype.kind in "fiub" and x.dtype.num <= LAST_NUMPY_TYPE:
         raise ValueError(text)
@@ -129,25 +133,27 @@ def _export(name: str, x: Any) -> Any:
 
 
 def as_torch_raises(error: MemoryError) -> Exception:
-    """Whatever goes wrong in torch's allocator arrives as a MemoryError with torch's C++ frames in its text."""
+    """The error that torch would raise. Its allocator's errors arrive as MemoryError with C++ frames in the text."""
     text = str(error).partition("\nException raised from ")[0]
     if "CUDA" not in text:
         return error
-    full = "out of memory" in text or "OUT_OF_MEMORY" in text  # torch's words, the driver's
+    full = "out of memory" in text or "OUT_OF_MEMORY" in text  # torch's text, the driver's
     return sys.modules["torch"].cuda.OutOfMemoryError(text) if full else RuntimeError(text)
 
 
 def is_plain(x: Array) -> bool:
-    """Whether x is a torch tensor with its values in memory and no gradient to lose, as far as the native call does not
-    find out."""
+    """Whether x is a torch tensor that the fast path may pass on: not lazily negated, and without a gradient to lose.
+
+    The native call itself refuses everything else that a fast path must not take.
+    """
     return type(x) is _torch.Tensor and not x.is_neg() and not (x.requires_grad and _torch.is_grad_enabled())
 
 
 class Mode(NamedTuple):
-    """What few calls ask of `attend`.
+    """Options of `attend` that few calls use.
 
-    explain: compute nothing, return the text. strict: copy nothing. spelled: what the caller called an argument where
-    that was not the function's own name.
+    explain: compute nothing, return the text. strict: copy nothing. spelled: the caller's name of an argument, by the
+    function's own name, where the two differ.
     """
 
     explain: bool = False
@@ -170,9 +176,6 @@ def attend(
 
     tensors: q, k, v. head, tail: the other arguments in signature.def's order; trailing ones of the tail may be left
     out.
-
-    Plain arrays and tensors go straight to the native call; where that refuses them, `_attend_any` mends it, or says
-    what is wrong in the caller's words.
     """
     q, k, v = tensors
     if mode:
@@ -197,7 +200,7 @@ def attend(
                 else:
                     function(face, 0, q, k, v, result, logs, *head, *tail)
                 return result, logs
-            except Exception:  # noqa: BLE001, S110 - the general way says what is wrong, or mends it
+            except Exception:  # noqa: BLE001, S110 - left to the general path
                 pass
     elif (
         type(q) is type(k) is type(v) is _torch.Tensor
@@ -221,7 +224,7 @@ def attend(
             function(face, 0, q, k, v, result, logs, *head, *tail)
         except MemoryError as error:
             raise as_torch_raises(error) from None
-        except Exception:  # noqa: BLE001, S110 - as above
+        except Exception:  # noqa: BLE001, S110 - left to the general path
             pass
         else:
             if out is not None:
@@ -243,7 +246,7 @@ def _attend_any(
     mode: Mode,
     function: Callable[..., Any],
 ) -> Any:
-    """`attend` for every kind of arguments. values: q, k, v, out, lse, the head and the tail."""
+    """The general path of `attend`. values: q, k, v, out, lse, the head and the tail."""
     learn_torch(values[0])
     args = settled(ATTENTION, face, (0, 0, *values))
     args[0] = face
@@ -261,7 +264,7 @@ def _attend_any(
     memory = out
     if not mode.strict:
         if args[at["softmax_scale"]] is None and len(q.shape) > 0 and q.shape[-1] > 0:
-            args[at["softmax_scale"]] = q.shape[-1] ** -0.5  # of the head size before it is padded
+            args[at["softmax_scale"]] = q.shape[-1] ** -0.5  # by the head size before padding
         step = _layout.step_of(k)
         memory = _layout.writable(out, v.shape[-1] if len(v.shape) > 0 else 0, step)
         q, k, v = _layout.readable(q, step), _layout.readable(k, step), _layout.readable(v, step)
@@ -296,7 +299,7 @@ def respelling(spelled: Mapping[str, str], function: Callable[..., Any], *args: 
 
 
 def respelled(error: Exception, spelled: Mapping[str, str]) -> Exception:
-    """The error in the caller's words: `sinks.shape[0] = 3 ..` becomes `s_aux.shape[0] = 3 ..`."""
+    """The error with the caller's names: `sinks.shape[0] = 3 ..` becomes `s_aux.shape[0] = 3 ..`."""
     text = str(error)
     for name, word in spelled.items():
         if text.startswith(name) and not text[len(name) : len(name) + 1].isidentifier():

@@ -1,4 +1,4 @@
-"""`_flash_attn_fwd`, the function that FlashAttention 4's callers reach in the end, with its names and its meaning."""
+"""`_flash_attn_fwd`: the function that every call of FlashAttention 4 ends in, with its names and meaning."""
 
 from __future__ import annotations
 
@@ -77,23 +77,23 @@ def _flash_attn_fwd(
     explain: bool = False,
     **knobs: Any,
 ) -> Any:
-    """Attention as FlashAttention 4's forward gives it.
+    """Attention with the interface of FlashAttention 4's forward.
 
     q: (total_q, num_heads, head_dim) with cu_seqlens_q, else (num_seqs, seqlen_q, num_heads, head_dim).
     k, v: (total_k, num_heads_kv, ..) with cu_seqlens_k, pages (num_pages, page_size, num_heads_kv, ..) with page_table,
     else (num_seqs, seqlen_k, num_heads_kv, ..).
     max_seqlen_q, max_seqlen_k: upper bounds; None: taken from the shapes. page_table without seqused_k: all of its
     pages are in use.
-    window_size_left, window_size_right: inclusive; None: open. Both are open, too, where their sum is negative, as in
-    FlashAttention 4 (causal counts as a right side of 0). Other negative sides shift the window there: they raise
-    NotImplementedError. softcap: None or 0: off.
-    learnable_sink: (num_heads,) sinks. dynamic_causal: int32 (num_seqs,), takes the place of `causal`.
+    window_size_left, window_size_right: inclusive; None: open. As in FlashAttention 4, both sides are open if their sum
+    is negative (causal counts as a right side of 0). Other negative sides shift the window there; they raise
+    NotImplementedError here. softcap: None or 0: off.
+    learnable_sink: (num_heads,) sinks. dynamic_causal: int32 (num_seqs,), replaces `causal`.
     score_mod, mask_mod: None or a tag of flashspark.mods, with its data in aux_tensors.
     q_descale, k_descale, v_descale: float32 (num_seqs, num_heads_kv), for float8_e4m3 tensors.
-    deterministic: the same bits on every run, and whatever the rest of the batch.
+    deterministic: the same bits on every run, whatever the rest of the batch.
     attention_chunk, check_device, strict, and what is copied: as in flashspark._ops.
-    scheduler_metadata: int32, from get_scheduler_metadata; what FlashAttention 4 itself makes is ignored.
-    compile_only: allocate the results and return without computing; so do fake tensors of torch.
+    scheduler_metadata: int32, from get_scheduler_metadata; FlashAttention 4's own is ignored.
+    compile_only: allocate the results and return without computing. torch's fake tensors have the same effect.
     Arguments that tune FlashAttention 4's kernels are accepted and ignored. One that would change the result and is not
     supported raises NotImplementedError, and one of an unknown name raises TypeError, unless it is None or False.
 
@@ -105,7 +105,7 @@ def _flash_attn_fwd(
             continue
         if name in _UNSUPPORTED:
             raise NotImplementedError(f"{name} = given: must be None, it is not supported")
-        raise TypeError(f"{name} = {value!r:.80}: flashspark's _flash_attn_fwd knows no such argument")
+        raise TypeError(f"{name} = {value!r:.80}: flashspark's _flash_attn_fwd has no such argument")
     mode = None
     if return_lse is not False or explain is not False or strict is not False or compile_only is not False:
         return_lse, compile_only = any_flag(return_lse=return_lse), any_flag(compile_only=compile_only)
@@ -138,12 +138,12 @@ def _flash_attn_fwd(
 
 
 def _window(causal: Any, left: Any, right: Any, masked: bool) -> tuple[int | None, int | None]:
-    """FlashAttention 4's reading of negative sides: open, or not supported here because they shift the window."""
+    """The window with negative sides read as FlashAttention 4 does: open, or shifting it, which is not supported."""
     left = None if left is None else integer("window_size_left", left)
     right = None if right is None else integer("window_size_right", right)
     if (left is None or left >= 0) and (right is None or right >= 0):
         return left, right
-    if masked:  # no window beside a mask function there
+    if masked:  # FlashAttention 4 applies no window beside a mask function
         return None if left is None or left < 0 else left, None if right is None or right < 0 else right
     if flag("causal", causal):
         right = 0

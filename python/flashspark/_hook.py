@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-TYPE_CHECKING = False  # as in __init__.py: flashspark.start imports this file in every interpreter
+TYPE_CHECKING = False  # as in __init__.py; flashspark.start imports this module in every interpreter
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
@@ -46,7 +46,7 @@ class _Loader:
 
 
 class Finder:
-    """First on sys.meta_path; finds nothing itself."""
+    """First on sys.meta_path. Finds nothing itself; wraps the loaders that other finders give for vLLM's modules."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if not name.startswith("vllm.") or name not in _watched():
