@@ -1,4 +1,4 @@
-"""flashspark inside vLLM: the attention that vLLM gives to FlashAttention on SM12x runs on flashspark's kernels.
+"""flashspark inside vLLM: attention that vLLM would run on FlashAttention runs on flashspark's kernels on SM12x.
 
 Nothing has to be called. There are two ways in, either of which is enough: the start-up hook (flashspark.pth, see
 flashspark._hook) and vLLM's plug-in group ``vllm.general_plugins``, whose entry point is `register`.
@@ -23,8 +23,8 @@ flashspark._hook) and vLLM's plug-in group ``vllm.general_plugins``, whose entry
 ``report``              what the log says
 ======================  ==============================================================================================
 
-Switches: FLASHSPARK=0 or FA4_SM120_SHIM=0 leaves vLLM as it is. FLASHSPARK_CAPABILITIES=9.0,12.x names the compute
-capabilities that are taken over (12.x).
+FLASHSPARK=0 or FA4_SM120_SHIM=0 leaves vLLM as it is. FLASHSPARK_CAPABILITIES=9.0,12.x names the compute capabilities
+to take over (default: 12.x).
 """
 
 from __future__ import annotations

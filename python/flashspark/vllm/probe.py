@@ -12,7 +12,7 @@ from . import attention
 from .features import VERSION
 from .names import FA_UTILS, FLASH_ATTN, INTERFACE
 
-# What the backends of every release pass to the attention function.
+# The arguments that the backends of every release pass to the attention function.
 _PASSED = frozenset(
     {
         *("q", "k", "v", "max_seqlen_q", "cu_seqlens_q", "max_seqlen_k", "cu_seqlens_k", "seqused_k", "softmax_scale"),
@@ -32,7 +32,7 @@ def _required(function: Any) -> set[str]:
 
 
 def functions() -> str | None:
-    """Why the functions of fa_utils and flash_attn_interface do not fit; None if they do. Both must be loaded."""
+    """Why the functions of fa_utils and flash_attn_interface, both loaded, do not fit; None if they do."""
     utils, interface = sys.modules[FA_UTILS], sys.modules.get(INTERFACE)
     attend = getattr(interface, "flash_attn_varlen_func", None)
     if attend is None:
@@ -52,7 +52,7 @@ def functions() -> str | None:
 
 
 def classes(module: ModuleType) -> str | None:
-    """The same for the classes of the FLASH_ATTN backend."""
+    """Why the classes of the FLASH_ATTN backend do not fit; None if they do."""
     for name in ("FlashAttentionBackend", "FlashAttentionImpl", "FlashAttentionMetadataBuilder"):
         if not isinstance(getattr(module, name, None), type):
             return f"{FLASH_ATTN}.{name} does not exist"

@@ -43,12 +43,12 @@ records: list[Record] = []
 
 
 def holders(function: Function) -> list[tuple[str, str]]:
-    """(module, name) of every loaded module of vLLM that holds this very object."""
+    """(module, name) wherever a loaded module of vLLM holds this very object."""
     return [(module, name) for module, names in _find({id(function): function}).items() for name, _ in names]
 
 
 def put(module: str, name: str, make: Callable[[Function], Function]) -> bool:
-    """Replace `module.name` and its copies. Returns whether the module is loaded and has the name.
+    """Replaces `module.name` and its copies. Returns whether the module is loaded and has the name.
 
     A second call puts the replacement back if something else has replaced it since.
     """
@@ -68,7 +68,7 @@ def put(module: str, name: str, make: Callable[[Function], Function]) -> bool:
 
 
 def restore() -> None:
-    """Put every original back, in all modules that hold a replacement."""
+    """Puts every original back, in all modules that hold a replacement."""
     _exchange({id(record.ours): record.stock for record in records})
     records.clear()
 

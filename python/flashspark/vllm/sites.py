@@ -44,7 +44,7 @@ SITES = (
 
 
 def apply() -> None:
-    """Replace what is loaded. Called again whenever more has been loaded."""
+    """Replaces what is loaded. Called again whenever more has been loaded."""
     for site in SITES:
         if site.wanted:
             replace.put(site.module, site.name, site.make)

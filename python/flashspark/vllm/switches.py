@@ -39,6 +39,6 @@ def wants_capability(major: int, minor: int) -> bool:
 
 
 def reread() -> None:
-    """Forget what has been read; the next question reads os.environ again."""
+    """Discards what has been read; the next question reads os.environ again."""
     batch_invariant.cache_clear()
     capabilities.cache_clear()

@@ -22,7 +22,7 @@ CACHED = (
     (CUDA_PLATFORM, "_get_attn_backend_class"),
     (MLA_PREFILL_SELECTOR, "_auto_select_mla_prefill_backend"),
 )
-# Every explanation of a call holds the first in a build without GPU kernels, and the names of what kernels there are.
+# Texts in the explanation of every call: the first in builds without GPU kernels, the others where there are such.
 NO_KERNELS = "built without CUDA kernels"
 ARCHITECTURES = {8: "sm_80", 9: "sm_90", 12: "sm_120f"}  # by the major number of the compute capability
 SHIM = "fa4_sm120_shim"  # the module of the community's guide
@@ -48,7 +48,7 @@ def module_loaded(name: str, switch: str) -> None:
 
 
 def start(switch: str) -> None:
-    """Take over what is loaded. Does nothing before vLLM's attention is loaded, and nothing twice."""
+    """Takes over what is loaded. Does nothing before vLLM's attention is loaded, and nothing twice."""
     if not _ready(switch):
         return
     if not State.decided:
@@ -63,12 +63,12 @@ def start(switch: str) -> None:
             report.warning(f"the community shim is installed, too, and replaced; remove it: {shim.origin}")
     if State.active:
         for record, thief in replace.stolen():
-            report.warning(f"{record.name} had been taken by {thief.__module__}; flashspark steps in front of it")
+            report.warning(f"{thief.__module__} had replaced {record.name}; flashspark replaces it again")
         sites.apply()
 
 
 def _ready(switch: str) -> bool:
-    """Whether vLLM has loaded the functions that choose a version, which are imported here once it chooses backends."""
+    """Whether vLLM's questions about versions are loaded. Once its backend selection is, they are imported here."""
     if FA_UTILS not in sys.modules and SELECTOR in sys.modules and not switch:
         from vllm.platforms import current_platform
 
@@ -78,7 +78,7 @@ def _ready(switch: str) -> bool:
 
 
 def withdraw(reason: str) -> None:
-    """Leave vLLM as it was before the takeover."""
+    """Undoes the takeover."""
     if State.active:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -124,7 +124,7 @@ def _library_unavailable_reason(major: int, minor: int) -> str:
                     return f"flashspark's library is cut short: {path}"
         one = np.zeros((1, 1, 1, 8), np.float16)
         text = flashspark.attention_explain(flashspark.flash_attn_func, one, one, one)
-    except Exception as error:  # missing, or for another glibc
+    except Exception as error:  # the file is missing, or built for another glibc
         return f"flashspark's library does not load: {type(error).__name__}: {error}"
     if NO_KERNELS in text:
         return "flashspark's library was built without GPU kernels"
@@ -134,7 +134,7 @@ def _library_unavailable_reason(major: int, minor: int) -> str:
 
 
 def _cut_short(path: Path) -> bool:
-    """Whether a 64-bit ELF file ends before its section headers, which linkers put last: loading it would crash."""
+    """Whether a 64-bit ELF file ends before its section headers, which linkers put last. Loading it would crash."""
     with path.open("rb") as file:
         header = file.read(64)
     if len(header) < 64:
@@ -145,7 +145,7 @@ def _cut_short(path: Path) -> bool:
 
 
 def _register() -> None:
-    """Put our class on the FLASH_ATTN slot, and forget the selections that have been made."""
+    """Puts our class on the FLASH_ATTN slot, and discards the backend selections made so far."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.FLASH_ATTN, BACKEND)

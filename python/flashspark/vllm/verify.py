@@ -2,10 +2,10 @@
 
     python -m flashspark.vllm.verify [--batches N] [--replays N] [--seed N] [--device cuda|cpu] [--verbose]
 
-Each batch builds a layer of vLLM's own FlashAttentionImpl as the slot gives it, a cache in the release's layout with
+Each batch builds a layer with the implementation that the FLASH_ATTN slot gives, a cache in the release's layout with
 shuffled pages, and a mixed batch with padded rows; forward's result is compared with the double-precision oracle. On a
 GPU every forward runs under torch's sync_debug_mode("error"), and then again as a CUDA graph that is captured at the
-largest lengths and replayed on other batches. Exit status: 0 all right, 1 a batch is wrong, 2 nothing could be run.
+largest lengths and replayed on other batches. Exit status: 0 all passed, 1 a batch is wrong, 2 nothing could be run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 from .names import FLASH_ATTN, SELECTOR
 
 BOUND = {"bfloat16": (1e-2, 1e-2), "float16": (2e-3, 2e-3)}  # absolute, relative
-ORACLE_WORK = 2 * 10**9  # multiply-adds of one batch that the oracle can do in a second
-NOBODY = 2**30  # a page number and a length that nothing may use
+ORACLE_WORK = 2 * 10**9  # the multiply-adds of one batch: the oracle needs about a second for them
+POISON = 2**30  # a page number and a length that nothing may use
 
 
 @dataclass
 class Layer:
-    """What a layer and its batches have in common."""
+    """The properties that a layer and its batches share."""
 
     heads: int
     heads_kv: int
@@ -80,7 +80,7 @@ def random_layer(rng: random.Random) -> Layer:
 
 
 class Batch:
-    """Buffers of one layer, whose contents change in place from step to step, as a serving engine's do."""
+    """The buffers of one layer. Their contents change in place from step to step, as a serving engine's do."""
 
     def __init__(self, layer: Layer, device: str, seed: int) -> None:
         import torch
@@ -102,7 +102,7 @@ class Batch:
         self.sinks = self._normal((layer.heads,)) if layer.sinks else None
 
     def _cache(self, device: str) -> Any:
-        """A cache of this release: (as vLLM hands it to forward, keys, values)."""
+        """A cache in the release's layout: (as vLLM passes it to forward, keys, values)."""
         import torch
 
         from .versions import cache_split
@@ -136,9 +136,9 @@ class Batch:
         layer, rng = self.layer, self.rng
         count = rng.randint(1, layer.slots)
         q_lens = [rng.randint(1, layer.longest_q) for _ in range(count)] + [0] * (layer.slots - count)
-        k_lens = [rng.randint(n, layer.longest_k) if n else NOBODY for n in q_lens]
+        k_lens = [rng.randint(n, layer.longest_k) if n else POISON for n in q_lens]
         order = rng.sample(range(self.pages), self.pages)
-        table = torch.full((layer.slots, self.width), NOBODY, dtype=torch.int32)
+        table = torch.full((layer.slots, self.width), POISON, dtype=torch.int32)
         for b in range(count):
             for i in range(-(-k_lens[b] // layer.page)):
                 table[b, i] = order.pop()
@@ -185,7 +185,7 @@ class Batch:
 
 
 def prepare(device: str) -> str:
-    """Imports vLLM's attention and takes it over; returns what stands in the way, or ""."""
+    """Imports vLLM's attention and takes it over; returns what prevents that, or ""."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -199,7 +199,7 @@ def prepare(device: str) -> str:
 
 
 def implementation(layer: Layer, batch: Batch) -> Any:
-    """The layer, as the FLASH_ATTN slot gives it."""
+    """The layer's implementation, from the FLASH_ATTN slot."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     backend = AttentionBackendEnum.FLASH_ATTN.get_class()
@@ -260,7 +260,7 @@ def check(layer: Layer, device: str, seed: int, replays: int) -> str:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU raises."""
+    """Makes everything that waits for the GPU raise."""
     import torch
 
     torch.cuda.set_sync_debug_mode("error")
@@ -271,7 +271,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def supported(layer: Layer) -> bool:
-    """Whether this release has such layers: windows of layers that are not causal came with 0.24."""
+    """Whether this release has such layers: only from 0.24 on may layers that are not causal have windows."""
     return layer.causal or not layer.window or hasattr(sys.modules[FLASH_ATTN], "_maybe_symmetrize_window")
 
 

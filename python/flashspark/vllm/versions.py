@@ -21,7 +21,7 @@ class Release:
     wrapper: int  # parameters of flash_attn_varlen_func
     version: int  # parameters of get_flash_attn_version
     fp8_gate: str  # what decides on an fp8 cache
-    cache: str  # how forward splits the cache
+    cache: str  # how forward splits the cache into keys and values
     mm_prefix: str  # parameters of the mask's factory
     rswa: bool
     graphs: str  # CUDA-graph class of the builder at version 4
@@ -54,7 +54,7 @@ RELEASES = {
 
 
 def measured() -> Release:
-    """The row of the vLLM whose attention modules are loaded, from its own functions."""
+    """The row of the loaded vLLM, from its own functions."""
     from . import probe
 
     utils, backend = sys.modules[FA_UTILS], sys.modules[FLASH_ATTN]
@@ -82,7 +82,7 @@ def cache_split(backend: Any) -> str:
 
 
 def table(rows: dict[str, Release]) -> str:
-    """Rows in columns."""
+    """The rows as text, in aligned columns."""
     lines = [["vLLM", *(f.name for f in fields(Release))]]
     lines += [
         [name, *("yes" if x is True else "-" if x is False else str(x) for x in astuple(row))]
