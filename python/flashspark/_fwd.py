@@ -75,7 +75,7 @@ def _flash_attn_fwd(
     check_device: bool = False,
     strict: bool = False,
     explain: bool = False,
-    **knobs: Any,
+    **others: Any,
 ) -> Any:
     """Attention with the interface of FlashAttention 4's forward.
 
@@ -100,7 +100,7 @@ def _flash_attn_fwd(
     Returns (out, lse); lse is None unless return_lse or lse is given.
     """
     refuse_qv(qv)
-    for name, value in knobs.items():
+    for name, value in others.items():
         if value is None or value is False or name in _TUNING:
             continue
         if name in _UNSUPPORTED:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flashspark import _call, _tensors
+from flashspark import _call, _layout, _tensors
 from flashspark._signature import SCHEDULE
+from flashspark.vllm.features import FEATURES
+from flashspark.vllm.scheduler_metadata import RECORD_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,10 +31,13 @@ def test_faces():
     assert (faces["kFunc"], faces["kCache"], faces["kForward"]) == (_call.FUNC, _call.CACHE, _call.FORWARD)
 
 
+def test_head_sizes():
+    """test_errors.py holds the C++ side to the same limit."""
+    assert FEATURES.max_head_size == _layout.MAX_HEAD_DIM == 512
+
+
 def test_words_of_a_scheduler_metadata_record():
     """With records larger than this, the memory that vLLM's builder allocates would be too small to be used."""
-    from flashspark.vllm.scheduler_metadata import RECORD_WORDS
-
     sources = [p for p in (ROOT / "kernels").rglob("*") if p.suffix in {".hpp", ".cuh"}]
     words = constants(r"constexpr int32_t k(Schedule|Record|Metadata\w*)Words = (\d+)", *sources)
     assert list(words.values()) == [RECORD_WORDS]
