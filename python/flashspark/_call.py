@@ -41,7 +41,7 @@ CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
 _FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
 _INDEX = {name: index for index, name in enumerate(ATTENTION.names)}
 _STORED = ("q", "k", "v", "out", "sinks", "rel_logits")  # in the order of their bits in stored_as
-_ZERO = 0  # the default of numbers that are off
+_ZERO = 0  # a default, recognised by identity: a caller may pass an array, which `==` would compare by element
 
 
 def rare_options(
@@ -291,7 +291,7 @@ def required(name: str, x: Array | None) -> None:
 
 
 def respelling(spelled: Mapping[str, str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls the function; its errors are in the caller's words."""
+    """Calls the function; errors have the caller's names."""
     try:
         return function(*args, **kwargs)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -120,7 +120,7 @@ def _flash_attn_fwd(
     left, right = window_size_left, window_size_right
     if left is not None or right is not None:
         left, right = _window(causal, left, right, mask_mod is not None)
-    if mask_mod is not None:  # both masks are causal, and PrefixLM's tag may bring its own window
+    if mask_mod is not None:  # both masks are causal, and PrefixLM's tag may have a window of its own
         causal, left = True, left if getattr(mask_mod, "window_left", None) is None else mask_mod.window_left
     rel_logits, prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window = native
     # fmt: off
