@@ -1,7 +1,7 @@
 """vLLM's FlashAttention backend with flashspark's answers: the class on the FLASH_ATTN slot.
 
 vLLM imports this module when it resolves the slot. Everything that is not overridden here is stock: the name
-(FLASH_ATTN), the cache layout, and forward, which ends in the module's flash_attn_varlen_func, our replacement.
+(FLASH_ATTN), the cache layout, and what forward does, which ends in a call of flash_attn_varlen_func, our replacement.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class FlashSparkImpl(stock.FlashAttentionImpl):
         # only, since vLLM takes whatever it finds there for FlashAttention 3's.
         if getattr(attn_metadata, "rswa_window_tensor", None) is not None:
             attn_metadata.rswa_window_tensor.flashspark_value = attn_metadata.rswa_window
-        ours = getattr(attn_metadata, "flashspark_scheduler_metadata", None)
-        if ours is None or self.vllm_flash_attn_version != VERSION:
+        of_step = getattr(attn_metadata, "flashspark_scheduler_metadata", None)
+        if of_step is None or self.vllm_flash_attn_version != VERSION:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        stock_metadata, attn_metadata.scheduler_metadata = attn_metadata.scheduler_metadata, ours
+        stock_metadata, attn_metadata.scheduler_metadata = attn_metadata.scheduler_metadata, of_step
         try:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
         finally:
