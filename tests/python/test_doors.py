@@ -251,16 +251,16 @@ def _vllm(row: Row, function: Callable[..., Any], renamed: dict[str, str], **mor
 
 
 def by_vllm(row: Row) -> tuple[Any, dict]:
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention
 
-    return _vllm(row, calls.varlen(stock), {"sinks": "s_aux"}, fa_version=4)
+    return _vllm(row, attention.varlen(stock), {"sinks": "s_aux"}, fa_version=4)
 
 
 def by_vllm_cute(row: Row) -> tuple[Any, dict]:
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention
 
     renamed = {"sinks": "learnable_sink", "block_table": "page_table", "return_softmax_lse": "return_lse"}
-    return _vllm(row, calls.cute_varlen(stock), renamed)
+    return _vllm(row, attention.cute_varlen(stock), renamed)
 
 
 OPERATORS = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "append_kv")

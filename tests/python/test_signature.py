@@ -7,7 +7,7 @@ import inspect
 import flashspark
 import numpy as np
 import pytest
-from flashspark import _call, _schedule
+from flashspark import _call, _scheduler_metadata
 from flashspark._signature import APPEND, ATTENTION, HEAD, REQUIRED, SCHEDULE, TAIL
 
 # Arguments of the functions that the native call does not have: other spellings, and what Python handles itself.
@@ -95,7 +95,7 @@ def test_what_append_and_schedule_pass(monkeypatch):
     own = {name: np.zeros(1) for name in parameters(flashspark.append_kv) if name not in ("page_table", "strict")}
     flashspark.append_kv(**own)
     assert all(value is own[name] for name, value in zip(APPEND.names[1:], seen[0][1:], strict=True))
-    monkeypatch.setattr(_schedule, "_run", lambda values: seen.append(values) or 0)
+    monkeypatch.setattr(_scheduler_metadata, "_run", lambda values: seen.append(values) or 0)
     own = {name: np.zeros(1) for name in SCHEDULE.names if name not in ("window_left", "window_right", "qkv_dtype")}
     flashspark.get_scheduler_metadata(**own, window_size=("left", "right"))
     own |= {"window_left": "left", "window_right": "right", "qkv_dtype": 3}

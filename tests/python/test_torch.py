@@ -181,9 +181,9 @@ def test_operators_are_well_formed():
     q, k, v = dense()
     head = (None, True, -1, -1, 0.0, 0, False, None, 0)
     for want_lse in (False, True):
-        torch.library.opcheck(torch.ops.flashspark.attention.default, (q, k, v, *head, *torch_ops._NO_TAIL, want_lse))
+        torch.library.opcheck(torch.ops.flashspark.attention.default, (q, k, v, *head, *torch_ops.NO_TAIL, want_lse))
     out, lse = torch.empty_like(q), torch.empty(2, 4, 20)
-    torch.library.opcheck(torch.ops.flashspark.attention_out.default, (q, k, v, *head, *torch_ops._NO_TAIL, out, lse))
+    torch.library.opcheck(torch.ops.flashspark.attention_out.default, (q, k, v, *head, *torch_ops.NO_TAIL, out, lse))
     cache = [torch.zeros(2, 50, 2, 32) for _ in range(2)]
     lens = torch.tensor([3, 4], dtype=torch.int32)
     torch.library.opcheck(

@@ -69,7 +69,7 @@ def test_no_gradient_is_lost(name, argument, door):
 
 @pytest.mark.parametrize("argument", ["q", "k", "v", "alibi_slopes", "sinks", "out"])
 def test_no_gradient_is_lost_in_vllm(argument):
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention
 
     row = test_doors.attention(replace(CALLS["varlen"], given=1))
     renamed = {"sinks": "s_aux"}
@@ -77,7 +77,7 @@ def test_no_gradient_is_lost_in_vllm(argument):
     given[renamed.get(argument, argument)].requires_grad_()
     options = {n: x for n, x in row.options.items() if n != "deterministic"}
     with pytest.raises(ValueError, match=r"requires_grad = True"):
-        calls.varlen(test_doors.stock)(**given, **options, fa_version=4)
+        attention.varlen(test_doors.stock)(**given, **options, fa_version=4)
 
 
 @pytest.mark.parametrize("door", DOORS)
