@@ -1,4 +1,4 @@
-# Two commands on a fresh Debian or Ubuntu machine: `make demo` and `make test`. The rest is for working here.
+# Start with `make demo` and `make test` on a fresh Debian or Ubuntu machine; the other targets are for development.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := build/venv-demo
 TORCH := $(or $(FLASHSPARK_TORCH_VENV),build/venv-vllm)
 
-# One compiler cache for every build of this tree, wherever it lies.
+# One compiler cache for every build of this tree, wherever the tree lies.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 export CMAKE_C_COMPILER_LAUNCHER := ccache
@@ -51,7 +51,7 @@ wheel: deps-build $(BIN)/.stamp
 	@rm -f dist/flashspark-*-linux_$$(uname -m).whl
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
-# The same wheel for 64-bit Arm: only the platform's name and the compiler differ.
+# The wheel for 64-bit Arm; only the compiler and the platform tag differ.
 wheel-aarch64: deps
 	@rm -f dist/flashspark-*-linux_aarch64.whl
 	@_PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --wheel --no-isolation --outdir dist \

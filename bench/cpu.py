@@ -36,7 +36,7 @@ except ImportError:
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 PREFILL = {"heads_q": 16, "heads_kv": 8, "head_dim": 128, "seqlens": (128, 1024, 4096)}
 DECODE = {"batch": 8, "seqlen_k": 4096, "heads_q": 16, "heads_kv": 2, "head_dim": 128, "page_size": 16}
-# The oracle computes one score at a time; beyond this many seconds it is not worth waiting for.
+# Above this estimate the oracle, which computes one score at a time, is not timed.
 ORACLE_LIMIT_S = 20.0
 
 Call = Callable[[], Any]
@@ -93,7 +93,7 @@ def largest_difference(a: Any, b: Any) -> float:
 
 
 def bench_prefill(seqlen: int, dtype_name: str, threads: int, budget_s: float) -> dict[str, Any]:
-    """Causal self-attention of one sequence. GFLOP/s count the pairs that the mask keeps, 4 * D each."""
+    """Causal self-attention of one sequence. GFLOP/s count 4 * D per (query, key) pair that the mask keeps."""
     heads_q, heads_kv, head_dim = PREFILL["heads_q"], PREFILL["heads_kv"], PREFILL["head_dim"]
     rng, dtype = np.random.default_rng(), DTYPES[dtype_name]
     q = normal(rng, (1, seqlen, heads_q, head_dim), dtype)
@@ -118,7 +118,7 @@ def bench_prefill(seqlen: int, dtype_name: str, threads: int, budget_s: float) -
         theirs = calls["torch"]().transpose(1, 2).float().numpy()
         result["difference_from_torch"] = largest_difference(ours(), theirs)
         result["speedup"] = best_torch(result)["median_s"] / result["flashspark"]["median_s"]
-    # The oracle's time for the first rows, scaled by the pairs, says how long it would take for all.
+    # Timed on the first rows only and scaled by the number of (query, key) pairs.
     rows = min(seqlen, 64)
     head = (q[:, :rows], k[:, :rows], v[:, :rows])
     part = seconds(lambda: flashspark.flash_attn_func(*head, causal=True, implementation="cpu-reference"))
@@ -169,7 +169,7 @@ def bench_decode(dtype_name: str, threads: int, budget_s: float) -> dict[str, An
     if torch:
         tq, tk, tv = heads_first(q), heads_first(k), heads_first(v)
         group = heads_q // heads_kv
-        rows = tq.reshape(batch, heads_kv, group, head_dim)  # the heads that share keys become rows of one head
+        rows = tq.reshape(batch, heads_kv, group, head_dim)  # heads that share keys become rows of one head
         calls["torch packed"] = lambda: scaled_dot_product_attention(rows, tk, tv)
         calls["torch gqa"] = lambda: scaled_dot_product_attention(tq, tk, tv, enable_gqa=True)
         calls["torch repeat"] = lambda: scaled_dot_product_attention(
@@ -185,7 +185,8 @@ def bench_decode(dtype_name: str, threads: int, budget_s: float) -> dict[str, An
         theirs = calls["torch packed"]().reshape(batch, 1, heads_q, head_dim).float().numpy()
         result["difference_from_torch"] = largest_difference(contiguous(), theirs)
         result["speedup"] = best_torch(result)["median_s"] / result["flashspark"]["median_s"]
-    # Neighbouring calls see the same machine: the ratio of medians is steadier than either.
+    # Calls made one after the other see the same machine state, so the median of ratios is steadier than the ratio of
+    # medians.
     result["paged_over_contiguous"] = result["flashspark paged"]["median_s"] / result["flashspark"]["median_s"]
     unrounded = np.empty(q.shape, np.float32)
     spent = seconds(lambda: contiguous(implementation="cpu-reference", out=unrounded))
@@ -195,7 +196,8 @@ def bench_decode(dtype_name: str, threads: int, budget_s: float) -> dict[str, An
 
 
 def copy_bandwidth(threads: int) -> float:
-    """GB/s of a copy by all threads, bytes read plus bytes written; the best of several, far beyond the caches."""
+    """GB/s of a copy by all threads, counting bytes read and written; best of several runs on buffers far larger than
+    the caches."""
     source = np.ones(64 << 20, np.float32)
     target = np.zeros_like(source)
     cuts = list(zip(np.array_split(source, threads), np.array_split(target, threads)))

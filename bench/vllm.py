@@ -33,10 +33,10 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "flashinfer": {"attention_config": {"backend": "FLASHINFER"}},
 }
 RUNS = 5
-CACHE_BYTES = 11 << 30  # 64 sequences of 8192 tokens with 8 KV heads of 128, and some
+CACHE_BYTES = 11 << 30  # 64 sequences of 8192 tokens with 8 KV heads of 128, and a reserve
 CONTEXT, LONG, TOKENS = 8192, 32768, 32
 VOCABULARY = 4096
-# Some token of the prompt is the last one again nearly always, so nearly every step has seven drafts to check.
+# The n-gram proposer nearly always finds the last token in the prompt, so nearly every step verifies seven drafts.
 _DRAFTS = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 _GRAPH = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 64, 512]}
 
@@ -75,11 +75,11 @@ class Bench:
         return time.perf_counter() - start
 
     def prefill(self, length: int) -> float:
-        """Of one prompt that no cache holds."""
+        """Seconds to prefill one prompt that is not in the prefix cache."""
         return statistics.median(self.seconds(self.prompts(1, length), 1) for _ in range(RUNS + 1))
 
     def decode(self, count: int) -> float:
-        """Of a step that gives each of `count` sequences, whose prompts are in the prefix cache, one token."""
+        """Seconds of a step that gives each of `count` sequences one token; their prompts are in the prefix cache."""
         given = self.prompts(count, CONTEXT)
         self.seconds(given, 1)
         steps: list[float] = []
@@ -93,7 +93,7 @@ class Bench:
                 start = time.perf_counter()
                 self.llm.llm_engine.step()
                 times.append(time.perf_counter() - start)
-            steps += times[len(times) - TOKENS // 2 : -2]  # behind the steps that bring the prompts in
+            steps += times[len(times) - TOKENS // 2 : -2]  # skip the steps that load the prompts
         return min(steps)
 
 
@@ -127,7 +127,7 @@ def run(backend: str, model: str, out: str, cache: str) -> None:
 
 
 def _release() -> None:
-    """Gives the memory of a deleted engine back, so that the next one finds it."""
+    """Releases the memory of a deleted engine, so that the next one can use it."""
     import gc
 
     import torch

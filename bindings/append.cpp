@@ -1,5 +1,5 @@
-// Writing new keys and values into a cache from Python: tensors become flashspark_append_params. Rotates q in place
-// (the caller passes its copy). The arguments are signature.def's.
+// append_kv from Python: tensors become flashspark_append_params, and q is rotated in place. The arguments are those of
+// signature.def.
 #include "exports.hpp"
 #include "names.hpp"
 
@@ -8,23 +8,24 @@ namespace {
 
 using A = append::Argument;
 
-enum { kStoredK, kStoredV, kStoredKCache, kStoredVCache, kStoredQ, kStoredCos, kStoredSin };  // places in `stored_as`
+enum { kStoredK, kStoredV, kStoredKCache, kStoredVCache, kStoredQ, kStoredCos, kStoredSin };  // indices in `stored_as`
 
 struct Tensors {
   Tensor k, v, k_cache, v_cache, q, cu_seqlens_new, cu_seqlens_q, page_table, kv_batch_index, slot_mapping;
   Tensor rotary_positions, seqused_q;
 };
 
-// Where the numbers lie; torch gives an empty tensor no address.
-const int64_t *numbers_of(const Tensor &vector) {
-  static constexpr int64_t kNone = 0;
-  const int64_t *numbers = vector.int64_vector();
-  return numbers != nullptr ? numbers : &kNone;
+// The elements' address. Torch gives empty tensors a null pointer, which the C interface would take for an absent
+// tensor; they get another one.
+const int64_t *int64_elements(const Tensor &vector) {
+  static constexpr int64_t kNoElements = 0;
+  const int64_t *elements = vector.int64_vector();
+  return elements != nullptr ? elements : &kNoElements;
 }
 
-// slot_mapping's length is what counts: k and v may have more rows, as vLLM's have.
+// slot_mapping has one entry for each new row; k and v may have more rows, as vLLM's padded tensors do.
 void read_slots(const Tensors &t, flashspark_append_params &p) {
-  p.slot_mapping = numbers_of(t.slot_mapping);
+  p.slot_mapping = int64_elements(t.slot_mapping);
   p.num_seqs = 1;
   p.total_new = t.slot_mapping.size(0);
   if (t.k.size(0) < p.total_new) {
@@ -61,7 +62,7 @@ void read_new_rows(const Tensors &t, flashspark_append_params &p) {
   p.v_new = t.v.rows();
 }
 
-// Queries have lengths of their own, but for slot_mapping, which counts them with the new rows.
+// Queries have lengths of their own; with slot_mapping there is one query row for each new row instead.
 void read_queries(const Tensors &t, flashspark_append_params &p) {
   if (!t.q) {
     for (const Tensor &other : {t.cu_seqlens_q, t.seqused_q}) {
@@ -122,10 +123,10 @@ void read_cache(const Tensors &t, flashspark_append_params &p) {
   p.page_size = t.k_cache.size(1);
 }
 
-// Rows may lie apart, as the halves of vLLM's cos_sin_cache do.
+// Rows may have a stride wider than themselves, as the halves of vLLM's cos_sin_cache do.
 void read_rotary(const Tensor &cos, const Tensor &sin, const Tensor &positions, flashspark_append_params &p) {
   if (positions) {
-    p.rotary_positions = numbers_of(positions);
+    p.rotary_positions = int64_elements(positions);
     if (positions.size(0) < p.total_new) {
       fail_value("rotary_positions.shape[0]", std::to_string(positions.size(0)),
                  "must be at least slot_mapping's length, " + std::to_string(p.total_new));
@@ -164,7 +165,7 @@ void read_rotary(const Tensor &cos, const Tensor &sin, const Tensor &positions, 
 void append_kv(Reader &args) {
   flashspark_append_params p;
   flashspark_append_params_init(&p);
-  args.call_them(append::kNames);
+  args.set_names(append::kNames);
   Tensors t;
   const int64_t stored_as = args.integer(A::stored_as, 0);
   t.k = args.tensor(A::k, stored_type(stored_as, kStoredK));
@@ -179,7 +180,7 @@ void append_kv(Reader &args) {
   t.seqused_q = args.optional_tensor(A::seqused_q);
   t.cu_seqlens_new = args.optional_tensor(A::cu_seqlens_k_new);
   t.cu_seqlens_q = args.optional_tensor(A::cu_seqlens_q);
-  // Rows of q that lie end to end without offsets of their own lie as the new rows do.
+  // Packed rows of q without offsets of their own have the offsets of the new rows.
   if (t.q && t.q.ndim() == 3 && !t.cu_seqlens_q && !t.slot_mapping) t.cu_seqlens_q = t.cu_seqlens_new;
   t.page_table = args.optional_tensor(A::block_table);
   t.kv_batch_index = args.optional_tensor(A::cache_batch_idx);
@@ -191,7 +192,7 @@ void append_kv(Reader &args) {
       if (other) fail_value(other.name(), "given", "must be None when slot_mapping is given");
     }
     if (cos && !t.rotary_positions)
-      fail_value("rotary_positions", "None", "must be given with slot_mapping and rotary_cos: slots tell no positions");
+      fail_value("rotary_positions", "None", "must be given with slot_mapping and rotary_cos: a slot has no position");
   }
 
   read_new_rows(t, p);
@@ -202,13 +203,13 @@ void append_kv(Reader &args) {
   p.seqlens = seqlens.int32_vector(p.num_seqs, one_per_sequence);
   p.rotary_seqlens = rotary_seqlens.int32_vector(p.num_seqs, one_per_sequence);
   p.seqused_q = t.seqused_q.int32_vector(p.num_seqs, one_per_sequence);
-  leftpad.int32_vector(p.num_seqs, one_per_sequence);  // moves nothing, but must be what the attention can take
+  leftpad.int32_vector(p.num_seqs, one_per_sequence);  // checked as in the attention, and otherwise ignored
   p.k_descale = args.optional_tensor(A::k_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
   p.v_descale = args.optional_tensor(A::v_descale).per_head_scale(p.num_seqs, p.num_heads_kv);
   p.rotary_interleaved = args.flag(A::rotary_interleaved, 1);
   p.q_rotary_per_token = args.flag(A::q_rotary_per_token, 1);
   p.check_device = args.flag(A::check_device, 0);
-  args.place(p);
+  args.set_device(p);
   const flashspark_status status = flashspark_append_kv(&p);
   if (status == FLASHSPARK_OK) return;
   throw CallError{error_kind(status), in_callers_words(flashspark_last_error(), kAppendNames, kCache)};

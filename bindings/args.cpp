@@ -54,16 +54,16 @@ void Reader::check_device(const Tensor &tensor) {
   }
 }
 
-Tensor Reader::optional_tensor(int32_t place, int32_t stored_as) {
-  const TVMFFIAny &arg = at(place);
+Tensor Reader::optional_tensor(int32_t index, int32_t stored_as) {
+  const TVMFFIAny &arg = at(index);
   if (arg.type_index == kTVMFFINone) return {};
   if (arg.type_index != kTVMFFITensor && arg.type_index != kTVMFFIDLTensorPtr) {
-    fail_kind(name(place), arg.type_index, "must be a NumPy array, a torch tensor or another DLPack tensor");
+    fail_kind(name(index), arg.type_index, "must be a NumPy array, a torch tensor or another DLPack tensor");
   }
   const DLTensor *raw = arg.type_index == kTVMFFITensor ? TVMFFITensorGetDLTensorPtr(arg.v_obj)
                                                         : static_cast<const DLTensor *>(arg.v_ptr);
-  const Tensor tensor(raw, name(place), stored_as);
-  // To the C interface a null pointer means that an optional tensor is absent.
+  const Tensor tensor(raw, name(index), stored_as);
+  // To the C interface a null pointer is an absent tensor.
   if (raw->data == nullptr && !tensor.empty()) {
     fail_value(tensor.name(), "a tensor without memory", "must hold its elements");
   }
@@ -71,43 +71,43 @@ Tensor Reader::optional_tensor(int32_t place, int32_t stored_as) {
   return tensor;
 }
 
-Tensor Reader::tensor(int32_t place, int32_t stored_as) {
-  if (is_none(place)) fail_type(name(place), "None", "must be a NumPy array, a torch tensor or another DLPack tensor");
-  return optional_tensor(place, stored_as);
+Tensor Reader::tensor(int32_t index, int32_t stored_as) {
+  if (is_none(index)) fail_type(name(index), "None", "must be a NumPy array, a torch tensor or another DLPack tensor");
+  return optional_tensor(index, stored_as);
 }
 
-int64_t Reader::integer(int32_t place, int64_t fallback) const {
-  const TVMFFIAny &arg = at(place);
+int64_t Reader::integer(int32_t index, int64_t fallback) const {
+  const TVMFFIAny &arg = at(index);
   if (arg.type_index == kTVMFFINone) return fallback;
-  if (arg.type_index != kTVMFFIInt) fail_kind(name(place), arg.type_index, "must be an int");
+  if (arg.type_index != kTVMFFIInt) fail_kind(name(index), arg.type_index, "must be an int");
   return arg.v_int64;
 }
 
-int64_t Reader::bound(int32_t place) const {
-  if (is_none(place)) return -1;
-  const int64_t value = integer(place, -1);
-  if (value < 0) fail_value(name(place), std::to_string(value), "must be from 0 on, or None");
+int64_t Reader::bound(int32_t index) const {
+  if (is_none(index)) return -1;
+  const int64_t value = integer(index, -1);
+  if (value < 0) fail_value(name(index), std::to_string(value), "must be at least 0, or None");
   return value;
 }
 
-int32_t Reader::integer32(int32_t place, int32_t fallback) const {
-  const int64_t value = integer(place, fallback);
-  if (value < INT32_MIN || value > INT32_MAX) fail_value(name(place), std::to_string(value), "must fit in 32 bits");
+int32_t Reader::integer32(int32_t index, int32_t fallback) const {
+  const int64_t value = integer(index, fallback);
+  if (value < INT32_MIN || value > INT32_MAX) fail_value(name(index), std::to_string(value), "must fit in 32 bits");
   return static_cast<int32_t>(value);
 }
 
-int32_t Reader::flag(int32_t place, int32_t fallback) const {
-  const TVMFFIAny &arg = at(place);
+int32_t Reader::flag(int32_t index, int32_t fallback) const {
+  const TVMFFIAny &arg = at(index);
   if (arg.type_index == kTVMFFINone) return fallback;
   if (arg.type_index != kTVMFFIInt && arg.type_index != kTVMFFIBool) {
-    fail_kind(name(place), arg.type_index, "must be a bool");
+    fail_kind(name(index), arg.type_index, "must be a bool");
   }
-  if (arg.v_int64 != 0 && arg.v_int64 != 1) fail_value(name(place), std::to_string(arg.v_int64), "must be 0 or 1");
+  if (arg.v_int64 != 0 && arg.v_int64 != 1) fail_value(name(index), std::to_string(arg.v_int64), "must be 0 or 1");
   return static_cast<int32_t>(arg.v_int64);
 }
 
-double Reader::real(int32_t place, double fallback) const {
-  const TVMFFIAny &arg = at(place);
+double Reader::real(int32_t index, double fallback) const {
+  const TVMFFIAny &arg = at(index);
   switch (arg.type_index) {
     case kTVMFFINone:
       return fallback;
@@ -116,12 +116,12 @@ double Reader::real(int32_t place, double fallback) const {
     case kTVMFFIInt:
       return static_cast<double>(arg.v_int64);
     default:
-      fail_kind(name(place), arg.type_index, "must be a float");
+      fail_kind(name(index), arg.type_index, "must be a float");
   }
 }
 
-std::string Reader::text(int32_t place) const {
-  const TVMFFIAny &arg = at(place);
+std::string Reader::text(int32_t index) const {
+  const TVMFFIAny &arg = at(index);
   switch (arg.type_index) {
     case kTVMFFINone:
       return "";
@@ -134,7 +134,7 @@ std::string Reader::text(int32_t place) const {
       return {bytes->data, bytes->size};
     }
     default:
-      fail_kind(name(place), arg.type_index, "must be a str");
+      fail_kind(name(index), arg.type_index, "must be a str");
   }
 }
 

@@ -1,5 +1,5 @@
-// Reads the packed arguments of one tvm-ffi call. Written against tvm-ffi's C interface: the C++ templates of its
-// headers cost seconds a function to compile and link libtvm_ffi; this reader needs neither.
+// Reads the packed arguments of one tvm-ffi call through tvm-ffi's C interface. Unlike the C++ templates in its
+// headers, this compiles quickly and does not link against libtvm_ffi.
 #pragma once
 
 #include <tvm/ffi/c_api.h>
@@ -14,34 +14,34 @@
 
 namespace flashspark::ffi {
 
-// Types that DLPack cannot carry from NumPy travel as integers of the same width. `stored_as` arguments say what they
-// are: a flashspark_dtype in four bits for each tensor, 0 for "as it says itself".
+// Types that NumPy cannot export through DLPack are passed as integers of the same width. The argument `stored_as`
+// holds their flashspark_dtype, four bits for each tensor; 0: the tensor's own type.
 inline int32_t stored_type(int64_t stored_as, int tensor) {
   return static_cast<int32_t>(stored_as >> 4 * tensor & 0xf);
 }
 
-// Gives arguments by their places in signature.def; names are what errors call them. Trailing arguments may be left
-// out: they read as None.
+// Reads arguments by their index in signature.def, and names them in errors. Arguments left out at the end read as
+// None.
 class Reader {
  public:
   Reader(const TVMFFIAny *args, int32_t count) : args_(args), count_(count) {}
-  void call_them(const char *const *names) { names_ = names; }
-  const char *name(int32_t place) const { return names_ != nullptr ? names_[place] : "argument"; }
+  void set_names(const char *const *names) { names_ = names; }
+  const char *name(int32_t index) const { return names_ != nullptr ? names_[index] : "argument"; }
 
-  // All tensors of a call share one device.
-  Tensor tensor(int32_t place, int32_t stored_as = 0);
-  Tensor optional_tensor(int32_t place, int32_t stored_as = 0);
-  int64_t integer(int32_t place, int64_t fallback) const;
-  int64_t bound(int32_t place) const;  // -1 for None; others are not negative
-  int32_t integer32(int32_t place, int32_t fallback) const;
-  int32_t flag(int32_t place, int32_t fallback) const;  // a bool, or 0 or 1
-  double real(int32_t place, double fallback) const;
-  bool is_none(int32_t place) const { return at(place).type_index == kTVMFFINone; }
-  std::string text(int32_t place) const;  // "" for None
+  // All tensors of a call must be on one device.
+  Tensor tensor(int32_t index, int32_t stored_as = 0);
+  Tensor optional_tensor(int32_t index, int32_t stored_as = 0);
+  int64_t integer(int32_t index, int64_t fallback) const;
+  int64_t bound(int32_t index) const;  // at least 0, or -1 for None
+  int32_t integer32(int32_t index, int32_t fallback) const;
+  int32_t flag(int32_t index, int32_t fallback) const;  // a bool, or 0 or 1
+  double real(int32_t index, double fallback) const;
+  bool is_none(int32_t index) const { return at(index).type_index == kTVMFFINone; }
+  std::string text(int32_t index) const;  // "" for None
 
-  // Where the tensors read so far are, and the caller's stream there.
+  // Sets the device of the tensors read so far, and the caller's current stream there.
   template <class Params>
-  void place(Params &params) const {
+  void set_device(Params &params) const {
     if (!on_cuda_) return;
     params.device = FLASHSPARK_CUDA;
     params.device_index = device_index_;
@@ -49,7 +49,7 @@ class Reader {
   }
 
  private:
-  const TVMFFIAny &at(int32_t place) const { return place < count_ ? args_[place] : none_; }
+  const TVMFFIAny &at(int32_t index) const { return index < count_ ? args_[index] : none_; }
   void check_device(const Tensor &tensor);
 
   static constexpr TVMFFIAny none_{kTVMFFINone, {0}, {0}};
@@ -61,13 +61,13 @@ class Reader {
   int32_t device_index_ = 0;
 };
 
-// Sets tvm-ffi's error of this thread; returns the status that an export then gives.
+// Sets this thread's tvm-ffi error; returns the status for an export to return.
 int raise(const char *kind, const char *message) noexcept;
 
-// Thrown where tvm-ffi has set its error already.
+// Thrown if tvm-ffi has already set its error.
 struct AlreadyRaised {};
 
-// Runs the body of an export; no exception leaves it. Returns tvm-ffi's status: 0, or -1 with the error raised.
+// Runs the body of an export and catches every exception. Returns tvm-ffi's status: 0, or -1 with the error set.
 template <typename Body>
 int guarded(Body &&body) noexcept {
   try {

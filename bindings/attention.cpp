@@ -1,4 +1,4 @@
-// Attention from Python: tensors become flashspark_attention_params. The arguments are signature.def's.
+// Attention from Python: tensors become flashspark_attention_params. The arguments are those of signature.def.
 #include <cmath>
 
 #include "exports.hpp"
@@ -15,9 +15,9 @@ struct Call {
   std::string implementation;
 };
 
-enum { kStoredQ, kStoredK, kStoredV, kStoredOut, kStoredSinks, kStoredRel };  // places in `stored_as`
+enum { kStoredQ, kStoredK, kStoredV, kStoredOut, kStoredSinks, kStoredRel };  // indices in `stored_as`
 
-// q, out, lse and everything that follows from q's layout.
+// q, out, lse and the fields that follow from q's layout.
 void read_queries(const Tensor &q, const Tensor &out, const Tensor &lse, const Tensor &cu_seqlens_q,
                   flashspark_attention_params &p) {
   const bool varlen = static_cast<bool>(cu_seqlens_q);
@@ -69,7 +69,7 @@ void read_pages(const Tensor &k, const Tensor &table, bool indexed, flashspark_a
   table.require_unit_stride();
   p.page_table = table.int32_data();
   k.require_ndim({4}, "(num_pages, page_size, num_heads_kv, head_dim) with a page table");
-  // The stride of a dimension of one element means nothing, and producers fill in what they like.
+  // The stride of a dimension with one element is arbitrary.
   p.page_table_stride = table.size(0) > 1 ? table.stride(0) : table.size(1);
   p.num_page_slots = table.size(1);
   p.num_pages = k.size(0);
@@ -78,7 +78,7 @@ void read_pages(const Tensor &k, const Tensor &table, bool indexed, flashspark_a
   p.num_kv_seqs = table.size(0);
 }
 
-// k's layout, and lengths of keys.
+// k's layout and the lengths of keys.
 void read_keys(const Tensor &k, Reader &args, flashspark_attention_params &p) {
   k.require_size(-1, p.head_dim, "q's head size");
   const Tensor cu_seqlens_k = args.optional_tensor(A::cu_seqlens_k), table = args.optional_tensor(A::page_table);
@@ -86,7 +86,7 @@ void read_keys(const Tensor &k, Reader &args, flashspark_attention_params &p) {
   const int64_t bound = args.bound(A::max_seqlen_k);
   if (table) {
     read_pages(k, table, static_cast<bool>(index), p);
-    // Without lengths every sequence has the whole of its row, and the bound is exact.
+    // Without lengths every sequence uses its whole row of the table, and the bound is exact.
     p.max_seqlen_k = used && bound >= 0 ? bound : p.num_page_slots * p.page_size;
   } else if (cu_seqlens_k) {
     k.require_ndim({3}, "(total_k, num_heads_kv, head_dim) with cu_seqlens_k");
@@ -213,7 +213,7 @@ void read_call(Reader &args, Call &call) {
   const int64_t face = args.integer(A::face, 0);
   if (face < 0 || face >= kNumFaces) fail_value("face", std::to_string(face), "must be 0, 1 or 2");
   call.face = static_cast<Face>(face);
-  args.call_them(attention::kNames[face]);
+  args.set_names(attention::kNames[face]);
   const int64_t stored_as = args.integer(A::stored_as, 0);
   const Tensor q = args.tensor(A::q, stored_type(stored_as, kStoredQ));
   const Tensor k = args.tensor(A::k, stored_type(stored_as, kStoredK));
@@ -230,8 +230,8 @@ void read_call(Reader &args, Call &call) {
             args.optional_tensor(A::rel_logits, stored_type(stored_as, kStoredRel)), p);
   read_scales(args, p);
   read_mask(args, p);
-  read_schedule(args.optional_tensor(A::scheduler_metadata), p);
-  args.place(p);
+  read_scheduler_metadata(args.optional_tensor(A::scheduler_metadata), p);
+  args.set_device(p);
 }
 
 void require_ok(flashspark_status status, Face face) {
@@ -239,13 +239,13 @@ void require_ok(flashspark_status status, Face face) {
   throw CallError{error_kind(status), in_callers_words(flashspark_last_error(), kAttentionNames, face)};
 }
 
-// Scratch memory from the allocator of the caller's framework, where it has lent one for the call: torch's knows the
-// stream and graph captures, and it is quicker than the driver's, which serves where there is none.
+// Scratch memory from the allocator of the caller's framework, if it has set one for the call: torch's respects streams
+// and graph captures, and is faster than the driver's, which the library uses otherwise.
 class Scratch {
  public:
   explicit Scratch(Call &call) {
     flashspark_attention_params &p = call.params;
-    // Only a split problem needs any, and these are never split.
+    // Only split problems and e4m3 results need any.
     if (p.device != FLASHSPARK_CUDA || (p.num_splits == 1 && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) ||
         TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr)
       return;
@@ -263,7 +263,7 @@ class Scratch {
     p.workspace_size = bytes;
   }
   ~Scratch() {
-    if (tensor_ != nullptr) TVMFFIObjectDecRef(tensor_);  // the allocator hands it out again in the stream's order
+    if (tensor_ != nullptr) TVMFFIObjectDecRef(tensor_);  // the allocator reuses memory in stream order
   }
   Scratch(const Scratch &) = delete;
   Scratch &operator=(const Scratch &) = delete;
@@ -299,7 +299,7 @@ void attention_forward(Reader &args) {
 void attention_validate(Reader &args) {
   Call call;
   read_call(args, call);
-  // Unlike flashspark_attention_validate(), this also finds that no implementation fits.
+  // Unlike flashspark_attention_validate(), this also fails if no implementation fits.
   require_ok(flashspark_attention_explain(&call.params, nullptr, 0), call.face);
 }
 

@@ -1,5 +1,5 @@
-// The functions that Python sees, as tvm-ffi finds them: C symbols named __tvm_ffi_<function>. tvm-ffi lets go of the
-// interpreter lock around each call.
+// The functions that Python calls, exported as tvm-ffi expects: C symbols named __tvm_ffi_<function>. tvm-ffi releases
+// the interpreter lock around each call.
 #include "exports.hpp"
 #include "signature.hpp"
 

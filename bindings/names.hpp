@@ -1,4 +1,4 @@
-// What each Python function calls the fields of the C structs, so that errors speak the caller's language.
+// The Python functions' names for the fields of the C structs, used in error messages.
 #pragma once
 
 #include <cstring>
@@ -61,8 +61,7 @@ inline constexpr Name kScheduleNames[] = {
     {"scheduler_metadata", {"out"}},     {"scheduler_metadata_size", {"out.shape[0]"}},
 };
 
-// Replaces the field that the core's error text starts with: "page_table[0][3] = 9: ..." -> "block_table[0][3] = 9:
-// ...".
+// Replaces the field at the start of an error text: "page_table[0][3] = 9: .." becomes "block_table[0][3] = 9: ..".
 template <size_t N>
 std::string in_callers_words(const char *text, const Name (&names)[N], Face face) {
   const size_t length = std::strspn(text, "abcdefghijklmnopqrstuvwxyz_0123456789");

@@ -1,4 +1,4 @@
-// The arguments of the native calls as C++ knows them: their places and their names. From signature.def.
+// The indices and names of the native calls' arguments, generated from signature.def.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,7 @@ inline constexpr const char *kNames[] = {
 };
 }  // namespace schedule
 
-// The table as text, a line an argument, its words as in signature.def: "attention rows k required k k_cache k".
+// The table as text for Python, one line for each argument: "attention rows k required k k_cache k".
 inline constexpr const char *kSignature =
 #define ATTENTION(kind, field, fallback, func, cache, forward) \
   "attention " #kind " " #field " " #fallback " " func " " cache " " forward "\n"

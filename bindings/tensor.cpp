@@ -42,7 +42,7 @@ Tensor::Tensor(const DLTensor *tensor, const char *name, int32_t stored_as) : te
 int64_t Tensor::stride(int32_t i) const {
   if (i < 0) i += tensor_->ndim;
   if (tensor_->strides != nullptr) return tensor_->strides[i];
-  int64_t stride = 1;  // DLPack: no strides means row-major
+  int64_t stride = 1;  // in DLPack null strides mean row-major
   for (int32_t j = tensor_->ndim - 1; j > i; --j) stride *= tensor_->shape[j];
   return stride;
 }
@@ -102,7 +102,7 @@ void Tensor::require_rows() const {
 }
 
 void Tensor::require_unit_stride() const {
-  // Producers give the strides of an empty tensor no meaning.
+  // The strides of an empty tensor are arbitrary.
   if (size(-1) <= 1 || stride(-1) == 1 || empty()) return;
   fail_value(std::string(name_) + ".stride(-1)", std::to_string(stride(-1)),
              "must be 1: the last dimension is contiguous");

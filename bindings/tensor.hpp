@@ -1,4 +1,4 @@
-// A tensor argument with the checks that name it, and the errors they raise.
+// A tensor argument, checks that name it in their errors, and the errors.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -11,19 +11,19 @@
 
 namespace flashspark::ffi {
 
-// Thrown inside the binding only; guarded() turns it into the Python exception named by `kind`.
+// Thrown inside the binding only; guarded() turns it into the Python exception that `kind` names.
 struct CallError {
   const char *kind;  // "ValueError", "TypeError", ...
   std::string message;
 };
 
-// "page_size = 24: must be a multiple of 16", the form of the core's own errors.
+// "page_size = 24: must be a multiple of 16", in the form of the library's own errors.
 [[noreturn]] void fail(const char *kind, const std::string &argument, const std::string &value,
                        const std::string &rule);
 [[noreturn]] void fail_value(const std::string &argument, const std::string &value, const std::string &rule);
 [[noreturn]] void fail_type(const std::string &argument, const std::string &value, const std::string &rule);
 
-// A borrowed tensor argument, or none. `dtype` is a flashspark_dtype, FLASHSPARK_DTYPE_NONE for any other type.
+// A borrowed tensor argument, or an absent one. `dtype` is a flashspark_dtype; FLASHSPARK_DTYPE_NONE for other types.
 class Tensor {
  public:
   Tensor() = default;
@@ -37,14 +37,14 @@ class Tensor {
   void *data() const { return static_cast<char *>(tensor_->data) + tensor_->byte_offset; }
   int32_t dtype() const { return dtype_; }
   DLDevice device() const { return tensor_->device; }
-  bool empty() const;  // without elements
+  bool empty() const;  // has no elements
   bool on_host() const { return tensor_->device.device_type == kDLCPU || tensor_->device.device_type == kDLCUDAHost; }
   std::string shape_text() const;
   std::string dtype_text() const;
 
   void require_ndim(std::initializer_list<int32_t> allowed, const char *meaning) const;
   void require_size(int32_t i, int64_t expected, const char *meaning) const;
-  void require_rows() const;         // as many as 32 bits count
+  void require_rows() const;         // size(0) fits in 32 bits
   void require_unit_stride() const;  // the last dimension is contiguous
   void require_dense() const;        // all dimensions are contiguous
   void require_float() const;        // f32, f16, bf16 or e4m3
@@ -52,7 +52,7 @@ class Tensor {
   const int32_t *int32_data() const;
   const int64_t *int64_vector() const;
 
-  // The forms that the C structs take. The second and third may be asked of an absent tensor: they say "none" then.
+  // The fields of the C structs. int32_vector() and per_head_scale() accept an absent tensor and give null then.
   flashspark_tensor rows() const;  // (.., tokens, heads, width), only the last dimension contiguous
   const int32_t *int32_vector(int64_t expected, const char *meaning) const;
   flashspark_scale per_head_scale(int64_t num_seqs, int64_t num_heads_kv) const;  // or one element for all

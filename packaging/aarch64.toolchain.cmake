@@ -1,6 +1,6 @@
-# Cross build for 64-bit Arm with Debian's or Ubuntu's g++-aarch64-linux-gnu. That compiler searches /usr/include behind
-# its own headers, so architecture-independent packages (highway, fmt, CLI11, nlohmann-json) are found where they are;
-# libraries are taken from the cross tree only.
+# Cross build for 64-bit Arm with Debian's or Ubuntu's g++-aarch64-linux-gnu. Architecture-independent packages
+# (highway, fmt, CLI11, nlohmann-json) come from /usr/include, which that compiler searches after its own headers;
+# libraries come from the cross tree only.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# deps.sh build|test ...: installs the Debian/Ubuntu packages of those lists that are missing. Silent when none is.
+# deps.sh build|test ...: installs the missing Debian/Ubuntu packages of the given lists. Silent if none is missing.
 set -euo pipefail
 cd "$(dirname "$0")"
 wanted=()
 for list in "$@"; do mapfile -t -O "${#wanted[@]}" wanted <"apt-$list.txt"; done
 
-# A compiler for Arm is only a cross compiler elsewhere.
+# On an Arm machine the native compiler is used; elsewhere install the cross compiler.
 if [[ $(uname -m) == aarch64 ]]; then
   wanted=($(printf '%s\n' "${wanted[@]}" | grep -vE 'aarch64|qemu'))
 fi

@@ -69,7 +69,8 @@ torch.cuda.synchronize()
 
 
 def compile_flashinfer(folder: Path, works: list[Workload]) -> None:
-    """Each head size in a process of its own; found in FlashInfer's cache afterwards. Those built before are left."""
+    """Compiles each head size in its own process and leaves the result in FlashInfer's cache. Head sizes found there
+    are skipped."""
     start = time.monotonic()
     here, site = str(Path(__file__).parent), folder / "site"
     dims = {w.head_dim for w in works if not w.own}
@@ -90,7 +91,8 @@ def compile_flashinfer(folder: Path, works: list[Workload]) -> None:
 
 
 def host_calls(makers: Makers) -> dict[str, float]:
-    """Of a small decode step, with keys end to end and in pages; one call of torch's tells how fast the host is."""
+    """Host overhead of a small decode step, contiguous and paged. A torch call is listed to show how fast the host
+    is."""
     x = torch.zeros(4096, device="cuda")
     found = {"torch.add(x, x, out=x)": measure.host_call_us(lambda: torch.add(x, x, out=x))}
     for name, maker in makers.items():
@@ -118,7 +120,7 @@ def main() -> int:
     args = options()
     if args.merge:
         first, second = (json.loads(path.read_text()) for path in args.merge)
-        write(report.merge(first, second), "merged", args.out)
+        write(report.join(first, second), "merged", args.out)
         return 0
     if not torch.cuda.is_available():
         print("bench/gpu: torch sees no GPU")
@@ -151,7 +153,7 @@ def main() -> int:
         **{"mma_peak_tflops": measure.mma_peak_tflops(), "copy_gb_per_s": measure.copy_gb_per_s()},
         **{"rows": [], "left_out": {}},
     }
-    # A workload against our own contiguous call needs no peers.
+    # A workload that is compared with our own contiguous call needs no peers.
     measure.measure_all(works, lambda w: {args.label: own} if w.own else makers, args.label, args.budget, document)
     document["host_call_us"] = host_calls(makers)
     document["first_call_ms"] = measure.first_call_ms()

@@ -25,7 +25,7 @@ HEADS = ((64, 8, 128), (32, 8, 128), (16, 2, 128), (32, 2, 256), (16, 1, 256), (
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 KEYS = (512, 2048, 8192, 32768, 131072)
 QUERIES = (2, 4, 8, 16)
-MOST_BYTES = 9 << 30  # of one cache: two of them and the peers' scratch fit
+MOST_BYTES = 9 << 30  # size limit of one cache: two of them and the peers' scratch must fit
 
 
 def one(group: str, heads: tuple[int, int, int], batch: int, keys: int, **more: Any) -> Workload:
@@ -37,7 +37,7 @@ def skewed(heads: tuple[int, int, int], long: int, batch: int, short: int) -> Wo
 
 
 def grid(kind: str) -> list[Workload]:
-    """all: the whole plane of batch and context for every head count; main: every second line of it; quick: a few."""
+    """all: every batch and context for every head configuration; main: a coarser grid; quick: a few of them."""
     heads = HEADS if kind != "quick" else (HEADS[0], HEADS[2], HEADS[3])
     batches = {"all": BATCHES, "main": (1, 2, 8, 32, 128), "quick": (1, 8, 32)}[kind]
     keys = KEYS if kind == "all" else (2048, 8192, 32768)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     torch.manual_seed(0)
     makers: measure.Makers = {"flashspark": peers.ours} | peers.load(args.peers, args.flashinfer)
-    for name in ("torch FA2", *args.leave_out):  # torch's knows no pages
+    for name in ("torch FA2", *args.leave_out):  # torch's FA2 has no paged KV
         makers.pop(name, None)
     document: dict[str, Any] = {
         **{

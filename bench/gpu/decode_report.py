@@ -1,4 +1,4 @@
-"""From the times of bench/gpu/decode.py to its table, its heat map and its plot of cost against batch x context."""
+"""Turns the times of bench/gpu/decode.py into a table, a heat map and a plot of cost against batch x context."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from plot import svg
 
 PEERS = ("FA2", "FA3", "FlashInfer")
-# Of the read bandwidth that the best peer reaches, below which our must (times as fast) is that of the line.
+# (fraction of the read bandwidth that the best peer stays below, required speed relative to that peer)
 MUSTS = ((0.30, 1.30), (0.70, 1.20), (0.90, 1.08), (99.0, 1.00))
 SKEWED_MUST, VERIFY_MUST, FP8_MUST, FP8_BYTES = 1.30, 0.93, 1.60, 256 << 20
 
 
 def join(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of one machine with different peers: a peer's time is as many times ours as it was in its own run."""
+    """Joins runs of one machine with different peers. A peer's time is scaled by the ratio of our own times in the two
+    runs."""
     first, *others = documents
     for other in others:
         if other["machine"]["name"] != first["machine"]["name"]:
@@ -34,7 +35,7 @@ def join(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def complete(document: dict[str, Any]) -> None:
-    """Shares of the bandwidth, ratios and what they are held against."""
+    """Adds the fraction of bandwidth, the ratios and the requirement of each row."""
     read = document["read_gb_per_s"] * 1e9
     plain = {tuple(r["shape"]): r for r in document["rows"] if r["group"] == "decode"}
     for row in document["rows"]:
@@ -50,15 +51,15 @@ def complete(document: dict[str, Any]) -> None:
             row["must"] = SKEWED_MUST if "long" in row["group"] else next(m for most, m in MUSTS if share < most)
         shape = row["shape"]
         same = plain.get((*shape[:4], 1, shape[5]))
-        if same and row["group"] == "verify":  # against our own decode of one row
+        if same and row["group"] == "verify":  # relative to our own one-row decode
             row["of_own"], row["own_must"] = same["times"]["flashspark"]["graph_s"] / mine, VERIFY_MUST
-        elif same and row["fp8"]:  # against our own bf16 cache
+        elif same and row["fp8"]:  # relative to our own bf16 cache
             row["of_own"] = same["times"]["flashspark"]["graph_s"] / mine
             row["own_must"] = FP8_MUST if same["bytes"] >= FP8_BYTES else None
 
 
-def lacks(row: dict[str, Any]) -> list[str]:
-    """The musts that a row misses."""
+def missed_musts(row: dict[str, Any]) -> list[str]:
+    """The requirements that a row misses."""
     found = []
     if row["ratio"] is not None and row["ratio"] < row["must"]:
         found.append(f"{row['must']:.2f}")
@@ -81,22 +82,22 @@ def table(document: dict[str, Any]) -> str:
         times = [f"{1e6 * row['times'][n]['graph_s']:.1f}" if n in row["times"] else "-" for n in PEERS]
         cells = [f"{row['group']}: {row['name']}", f"{1e6 * row['times']['flashspark']['graph_s']:.1f}"]
         cells += [f"{row['of_read']:.0%}", *times, f"{row['ratio']:.2f}" if row["ratio"] else "-"]
-        cells += [f"{row['of_own']:.2f}" if row["of_own"] else "", ", ".join(lacks(row))]
+        cells += [f"{row['of_own']:.2f}" if row["of_own"] else "", ", ".join(missed_musts(row))]
         lines.append("| " + " | ".join(cells) + " |")
     held = [r for r in document["rows"] if r["ratio"] is not None or r["of_own"] is not None]
-    lines += ["", f"{sum(bool(lacks(r)) for r in held)} of {len(held)} rows miss a must."]
+    lines += ["", f"{sum(bool(missed_musts(r)) for r in held)} of {len(held)} rows miss a must."]
     return "\n".join(lines)
 
 
 def _colour(ratio: float) -> str:
-    """Red below 1, white at 1, green above."""
+    """Red below a ratio of 1, white at 1, green above."""
     depth = min(abs(ratio - 1) / 0.5, 1.0)
     low = round(255 - 120 * depth)
     return f"rgb({low},{round(255 - 40 * depth)},{low})" if ratio >= 1 else f"rgb(255,{low},{low})"
 
 
 def heat_map(document: dict[str, Any]) -> str:
-    """Ratio to the best peer of every cell, a panel for each head count."""
+    """Ratio to the best peer for every cell, one panel per head configuration."""
     rows = [r for r in document["rows"] if r["group"] == "decode" and r["ratio"]]
     panels = list(dict.fromkeys(tuple(r["shape"][1:4]) for r in rows))
     keys = sorted({r["shape"][5] for r in rows})
@@ -123,7 +124,7 @@ def heat_map(document: dict[str, Any]) -> str:
 
 
 def cost_plot(document: dict[str, Any]) -> str:
-    """Microseconds against keys in the batch, both as logarithms: a cliff would be a step."""
+    """Microseconds against keys in the batch, both axes logarithmic: a performance cliff shows as a step."""
     from math import log2
 
     rows = [r for r in document["rows"] if r["group"] == "decode"]

@@ -1,9 +1,9 @@
-"""Compiles FlashInfer's kernels on a machine without a GPU, so that the GPU machine need not: 1.5 to 4 minutes a size.
+"""Compiles FlashInfer's kernels on a machine without a GPU, so that the GPU machine need not spend minutes on it.
 
     python bench/gpu/flashinfer_ahead.py PEERS OUT [--arch 9.0a] [--dims 64 128 256]
 
 PEERS: the folder with site/. Needs torch, nvcc, ninja and what FlashInfer imports (requests, click, tqdm, ...). OUT
-gets one library a head size; put it at site/flashinfer/data/aot/NAME/NAME.so, where FlashInfer looks first.
+gets one library per head size; put it at site/flashinfer/data/aot/NAME/NAME.so, where FlashInfer looks first.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from flashinfer.jit import gen_batch_prefill_module  # noqa: E402
 args.out.mkdir(parents=True, exist_ok=True)
 for dim in args.dims:
     types = (torch.bfloat16,) * 3  # q, kv, out
-    # No positional encoding, sliding window, softcap or 16-bit sums: what peers.py plans.
+    # No positional encoding, sliding window, softcap or 16-bit accumulation, as peers.py plans its calls.
     spec = gen_batch_prefill_module("fa2", *types, torch.int32, dim, dim, 0, False, False, False)
     spec.build(verbose=False)
     shutil.copy(spec.jit_library_path, args.out)

@@ -1,4 +1,4 @@
-"""Times of calls on the GPU and of the host, and the machine's ceilings."""
+"""Times calls on the GPU and the host, and measures the machine's limits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tensors import Inputs, rotation
 from workloads import Workload
 
 Makers = dict[str, Callable[[Inputs], Call]]
-TOLERANCE = 0.05  # of results of normal inputs: one unit in the last place of bf16 is 0.03 from 4 on
-REPLAY_S = 0.012  # aim of one graph's length: launch gaps do not count, and clocks settle
+TOLERANCE = 0.05  # of results of normal inputs; one bf16 unit in the last place is 0.03 from 4 on
+REPLAY_S = 0.012  # target duration of one graph replay: long enough to hide launch gaps and let clocks settle
 
 
 def event_seconds(run: Call) -> float:
@@ -33,7 +33,7 @@ def event_seconds(run: Call) -> float:
 
 
 def warm(calls: list[Call]) -> float:
-    """Runs some of them; returns a rough time of one."""
+    """Runs a few calls; returns a rough time per call."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -42,9 +42,9 @@ def warm(calls: list[Call]) -> float:
 
 
 def captured(calls: list[Call], once: float) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph that goes through the sets in turn, and how many calls it holds."""
+    """Captures a graph that cycles through the input sets; returns it and the number of calls it holds."""
     rounds = max(1, min(round(REPLAY_S / once / len(calls)), 2000 // len(calls)))
-    # Long calls need not see every set in one replay.
+    # Long calls need not cover every set in one replay.
     chosen = calls * rounds if once * len(calls) < 4 * REPLAY_S else calls[: max(2, int(4 * REPLAY_S / once))]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -60,7 +60,7 @@ def captured(calls: list[Call], once: float) -> tuple[torch.cuda.CUDAGraph, int]
 
 
 def take_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], budget_s: float) -> dict[str, list[float]]:
-    """Seconds a call. All graphs are replayed in turn, so that a drift of the clocks reaches all alike."""
+    """Seconds per call. The graphs are replayed in turn, so that clock drift affects all of them alike."""
     once = {name: event_seconds(graph.replay) for name, (graph, _) in graphs.items()}
     rounds = max(5, min(40, int(budget_s / sum(once.values()))))
     times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -73,7 +73,7 @@ def take_turns(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], budget_s: fl
 
 
 def eager_seconds(calls: list[Call], once: float) -> float:
-    """One call as Python makes it, one after the other: the device's time, or the host's where that is longer."""
+    """Seconds per call issued from Python back to back: the device's time, or the host's if that is longer."""
     count = max(4, min(64, int(0.01 / once)))
     chosen = [calls[i % len(calls)] for i in range(count)]
 
@@ -85,11 +85,11 @@ def eager_seconds(calls: list[Call], once: float) -> float:
 
 
 def host_call_us(call: Call) -> float:
-    """Microseconds until a call returns; the device works meanwhile."""
+    """Microseconds until a call returns, while the device is still working."""
     times: list[float] = []
     for _ in range(20):
         torch.cuda.synchronize()
-        for _ in range(100):  # far fewer than a stream can hold
+        for _ in range(100):  # far fewer than a stream can queue
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
@@ -122,7 +122,7 @@ def first_call_ms() -> tuple[float, float]:
 
 
 def result_of(call: Call, x: Inputs) -> torch.Tensor:
-    """What a call computes; torch's has no out argument."""
+    """The output of a call. torch has no out argument, so its result is returned."""
     x.out.fill_(float("nan"))
     if hasattr(call, "result"):
         return call.result()
@@ -179,7 +179,7 @@ def measure_workload(
 def measure_all(
     works: list[Workload], makers_of: Callable[[Workload], Makers], label: str, budget: float, document: dict[str, Any]
 ) -> None:
-    """Adds a row for each workload, until one is interrupted."""
+    """Adds a row for each workload. An interrupt ends the loop; the rows measured so far are kept."""
     start = time.monotonic()
     try:
         for work in works:
@@ -194,7 +194,7 @@ def measure_all(
 
 
 def copy_gb_per_s() -> float:
-    """Bytes read plus bytes written."""
+    """GB/s of a device-to-device copy, bytes read plus bytes written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     target.copy_(source)
@@ -202,14 +202,14 @@ def copy_gb_per_s() -> float:
 
 
 def read_gb_per_s() -> float:
-    """Bytes read by a reduction over more than any cache holds."""
+    """GB/s of a reduction over more data than any cache holds."""
     source = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
     source.sum()
     return 4 * source.numel() / statistics.median(event_seconds(source.sum) for _ in range(20)) / 1e9
 
 
 def mma_peak_tflops() -> float | None:
-    """mma.sync in registers, by a small program that nvcc builds here. None: no nvcc, or it failed."""
+    """TFLOP/s of mma.sync in registers, by a small program built with nvcc. None if nvcc is missing or fails."""
     major, minor = torch.cuda.get_device_capability()
     source = Path(__file__).with_name("peak.cu")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-// The ceiling of mma.sync bf16 on this GPU: nothing but independent products in registers. Prints TFLOP/s.
+// The peak rate of bf16 mma.sync on this GPU: independent products in registers and nothing else. Prints TFLOP/s.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,13 +8,13 @@
 
 namespace {
 
-constexpr int kChains = 8;    // independent sums of a warp: more than the latency of a product needs
-constexpr int kSteps = 4096;  // products of a chain
+constexpr int kChains = 8;    // independent accumulators per warp, more than the latency of an mma needs
+constexpr int kSteps = 4096;  // products per accumulator
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads, 1) multiply(float *sink, uint32_t seed) {
   float sums[kChains][4] = {};
-  // Random-looking finite bf16 pairs: products of zeros draw less power and clock higher.
+  // Random finite bf16 pairs: multiplying zeros draws less power, so the GPU would clock higher.
   uint32_t a[4], b[2];
   for (int i = 0; i < 4; ++i) a[i] = (0x3f803f80u ^ ((seed + threadIdx.x * 2654435761u + i * 40503u) & 0x807f807fu));
   for (int i = 0; i < 2; ++i) b[i] = (0x3f803f80u ^ ((seed + threadIdx.x * 2246822519u + i * 60493u) & 0x807f807fu));
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1) multiply(float *sink, uint32_t se
   }
   float total = 0;
   for (auto &sum : sums) total += sum[0] + sum[1] + sum[2] + sum[3];
-  if (total == 12345.678f) *sink = total;  // never, but the compiler cannot know
+  if (total == 12345.678f) *sink = total;  // never true, but the compiler cannot tell
 }
 
 }  // namespace

@@ -20,12 +20,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from workloads import Workload
 
 Call = Callable[[], Any]
-_workspace: list[torch.Tensor] = []  # FlashInfer's scratch: its calls run one after the other
-_ragged: dict[Workload, Any] = {}  # its plan for the workload in hand: all sets have the same lengths
+_workspace: list[torch.Tensor] = []  # FlashInfer's scratch; its calls run one after the other
+_ragged: dict[Workload, Any] = {}  # FlashInfer's plan for the current workload; all input sets have the same lengths
 
 
 class NotOffered(Exception):
-    """The peer has no such call."""
+    """The peer does not support this workload."""
 
 
 def ours(x: Inputs, **options: Any) -> Call:
@@ -116,7 +116,7 @@ def flashinfer(x: Inputs) -> Call:
 
 
 def load(folder: Path | None, with_flashinfer: bool) -> dict[str, Callable[[Inputs], Call]]:
-    """The peers that are there."""
+    """The peers that could be loaded."""
     loaded: dict[str, Callable[[Inputs], Call]] = {"torch FA2": torch_fa2}
     if folder is None:
         return loaded
@@ -131,7 +131,7 @@ def load(folder: Path | None, with_flashinfer: bool) -> dict[str, Callable[[Inpu
     for name, (function, loader) in wanted.items():
         try:
             loader()
-        except Exception as error:  # noqa: BLE001 - whatever stops one peer must not stop the others
+        except Exception as error:  # noqa: BLE001 - one peer's failure must not stop the others
             print(f"peer left out: {name}: {error!r:.300}", flush=True)
         else:
             loaded[name] = function

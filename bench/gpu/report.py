@@ -1,4 +1,4 @@
-"""From measured times to the table, the plot and one JSON; joining the runs of two builds."""
+"""Turns measured times into the table, the plot and one JSON document, and joins the runs of two builds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plot import bar_chart
 
 PEERS = ("torch FA2", "FA2", "FlashInfer", "FA3")
 BEST_OF = ("FA2", "FlashInfer")
-SHORT_S = 60e-6  # below this, times say more than rates
+SHORT_S = 60e-6  # below this duration the table shows times instead of rates
 
 
 def best_peer(row: dict[str, Any]) -> str | None:
@@ -21,7 +21,7 @@ def best_peer(row: dict[str, Any]) -> str | None:
 
 
 def ratio(row: dict[str, Any], ours: str, rows: list[dict[str, Any]]) -> float | None:
-    """How many times as fast as what the row is measured against, from medians of the same run."""
+    """Speed relative to the row's reference, from medians of the same run."""
     if ours not in row["times"]:
         return None
     mine = row["times"][ours]["graph_s"]
@@ -35,7 +35,7 @@ def ratio(row: dict[str, Any], ours: str, rows: list[dict[str, Any]]) -> float |
 
 
 def complete(document: dict[str, Any]) -> None:
-    """Rates and ratios, from the times."""
+    """Adds rates and ratios to the times."""
     peak, copy = document["mma_peak_tflops"], document["copy_gb_per_s"]
     for row in document["rows"]:
         for entry in row["times"].values():
@@ -49,8 +49,8 @@ def complete(document: dict[str, Any]) -> None:
         row["ratio"] = {ours: ratio(row, ours, document["rows"]) for ours in document["ours"]}
 
 
-def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The first document with the second's own columns beside it. Its ratios are against the peers of its own run."""
+def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Adds the second document's own columns to the first. Their ratios refer to the peers of the second run."""
     if first["machine"]["name"] != second["machine"]["name"]:
         raise SystemExit(f"runs of different machines: {first['machine']['name']}, {second['machine']['name']}")
     clash = set(first["ours"]) & set(second["ours"])
@@ -119,7 +119,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def plot(document: dict[str, Any]) -> str:
-    """Rates of the rows that are long enough for them."""
+    """Rates of the rows that are long enough to have meaningful ones."""
     names = [*document["ours"], *(n for n in ("FA2", "FlashInfer", "FA3", "torch FA2"))]
     bars = {}
     for row in document["rows"]:
@@ -131,6 +131,6 @@ def plot(document: dict[str, Any]) -> str:
 
 
 def missed(document: dict[str, Any]) -> list[str]:
-    """Cells below their must."""
+    """Cells that miss their requirement."""
     values = [(row["name"], row["ratio"].get(document["ours"][0]), row["must"]) for row in document["rows"]]
     return [f"{name}: {value:.3f} < {must}" for name, value, must in values if value is not None and value < must]

@@ -13,7 +13,7 @@ MOST_BYTES = 24 << 30
 
 @dataclass
 class Inputs:
-    """One set. q, out: (total_q, Hq, D). k, v: (total_k, Hkv, D), or pages with a table."""
+    """One set of inputs. q, out: (total_q, Hq, D). k, v: (total_k, Hkv, D), or pages with a page table."""
 
     work: Workload
     q: torch.Tensor
@@ -30,7 +30,7 @@ class Inputs:
         return self.work.head_dim**-0.5
 
     def page_lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """indptr, indices, tokens in the last page: the ragged page table that FlashInfer takes."""
+        """indptr, indices and number of tokens in the last page: FlashInfer's form of the page table."""
         size = self.work.page_size
         counts = [-(-k // size) for k in self.work.keys]
         indptr = torch.tensor([0, *counts]).cumsum(0).to(self.q.device, torch.int32)
@@ -67,8 +67,8 @@ def make(work: Workload, device: torch.device) -> Inputs:
 
 
 def rotation(work: Workload, device: torch.device) -> list[Inputs]:
-    """Enough sets that each is out of the L2 cache again when its turn comes. They share the lengths, as layers of a
-    model do and as FlashInfer's plan is shared."""
+    """Makes enough sets that each has left the L2 cache before it is used again. They share the lengths, as the layers
+    of a model do and as FlashInfer's plan requires."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 20
     count = -(-4 * cache // work.bytes) + 1
     count = max(2, min(count, MOST_SETS, MOST_BYTES // work.bytes))

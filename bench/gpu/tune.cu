@@ -1,10 +1,10 @@
-// Times one tile of one instance on dense problems, to choose the tiles of kernels/forward/instances.def:
-//   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -Iinclude -Isrc -DFLASHSPARK_NAME=d128_prefill -DTUNE_WARPS=4
-//   -DTUNE_ROWS=32
-//        -DTUNE_KEYS=64 -DTUNE_SCORES=64 -DTUNE_GROUPS=1 -DTUNE_BUFFERING=double_buffer -DTUNE_QUERIES=shared
-//        -DTUNE_CTAS=2 bench/gpu/tune.cu src/cuda/plan.cpp
-//   ./tune [shared memory to hold the residency down, KB]
-// Every line is checked against a plain kernel on some rows first.
+// Times one tile configuration of one instance on dense problems, to choose the tiles in kernels/forward/instances.def.
+// Each problem is first checked against a simple kernel on some of its rows.
+//   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -Iinclude -Isrc -DFLASHSPARK_NAME=d128_prefill
+//     -DTUNE_WARPS=4 -DTUNE_ROWS=32 -DTUNE_KEYS=64 -DTUNE_SCORES=64 -DTUNE_GROUPS=1
+//     -DTUNE_BUFFERING=double_buffer -DTUNE_QUERIES=shared -DTUNE_CTAS=2
+//     bench/gpu/tune.cu src/cuda/plan.cpp src/cuda/arguments.cpp
+//   ./tune [KB of shared memory per CTA, to limit the number of resident CTAs]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -35,7 +35,7 @@ __global__ void fill(uint16_t *p, int64_t n, uint32_t seed) {
   }
 }
 
-// One thread a (row, column): largest difference from out.
+// One CTA per sampled (row, head); `worst` receives the largest difference from out.
 __global__ void check(ForwardArguments a, int64_t rows, float scale, float *worst) {
   const int64_t row = (blockIdx.x * 7919ll) % rows;
   const int64_t heads = a.num_heads_kv * a.group.value;
@@ -82,9 +82,9 @@ int main(int argc, char **argv) {
   int resident = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, tuned_forward, Kernel::kThreads, shared);
   constexpr Tile t = Kernel::kTile;
-  std::printf("%s %dx%dx%d %d/%d s%d q%d b%d | %d reg %zu spill %d blocks |", Kernel::kInstance.name, t.warps,
+  std::printf("%s %dx%dx%d %d/%d s%d q%d c%d | %d reg %zu spill %d CTAs |", Kernel::kInstance.name, t.warps,
               t.warp_rows, t.keys, t.score_keys, t.key_groups, static_cast<int>(t.buffering),
-              static_cast<int>(t.queries), t.blocks, attributes.numRegs, attributes.localSizeBytes, resident);
+              static_cast<int>(t.queries), t.min_ctas, attributes.numRegs, attributes.localSizeBytes, resident);
 
   const struct {
     int64_t batch, heads_q, heads_kv, q, k;
@@ -125,7 +125,7 @@ int main(int argc, char **argv) {
     std::vector<float> times;
     cudaEvent_t from, to;
     cudaEventCreate(&from), cudaEventCreate(&to);
-    // A quarter of a second first: until then the clock is higher than the power limit will have it.
+    // Warm up for a quarter of a second: before that the clock is above what the power limit sustains.
     const auto time = [&](int launches) {
       float ms = 0;
       cudaEventRecord(from);

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# tune.sh FILE: each line of FILE is "name warps rows keys scores groups buffering queries ctas [held KB]"; builds all, then times them.
-# TUNE_KERNELS: another copy of kernels/; TUNE_OUT: where the programs go; TUNE_FLAGS: more flags. Columns: TFLOP/s of B4 32/8 S4096 full, causal; B1 16/8 S256, S512, S1024, S8192 causal; B1 64/8 chunk of 1024 over 32k.
+# tune.sh FILE: builds and times the tile configurations in FILE, one per line:
+#   name warps rows keys scores groups buffering queries ctas [held KB]
+# TUNE_KERNELS: another copy of kernels/. TUNE_OUT: folder of the programs. TUNE_FLAGS: further compiler flags. The
+# columns are TFLOP/s of B4 32/8 S4096 full and causal; B1 16/8 S256, S512, S1024 and S8192 causal; B1 64/8 with a chunk
+# of 1024 over 32k.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${TUNE_OUT:-/tmp/tune}

@@ -1,4 +1,4 @@
-"""What is timed, as data: every row of the table in the issue, and the rest of the shapes that engines meet."""
+"""The workloads that are timed, as data: prefill, chunks, decode and paged layouts of the shapes that engines use."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Workload:
     seqlen_q: int
     seqlen_k: int
     causal: bool
-    page_size: int = 0  # 0: q, k, v lie end to end
-    must: float = 0.0  # ratio to the best mma.sync peer, or to our own contiguous call where `own` is set
+    page_size: int = 0  # 0: contiguous q, k and v
+    must: float = 0.0  # required ratio to the best mma.sync peer, or to our own contiguous call if `own` is set
     aim: float = 0.0
     own: bool = False
     quick: bool = False  # part of --quick
-    lengths: tuple[int, ...] = ()  # of the sequences; seqlen_k is the longest
+    lengths: tuple[int, ...] = ()  # per sequence; seqlen_k is the longest
     fp8: bool = False  # an e4m3 cache
 
     @property
@@ -52,7 +52,7 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Q and out once, K and V once."""
+        """Bytes of q and out, and of K and V, each counted once."""
         queries = self.batch * self.seqlen_q * self.heads_q
         return 2 * self.head_dim * (2 * queries + (1 if self.fp8 else 2) * sum(self.keys) * self.heads_kv)
 
@@ -74,8 +74,8 @@ def chunks(group: str, heads: tuple[int, int], dim: int, must: float, aim: float
 
 
 def pages(heads: tuple[int, int], dim: int) -> list[Workload]:
-    """The same keys in pages, against our own call on keys that lie end to end."""
-    keys = 16 * 784 * 3  # a multiple of every page size: no layout reads less than another
+    """The same keys in pages, compared with our own call on contiguous keys."""
+    keys = 16 * 784 * 3  # a multiple of every page size, so that all layouts read the same amount
     group = "paged / contiguous"
     return [Workload(group, 1, *heads, dim, 1024, keys, True, size, 0.95, 0.98, own=True) for size in (0, 16, 64, 784)]
 
@@ -102,7 +102,7 @@ WORKLOADS: list[Workload] = [
     *pages((32, 2), 256),
 ]
 
-# Not in the issue's table; shown with --extra. Decode and verification, and the head sizes beside the main ones.
+# Shown with --extra only: decode, verification and further head sizes.
 EXTRA: list[Workload] = [
     *same_length("D96 S4096", 4, (32, 8), 96, 4096),
     *(Workload("decode", batch, *heads, 128, rows, keys * 1024, True, 16)

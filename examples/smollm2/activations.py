@@ -11,7 +11,7 @@ PROSE = Path(__file__).with_name("prose.txt")
 
 
 class Found(Exception):
-    """Ends a forward pass once the layer has been seen."""
+    """Ends the forward pass once the layer has been reached."""
 
 
 def activations(

@@ -10,16 +10,16 @@ from paged_attention import PagedAttention
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass gave: a token for each sequence that still runs."""
+    """The outcome of one forward pass: a token for each sequence that is still running."""
 
-    num_tokens: int  # that went into the pass: the prompts' first, one a sequence later
+    num_tokens: int  # in the pass: first those of the prompts, then one per sequence
     chosen: dict[int, int]  # sequence to token
 
 
 def generate(
     model: Model, attention: PagedAttention, prompts: Sequence[Sequence[int]], max_tokens: int, eos: int
 ) -> Iterator[Step]:
-    """Yields after each pass. A sequence leaves the batch, and its pages, at its end-of-text token."""
+    """Yields after each pass. A sequence leaves the batch and frees its pages at its end-of-text token."""
     pending = {seq: list(prompt) for seq, prompt in enumerate(prompts)}
     for _ in range(max_tokens):
         seqs, tokens = list(pending), list(pending.values())

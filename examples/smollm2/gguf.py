@@ -11,7 +11,7 @@ import numpy as np
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 F32, F16, Q4_1, Q8_0 = 0, 1, 3, 8
-# Weights in a block, and the block as it lies in the file.
+# Number of weights in a block, and the layout of the block in the file.
 BLOCKS = {
     F32: (1, np.dtype("<f4")),
     F16: (1, np.dtype("<f2")),

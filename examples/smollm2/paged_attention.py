@@ -1,8 +1,8 @@
-"""A paged KV cache for several sequences, and attention over it by flashspark.
+"""A paged KV cache for several sequences, and attention over it with flashspark.
 
 The cache of one layer is (num_pages, page_size, heads, head_dim). A sequence owns any pages, in any order; its row of
-the page table lists them. Pages are handed out in random order and start as NaN: a wrong page, or a row too many,
-shows.
+the page table lists them. Pages are handed out in random order and initialised with NaN, so that reading a wrong page
+or too many rows is noticed.
 """
 
 import time
@@ -13,13 +13,13 @@ import flashspark
 import numpy as np
 from model import Config
 
-UNUSED_SLOT = np.int32(0x7FFFFFFF)  # fills the page table past a sequence's end; nothing may read it
+UNUSED_SLOT = np.int32(0x7FFFFFFF)  # fills the page table past a sequence's end; must never be read
 ORACLE = "cpu-reference"
 
 
 @dataclass
 class Report:
-    """Calls, their seconds, and how far they were from the oracle (ratio: error / bound, above 1 is a failure)."""
+    """Number and time of the calls, and their error relative to the oracle's bound (a ratio above 1 is a failure)."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -48,7 +48,7 @@ class PagedAttention:
         seed: int = 0,
     ) -> None:
         slots = -(-max_tokens // page_size)
-        num_pages = num_seqs * slots + 7  # a few that nobody ever gets
+        num_pages = num_seqs * slots + 7  # some pages stay unused
         shape = (config.num_layers, num_pages, page_size, config.num_heads_kv, config.head_dim)
         self.k_cache = np.full(shape, np.nan, dtype)
         self.v_cache = np.full(shape, np.nan, dtype)
@@ -57,7 +57,7 @@ class PagedAttention:
         self.page_size, self.dtype, self.check = page_size, dtype, check
         self.prefill, self.decode = Report(), Report()
         self._free = list(np.random.default_rng(seed).permutation(num_pages))
-        # Per layer and sequence: the longest key and the largest value so far. They bound the error of an output.
+        # The longest key and the largest value of each layer and sequence so far; they bound the error of an output.
         self._longest_k = np.zeros((config.num_layers, num_seqs), np.float32)
         self._largest_v = np.zeros((config.num_layers, num_seqs), np.float32)
 
@@ -86,7 +86,7 @@ class PagedAttention:
         self._longest_k[:, seq] = self._largest_v[:, seq] = 0
 
     def attend(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Attention of the new tokens to themselves and all before them. q (T, 9, 64), k and v (T, 3, 64), float32."""
+        """Attention of the new tokens to all earlier ones and themselves. q (T, 9, 64), k and v (T, 3, 64), float32."""
         start = time.perf_counter()
         q, k, v = (np.ascontiguousarray(x, self.dtype) for x in (q, k, v))
         decode = bool(np.all(self._counts == 1))
@@ -101,7 +101,7 @@ class PagedAttention:
         return out.astype(np.float32)
 
     def _prefill(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Sequences of any lengths, end to end in one tensor. The cache is written by NumPy, and read through pages."""
+        """Packed sequences of any lengths. NumPy writes the cache; the call reads it through the page table."""
         page = self.page_table[self._owner, self._positions // self.page_size]
         self.k_cache[layer, page, self._positions % self.page_size] = k
         self.v_cache[layer, page, self._positions % self.page_size] = v
@@ -128,7 +128,7 @@ class PagedAttention:
             self.v_cache[layer],
             cu_seqlens_q=np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int32),
             max_seqlen_q=int(self._counts.max()),
-            cu_seqlens_k=None,  # a paged cache has no rows in between: lengths and pages say it all
+            cu_seqlens_k=None,  # not needed: a paged cache is described by lengths and pages
             seqused_k=lengths,
             max_seqlen_k=int(lengths.max()),
             block_table=self.page_table[self._seqs],
@@ -139,7 +139,7 @@ class PagedAttention:
     def _compare(
         self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, report: Report
     ) -> None:
-        """Holds an output against the oracle, which gets the same tensors and gives its result unrounded."""
+        """Compares an output with the oracle, which gets the same tensors and does not round its result."""
         k_norm = np.linalg.norm(k.astype(np.float32), axis=-1).max(axis=-1)
         v_size = np.abs(v.astype(np.float32)).max(axis=(-1, -2))
         np.maximum.at(self._longest_k[layer], self._owner, k_norm)
@@ -159,10 +159,11 @@ class PagedAttention:
 
 
 def error_bound(expected: np.ndarray, score: np.ndarray, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """How far an output of float32 arithmetic, rounded to `dtype`, may be from the exact one.
+    """The largest error of an output computed in float32 and rounded to `dtype`.
 
-    score (T, heads): |q| max |k| / sqrt(D), which no score exceeds. value (T, 1): max |v|. A score is off by a few
-    units of 2^-24 of its size, which moves every weight by that fraction; exponentials and sums add a few units more.
+    score (T, heads): |q| max |k| / sqrt(D), an upper bound of the scores. value (T, 1): max |v|. A score is off by a
+    few units of 2^-24 of its size, which changes every weight by that fraction; exponentials and sums add a few units
+    more.
     """
     rounding = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype.name]
     weights = (4 * score + 16) * 2.0**-24

@@ -1,4 +1,4 @@
-"""Shows several growing texts at once on a terminal, or plain text elsewhere."""
+"""Shows several growing texts side by side on a terminal, or as plain text elsewhere."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class Screen:
-    """`show` takes the whole page as lines; on a terminal it replaces what the last call showed."""
+    """`show` takes the whole page as lines; on a terminal it overwrites the previous one."""
 
     def __init__(self, height: int) -> None:
         size = shutil.get_terminal_size()

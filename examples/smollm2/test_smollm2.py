@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Two OpenBLAS threads that wait for each other by spinning are ten times slower than one when the machine is busy.
+# Two OpenBLAS threads that spin while waiting for each other are far slower than one on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -137,7 +137,7 @@ def test_answers(model: Model, tokenizer: Tokenizer, dtype: np.dtype) -> None:
 
 @pytest.mark.parametrize(("batch", "page_size"), [(1, 16), (3, 48), (1, 128)])
 def test_pages_and_batch(model: Model, tokenizer: Tokenizer, batch: int, page_size: int) -> None:
-    """Neither the page size, nor the order of pages, nor the neighbours in the batch change an answer."""
+    """Page size, order of pages and other sequences in the batch do not change an answer."""
     question = list(EXPECTED)[1]
     questions = [question, *list(EXPECTED)[::2]][:batch]
     got, attention = answers(model, tokenizer, questions, 8, page_size=page_size, seed=page_size)
@@ -146,7 +146,7 @@ def test_pages_and_batch(model: Model, tokenizer: Tokenizer, batch: int, page_si
 
 
 def test_a_wrong_page_is_noticed(model: Model, tokenizer: Tokenizer) -> None:
-    """The check beside each call can fail: the oracle reads the right pages while the engine is given wrong ones."""
+    """The comparison can fail: the engine is given wrong pages while the oracle reads the right ones."""
 
     class Aliased(PagedAttention):
         def _varlen(self, layer: int, q: np.ndarray, **options) -> np.ndarray:
@@ -164,7 +164,8 @@ def test_a_wrong_page_is_noticed(model: Model, tokenizer: Tokenizer) -> None:
 
 
 def test_activations_are_hard(layer_18: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    """What makes the next test worth having: row maxima jump by more than 20 from one block of keys to the next."""
+    """A property that makes the next test useful: row maxima jump by more than 20 from one block of keys to the
+    next."""
     q, k, _ = layer_18
     scores = np.einsum("thd,shd->hts", q, k.repeat(3, axis=1)) / np.sqrt(q.shape[-1])
     scores[:, ~np.tri(len(q), dtype=bool)] = -1000
@@ -180,7 +181,7 @@ def test_activations_are_hard(layer_18: tuple[np.ndarray, np.ndarray, np.ndarray
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_layer_18(layer_18: tuple[np.ndarray, np.ndarray, np.ndarray], dtype: np.dtype, num_splits: int) -> None:
-    """Prefill, and decode of the last token, on real activations: the same bound as anywhere else."""
+    """Prefill, and decode of the last token, on real activations, with the usual error bound."""
     q, k, v = (x.astype(dtype) for x in layer_18)
     for rows in (len(q), 1):
         lengths = {"cu_seqlens_q": np.int32([0, rows]), "cu_seqlens_k": np.int32([0, len(k)])}

@@ -8,7 +8,7 @@ from typing import Any
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SPECIAL = 3  # token type of control tokens
 
-# The GPT-2 pattern. Digits are split off before it runs, so what \w matches beside "_" is a letter.
+# The GPT-2 pattern. Digits are split off beforehand, so \w matches letters and "_" only.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 WORDS = re.compile(rf"'(?:s|t|re|ve|m|ll|d)| ?[^\W_]+| ?(?:[^{SPACE}\w]|_)+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
 
@@ -50,14 +50,14 @@ class Tokenizer:
         return bytes(self._bytes[s] for s in symbols).decode("utf-8", errors="replace")
 
     def chat(self, question: str) -> list[int]:
-        """Token ids of a conversation that waits for the assistant's answer."""
+        """Token ids of a conversation up to the assistant's turn."""
         turns = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
         return self.encode(turns + "<|im_start|>assistant\n")
 
     def _encode_word(self, word: str) -> list[int]:
         if word not in self._cache:
             parts = [self._symbols[byte] for byte in word.encode("utf-8")]
-            parts = [p for p in parts if p in self.ids]  # 21 bytes that no text of the training set held
+            parts = [p for p in parts if p in self.ids]  # 21 bytes do not occur in the training set and have no token
             while len(parts) > 1:
                 pairs = list(zip(parts, parts[1:]))
                 best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
@@ -80,7 +80,7 @@ def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def isolate_digits(text: str) -> Iterator[str]:
-    """Cuts a text around every numeric character: "in 1987." gives "in ", "1", "9", "8", "7", "."."""
+    """Splits a text around every numeric character: "in 1987." gives "in ", "1", "9", "8", "7", "."."""
     start = 0
     for i, char in enumerate(text):
         if unicodedata.category(char).startswith("N"):

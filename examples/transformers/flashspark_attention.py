@@ -21,7 +21,8 @@ def flashspark_mask(
     attention_mask: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
-    """Instead of a mask: int32 (B), the padding tokens at the start of each sequence, or None where there are none."""
+    """Replaces the mask: int32 (B), the number of padding tokens at the start of each sequence, or None if there are
+    none."""
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise NotImplementedError("mask_function: flashspark's example knows causal and full attention only")
     if mask_function is causal_mask_function and int(q_offset) + q_length != kv_offset + kv_length:
@@ -46,7 +47,7 @@ def flashspark_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (B, heads, Tq, D), key and value (B, KV heads, Tk, D): strided views go to flashspark as they are."""
+    """query (B, heads, Tq, D), key and value (B, KV heads, Tk, D). flashspark takes the strided views as they are."""
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
         raise NotImplementedError("flashspark computes the forward pass: use torch.no_grad() and no dropout")
     out = flashspark.flash_attn_with_kvcache(
@@ -64,7 +65,7 @@ _known = modeling_flash_attention_utils._lazy_imports
 
 
 def _lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Transformers 5 takes every name with "flash" in it for a package that it has to import. This one is here already.
+    """Stops transformers 5 from importing a package, as it does for every name that contains "flash".
 
     The last two results pack and unpack batches; only transformers' own wrappers call them.
     """

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "smollm2"))  # ahead of the package that is called gguf, too
+sys.path.insert(0, str(Path(__file__).parent.parent / "smollm2"))  # before the installed package named gguf
 from expected import EXPECTED  # noqa: E402
 from gguf import GGUF  # noqa: E402
 from model import model_path  # noqa: E402
@@ -70,7 +70,7 @@ def load(file: GGUF, attn_implementation: str = "flashspark", dtype: torch.dtype
 
 
 def halves_from_pairs(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """GGUF rotates neighbouring rows of Q and K, Hugging Face the two halves of a head: (out, in) reordered."""
+    """GGUF rotates neighbouring rows of Q and K, Hugging Face the two halves of a head: reorders (out, in)."""
     heads = len(weight) // head_dim
     return weight.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 

@@ -18,7 +18,7 @@ import flashspark_attention  # noqa: E402
 import torch  # noqa: E402
 from smollm2_hf import EXPECTED, GGUF, Tokenizer, answer, load, model_path  # noqa: E402
 
-# OpenMP threads wait by spinning: two are far slower than one on a machine that is busy with other tests.
+# OpenMP threads spin while waiting: two are far slower than one on a machine that is busy with other tests.
 torch.set_num_threads(1)
 
 

@@ -1,6 +1,6 @@
 """flashspark: FlashAttention for NVIDIA SM12x GPUs and for any CPU.
 
-Attention with flash-attention's names, defaults and meaning, on NumPy arrays and torch tensors alike, zero copy::
+Attention with flash-attention's names, defaults and meaning, on NumPy arrays and torch tensors, without copies::
 
     import numpy as np
     import flashspark
@@ -10,12 +10,12 @@ Attention with flash-attention's names, defaults and meaning, on NumPy arrays an
     v = np.random.randn(2, 128, 8, 64).astype(np.float32)
     out = flashspark.flash_attn_func(q, k, v, causal=True)  # (2, 128, 16, 64)
 
-Importing this package runs nothing and loads nothing: the native library comes with the first function that is used.
+Importing this package loads nothing else; the native library is loaded when the first function is used.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # type checkers take it for typing's, whose import costs 10 ms
+TYPE_CHECKING = False  # type checkers treat it as typing.TYPE_CHECKING, whose import would take most of ours
 if TYPE_CHECKING:
     from typing import Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._fwd import _flash_attn_fwd as _flash_attn_fwd
     from ._info import cpu_target, cpu_threads, implementations, native_version
     from ._ops import attention_explain, flash_attn_func, flash_attn_varlen_func
-    from ._schedule import get_scheduler_metadata
+    from ._scheduler_metadata import get_scheduler_metadata
 
     __version__: str
 
@@ -37,7 +37,7 @@ _HOME = {
     "flash_attn_varlen_func": "_ops",
     "flash_attn_with_kvcache": "_cache",
     "_flash_attn_fwd": "_fwd",
-    "get_scheduler_metadata": "_schedule",
+    "get_scheduler_metadata": "_scheduler_metadata",
     "implementations": "_info",
     "native_version": "_info",
 }
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
         value = version(__name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # the next use does not come here
+    globals()[name] = value  # found without this function from now on
     return value
 
 

@@ -1,4 +1,4 @@
-"""Attention over a KV cache, and writing into one."""
+"""append_kv, which writes into a KV cache, and flash_attn_with_kvcache, attention over one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ from functools import partial
 from typing import Any
 
 from . import _core
-from ._call import CACHE, Mode, as_torch_raises, attend, call, is_plain, learn_torch, required, respelled, respelling
+from ._call import (
+    CACHE,
+    Mode,
+    as_torch_raises,
+    attend,
+    call,
+    is_plain,
+    learn_torch,
+    rare_options,
+    required,
+    respelled,
+    respelling,
+)
 from ._kinds import any_flag, flag, integer, is_open, one_spelling, pair, refuse_qv, settled
 from ._layout import contiguous_rows, copied, hand_over
 from ._signature import APPEND
 from ._tensors import Array, array, bump, int32_full, is_torch, lengths, stored, sum_of
 
-_ZERO = 0  # the default of a number that is off
 _NUMBERS = frozenset({int, bool})
 _STORED = ("k", "v", "k_cache", "v_cache", "q", "rotary_cos", "rotary_sin")  # in the order of their bits in stored_as
-_PLACE = {name: place for place, name in enumerate(APPEND.names)}
+_INDEX = {name: index for index, name in enumerate(APPEND.names)}
 
 
 def append_kv(
@@ -49,30 +60,30 @@ def append_kv(
     """Writes new keys and values into a dense or paged cache, in place.
 
     k, v: (num_seqs, seqlen_new, num_heads_kv, head_dim), or (total, num_heads_kv, head_dim) with cu_seqlens_k_new.
-    k_cache, v_cache: (num_seqs, seqlen_cache, num_heads_kv, head_dim), or pages with block_table (page_table is the
-    same argument). Any strides with a contiguous last dimension; v_cache may lie inside k_cache's rows. A float8_e4m3
-    cache takes wider rows, divided by k_descale and v_descale. k and v must not overlap the caches, and no two rows may
-    go to one place.
-    cache_seqlens: int32 (num_seqs,), keys in the cache before the call; row i goes to cache_seqlens + i. None: 0.
+    k_cache, v_cache: (num_seqs, seqlen_cache, num_heads_kv, head_dim), or pages with block_table (or its other name,
+    page_table). Any strides with a contiguous last dimension; v_cache may lie inside k_cache's rows. A float8_e4m3
+    cache takes rows of wider types and stores them divided by k_descale and v_descale. k and v must not overlap the
+    caches, and no two rows may go to the same place.
+    cache_seqlens: int32 (num_seqs,): keys in the cache before the call; row i goes to cache_seqlens + i. None: 0.
     cache_batch_idx: int32 (num_seqs,): the cache row, or the row of block_table, of each sequence.
-    cache_leftpad: int32 (num_seqs,): accepted beside the attention's, and without influence: rows go to and turn by
-    positions of the cache, padding included, as in flash-attention.
-    rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotary embedding of the new keys, and of q **in place** when it
-    is given: its row i turns by cache_seqlens + i, all rows by cache_seqlens without q_rotary_per_token.
-    rotary_interleaved: pairs (0, 1), (2, 3) ..; else (0, rotary_dim / 2), (1, ..) ..
-    rotary_seqlens: int32 (num_seqs,): take the place of cache_seqlens in these positions, for keys and queries.
+    cache_leftpad: int32 (num_seqs,): accepted for symmetry with the attention, and ignored: as in flash-attention,
+    rows are placed and rotated by positions in the cache, padding included.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotary embedding of the new keys, and of q **in place** if it
+    is given. Row i of q is rotated by position cache_seqlens + i, or by cache_seqlens without q_rotary_per_token.
+    rotary_interleaved: rotate pairs (0, 1), (2, 3) ..; else (0, rotary_dim / 2), (1, rotary_dim / 2 + 1) ..
+    rotary_seqlens: int32 (num_seqs,): replace cache_seqlens in these positions, for keys and queries.
     q: (num_seqs, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q int32
-    (num_seqs + 1,), None: cu_seqlens_k_new; as many rows as it likes. seqused_q: int32 (num_seqs,): rows that turn;
-    the rest stay.
-    slot_mapping: int64 (num_tokens,), in place of lengths and block_table: row t of k and v, (total, num_heads_kv,
-    head_dim) with total >= num_tokens, goes to page slot_mapping[t] // page_size, row slot_mapping[t] % page_size of
-    it; negative entries are skipped. Any page_size; descales of one sequence.
+    (num_seqs + 1,), whose None then means cu_seqlens_k_new. q may have more or fewer rows than k. seqused_q: int32
+    (num_seqs,): rows to rotate; the rest are left untouched.
+    slot_mapping: int64 (num_tokens,), instead of lengths and block_table: row t of k and v, which are (total,
+    num_heads_kv, head_dim) with total >= num_tokens, goes to row slot_mapping[t] % page_size of page
+    slot_mapping[t] // page_size; negative entries are skipped. Any page_size; descales are those of a single sequence.
     rotary_positions: int64, at least num_tokens: with slot_mapping and rotary_cos, the position by which row t of k and
-    of q (total, num_heads_q, head_dim) turns; of q also where slot_mapping[t] is negative. With vLLM's cos_sin_cache:
-    rotary_cos, rotary_sin = cos_sin_cache.chunk(2, -1).
-    check_device: on a GPU, check lengths, pages and slots first, and raise ValueError as on the CPU (waits for it); a
-    GPU otherwise leaves out rows that have no place.
-    strict: do not copy k and v where their last dimension is not contiguous; raise ValueError.
+    of q (total, num_heads_q, head_dim) is rotated; q's also where slot_mapping[t] is negative. With vLLM's
+    cos_sin_cache: rotary_cos, rotary_sin = cos_sin_cache.chunk(2, -1).
+    check_device: on a GPU, check lengths, pages and slots first, and raise ValueError as on the CPU. This waits for the
+    GPU. Otherwise a GPU skips rows that have no place in the cache.
+    strict: raise ValueError instead of copying k and v if their last dimension is not contiguous.
     """
     spelled: dict[str, str] = {}
     if page_table is not None:
@@ -94,30 +105,30 @@ def append_kv(
 
 
 def _append_quickly(values: tuple[Any, ...]) -> bool:
-    """Tries plain torch tensors as they are; says whether that has done it."""
+    """Passes plain torch tensors on unconverted. False: nothing has been written, and the general path must follow."""
     if not all(x is None or type(x) in _NUMBERS or is_plain(x) for x in values):
         return False
     try:
         _core.append_kv(*values)
     except MemoryError as error:
         raise as_torch_raises(error) from None
-    except Exception:  # noqa: BLE001 - the general way says what is wrong, or mends it
+    except Exception:  # noqa: BLE001 - the general path copies what must be copied, or reports what is wrong
         return False
     return True
 
 
 def _append_any(values: tuple[Any, ...], strict: bool) -> None:
-    learn_torch(values[_PLACE["k"]])
+    learn_torch(values[_INDEX["k"]])
     args = settled(APPEND, 0, values)
     for name in ("k", "v", "k_cache", "v_cache"):
-        required(name, args[_PLACE[name]])
-    q = args[_PLACE["q"]]
+        required(name, args[_INDEX[name]])
+    q = args[_INDEX["q"]]
     if not strict:
         for name in ("k", "v", "q"):
-            args[_PLACE[name]] = contiguous_rows(args[_PLACE[name]])
-    memory = args[_PLACE["q"]]
+            args[_INDEX[name]] = contiguous_rows(args[_INDEX[name]])
+    memory = args[_INDEX["q"]]
     for bits, name in enumerate(_STORED):
-        args[_PLACE[name]], code = stored(args[_PLACE[name]], bits)
+        args[_INDEX[name]], code = stored(args[_INDEX[name]], bits)
         args[0] |= code
     call(_core.append_kv, APPEND, tuple(args))
     hand_over(memory, q)
@@ -182,25 +193,25 @@ def flash_attn_with_kvcache(
     _attend: Callable[..., Any] = attend,
     _append: Callable[..., None] = append_kv,
 ) -> Any:
-    """Attention over a KV cache; with k and v, these are first written into the cache behind the keys it holds.
+    """Attention over a KV cache. k and v, if given, are first written into the cache after the keys it holds.
 
     q: (num_seqs, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q.
     k_cache, v_cache: (num_rows, seqlen_cache, num_heads_kv, head_dim), or with block_table
-    (num_pages, page_size, num_heads_kv, head_dim), pages of any size up to 2^20, on a GPU quick in multiples of 16. Any
-    strides; v_cache may lie inside k_cache's rows.
+    (num_pages, page_size, num_heads_kv, head_dim): pages of any size up to 2^20, fastest on a GPU in multiples of 16.
+    Any strides; v_cache may lie inside k_cache's rows.
     k, v: (num_seqs, seqlen_new, num_heads_kv, head_dim), or (total, num_heads_kv, head_dim) with cu_seqlens_k_new.
-    rotary_cos, rotary_sin: (positions, rotary_dim / 2): turns k by cache_seqlens + i, and row i of q as well when
-    causal, windowed or chunked, else all of them by cache_seqlens. Needs k and v; q may have more or fewer rows, or lie
-    end to end. q itself is not changed. rotary_seqlens: int32 (num_seqs,): take the place of cache_seqlens in these
-    positions.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotary embedding of row i of k by position cache_seqlens + i.
+    Row i of q is rotated by the same position if the mask is causal, windowed or chunked, else every row by
+    cache_seqlens. Needs k and v, than which q may have more or fewer rows. q itself is not changed. rotary_seqlens:
+    int32 (num_seqs,): replace cache_seqlens in these positions.
     cache_seqlens: int32 (num_seqs,) or int: keys in the cache before the call. None: all of a cache or of the pages of
     block_table.
     cache_batch_idx: int32 (num_seqs,): the cache row of each sequence; with block_table, the row of it.
-    cache_leftpad: int32 (num_seqs,): keys to skip at the start; they count in cache_seqlens and in rotary positions. A
+    cache_leftpad: int32 (num_seqs,): keys to skip at the start, counted in cache_seqlens and in rotary positions. A
     sequence that is all padding has no keys.
-    block_table: int32 (num_seqs, pages per sequence); page_table is the same argument.
-    scheduler_metadata: int32, from get_scheduler_metadata: decoding on a GPU starts sooner.
-    The other arguments are flash_attn_func's. With explain, nothing is written into the cache.
+    block_table: int32 (num_seqs, pages per sequence); page_table is another name of this argument.
+    scheduler_metadata: int32, from get_scheduler_metadata: saves time at the start of decoding on a GPU.
+    The other arguments are flash_attn_func's. With explain nothing is written into the cache.
 
     Returns out, like q with v's head size; (out, lse) with return_softmax_lse, return_lse or return_attn_probs.
     """
@@ -233,34 +244,27 @@ def flash_attn_with_kvcache(
         cu_seqlens_q, max_seqlen_q, None, max_seqlen_k, seqused_q, seqused_k, block_table, cache_leftpad,
         cache_batch_idx, scheduler_metadata,
     )
-    if (
-        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
-        or v_descale is not None or output_scale is not None or rel_logits is not None
-        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
-        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
-        or prefix_clamp_window is not False
-    ):
-        tail += (
-            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
-        )
+    tail += rare_options(
+        sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+        prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+    )
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if k is not None and not (mode and mode.explain):
         if _attend is attend:
-            # A bad argument must not leave new rows in the cache: the attention is checked before they are written.
+            # Checked before the new rows are written, so that a bad argument leaves the cache as it was.
             tensors = (q, k_cache, v_cache)
             attend(CACHE, tensors, out, lse, want_lse, mode, head, tail, _core.attention_validate)
-        turns = rotary_cos is not None or rotary_sin is not None
-        if turns:
+        rotates = rotary_cos is not None or rotary_sin is not None
+        if rotates:
             q = copied("q", q)
         append = _append if spelled is None else partial(respelling, spelled, _append)
         append(
             k, v, k_cache, v_cache, cache_seqlens, q=q if rotary_cos is not None else None, rotary_cos=rotary_cos,
             rotary_sin=rotary_sin, cu_seqlens_k_new=cu_seqlens_k_new, block_table=block_table,
             cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, rotary_interleaved=rotary_interleaved,
-            q_rotary_per_token=turns and (flag("causal", causal) or not _sees_all(left, right, attention_chunk)),
+            q_rotary_per_token=rotates and (flag("causal", causal) or not _sees_all(left, right, attention_chunk)),
             k_descale=k_descale, v_descale=v_descale, rotary_seqlens=rotary_seqlens,
-            cu_seqlens_q=cu_seqlens_q if turns else None, seqused_q=seqused_q if turns else None,
+            cu_seqlens_q=cu_seqlens_q if rotates else None, seqused_q=seqused_q if rotates else None,
             check_device=check_device, strict=strict,
         )
     # fmt: on
@@ -269,13 +273,13 @@ def flash_attn_with_kvcache(
 
 
 def _sees_all(left: Any, right: Any, attention_chunk: Any) -> bool:
-    """Whether a mask that is not causal leaves every key to every query: rotary embedding then turns all alike."""
+    """Whether a mask that is not causal shows every key to every query; all rows of q then have the same position."""
     chunk = 0 if attention_chunk is None else integer("attention_chunk", attention_chunk)
     return chunk == 0 and is_open("window_size[0]", left) and is_open("window_size[1]", right)
 
 
 def _same_for_all(value: Any, q: Array, cu_seqlens_q: Array | None) -> Array:
-    """int32 (num_seqs,) full of cache_seqlens, where that is one number."""
+    """cache_seqlens, given as one number, as int32 (num_seqs,)."""
     number = integer("cache_seqlens", value)
     if not 0 <= number < 2**31:
         raise ValueError(f"cache_seqlens = {number}: must be from 0 to 2147483647")
@@ -293,7 +297,7 @@ def _refuse_without_keys(**given: Any) -> None:
 
 
 def _lengths_with_new(k: Array, v: Array, cache_seqlens: Any, cu_seqlens_k_new: Any) -> Array:
-    """The keys of each sequence once the new ones are in the cache."""
+    """The length of each sequence including the new keys."""
     if k is None or v is None:
         raise ValueError(f"{'k' if k is None else 'v'} = None: k and v go together")
     if cache_seqlens is None:

@@ -1,4 +1,8 @@
-"""From Python arguments to one native call: the quick ways for plain arrays and tensors, and the way for all others."""
+"""From Python arguments to one native call: fast paths for plain arrays and tensors, and a general path.
+
+A fast path passes its arguments on unconverted. If the native call refuses them, nothing has been computed, and the
+general path repeats the call with converted arguments, or reports what is wrong in the caller's words.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from ._kinds import settled
 from ._signature import ATTENTION, Signature, in_tail
 from ._tensors import (
     BFLOAT16,
+    DTYPE_CODES,
     LAST_NUMPY_TYPE,
     Array,
     bump,
@@ -26,27 +31,61 @@ from ._tensors import (
     stored,
 )
 
-FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use; see bindings/signature.def
+FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use: enum Face of bindings/signature.hpp
 
 _ndarray, _empty = np.ndarray, np.empty
-_BF16, _U16, _FOUR_BF16 = BFLOAT16.num, np.dtype(np.uint16), 0x3333  # stored_as of q, k, v and out
-_NUMPY = frozenset({np.ndarray, type(None), int, bool})  # of a plain call's tail
+_BF16, _U16 = BFLOAT16.num, np.dtype(np.uint16)
+_FOUR_BF16 = DTYPE_CODES["bfloat16"] * 0x1111  # stored_as of q, k, v and out
+_NUMPY = frozenset({np.ndarray, type(None), int, bool})  # the types in a plain call's tail
 CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
 _FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
-# Places among all arguments.
-_PLACE = {name: place for place, name in enumerate(ATTENTION.names)}
+_INDEX = {name: index for index, name in enumerate(ATTENTION.names)}
 _STORED = ("q", "k", "v", "out", "sinks", "rel_logits")  # in the order of their bits in stored_as
+_ZERO = 0  # a default, recognised by identity: a caller may pass an array, which `==` would compare by element
+
+
+def rare_options(
+    sinks: Array | None,
+    alibi_slopes: Array | None,
+    q_descale: Array | None,
+    k_descale: Array | None,
+    v_descale: Array | None,
+    output_scale: Array | None,
+    rel_logits: Array | None,
+    causal_per_seq: Array | None,
+    prefix_ranges: Array | None,
+    prefix_clamp_window: bool,
+    rswa_prefix_lens: Array | None,
+    rswa_window: int,
+    attention_chunk: int,
+    check_device: bool,
+) -> tuple[Any, ...]:
+    """The second half of the tail (signature.def); empty where all of it has its defaults, as in most calls."""
+    # fmt: off
+    if (
+        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
+        or v_descale is not None or output_scale is not None or rel_logits is not None
+        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
+        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
+        or prefix_clamp_window is not False
+    ):
+        return (
+            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+        )
+    return ()
+    # fmt: on
 
 
 class _Torch:
-    """What the quick way needs of torch, where it is in use: looked up once."""
+    """The functions of torch that the fast path uses, looked up once torch is in use."""
 
     Tensor: Any = None
 
     def learn(self) -> None:
         torch = sys.modules["torch"]
         self.is_grad_enabled, self.empty_like = torch.is_grad_enabled, torch.empty_like
-        try:  # three times as quick as the public function
+        try:  # much faster than the public function
             with torch.inference_mode():
                 torch._C._increment_version((torch.empty(0),))
             self.increment_version = torch._C._increment_version
@@ -59,14 +98,14 @@ _torch = _Torch()
 
 
 def learn_torch(x: Array) -> None:
-    """Makes the quick ways know torch, where x is its tensor."""
+    """Enables the fast paths for torch once x is a torch tensor."""
     if _torch.Tensor is None and is_torch(x):
         _torch.learn()
 
 
 def call(function: Callable[..., Any], signature: Signature, args: tuple[Any, ...], face: int = 0) -> Any:
-    """One native call. NumPy refuses to export some arrays at first; those are sorted out only then."""
-    # tvm-ffi asks torch for its current stream, but not CuPy.
+    """One native call. Arrays that NumPy refuses to export are exported another way, or reported."""
+    # tvm-ffi finds out torch's current stream by itself, but not CuPy's.
     if "cupy" in sys.modules and (array := next(filter(is_cupy, args), None)) is not None:
         stream = sys.modules["cupy"].cuda.get_current_stream().ptr
         with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", array.device.id), stream):
@@ -82,11 +121,11 @@ def _export(name: str, x: Any) -> Any:
     if not isinstance(x, np.ndarray):
         return x
     try:
-        # Asked for the newer protocol, NumPy exports read-only arrays, too.
+        # With the newer version of the protocol NumPy exports read-only arrays, too.
         return tvm_ffi.from_dlpack(x.__dlpack__(max_version=(1, 0)))
     except BufferError as error:
         text = f"{name}.dtype = {x.dtype}, strides {x.strides} bytes: cannot be passed without a copy ({error})"
-    except RuntimeError as error:  # a type that DLPack has no code for
+    except RuntimeError as error:  # a type that DLPack cannot express
         text = f"{name}.dtype = {x.dtype}: {error}"
     if x.dtype.isnative and x.dtype.kind in "fiub" and x.dtype.num <= LAST_NUMPY_TYPE:
         raise ValueError(text)
@@ -94,25 +133,27 @@ def _export(name: str, x: Any) -> Any:
 
 
 def as_torch_raises(error: MemoryError) -> Exception:
-    """Whatever goes wrong in torch's allocator arrives as a MemoryError with torch's C++ frames in its text."""
+    """The error that torch would raise. Its allocator's errors arrive as MemoryError with C++ frames in the text."""
     text = str(error).partition("\nException raised from ")[0]
     if "CUDA" not in text:
         return error
-    full = "out of memory" in text or "OUT_OF_MEMORY" in text  # torch's words, the driver's
+    full = "out of memory" in text or "OUT_OF_MEMORY" in text  # torch's text, the driver's
     return sys.modules["torch"].cuda.OutOfMemoryError(text) if full else RuntimeError(text)
 
 
 def is_plain(x: Array) -> bool:
-    """Whether x is a torch tensor with its values in memory and no gradient to lose, as far as the native call does not
-    find out."""
+    """Whether x is a torch tensor that the fast path may pass on: not lazily negated, and without a gradient to lose.
+
+    The native call itself refuses everything else that a fast path must not take.
+    """
     return type(x) is _torch.Tensor and not x.is_neg() and not (x.requires_grad and _torch.is_grad_enabled())
 
 
 class Mode(NamedTuple):
-    """What few calls ask of `attend`.
+    """Options of `attend` that few calls use.
 
-    explain: compute nothing, return the text. strict: copy nothing. spelled: what the caller called an argument where
-    that was not the function's own name.
+    explain: compute nothing, return the text. strict: copy nothing. spelled: the caller's name of an argument, by the
+    function's own name, where the two differ.
     """
 
     explain: bool = False
@@ -135,9 +176,6 @@ def attend(
 
     tensors: q, k, v. head, tail: the other arguments in signature.def's order; trailing ones of the tail may be left
     out.
-
-    Plain arrays and tensors go straight to the native call; where that refuses them, `_attend_any` mends it, or says
-    what is wrong in the caller's words.
     """
     q, k, v = tensors
     if mode:
@@ -150,8 +188,10 @@ def attend(
             and (lse is None or type(lse) is _ndarray)
         ):
             try:
-                result = _empty(q.shape[:-1] + v.shape[-1:], q.dtype) if out is None else out
-                logs = lse
+                result, logs = out, lse
+                if out is None:
+                    shape, width = q.shape, v.shape[-1]
+                    result = _empty(shape if shape[-1] == width else (*shape[:-1], width), q.dtype)
                 if want_lse and lse is None:
                     logs = empty_lse(q, bool(tail) and tail[CU_SEQLENS_Q] is not None)
                 if number == _BF16:
@@ -160,7 +200,7 @@ def attend(
                 else:
                     function(face, 0, q, k, v, result, logs, *head, *tail)
                 return result, logs
-            except Exception:  # noqa: BLE001, S110 - the general way says what is wrong, or mends it
+            except Exception:  # noqa: BLE001, S110 - left to the general path
                 pass
     elif (
         type(q) is type(k) is type(v) is _torch.Tensor
@@ -184,7 +224,7 @@ def attend(
             function(face, 0, q, k, v, result, logs, *head, *tail)
         except MemoryError as error:
             raise as_torch_raises(error) from None
-        except Exception:  # noqa: BLE001, S110 - as above
+        except Exception:  # noqa: BLE001, S110 - left to the general path
             pass
         else:
             if out is not None:
@@ -206,11 +246,11 @@ def _attend_any(
     mode: Mode,
     function: Callable[..., Any],
 ) -> Any:
-    """`attend` for every kind of arguments. values: q, k, v, out, lse, the head and the tail."""
+    """The general path of `attend`. values: q, k, v, out, lse, the head and the tail."""
     learn_torch(values[0])
     args = settled(ATTENTION, face, (0, 0, *values))
     args[0] = face
-    words, at = ATTENTION.words[face], _PLACE
+    words, at = ATTENTION.words[face], _INDEX
     q, k, v, out, lse = (args[at[name]] for name in ("q", "k", "v", "out", "lse"))
     for name, x in (("q", q), ("k", k), ("v", v)):
         required(words[at[name]], x)
@@ -224,7 +264,7 @@ def _attend_any(
     memory = out
     if not mode.strict:
         if args[at["softmax_scale"]] is None and len(q.shape) > 0 and q.shape[-1] > 0:
-            args[at["softmax_scale"]] = q.shape[-1] ** -0.5  # of the head size before it is padded
+            args[at["softmax_scale"]] = q.shape[-1] ** -0.5  # by the head size before padding
         step = _layout.step_of(k)
         memory = _layout.writable(out, v.shape[-1] if len(v.shape) > 0 else 0, step)
         q, k, v = _layout.readable(q, step), _layout.readable(k, step), _layout.readable(v, step)
@@ -251,7 +291,7 @@ def required(name: str, x: Array | None) -> None:
 
 
 def respelling(spelled: Mapping[str, str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls the function; its errors are in the caller's words."""
+    """Calls the function; errors have the caller's names."""
     try:
         return function(*args, **kwargs)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -259,7 +299,7 @@ def respelling(spelled: Mapping[str, str], function: Callable[..., Any], *args: 
 
 
 def respelled(error: Exception, spelled: Mapping[str, str]) -> Exception:
-    """The error in the caller's words: `sinks.shape[0] = 3 ..` becomes `s_aux.shape[0] = 3 ..`."""
+    """The error with the caller's names: `sinks.shape[0] = 3 ..` becomes `s_aux.shape[0] = 3 ..`."""
     text = str(error)
     for name, word in spelled.items():
         if text.startswith(name) and not text[len(name) : len(name) + 1].isidentifier():

@@ -1,4 +1,4 @@
-"""Loads the native module and gives its functions names."""
+"""Loads the native module and names its functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MODULE = "_flashspark_ffi.so"
 
 
 def _find() -> str:
-    # Every folder of the package: an editable install keeps the native files elsewhere than the Python files.
+    # An editable install keeps the native files in another folder of the package than the Python files.
     import flashspark
 
     for folder in flashspark.__path__:
@@ -21,7 +21,7 @@ def _find() -> str:
             return path
     raise ImportError(
         f"flashspark's native module {_MODULE} is not in {list(flashspark.__path__)}: "
-        "install the package (pip install .), the source tree alone does not hold it"
+        "install the package (pip install .); the source tree alone does not contain it"
     )
 
 

@@ -1,8 +1,8 @@
 """Start-up hook: tells flashspark.vllm when the vLLM modules that it changes have been loaded.
 
-flashspark.pth (flashspark.start on Python 3.15) arms it in every interpreter of the environment; it then costs one
-look at a name per import, until vLLM's attention modules are imported. The plug-in arms it, too, where no .pth file is
-read. Standard library only; nothing of vLLM or of flashspark.vllm is imported before vLLM itself is.
+flashspark.pth (flashspark.start on Python 3.15) arms it in every interpreter of the environment, where it then costs
+one comparison of a name per import. vLLM's plug-in arms it where no .pth file is read. This module uses the standard
+library only, and imports nothing of flashspark.vllm before a module of vLLM is imported.
 """
 
 from __future__ import annotations
@@ -10,19 +10,11 @@ from __future__ import annotations
 import os
 import sys
 
-TYPE_CHECKING = False  # as in __init__.py: flashspark.start imports this file in every interpreter
+TYPE_CHECKING = False  # as in __init__.py; flashspark.start imports this module in every interpreter
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
-
-SELECTOR = "vllm.v1.attention.selector"
-FA_UTILS = "vllm.v1.attention.backends.fa_utils"
-FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
-CUTE = "vllm.vllm_flash_attn.cute.interface"
-MLA_PREFILL = "vllm.v1.attention.backends.mla.prefill.flash_attn"
-INKLING = "vllm.models.inkling.nvidia.ops.fa4_rel_attention"
-WATCHED = frozenset({SELECTOR, FA_UTILS, FLASH_ATTN, CUTE, MLA_PREFILL, INKLING})
 
 
 def switched_off() -> str:
@@ -34,7 +26,7 @@ def switched_off() -> str:
 
 
 class _Loader:
-    """The real loader, and one call after the module has run."""
+    """The real loader, followed by one call after the module has run."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -54,10 +46,10 @@ class _Loader:
 
 
 class Finder:
-    """First on sys.meta_path; finds nothing itself."""
+    """First on sys.meta_path. Finds nothing itself; wraps the loaders that other finders give for vLLM's modules."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in WATCHED:
+        if not name.startswith("vllm.") or name not in _watched():
             return None
         for finder in sys.meta_path:
             find = None if isinstance(finder, Finder) else getattr(finder, "find_spec", None)
@@ -69,14 +61,22 @@ class Finder:
         return None
 
 
+def _watched() -> frozenset[str]:
+    try:
+        from flashspark.vllm.names import WATCHED
+    except Exception:  # the package has been removed meanwhile: vLLM goes on as it is
+        return frozenset()
+    return WATCHED
+
+
 def _loaded(name: str) -> None:
     try:
         from flashspark.vllm import takeover
     except Exception as error:
-        # Whatever is wrong with us, vLLM goes on as it is.
+        # Whatever is wrong here, vLLM goes on as it is.
         print(f"flashspark: vLLM keeps its own attention: {type(error).__name__}: {error}", file=sys.stderr)
         return
-    takeover.module_loaded(name)
+    takeover.module_loaded(name, switched_off())
 
 
 def install() -> None:

@@ -1,4 +1,4 @@
-"""What the native library says of itself."""
+"""Facts about the native library."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ def native_version() -> str:
 
 
 def cpu_target() -> str:
-    """SIMD target that the CPU engine uses on this machine, such as "AVX2" or "NEON"."""
+    """The SIMD target that the CPU engine uses on this machine, such as "AVX2" or "NEON"."""
     return str(_core.cpu_target())
 
 
 def cpu_threads() -> int:
-    """CPU threads that a call uses when num_threads is 0."""
+    """The number of CPU threads that a call uses when num_threads is 0."""
     return int(_core.cpu_threads())
 
 
 def implementations() -> dict[str, str]:
-    """Implementations in this build, best first: the name that `implementation=` takes, and a description."""
+    """The implementations in this build, best first: the name for `implementation=`, and a description."""
     found: dict[str, str] = {}
     while name := _core.implementation_name(len(found)):
         found[str(name)] = str(_core.implementation_description(len(found)))

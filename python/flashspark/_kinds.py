@@ -1,6 +1,6 @@
-"""Arguments by their kinds (bindings/signature.def): what callers may write becomes what the native call takes.
+"""Converts the arguments that callers may write into those that the native call takes, by kind (signature.def).
 
-Numbers may be Python's, NumPy scalars, or 0-d arrays and tensors, whose value is read (on a GPU that waits for it).
+Numbers may be Python's, NumPy scalars, or 0-d arrays and tensors. Reading a tensor on a GPU waits for the GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ._tensors import array, is_cupy, is_masked, is_torch
 
 
 def _scalar(name: str, value: Any, wanted: str) -> Any:
-    """The number in a 0-d array or tensor; anything else as it is."""
+    """The number in a 0-d array or tensor; anything else unchanged."""
     if not isinstance(value, np.generic):
         if not (isinstance(value, np.ndarray) or is_torch(value) or is_cupy(value)):
             return value
@@ -25,12 +25,12 @@ def _scalar(name: str, value: Any, wanted: str) -> Any:
         value = array(name, value)
     try:
         return value.item()
-    except Exception as error:  # a stream that is being captured cannot be waited for
+    except Exception as error:  # such as a stream that is being captured, which cannot be waited for
         raise ValueError(f"{name} = {_word(value)}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """Of an array or tensor; a nested tensor says that it has one dimension, and no more."""
+    """The shape of an array or tensor; one dimension for a nested tensor, whose own shape cannot be asked for."""
     return (0,) if is_torch(value) and value.is_nested else tuple(value.shape)
 
 
@@ -48,7 +48,7 @@ def _word(value: Any) -> str:
 
 
 def integer(name: str, value: Any) -> int:
-    """An int of 64 bits. No bool: whoever gives one means something else."""
+    """An int of 64 bits. A bool is refused, since it is most likely meant for another argument."""
     if type(value) is not int:
         value = _scalar(name, value, "an int")
         try:
@@ -63,12 +63,12 @@ def integer(name: str, value: Any) -> int:
 def bound(name: str, value: Any) -> int:
     value = integer(name, value)
     if value < 0:
-        raise ValueError(f"{name} = {value}: must be from 0 on, or None")
+        raise ValueError(f"{name} = {value}: must be at least 0, or None")
     return value
 
 
 def window(name: str, value: Any) -> int:
-    """A side of a window; every negative one is open."""
+    """One side of a window; any negative number is an open side."""
     return max(integer(name, value), -1)
 
 
@@ -115,12 +115,12 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-# Values of these types are what the native call takes, as they are.
+# Values of exactly these types need no conversion.
 _EXACT = {"code": int, "flag": bool, "real": float, "text": str}
 
 
 def settled(signature: Signature, face: int, values: tuple[Any, ...]) -> list[Any]:
-    """The values of a native call, each as its kind wants it. Raises TypeError or ValueError, naming what is wrong."""
+    """The values of a native call, converted by kind. Raises TypeError or ValueError, which name the argument."""
     words = signature.words[face]
     return [
         value if value is None or type(value) is _EXACT.get(kind) else KINDS[kind](word, value)
@@ -129,12 +129,12 @@ def settled(signature: Signature, face: int, values: tuple[Any, ...]) -> list[An
 
 
 def pair(window_size: Any) -> tuple[Any, Any]:
-    """(left, right) from flash-attention's window_size: a tuple, list or array of two; None stands for an open side."""
+    """(left, right) of flash-attention's window_size: a tuple, list or array of two; None is an open side."""
     if window_size is None:
         return None, None
     try:
         left, right = () if isinstance(window_size, (set, frozenset, dict, str, bytes)) else window_size
-    except Exception:  # noqa: BLE001 - whatever it is, it has no two sides
+    except Exception:  # noqa: BLE001 - anything that does not unpack into two
         raise ValueError(
             f"window_size = {_short(window_size)}: must be (left, right), -1 or None for an open side"
         ) from None
@@ -146,14 +146,14 @@ def _short(value: Any) -> str:
 
 
 def is_open(name: str, side: Any) -> bool:
-    """Whether a side of a window is open."""
+    """Whether this side of a window is open."""
     return side is None or window(name, side) < 0
 
 
 def one_spelling(spelled: dict[str, str], **given: Any) -> Any:
-    """The value that is given under one of several names, the function's own first; None where there is none.
+    """The value given under one of several names of an argument, the function's own name first; None without one.
 
-    Notes in `spelled` which name it was, for errors. Raises ValueError where two names have different values.
+    Records in `spelled` which name the caller used, for errors. Raises ValueError if two names have different values.
     """
     own, chosen = next(iter(given)), None
     for name, value in given.items():
@@ -170,7 +170,7 @@ def one_spelling(spelled: dict[str, str], **given: Any) -> Any:
 
 
 def any_flag(**given: Any) -> bool:
-    """Whether one of these is true; all are bools."""
+    """Whether any of these flags is true. All of them are checked."""
     return any([flag(name, value) for name, value in given.items() if value is not None])
 
 

@@ -1,7 +1,7 @@
-"""Copies for what the native call cannot read in place: head sizes, strides and addresses.
+"""Copies of tensors whose head size, strides or address the native call does not accept.
 
-The native call takes head sizes in multiples of 8, a contiguous last dimension and, on a GPU, rows of 16 aligned bytes
-(32 of float32). flash-attention pads and copies in its Python functions, and so do these, unless told to be strict.
+The native call accepts head sizes in multiples of 8, a contiguous last dimension and, on a GPU, rows aligned to 16
+bytes (32 for float32). Like flash-attention's Python functions, ours pad and copy everything else unless `strict`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from ._tensors import Array, array, is_cupy, is_torch
 
-MOST = 512  # the widest head
-_ROW = 16  # numbers that a copy's rows start at multiples of: 16 bytes of e4m3, 32 of 16-bit types
+MAX_HEAD_DIM = 512
+_ROW_STEP = 16  # elements: rows of a copy start at multiples of this, at least 16 bytes in any type
 
 
 def _on_cuda(x: Array) -> bool:
@@ -26,7 +26,7 @@ def _can_copy(x: Array) -> bool:
 
 
 def _strides(x: Array) -> tuple[int, ...]:
-    """In bytes."""
+    """The strides of x in bytes."""
     if is_torch(x):
         return tuple(stride * x.itemsize for stride in x.stride())
     return tuple(x.strides)
@@ -37,7 +37,7 @@ def _address(x: Array) -> int:
 
 
 def _aligned(x: Array) -> bool:
-    """Whether the kernels can copy x's rows: on a GPU, every row at a multiple of 16 bytes, of 32 in float32."""
+    """Whether every row is aligned as the kernels need it: on a GPU to 16 bytes, to 32 in float32."""
     if not _on_cuda(x):
         return True
     unit = 32 if x.dtype.itemsize == 4 else 16
@@ -50,26 +50,26 @@ def _contiguous_last(x: Array) -> bool:
 
 
 def step_of(k: Array) -> int:
-    """What head sizes must be a multiple of: 8, or 16 for keys in e4m3 on a GPU."""
+    """The number that head sizes must be multiples of: 8, or 16 for keys in e4m3 on a GPU."""
     return 16 if _on_cuda(k) and k.dtype.itemsize == 1 else 8
 
 
 def padded(width: int, step: int) -> int:
-    """The head size that the native call computes with; the numbers behind `width` are zeros."""
+    """The head size that the native call computes with; elements past `width` are zeros."""
     return -(-width // step) * step
 
 
 def readable(x: Array, step: int) -> Array:
-    """x (.., width), or a copy of it that the native call can read, as wide as padded(width)."""
+    """x (.., width), or a copy that the native call can read, padded to padded(width, step) with zeros."""
     shape = x.shape
-    if len(shape) < 3 or not 0 < shape[-1] <= MOST or not _can_copy(x):
-        return x  # the call says what is wrong with it
+    if len(shape) < 3 or not 0 < shape[-1] <= MAX_HEAD_DIM or not _can_copy(x):
+        return x  # the native call reports what is wrong with it
     if shape[-1] % step == 0 and type(x) is np.ndarray and x.strides[-1] == x.itemsize:
         return x
     width = padded(x.shape[-1], step)
     if width == x.shape[-1] and _contiguous_last(x) and _aligned(x):
         return x
-    copy = _zeros(x, (*x.shape[:-1], padded(width, _ROW)))
+    copy = _zeros(x, (*x.shape[:-1], padded(width, _ROW_STEP)))
     copy[..., : x.shape[-1]] = x
     return copy[..., :width]
 
@@ -84,18 +84,18 @@ def _zeros(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def writable(out: Array, width: int, step: int) -> Array:
-    """out (.., width), or memory for the native call to write into, to be given to `hand_over` behind it."""
-    if not _can_copy(out) or len(out.shape) < 3 or out.shape[-1] != width or not 0 < width <= MOST:
+    """out (.., width), or memory for the native call to write into instead; `hand_over` then copies it to out."""
+    if not _can_copy(out) or len(out.shape) < 3 or out.shape[-1] != width or not 0 < width <= MAX_HEAD_DIM:
         return out
     if padded(width, step) == width and _contiguous_last(out):
         return out
-    memory = _zeros(out, (*out.shape[:-1], padded(width, _ROW)))
-    memory[..., :width] = out  # rows past seqused_q keep what they hold
+    memory = _zeros(out, (*out.shape[:-1], padded(width, _ROW_STEP)))
+    memory[..., :width] = out  # rows past seqused_q keep their values
     return memory[..., : padded(width, step)]
 
 
 def hand_over(memory: Array, out: Any) -> None:
-    """Gives the caller's tensor what the native call has written elsewhere; nothing where it is the same tensor."""
+    """Copies what the native call has written to the caller's tensor, unless it is that tensor."""
     if memory is out:
         return
     if is_torch(out):
@@ -105,7 +105,7 @@ def hand_over(memory: Array, out: Any) -> None:
 
 
 def contiguous_rows(x: Array | None) -> Array | None:
-    """x, or a copy of it whose last dimension is contiguous; as wide as x."""
+    """x, or a copy of the same width whose last dimension is contiguous."""
     if x is None or not _can_copy(x) or len(x.shape) < 1 or _contiguous_last(x):
         return x
     return copied("", x)
@@ -115,7 +115,7 @@ def copied(name: str, x: Array) -> Array:
     """A contiguous copy of x."""
     if is_torch(x):
         if x.is_nested or x.layout is not sys.modules["torch"].strided:
-            array(name, x)  # says that it cannot be
+            array(name, x)  # raises, naming the argument
         return x.clone(memory_format=sys.modules["torch"].contiguous_format)
     if not _can_copy(x):
         x = np.from_dlpack(array(name, x))

@@ -1,74 +1,78 @@
-"""flash_attn_func, flash_attn_varlen_func and the explanation of what would run.
+"""flash_attn_func, flash_attn_varlen_func and attention_explain.
 
-Keyword arguments that both functions (and flash_attn_with_kvcache) share, beyond flash-attention's own:
+The two functions and flash_attn_with_kvcache share these keyword arguments, beyond flash-attention's own:
 
 sinks : (num_heads,) float32, float16 or bfloat16
-    Logits that only enter the softmax denominator, one for each head. Not scaled. s_aux and learnable_sink are the same
-    argument under the names of vLLM's and transformers' calls and of FlashAttention 4.
+    Logits that only enter the softmax denominator, one for each head, not scaled. s_aux (vLLM, transformers) and
+    learnable_sink (FlashAttention 4) are other names of this argument.
 out : like the result
-    Written in place and returned; any strides. Allocated when None.
+    Written in place and returned; any strides. None: allocated.
 lse : float32, as below
-    Written in place; allocated when None and asked for.
+    Written in place. None: allocated if it is to be returned.
 return_softmax_lse : bool
     Return (out, lse). lse is the natural logarithm of the softmax denominator, the sink included:
     (num_seqs, num_heads, seqlen_q), or (num_heads, total_q) with cu_seqlens_q. -inf for a row without keys. return_lse
-    is the same.
+    is another name of this argument.
 seqused_q, seqused_k : (num_seqs,) int32
-    Rows and keys in use. Rows past seqused_q are left untouched.
+    Query rows and keys in use. The result's rows past seqused_q are left untouched.
 q_descale, k_descale, v_descale : float32 (num_seqs, num_heads_kv), any strides, or one element
-    What a float8_e4m3 tensor is multiplied by; ignored for other types. None: 1.
+    Factors of float8_e4m3 tensors; ignored for other types. None: 1.
 output_scale : float32, one element
-    Makes the result float8_e4m3, divided by it.
+    The result is divided by it and stored as float8_e4m3.
 rel_logits : (num_seqs, seqlen_q, num_heads, extent) or (total_q, num_heads, extent)
     Relative-position bias: entry pos - j is added to the scaled score of key j where 0 <= pos - j < extent.
 prefix_ranges : int32 (num_seqs, num_ranges, 2), or (total_q, 2) for each query
     PrefixLM: inclusive [first, last] keys. A query whose position lies in a range also sees all of that range.
-    (-1, -1) is an unused slot.
+    (-1, -1) marks an unused slot.
 prefix_clamp_window : bool
-    A range, too, keeps only keys within window_size[0] of the query.
+    Ranges, too, keep only keys within window_size[0] of the query.
 rswa_prefix_lens, rswa_window : (num_seqs,) int32, int
     With rswa_window > 0 a query sees keys up to its position that are among the first rswa_prefix_lens of the
     sequence, or less than rswa_window away.
 attention_chunk : int
-    Queries only see keys of their own chunk of so many positions (Llama 4); 0: off.
+    Queries see only keys of their own chunk of this many positions (Llama 4). 0: off.
 causal_per_seq : (num_seqs,) int32
-    1: this sequence is causal, 0: it is not. Takes the place of `causal`.
+    1: this sequence is causal, 0: it is not. Replaces `causal`.
 num_splits : int
-    Parts that the keys are cut into, for short queries on long caches. 0: chosen (on a GPU from the lengths of the
-    whole batch: the same bits on every run, but the last ones depend on the other sequences), 1: not cut.
+    Parts that the keys are split into, for short queries on long caches. 1: no split. 0: chosen automatically; on a GPU
+    from the lengths of the whole batch, so that every run gives the same bits, but the last bits of a result may depend
+    on the other sequences.
 implementation : str
-    One of flashspark.implementations(), by force. None: the best that fits.
+    One of flashspark.implementations(), which then must fit. None: the best one that fits.
 num_threads : int
     CPU threads; 0: all.
 check_device : bool
-    On a GPU, look at all lengths, offsets and page numbers before anything is computed, and raise ValueError for what
-    is out of range, as on the CPU. Waits for the GPU; not while a graph is being captured. FLASHSPARK_CHECK=1 asks it
-    of every call. Without it a GPU reads and writes nothing outside the tensors, but computes with what it finds.
+    On a GPU, check all lengths, offsets and page numbers before anything is computed, and raise ValueError for those
+    out of range, as on the CPU. This waits for the GPU and is not possible while a graph is being captured.
+    FLASHSPARK_CHECK=1 turns it on for every call. Without it a GPU reads and writes nothing outside the tensors, but
+    its results for such metadata mean nothing.
 strict : bool
-    Copy nothing: raise ValueError for what would have to be copied (see below).
+    Raise ValueError where a tensor would have to be copied (see below).
 explain : bool
-    Compute nothing; return the text that says which implementation would run and why.
+    Compute nothing; return a text that says which implementation would run and why.
 pack_gqa, sm_margin
-    Knobs of FlashAttention 3's kernels; they change nothing here.
+    These tune FlashAttention 3's kernels and are ignored.
 qv
-    FlashAttention 3's second query. Must be None: NotImplementedError.
+    FlashAttention 3's second query, which is not supported: anything but None raises NotImplementedError.
 
-Of several names of one argument, one is given; two that differ raise ValueError.
+An argument that has several names may be given under any of them; two different values raise ValueError.
 
 Every function raises ValueError (a shape, stride, length, page, device or number breaks its rule), TypeError (a dtype
-or the kind of an argument) or NotImplementedError (legal, but no implementation here has it; the text lists what each
+or the kind of an argument) or NotImplementedError (legal, but no implementation supports it; the text lists what each
 one lacks). The text names the argument, its value and the rule. Nothing has been computed or written then.
 
-Types: float32, float16 and bfloat16; float8_e4m3 for k and v, with any of the 16-bit types or e4m3 for q. bfloat16 and
-float8_e4m3fn arrays of NumPy come from ml_dtypes. head_dim is any up to 512, and v's may differ from q's. The number of
-query heads is a multiple of the number of KV heads. Numbers may be NumPy scalars or 0-d arrays and tensors.
+Types: float32, float16 and bfloat16; float8_e4m3 for k and v, with a 16-bit type or e4m3 for q. NumPy's bfloat16 and
+float8_e4m3fn come from ml_dtypes. head_dim may be anything up to 512, and v's may differ from q's. The number of query
+heads is a multiple of the number of KV heads. Numbers may be NumPy scalars or 0-d arrays and tensors.
 
-Nothing is copied where head_dim is a multiple of 8, the last dimension is contiguous and, on a GPU, every row lies at a
-multiple of 16 bytes (32 for float32); the other strides are free. What is otherwise is copied at every call: q, k and v
-whole, a paged cache with all its pages, and the result. Set strict to be told instead.
+Nothing is copied if head_dim is a multiple of 8, the last dimension is contiguous and, on a GPU, every row is aligned
+to 16 bytes (32 for float32); the other strides are free. All else is copied at every call: q, k and v whole, a paged
+cache with all its pages, and the result. With strict such calls raise ValueError instead.
 
-Inference only: tensors that require gradients raise ValueError unless torch.no_grad() is in force. Results that are
-written in place have their version counted up, as torch expects.
+Inference only: tensors that require gradients raise ValueError unless torch.no_grad() is in force. The version counters
+of tensors written in place are incremented, as torch expects.
+
+The functions repeat their lists of parameters in full, since callers (transformers, inspect, editors) read them.
 """
 
 from __future__ import annotations
@@ -76,11 +80,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._call import FUNC, Mode, attend
+from ._call import FUNC, Mode, attend, rare_options
 from ._kinds import any_flag, one_spelling, pair, refuse_dropout, refuse_qv
 from ._tensors import Array, lengths
-
-_ZERO = 0  # the default of a number that is off
 
 
 def flash_attn_func(
@@ -128,19 +130,19 @@ def flash_attn_func(
     sm_margin: int = 0,
     _attend: Callable[..., Any] = attend,
 ) -> Any:
-    """Attention of a batch of sequences of one length.
+    """Attention of a batch of sequences of the same length.
 
-    q: (num_seqs, seqlen_q, num_heads, head_dim). k: (num_seqs, seqlen_k, num_heads_kv, head_dim). v: the same with its
-    own head size.
-    dropout_p: must be 0. softmax_scale: None means head_dim ** -0.5.
-    causal: query i sees key j when j <= i + seqlen_k - seqlen_q: the last query sees every key.
+    q: (num_seqs, seqlen_q, num_heads, head_dim). k: (num_seqs, seqlen_k, num_heads_kv, head_dim). v: like k, with a
+    head size of its own.
+    dropout_p: must be 0. softmax_scale: None: head_dim ** -0.5.
+    causal: query i sees key j if j <= i + seqlen_k - seqlen_q: the last query sees every key.
     window_size: (left, right) keys around that position, inclusive; None or negative: open.
     softcap: scores become softcap * tanh(score / softcap); 0: off.
-    alibi_slopes: float32 (num_heads,) or (num_seqs, num_heads); subtracts slope * distance.
-    deterministic: a sequence's results are the same to the last bit on every run, whatever its neighbours and the
-    number of threads. On a GPU a row's bits depend on its own query and keys alone, so that a prompt may also be cut
-    into chunks; on the CPU chunks may differ in the last bits of float32.
-    return_attn_probs: return (out, lse, None), the arity of flash-attention, whose third result is for dropout tests.
+    alibi_slopes: float32 (num_heads,) or (num_seqs, num_heads); slope * distance is subtracted from scores.
+    deterministic: a sequence's results are bitwise the same on every run, whatever the rest of the batch and the number
+    of threads. On a GPU a row's bits depend on its own query and keys alone, so that a prompt may also be split into
+    chunks; on the CPU the results of chunks may differ in the last bits of float32.
+    return_attn_probs: return (out, lse, None), as many results as flash-attention, whose third is for dropout tests.
 
     Returns out (num_seqs, seqlen_q, num_heads, head_dim of v) in q's type (bfloat16 for a float8_e4m3 q), or (out, lse)
     with return_softmax_lse. The keyword arguments and the errors are described in flashspark._ops.
@@ -155,21 +157,13 @@ def flash_attn_func(
     if qv is not None or s_aux is not None or learnable_sink is not None:
         refuse_qv(qv)
         sinks = one_spelling(spelled := {}, sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
-    tail: tuple[Any, ...] = ()
     # fmt: off
-    if (
-        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
-        or v_descale is not None or output_scale is not None or rel_logits is not None
-        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
-        or seqused_q is not None or seqused_k is not None or scheduler_metadata is not None
-        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
-        or prefix_clamp_window is not False
-    ):
-        tail = (
-            None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata,
-            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
-        )
+    tail = rare_options(
+        sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+        prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+    )
+    if tail or seqused_q is not None or seqused_k is not None or scheduler_metadata is not None:
+        tail = (None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata, *tail)
     # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if explain is not False or strict is not False or spelled is not None:
@@ -233,18 +227,18 @@ def flash_attn_varlen_func(
     sm_margin: int = 0,
     _attend: Callable[..., Any] = attend,
 ) -> Any:
-    """Attention of sequences of different lengths, laid end to end.
+    """Attention of sequences of different lengths, packed end to end.
 
     q: (total_q, num_heads, head_dim). k: (total_k, num_heads_kv, head_dim), v the same with its own head size; or, with
-    block_table, pages: (num_pages, page_size, num_heads_kv, ..) of any size up to 2^20, on a GPU quick in multiples of
-    16.
+    block_table, pages: (num_pages, page_size, num_heads_kv, ..) of any size up to 2^20, fastest on a GPU in multiples
+    of 16.
     cu_seqlens_q, cu_seqlens_k: int32 (num_seqs + 1,): where each sequence starts and the last one ends. With
-    block_table, cu_seqlens_k only gives lengths, and may be None: then seqused_k gives them, or all pages of the table
-    are in use.
-    max_seqlen_q, max_seqlen_k: int, upper bounds of the lengths; None: taken from the shapes.
+    block_table, cu_seqlens_k gives lengths only. If it is None, seqused_k gives them; without that, all pages of the
+    table are in use.
+    max_seqlen_q, max_seqlen_k: upper bounds of the lengths; None: taken from the shapes.
     block_table: int32 (num_seqs, pages per sequence), any row stride; entries past a sequence's end are never read.
-    page_table is the same argument.
-    scheduler_metadata: int32, from get_scheduler_metadata: decoding on a GPU starts sooner.
+    page_table is another name of this argument.
+    scheduler_metadata: int32, from get_scheduler_metadata: saves time at the start of decoding on a GPU.
     The other arguments are flash_attn_func's.
 
     Returns out (total_q, num_heads, head_dim of v), or (out, lse) with lse (num_heads, total_q).
@@ -272,17 +266,10 @@ def flash_attn_varlen_func(
         cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, seqused_q, seqused_k, block_table, None, None,
         scheduler_metadata,
     )
-    if (
-        sinks is not None or alibi_slopes is not None or q_descale is not None or k_descale is not None
-        or v_descale is not None or output_scale is not None or rel_logits is not None
-        or causal_per_seq is not None or prefix_ranges is not None or rswa_prefix_lens is not None
-        or rswa_window is not _ZERO or attention_chunk is not _ZERO or check_device is not False
-        or prefix_clamp_window is not False
-    ):
-        tail += (
-            sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
-            prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
-        )
+    tail += rare_options(
+        sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
+        prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
+    )
     # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if explain is not False or strict is not False or spelled is not None:
@@ -296,8 +283,8 @@ def flash_attn_varlen_func(
 
 
 def attention_explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Which implementation a call would get and why, or what each one lacks; computes nothing.
+    """Which implementation would run a call and why, or what each one lacks; computes nothing.
 
-    attention_explain(flash_attn_func, q, k, v, causal=True): the call's own arguments, and its errors for bad ones.
+    attention_explain(flash_attn_func, q, k, v, causal=True): takes the call's arguments and raises its errors.
     """
     return str(function(*args, **kwargs, explain=True))

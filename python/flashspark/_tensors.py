@@ -1,4 +1,4 @@
-"""What the package knows of NumPy arrays, torch and CuPy tensors: kinds, results, whether memory holds the values."""
+"""NumPy arrays, torch tensors and CuPy arrays: telling them apart, checking them, allocating results like them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ Array = Any  # numpy.ndarray, torch.Tensor or another DLPack producer
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-# NumPy's own types have small numbers; ml_dtypes' are registered above them, and NumPy's DLPack refuses those. They
-# cross as integers of their width, with a flashspark_dtype beside them.
+# flashspark_dtype of the C header, by the names of the types.
+DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4}
+# The type numbers of ml_dtypes lie above those of NumPy's own types, and NumPy exports none of them through DLPack.
+# Their arrays are passed as integers of the same width, with a flashspark_dtype beside them.
 LAST_NUMPY_TYPE = np.dtype(np.float16).num
-_STORED = {BFLOAT16.num: (np.dtype(np.uint16), 3), E4M3.num: (np.dtype(np.uint8), 4)}
+_STORED = {
+    BFLOAT16.num: (np.dtype(np.uint16), DTYPE_CODES["bfloat16"]),
+    E4M3.num: (np.dtype(np.uint8), DTYPE_CODES["float8_e4m3fn"]),
+}
 
 _WANTED = "must be a NumPy array, a torch tensor or another DLPack tensor"
 
@@ -33,19 +38,19 @@ def is_cupy(x: object) -> bool:
 
 
 def is_masked(x: object) -> bool:
-    """Whether x is a NumPy array with a mask. Their module is loaded by whoever makes the first one."""
+    """Whether x is a NumPy array with a mask. Without its module loaded there can be none."""
     masked = sys.modules.get("numpy.ma")
     return masked is not None and isinstance(x, masked.MaskedArray)
 
 
 def array(name: str, x: Any, written: bool = False) -> Array:
-    """`x` as an array whose memory holds its values, without a gradient; raises what names it where it is none.
+    """`x` as an array whose memory holds its values, without a gradient. Raises an error that names it if it is none.
 
-    written: the call writes into it, so that it cannot be replaced by a copy.
+    written: the call writes into it, so that a copy cannot take its place.
     """
     if isinstance(x, np.ndarray):
         if is_masked(x):
-            raise TypeError(f"{name} = masked array: must be a plain array, masks of values are not looked at")
+            raise TypeError(f"{name} = masked array: must be a plain array, masks are not supported")
         if written and not x.flags.writeable:
             raise ValueError(f"{name} = read-only array: must be writable")
         return x
@@ -86,7 +91,7 @@ def _torch_array(name: str, x: Array, written: bool) -> Array:
     kind = type(x)
     if kind is not torch.Tensor:
         if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-            raise TypeError(f"{name} = {kind.__name__}: must be a plain tensor, this kind's memory is not its values")
+            raise TypeError(f"{name} = {kind.__name__}: must be a plain tensor, whose memory holds its values")
         x = x.as_subclass(torch.Tensor)
     if x.is_nested:
         raise TypeError(f"{name} = nested tensor: must be a plain tensor; lengths go in cu_seqlens or seqused")
@@ -99,12 +104,12 @@ def _torch_array(name: str, x: Array, written: bool) -> Array:
     if not (x.is_neg() or x._is_zerotensor()):
         return x
     if written:
-        raise ValueError(f"{name} = tensor that is negated or zero by its word alone: must hold its values")
+        raise ValueError(f"{name} = lazily negated or zero tensor: must hold its values in memory")
     return held(x)
 
 
 def held(x: Array) -> Array:
-    """A torch tensor that is negated or zero by its word alone, as one that holds its values."""
+    """A lazily negated or zero torch tensor, as one that holds its values in memory."""
     return x.resolve_neg() if x.is_neg() else sys.modules["torch"].zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -113,19 +118,19 @@ def _dtype_name(x: Array) -> str:
 
 
 def stored(x: Array, place: int) -> tuple[Array, int]:
-    """`x` in a type that DLPack knows, and its four bits of the `stored_as` argument."""
+    """`x` in a type that DLPack can carry, and its four bits of the `stored_as` argument."""
     if isinstance(x, np.ndarray):
         number = x.dtype.num
         if number > LAST_NUMPY_TYPE and number in _STORED:
             integer, code = _STORED[number]
             return x.view(integer), code << 4 * place
     elif is_torch(x) and x.dtype.itemsize == 1 and x.dtype is sys.modules["torch"].float8_e4m3fn:
-        return x.view(sys.modules["torch"].uint8), 4 << 4 * place
+        return x.view(sys.modules["torch"].uint8), DTYPE_CODES["float8_e4m3fn"] << 4 * place
     return x, 0
 
 
 def bump(*written: Array | None) -> None:
-    """Tells torch that these tensors have changed in place: a backward pass that has saved one of them finds out."""
+    """Increments torch's version counters of tensors written in place, by which a backward pass detects the change."""
     torch = sys.modules.get("torch")
     if torch is None:
         return
@@ -135,7 +140,7 @@ def bump(*written: Array | None) -> None:
 
 
 def empty_like(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """An uninitialised array of x's kind and device. `dtype` is NumPy's or torch's; see out_dtype."""
+    """An uninitialised array of x's kind, on its device. `dtype` is NumPy's or torch's, as out_dtype gives it."""
     if isinstance(x, np.ndarray):
         return np.empty(shape, dtype)
     if is_torch(x):
@@ -175,12 +180,12 @@ def empty_out(q: Array, v: Array, output_scale: Array | None) -> Array:
     if not isinstance(q, np.ndarray) and not is_torch(q) and not is_cupy(q):
         empty_like(q, (), None)  # raises, naming q
     if not hasattr(v, "shape"):
-        array("v", v)  # the same
+        array("v", v)  # raises, naming v
     return empty_like(q, (*q.shape[:-1], *v.shape[-1:]), out_dtype(q, output_scale))
 
 
 def empty_lse(q: Array, varlen: bool) -> Array | None:
-    """float32 (num_heads, total_q) or (num_seqs, num_heads, seqlen_q). None for a q that the call will refuse."""
+    """float32 (num_heads, total_q) or (num_seqs, num_heads, seqlen_q). None if the native call will refuse q."""
     shape = tuple(q.shape)
     if len(shape) != (3 if varlen else 4):
         return None
@@ -189,7 +194,7 @@ def empty_lse(q: Array, varlen: bool) -> Array | None:
 
 
 def lengths(name: str, offsets: Array) -> Array:
-    """int32 (n,): the lengths between offsets int32 (n + 1,). Fake and meta tensors give such lengths."""
+    """int32 (n,): the lengths between offsets int32 (n + 1,). Works on torch's fake and meta tensors, too."""
     if not is_torch(offsets) or not _may_be_fake(offsets):
         offsets = array(name, offsets)
     dtype = str(offsets.dtype).removeprefix("torch.")
@@ -201,20 +206,20 @@ def lengths(name: str, offsets: Array) -> Array:
 
 
 def _may_be_fake(x: Array) -> bool:
-    """Whether arithmetic on a torch tensor is plain, or that of torch's own tracing."""
+    """Whether arithmetic on a torch tensor is torch's own, real or traced."""
     torch = sys.modules["torch"]
     own = type(x) is torch.Tensor or type(x).__module__.startswith("torch.")
     return own and not x.is_nested and x.layout is torch.strided
 
 
 def sum_of(**terms: Any) -> Array:
-    """The sum of lengths int32 (n,), or of such and one number. Fake and meta tensors give such lengths."""
+    """The sum of two arrays of lengths int32 (n,), or of one and a number. Works on fake and meta tensors, too."""
     first, second = terms.values()
     try:
         return first + second
     except Exception as error:
         for name, x in terms.items():
             if not isinstance(x, int):
-                array(name, x)  # says what is wrong with it
+                array(name, x)  # raises if this one is the cause
         name = next(iter(terms))
         raise TypeError(f"{name} = {_described(first)}: {_first_line(error)}") from None

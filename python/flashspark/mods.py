@@ -1,7 +1,7 @@
 """Tags for `_flash_attn_fwd`'s score_mod and mask_mod.
 
-FlashAttention 4 takes Python functions there and compiles them into its kernels. flashspark computes the ones that
-models use natively; a tag says which, and `aux_tensors` carries the data:
+FlashAttention 4 takes Python functions there and compiles them into its kernels. flashspark has the ones that models
+use built in. A tag says which one, and `aux_tensors` carries its data:
 
 =============  =========  =====================================================================================
 tag            argument   aux_tensors
@@ -24,10 +24,10 @@ class RelBias:
 
 @dataclass(frozen=True)
 class MmPrefix:
-    """PrefixLM: causal attention, and the tokens of one range (an image) see each other in both directions.
+    """PrefixLM: causal attention in which the tokens of one range (an image) see each other in both directions.
 
     window_left: keys before the query's position that the causal part keeps, inclusive. None: the call's own window.
-    clamp_window: a range, too, keeps only keys within window_left of the query.
+    clamp_window: ranges, too, keep only keys within window_left of the query.
     """
 
     window_left: int | None = None
@@ -36,9 +36,9 @@ class MmPrefix:
 
 @dataclass(frozen=True)
 class RSwa:
-    """Causal; keeps a sequence's first prefix_len keys and the last `window` keys before the query's position.
+    """Causal; keeps a sequence's first prefix_len keys and the last `window` keys up to the query's position.
 
-    window: keys. None: read from aux_tensors[1], which waits for the device when that tensor is on a GPU.
+    window: None: read from aux_tensors[1], which waits for the GPU if that tensor is on one.
     """
 
     window: int | None = None

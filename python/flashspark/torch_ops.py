@@ -1,15 +1,15 @@
-"""flashspark as operators of torch: torch.compile keeps one graph around them. Importing this module registers them.
+"""flashspark as operators of torch, which torch.compile keeps in one graph. Importing this module registers them.
 
     from flashspark.torch_ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, append_kv
 
-These take and give what the package's functions of the same names do, for torch tensors; inference only. Outside
-torch.compile the package's own functions are quicker to call. Fake and meta tensors give results without memory, of the
-right shapes and types. Two differences: `explain` is not offered, and flash_attn_with_kvcache checks the attention's
-arguments after the new rows are in the cache.
+These take and return what the package's functions of the same names do, for torch tensors; inference only. Outside
+torch.compile the package's own functions have less overhead. Fake and meta tensors give results of the right shapes and
+types, without memory. Two differences: `explain` is not offered, and flash_attn_with_kvcache checks the attention's
+arguments only after it has written the new rows into the cache.
 
-The operators are flashspark::attention, which returns (out, lse), flashspark::attention_out, which fills tensors that
-it is given, and flashspark::append_kv. Their arguments are those of bindings/signature.def, in its
-order; `face` says whose names errors use. A tensor that requires gradients raises ValueError.
+The operators are flashspark::attention, which returns (out, lse), flashspark::attention_out, which fills given tensors,
+and flashspark::append_kv. Their arguments are those of bindings/signature.def, in its order; `face` says whose names
+errors use. A tensor that requires gradients raises ValueError.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ._kinds import KINDS, any_flag, one_spelling
 from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature
 from ._tensors import held, out_dtype
 
-_NO_TAIL = NO_TAIL
 _NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and lse
 _KINDS, _FALLBACKS = ATTENTION.kinds[HEAD:], ATTENTION.fallbacks[HEAD:]
 _HEAD = len(_NAMES) - len(NO_TAIL)
@@ -39,7 +38,7 @@ _TYPES = {
 
 
 def _schema(signature: Signature, first: int, defaults: bool) -> str:
-    """The arguments from `first` on, as torch.library declares them; each that is written has a letter of its own."""
+    """The arguments from `first` on, as torch.library declares them. Each written one gets a letter of its own."""
     declared = []
     for kind, name, fallback in list(zip(signature.kinds, signature.names, signature.fallbacks))[first:]:
         letter = f"({chr(ord('a') + len(declared))}!)" if kind == "result" else ""
@@ -57,7 +56,7 @@ _library.define(f"attention_out({_GIVEN}, Tensor(a!) out, Tensor(b!)? lse, int f
 _library.define(f"append_kv({_schema(APPEND, 1, True)}, bool strict=False) -> ()")
 
 
-# torch leaves trailing arguments out where they have their defaults: face and strict, and most of append_kv's.
+# torch leaves out trailing arguments that have their defaults: face and strict, and most of append_kv's.
 
 
 def _attention(q, k, v, *rest):
@@ -96,12 +95,12 @@ def _fake_append(*args):
 
 
 def _words(face: int = 0) -> tuple[str, ...]:
-    """What a face calls q, k, v and the options."""
+    """A face's names of q, k, v and the options."""
     return (*ATTENTION.words[face][_FIRST : _FIRST + 3], *ATTENTION.words[face][HEAD:])
 
 
 def _same_device(args: Iterable[Any], names: Iterable[str]) -> None:
-    """Tensors without memory beside ones that have it: nothing could be computed, and nothing may be made up."""
+    """Refuses tensors on several devices, as the real kernels do: also meta tensors beside ones with memory."""
     first = None
     for name, x in zip(names, args):
         if not isinstance(x, torch.Tensor):
@@ -113,7 +112,7 @@ def _same_device(args: Iterable[Any], names: Iterable[str]) -> None:
 
 
 def _results(tensors, options, want_lse, face=0, _strict=False):
-    """Empty out and lse; an lse that nobody wants has no elements."""
+    """Uninitialised out and lse; an lse that is not wanted has no elements."""
     (q, k, v), words = tensors, _words(face)
     varlen = options[_HEAD + _call.CU_SEQLENS_Q] is not None
     for name, x, dimensions in ((words[0], q, (3,) if varlen else (4,)), (words[1], k, (3, 4)), (words[2], v, (3, 4))):
@@ -133,7 +132,7 @@ def _append(*args):
 
 
 def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
-    """The operator's kernel for autograd: there is no backward pass, and no gradient may be lost without a word."""
+    """The operator's kernel for autograd: there is no backward pass, and a gradient must not be lost silently."""
 
     def kernel(*args):
         if torch.is_grad_enabled():
@@ -150,7 +149,7 @@ def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any,
 
 
 def _resolves(operator: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
-    """The operator's kernel for tensors that are negated or zero by their word alone. torch's own takes no None."""
+    """The operator's kernel for lazily negated or zero tensors. torch's own fallback does not accept None."""
     written = [argument.is_write for argument in operator._schema.arguments]
 
     def kernel(*args):
@@ -158,7 +157,7 @@ def _resolves(operator: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) 
         for name, x, into in zip(words(args), args, written):
             lazy = isinstance(x, torch.Tensor) and (x.is_neg() or x._is_zerotensor())
             if lazy and into:
-                raise ValueError(f"{name} = tensor that is negated or zero by its word alone: must hold its values")
+                raise ValueError(f"{name} = lazily negated or zero tensor: must hold its values in memory")
             resolved.append(held(x) if lazy else x)
         return operator(*resolved, *args[len(resolved) :])
 
@@ -166,13 +165,13 @@ def _resolves(operator: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) 
 
 
 def _attention_words(others: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Iterable[str]]:
-    """Names for a call's arguments; `others` stand between the options and face."""
+    """A function that names a call's arguments; `others` are those between the options and face."""
     first = 3 + len(_NAMES) + len(others)
     return lambda args: (*_words(args[first] if len(args) > first else 0), *others)
 
 
 def _register(name: str, kernel: Any, fake: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> None:
-    # Of backends without such memory as a kernel needs (sparse, quantized ..) the kernel says what is wrong.
+    # The last key is for all other backends (sparse, quantized ..), whose tensors the kernel refuses by name.
     for device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         _library.impl(name, kernel, device)
     torch.library.register_fake(f"flashspark::{name}", fake, lib=_library)
@@ -188,7 +187,7 @@ _register("append_kv", _append, _fake_append, lambda _: APPEND.words[0][1:])
 
 
 def _refuse_a_mixture(words: Iterable[str], values: Iterable[Any]) -> None:
-    """Fake tensors beside ones that are not: torch's own words name no argument."""
+    """Refuses fake tensors beside real ones. torch's own error would not name the argument."""
     tensors = [(word, x) for word, x in zip(words, values) if isinstance(x, torch.Tensor)]
     fakes = [isinstance(x, FakeTensor) for _, x in tensors]
     if any(fakes) and not all(fakes):
@@ -199,7 +198,7 @@ def _refuse_a_mixture(words: Iterable[str], values: Iterable[Any]) -> None:
 def _settled(
     kinds: Iterable[str], words: tuple[str, ...], fallbacks: Iterable[Any], values: Iterable[Any]
 ) -> list[Any]:
-    """The values as the operators' schemas want them. Raises TypeError or ValueError, naming what is wrong."""
+    """The values as the operators' schemas want them. Raises TypeError or ValueError, which name the argument."""
     result: list[Any] = []
     for kind, word, fallback, value in zip(kinds, words, fallbacks, values):
         if value is None and fallback is not REQUIRED:

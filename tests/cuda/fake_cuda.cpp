@@ -29,7 +29,7 @@ constexpr int kAlwaysAllowed = 48 << 10;
 constexpr size_t kMemory = size_t{16} << 30;
 
 thread_local std::vector<ContextObject *> contexts;
-thread_local int capture_mode = 0;  // global, the strictest
+thread_local int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL, the strictest
 
 bool known(int device) {
   return device >= 0 && device < static_cast<int>(state().devices.size());
@@ -176,7 +176,7 @@ Result fakeMemFreeAsync(Address address, Stream) {
   state().order.push_back("free");
   return address == 0x7000'0000 ? kSuccess : kInvalidValue;
 }
-// Memory of the fake's GPUs is the host's; no kernel ever writes there.
+// Device memory is host memory; no kernel ever writes to it.
 Result fakeMemAlloc(Address *address, size_t bytes) {
   if (bytes > kMemory) return kOutOfMemory;
   *address = reinterpret_cast<Address>(std::malloc(bytes));
@@ -236,7 +236,7 @@ Result fakeGetErrorName(Result result, const char **name) {
   *name = found->second;
   return kSuccess;
 }
-// Of functions that no test here may reach.
+// Stub of the functions that no test reaches.
 Result unreachable() {
   return kInvalidValue;
 }
@@ -244,7 +244,7 @@ Result unreachable() {
 }  // namespace
 
 fake_cuda::State &fake_cuda::state() {
-  static State &instance = *new State;  // never destroyed: buffers are freed as late as a process ends
+  static State &instance = *new State;  // never destroyed: buffers are freed until the process ends
   return instance;
 }
 
@@ -259,8 +259,7 @@ void fake_cuda::set_current_device(int n) {
 
 extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char *symbol, void **address, int,
                                                                           uint64_t, int *) {
-#define FAKE(name) \
-  { "cu" #name, reinterpret_cast<void *>(fake##name) }
+#define FAKE(name) {"cu" #name, reinterpret_cast<void *>(fake##name)}
   static const std::map<std::string, void *> table{FAKE(Init),
                                                    FAKE(DriverGetVersion),
                                                    FAKE(DeviceGetCount),

@@ -1,5 +1,5 @@
-// A libcuda.so.1 without a GPU: it keeps the driver's rules (contexts, attributes, captures) and writes down what it is
-// asked for. The test links it, so that the library's dlopen() finds it loaded.
+// A libcuda.so.1 without a GPU. It enforces the driver's rules (contexts, attributes, captures) and records what it is
+// asked to do. The test links it, so that the library's dlopen() finds it already loaded.
 #pragma once
 
 #include <cstdint>
@@ -27,24 +27,24 @@ struct Launch {
   void *stream = nullptr;
   flashspark::ForwardArguments arguments{};
   flashspark::AppendArguments append{};  // of flashspark_append
-  bool early = false;                    // programmatic dependent launch
+  bool early = false;                    // launched with programmatic dependent launch
 };
 
 struct State {
   std::mutex mutex;
-  // What the driver is like; the devices must be set before the first call that needs one.
+  // How the driver behaves. Set the devices before the first call that needs one.
   std::vector<Device> devices{{}, {}, {"NVIDIA Old", 7, 5}, {"NVIDIA Datacenter", 10, 0}, {"NVIDIA Hopper", 9, 0}};
   int init_result = 0, launch_result = 0, allocate_result = 0;
   bool capturing = false;
-  // What was asked of it.
+  // What the driver was asked to do.
   std::vector<Launch> launches;
-  std::vector<std::string> order;  // of launches, allocations and frees: "alloc 4096", "flashspark_append_kv", "free"
+  std::vector<std::string> order;  // launches, allocations and frees: "alloc 4096", "flashspark_append_kv", "free"
   std::vector<const void *> loads;
   int pushes = 0, pops = 0;
 };
 
 State &state();
-int current_device();            // of this thread; -1: no context
-void set_current_device(int n);  // -1: none
+int current_device();            // of this thread; -1 if it has no context
+void set_current_device(int n);  // -1 clears it
 
 }  // namespace fake_cuda

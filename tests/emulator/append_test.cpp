@@ -1,4 +1,5 @@
-// The append kernel against the CPU's: every type, layout and kind of rotation, in exact-size allocations.
+// The append kernel against the CPU implementation: every dtype, cache layout and kind of rotation, in allocations of
+// exact size.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -20,13 +21,14 @@ struct Spec {
   bool varlen = false, paged = true, batch_index = false, odd_strides = false, heads_first = false;
   int64_t rotary_dim = 0;
   bool interleaved = true, turn_q = false, q_per_token = true;
-  // q has rows of its own: 2 a sequence, or as many as offsets say; perhaps not all in use. Positions of their own.
+  // own_q: q has its own row count, 2 per sequence, or given by offsets (varlen_q), possibly not all in use (used_q).
+  // own_positions: rotary_seqlens is given.
   bool own_q = false, varlen_q = false, used_q = false, own_positions = false;
   int64_t head_dim = 64, head_dim_v = 64, heads = 3, page_size = 16;
-  bool slots = false;  // with paged: slot_mapping in place of lengths and page table
+  bool slots = false;  // slot_mapping instead of lengths and page table; requires paged
 };
 
-// One problem with its memory; two of one seed are equal.
+// One problem with its memory. The same seed gives the same problem.
 struct Problem {
   AppendParams p{};
   std::vector<uint8_t> k_new, v_new, k_cache, v_cache, q, cos, sin;
@@ -50,13 +52,13 @@ struct Problem {
   Problem(const Spec &s, uint32_t seed) {
     std::mt19937 rng(seed);
     const auto from = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
-    p.num_seqs = s.slots ? 1 : s.varlen ? 40 : 3;  // more than one round of a warp
+    p.num_seqs = s.slots ? 1 : s.varlen ? 40 : 3;  // 40: more than one round of a warp
     p.num_heads_kv = s.heads, p.num_heads_q = 2 * s.heads;
     p.head_dim = s.head_dim, p.head_dim_v = s.head_dim_v;
     p.seqlen_new = 5;
     std::vector<int32_t> rows(static_cast<size_t>(p.num_seqs), 5);
     if (s.varlen) {
-      cu.push_back(2);  // rows before the first sequence belong to none
+      cu.push_back(2);  // rows before the first sequence belong to no sequence
       for (int32_t &count : rows) cu.push_back(cu.back() + (count = from(0, 5)));
       p.total_new = cu.back() + 1;
       p.cu_seqlens_new = cu.data();
@@ -76,7 +78,7 @@ struct Problem {
       for (const int n : {0, 7, 8, 22}) slots[static_cast<size_t>(n)] = n == 8 ? INT64_MIN : -1;
       p.slot_mapping = slots.data();
     } else if (s.paged) {
-      // A row of the table for each row of the cache: with an index two more than sequences.
+      // One page table row per cache row; with kv_batch_index there are two more rows than sequences.
       const int64_t rows = p.num_seqs + (s.batch_index ? 2 : 0), slots_each = (48 + s.page_size - 1) / s.page_size;
       p.page_size = s.page_size, p.num_page_slots = p.page_table_stride = slots_each;
       p.num_pages = slots_each * rows + 2;
@@ -157,7 +159,7 @@ Counters run(const AppendParams &p, uint64_t seed) {
   return launch(options, [&plan] { append(plan.arguments); });
 }
 
-// Equal, but for one step of the type where sums of two products were rounded in another order.
+// Equal, up to one unit in the last place where the sum of two products may round differently.
 void expect_near(const std::vector<uint8_t> &got, const std::vector<uint8_t> &want, int32_t dtype, const char *what) {
   ASSERT_EQ(got.size(), want.size());
   const float step = dtype == FLASHSPARK_FLOAT8_E4M3 ? 0.13f : dtype == FLASHSPARK_FLOAT32 ? 1e-6f : 0.008f;
@@ -194,7 +196,7 @@ TEST(Append, EveryType) {
     }
   }
   Spec s;
-  s.new_dtype = s.cache_dtype = FLASHSPARK_FLOAT8_E4M3;  // bytes as they are
+  s.new_dtype = s.cache_dtype = FLASHSPARK_FLOAT8_E4M3;  // bytes are copied unchanged
   compare(s, 7);
 }
 
@@ -260,15 +262,17 @@ TEST(Append, AnyPageSize) {
   }
 }
 
-// What a captured batch pads itself with, and what the host cannot check on a GPU: nothing is written, nothing read.
-TEST(Append, RowsWithoutAPlaceAreLeftOut) {
+// Rows of padded CUDA graph batches, and metadata errors that the host cannot see: the row is skipped, and nothing is
+// read or written for it.
+TEST(Append, RowsWithoutAValidSlotAreSkipped) {
   const auto untouched = [](const Spec &spec, auto &&spoil) {
     Problem got(spec, 5);
     spoil(got);
     const std::vector<uint8_t> before = got.k_cache, q_before = got.q;
     ASSERT_NO_THROW(run(got.p, 5));
     EXPECT_EQ(got.k_cache, before);
-    if (got.slots.empty() || got.slots[1] >= 0) EXPECT_EQ(got.q, q_before);  // without a slot q is turned all the same
+    // q is rotated even where a token has no slot
+    if (got.slots.empty() || got.slots[1] >= 0) EXPECT_EQ(got.q, q_before);
   };
   Spec s;
   untouched(s, [](Problem &x) { std::fill(x.pages.begin(), x.pages.end(), -1); });

@@ -7,7 +7,7 @@ namespace flashspark::emulator {
 
 namespace {
 
-// Distinct units (of 4 or 16 bytes) beyond the first in each bank.
+// Counts, over all banks, the distinct units (of 4 or 16 bytes) beyond the first.
 uint32_t conflicts(const uint32_t *unit, uint32_t count, uint32_t banks) {
   uint32_t result = 0;
   for (uint32_t i = 0; i < count; i++) {
@@ -28,7 +28,7 @@ struct Instruction {
 };
 
 uint32_t conflicts(const Instruction &instruction, uint32_t bytes) {
-  const uint32_t phase = 32 * 4 / bytes;  // lanes served at a time
+  const uint32_t phase = 32 * 4 / bytes;  // number of lanes served at a time
   uint32_t result = 0;
   for (uint32_t first = 0; first < 32; first += phase) {
     uint32_t unit[32];
@@ -51,16 +51,15 @@ uint32_t row_conflicts(const uint32_t *address, uint32_t count) {
 
 uint64_t BankCounter::take() {
   if (accesses_.empty()) return 0;
-  std::sort(accesses_.begin(), accesses_.end(), [](const Access &x, const Access &y) {
-    return x.place != y.place ? x.place < y.place : x.order < y.order;
-  });
+  std::sort(accesses_.begin(), accesses_.end(),
+            [](const Access &x, const Access &y) { return x.site != y.site ? x.site < y.site : x.order < y.order; });
   uint64_t result = 0;
   for (auto access = accesses_.begin(); access != accesses_.end();) {
-    const uint64_t place = access->place;
+    const uint64_t site = access->site;
     const uint32_t bytes = access->bytes;
     std::vector<Instruction> instructions;
     std::array<uint32_t, 32> times{};
-    for (; access != accesses_.end() && access->place == place; ++access) {
+    for (; access != accesses_.end() && access->site == site; ++access) {
       const uint32_t time = times[access->lane]++;
       if (time == instructions.size()) instructions.emplace_back();
       instructions[time].address[access->lane] = access->address;

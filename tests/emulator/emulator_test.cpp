@@ -1,4 +1,4 @@
-// Each instruction of the emulator against the PTX manual's words, or against an implementation of another origin.
+// Tests each emulated instruction against the PTX manual or an independent implementation.
 #include "emulator.hpp"
 
 #include <gtest/gtest.h>
@@ -24,7 +24,8 @@ uint32_t lane_index() {
   return ptx::thread_index() % 32;
 }
 
-// x rounded to `bits` significant bits, no finer than `smallest_step`; ties to even, by the library's rounding.
+// x rounded to `bits` significant bits, with steps no smaller than `smallest_step`; ties to even, by the C library's
+// rounding.
 double rounded(double x, int bits, double smallest_step) {
   if (x == 0 || !std::isfinite(x)) return x;
   int exponent = 0;
@@ -33,13 +34,13 @@ double rounded(double x, int bits, double smallest_step) {
   return std::nearbyint(x / step) * step;
 }
 
-// Floats of all magnitudes, and those around which conversions go wrong.
+// Floats of all magnitudes, and values at which conversions typically go wrong.
 std::vector<float> many_floats() {
   std::mt19937 random(7);
   std::vector<float> values = {0.0f,  -0.0f,    kInfinity, -kInfinity, 1.0f,
                                -1.0f, 65504.0f, 65519.9f,  65520.0f,   -65536.0f};
   for (int i = 0; i < 200000; i++) values.push_back(std::bit_cast<float>(static_cast<uint32_t>(random())));
-  // In fp16's range; and exact ties of both formats.
+  // Values in the range of fp16, and exact ties of both formats.
   for (int i = 0; i < 200000; i++) {
     const uint32_t word = static_cast<uint32_t>(random());
     const uint32_t exponent = 127 - 26 + word % 43;
@@ -84,7 +85,7 @@ TEST(Conversion, PackFloat16) {
   }
 }
 
-TEST(Conversion, WidenEveryCode) {
+TEST(Conversion, EveryCodeToFloat) {
   for (uint32_t code = 0; code < 65536; code++) {
     const auto bits = static_cast<uint16_t>(code);
     const float brain = ptx::to_float(ptx::Bfloat16{bits});
@@ -104,7 +105,7 @@ TEST(Arithmetic, Exp2AndLog2) {
   EXPECT_EQ(ptx::exp2_approx(128.0f), kInfinity);
   EXPECT_TRUE(std::isnan(ptx::exp2_approx(kNan)));
   EXPECT_EQ(ptx::log2_approx(0.0f), -kInfinity);
-  EXPECT_EQ(ptx::log2_approx(0x1p-127f), -kInfinity);  // a subnormal counts as 0
+  EXPECT_EQ(ptx::log2_approx(0x1p-127f), -kInfinity);  // subnormals are flushed to 0
   EXPECT_EQ(ptx::log2_approx(0x1p-126f), -126.0f);
   EXPECT_EQ(ptx::log2_approx(kInfinity), kInfinity);
   EXPECT_TRUE(std::isnan(ptx::log2_approx(-1.0f)));
@@ -124,21 +125,21 @@ TEST(Arithmetic, Integers) {
   EXPECT_EQ(ptx::as_float(0xc0000000), -2.0f);
 }
 
-TEST(Launch, EveryThreadOfEveryBlockOnce) {
+TEST(Launch, EveryThreadOfEveryCtaOnce) {
   std::vector<int> runs(3 * 2 * 4 * 96);
-  std::set<uint32_t> first_blocks;
+  std::set<uint32_t> first_ctas;
   for (uint64_t seed = 0; seed < 20; seed++) {
     std::fill(runs.begin(), runs.end(), 0);
-    uint32_t first_block = 0xffffffff;
+    uint32_t first_cta = 0xffffffff;
     launch({{3, 2, 4}, 96, 0, seed}, [&] {
-      const uint32_t block = ptx::cta_x() + 3 * (ptx::cta_y() + 2 * ptx::cta_z());
-      if (first_block == 0xffffffff) first_block = block;
-      runs[block * 96 + ptx::thread_index()]++;
+      const uint32_t cta = ptx::cta_x() + 3 * (ptx::cta_y() + 2 * ptx::cta_z());
+      if (first_cta == 0xffffffff) first_cta = cta;
+      runs[cta * 96 + ptx::thread_index()]++;
     });
     for (const int count : runs) ASSERT_EQ(count, 1);
-    first_blocks.insert(first_block);
+    first_ctas.insert(first_cta);
   }
-  EXPECT_GT(first_blocks.size(), 5u);  // the order is the seed's
+  EXPECT_GT(first_ctas.size(), 5u);  // the seed determines the order
 }
 
 TEST(Launch, SameSeedSameRun) {
@@ -169,14 +170,14 @@ TEST(Warp, ShufflesVotesAndReductions) {
     for (const uint32_t mask : {1u, 2u, 4u, 8u, 16u, 31u}) {
       EXPECT_EQ(ptx::shuffle_xor(static_cast<float>(mine), mask), static_cast<float>(100 * warp + (lane ^ mask)));
     }
-    // Each lane may ask for another.
+    // Each lane may read from a different lane.
     EXPECT_EQ(ptx::shuffle(mine, (5 * lane + 3) % 32), static_cast<int32_t>(100 * warp + (5 * lane + 3) % 32));
     for (const uint32_t delta : {1u, 4u, 31u}) {
       EXPECT_EQ(ptx::shuffle_up(mine, delta), lane >= delta ? mine - static_cast<int32_t>(delta) : mine);
     }
     EXPECT_EQ(ptx::ballot(lane % 3 == warp), warp == 0 ? 0x49249249u : 0x92492492u);
     EXPECT_EQ(ptx::any(lane == 17 && warp == 1), warp == 1);
-    // Signed.
+    // The comparison is signed.
     EXPECT_EQ(ptx::reduce_min(static_cast<int32_t>(lane) - 7 - static_cast<int32_t>(warp)),
               -7 - static_cast<int32_t>(warp));
     EXPECT_EQ(ptx::reduce_max(-mine), -static_cast<int32_t>(100 * warp));
@@ -186,26 +187,26 @@ TEST(Warp, ShufflesVotesAndReductions) {
   EXPECT_EQ(counters.shuffles, 2u * (6 + 1 + 3 + 2 + 3 + 1));
 }
 
-// The manual's formulas for element i of a lane's fragment of mma.m16n8k16, written as there.
-struct Place {
+// The PTX manual's formulas for element i of a lane's fragment of mma.m16n8k16, transcribed literally.
+struct MatrixPosition {
   uint32_t row, column;
 };
-Place place_a(uint32_t lane, uint32_t i) {
+MatrixPosition position_a(uint32_t lane, uint32_t i) {
   const uint32_t group = lane >> 2;
   const uint32_t thread_in_group = lane % 4;
   return {(i < 2 || (4 <= i && i < 6)) ? group : group + 8, thread_in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0)};
 }
-Place place_b(uint32_t lane, uint32_t i) {
+MatrixPosition position_b(uint32_t lane, uint32_t i) {
   return {(lane % 4) * 2 + (i & 1) + (i >= 2 ? 8 : 0), lane >> 2};
 }
-Place place_d(uint32_t lane, uint32_t i) {
+MatrixPosition position_d(uint32_t lane, uint32_t i) {
   return {i < 2 ? lane >> 2 : (lane >> 2) + 8, (lane % 4) * 2 + (i & 1)};
 }
 
 template <class Element>
 void check_product(uint64_t seed, bool whole) {
   std::mt19937_64 random(seed);
-  // Whole numbers make every sum exact, whatever its order.
+  // With integers every sum is exact in any order.
   const auto draw = [&] {
     const float x = whole ? static_cast<float>(static_cast<int>(random() % 31) - 15)
                           : std::ldexp(static_cast<float>(static_cast<int>(random() % 511) - 255), -7);
@@ -223,14 +224,14 @@ void check_product(uint64_t seed, bool whole) {
   }
   const Counters counters = launch({{1, 1, 1}, 32, 0, seed}, [&] {
     const uint32_t lane = lane_index();
-    const auto at_a = [&](uint32_t i) { return a[place_a(lane, i).row][place_a(lane, i).column]; };
-    const auto at_b = [&](uint32_t i) { return b[place_b(lane, i).row][place_b(lane, i).column]; };
+    const auto at_a = [&](uint32_t i) { return a[position_a(lane, i).row][position_a(lane, i).column]; };
+    const auto at_b = [&](uint32_t i) { return b[position_b(lane, i).row][position_b(lane, i).column]; };
     uint32_t part[4];
     for (uint32_t i = 0; i < 4; i++) part[i] = ptx::pack<Element>(at_a(2 * i), at_a(2 * i + 1));
     float sum[4];
-    for (uint32_t i = 0; i < 4; i++) sum[i] = d[place_d(lane, i).row][place_d(lane, i).column];
+    for (uint32_t i = 0; i < 4; i++) sum[i] = d[position_d(lane, i).row][position_d(lane, i).column];
     ptx::mma_m16n8k16<Element>(sum, part, ptx::pack<Element>(at_b(0), at_b(1)), ptx::pack<Element>(at_b(2), at_b(3)));
-    for (uint32_t i = 0; i < 4; i++) result[place_d(lane, i).row][place_d(lane, i).column] = sum[i];
+    for (uint32_t i = 0; i < 4; i++) result[position_d(lane, i).row][position_d(lane, i).column] = sum[i];
   });
   EXPECT_EQ(counters.mma, 1u);
   for (int row = 0; row < 16; row++) {
@@ -259,7 +260,7 @@ TEST(Mma, OrderOfTheSumIsTheSeeds) {
   std::set<float> results;
   for (uint64_t seed = 1; seed <= 100; seed++) {
     launch({{1, 1, 1}, 32, 0, seed}, [&] {
-      // Row 0 of A is 1, 2^-24, 2^-24, ... : what is added to what decides what survives.
+      // Row 0 of A is 1, 2^-24, 2^-24, ...: the order of summation decides which of them survive rounding.
       const uint32_t lane = lane_index();
       const uint32_t tiny = ptx::pack<ptx::Bfloat16>(0x1p-24f, 0x1p-24f);
       const uint32_t first = ptx::pack<ptx::Bfloat16>(lane == 0 ? 1.0f : 0x1p-24f, 0x1p-24f);
@@ -275,7 +276,7 @@ TEST(Mma, OrderOfTheSumIsTheSeeds) {
 TEST(Ldmatrix, RowsAnywhereBothWays) {
   for (uint64_t seed = 1; seed <= 20; seed++) {
     std::mt19937 random(static_cast<uint32_t>(seed));
-    // 64 rows of 16 bytes hold random numbers; the 32 lanes name any of them, in any order.
+    // 64 rows of 16 bytes hold random values; each of the 32 lanes addresses any one of them.
     std::vector<uint16_t> numbers(64 * 8);
     for (uint16_t &x : numbers) x = static_cast<uint16_t>(random());
     uint32_t row_of[32];
@@ -292,7 +293,7 @@ TEST(Ldmatrix, RowsAnywhereBothWays) {
       ptx::ldmatrix_x4_trans(transposed, ptx::shared_memory() + 16 * row_of[lane]);
       for (uint32_t m = 0; m < 4; m++) {
         const auto element = [&](uint32_t row, uint32_t column) { return numbers[row_of[8 * m + row] * 8 + column]; };
-        // "Each thread holds two elements of row lane / 4"; transposed, the matrix is read by columns.
+        // "Each thread holds two elements of row lane / 4"; with .trans the roles of rows and columns are exchanged.
         for (uint32_t i = 0; i < 2; i++) {
           EXPECT_EQ(plain[m] >> 16 * i & 0xffff, element(lane / 4, 2 * (lane % 4) + i));
           EXPECT_EQ(transposed[m] >> 16 * i & 0xffff, element(2 * (lane % 4) + i, lane / 4));
@@ -333,7 +334,7 @@ TEST(CpAsync, GroupsZeroFillAndCounts) {
       ptx::cp_async_commit();  // empty groups count
       ptx::cp_async_16_or_zero(at + 32, nullptr, false);
       ptx::cp_async_commit();
-      ptx::cp_async_wait<7>();  // more than there are
+      ptx::cp_async_wait<7>();  // more than were committed
       ptx::cp_async_wait<3>();
       EXPECT_EQ(ptx::load_shared_4(at + 4), 1001 + 8 * lane);
       ptx::cp_async_wait<2>();

@@ -1,4 +1,4 @@
-// What the emulator is for: it stops at everything that a kernel must not do, and at nothing else.
+// The emulator reports every violation of the programming model, and nothing else.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace {
 using ptx::shared_memory;
 using ptx::thread_index;
 
-// The text of the fault that the kernel must meet.
+// The text of the fault that the kernel raises.
 std::string fault(uint32_t threads, uint32_t shared_bytes, const std::function<void()> &kernel, uint64_t seed = 1) {
   try {
     launch({{1, 1, 1}, threads, shared_bytes, seed}, kernel);
@@ -27,7 +27,7 @@ std::string fault(uint32_t threads, uint32_t shared_bytes, const std::function<v
   return "no fault";
 }
 
-// No macro: inside one all of a kernel would stand on a single line, and divergence could not show.
+// A function, not a macro: a macro would put the whole kernel on one source line, which hides divergence.
 void expect_fault(const std::string &text, uint32_t threads, uint32_t shared_bytes, const std::function<void()> &kernel,
                   uint64_t seed = 1, int line = __builtin_LINE()) {
   const std::string what = fault(threads, shared_bytes, kernel, seed);
@@ -88,14 +88,14 @@ TEST(Fault, SharedMemoryBoundsAndAlignment) {
 
 TEST(Fault, Uninitialised) {
   expect_fault("uninitialised", 32, 64, [] { ptx::load_shared_16(shared_memory()); });
-  // One word of 128 is missing.
+  // One word of 128 is never written.
   expect_fault("shared offset 508, which is uninitialised", 32, 512, [] {
     for (uint32_t word = thread_index(); word < 127; word += 32) ptx::store_shared_4(shared_memory() + 4 * word, 0);
     ptx::warp_barrier();
     uint32_t part[4];
     ptx::ldmatrix_x4(part, shared_memory() + 16 * thread_index());
   });
-  // Blocks do not inherit.
+  // Shared memory does not carry over from one CTA to the next.
   EXPECT_THROW(launch({{2, 1, 1}, 32, 128, 1},
                       [first = true]() mutable {
                         const ptx::SharedAddress at = shared_memory() + 4 * thread_index();
@@ -109,28 +109,28 @@ TEST(Fault, Uninitialised) {
 
 TEST(Fault, RacesOfLoadsAndStores) {
   for (uint64_t seed = 0; seed < 20; seed++) {
-    // Written by one thread, read by another.
+    // Written by one thread, read by one of another warp.
     expect_fault(
         "race", 64, 256,
         [] {
           ptx::store_shared_4(shared_memory() + 4 * thread_index(), 1);
-          ptx::warp_barrier();  // not enough between warps
+          ptx::warp_barrier();  // does not order different warps
           const uint32_t other = (thread_index() + 32) % 64;
-          // Whoever runs first finds the word unwritten, which is a fault too; a word of an earlier phase is not.
+          // Without this phase, whichever thread ran first would read an unwritten word, which is a different fault.
           ptx::cta_barrier();
           ptx::store_shared_4(shared_memory() + 4 * thread_index(), 2);
           ptx::warp_barrier();
           ptx::load_shared_4(shared_memory() + 4 * other);
         },
         seed);
-    // Read by one thread, written by another of its warp.
+    // Read by one thread, written by another of the same warp.
     expect_fault(
         "race", 32, 128,
         [] {
           ptx::store_shared_4(shared_memory() + 4 * thread_index(), 1);
           ptx::warp_barrier();
           ptx::load_shared_4(shared_memory() + 4 * (thread_index() ^ 1));
-          ptx::shuffle_xor(0, 1);  // lanes meet, memory is not ordered
+          ptx::shuffle_xor(0, 1);  // the lanes meet, but memory is not ordered
           ptx::store_shared_4(shared_memory() + 4 * thread_index(), 2);
         },
         seed);
@@ -141,7 +141,7 @@ TEST(Fault, RacesOfLoadsAndStores) {
           if (thread_index() % 32 == 0) ptx::store_shared_4(shared_memory(), 1);
         },
         seed);
-    // ldmatrix hands a row to other lanes than the one that wrote it and gives its address.
+    // ldmatrix delivers a row to lanes other than the one that wrote it and supplies its address.
     expect_fault(
         "race: reads", 32, 512,
         [] {
@@ -162,8 +162,8 @@ TEST(Fault, RacesOfLoadsAndStores) {
 }
 
 TEST(Fault, WritesWhatOthersHaveRead) {
-  // All lanes read a word, and one of them writes it: only its own read is in order. One seed, so that one of the
-  // writers is whoever reads first.
+  // All lanes read a word, then one writes it: the write is ordered after that lane's own read only. Trying every lane
+  // as the writer includes the one that reads first.
   for (uint32_t writer = 0; writer < 32; writer++) {
     expect_fault("race: writes", 32, 4, [writer] {
       if (thread_index() == 0) ptx::store_shared_4(shared_memory(), 1);
@@ -183,8 +183,8 @@ TEST(Fault, WritesWhatOthersHaveRead) {
 }
 
 TEST(Fault, LdmatrixReadsForTheLanesThatReceive) {
-  // Word i of row r goes to lane 4 * r + i, which may have written it itself. Transposed, its halves go to lanes
-  // 8 * i + r / 2 and 4 more: one of them has not.
+  // Word i of row r goes to lane 4 * r + i, which may have written it itself. Transposed, its halves go to lanes 8 * i
+  // + r / 2 and 8 * i + r / 2 + 4, and one of them has not.
   const auto kernel = [](bool transposed, uint32_t second) {
     return [transposed, second] {
       const uint32_t lane = thread_index();
@@ -215,7 +215,7 @@ TEST(Fault, Copies) {
   expect_fault("exits with a copy in flight", 32, 512, [&] { copy(thread_index()); });
   expect_fault("exits with a copy in flight", 32, 512, [&] {
     copy(thread_index());
-    ptx::cp_async_wait<0>();  // waits for groups only, and none was ended
+    ptx::cp_async_wait<0>();  // waits for committed groups only, and nothing was committed
   });
   expect_fault("copy in flight", 32, 512, [&] {
     copy(thread_index());
@@ -236,7 +236,7 @@ TEST(Fault, Copies) {
   });
   expect_fault("misaligned", 32, 512, [&] { ptx::cp_async_16(shared_memory(), &source[1]); });
   expect_fault("misaligned", 32, 512, [&] { ptx::cp_async_16(shared_memory() + 8, &source[0]); });
-  // Each thread waits for its own copies: another's need a barrier after that.
+  // cp_async_wait covers a thread's own copies; reading another thread's also needs a barrier.
   expect_fault("race: reads", 32, 512, [&] {
     copy(thread_index());
     ptx::cp_async_commit();
@@ -252,7 +252,7 @@ TEST(Fault, PoisonedSource) {
 #endif
   Guarded<uint16_t> source(32 * 8 + 4);
   for (uint16_t &x : source) x = 1;
-  // Lane 31's copy would end 8 bytes behind the array.
+  // Lane 31's copy would end 8 bytes beyond the array.
   expect_fault("byte 8 is poisoned", 32, 512, [&] {
     ptx::cp_async_16(shared_memory() + 16 * thread_index(), source.data() + 8 * (thread_index() + 1));
     ptx::cp_async_commit();
@@ -285,9 +285,8 @@ TEST(Fault, Divergence) {
           }
         },
         seed);
-    expect_fault(
-        "divergence", 32, 0, [] { thread_index() == 9 ? ptx::warp_barrier() : ptx::cta_barrier(); }, seed);
-    // A lane is gone before the others come.
+    expect_fault("divergence", 32, 0, [] { thread_index() == 9 ? ptx::warp_barrier() : ptx::cta_barrier(); }, seed);
+    // One lane exits before the others arrive.
     bool first = true;
     expect_fault(
         "any without lane", 32, 0,
@@ -295,7 +294,7 @@ TEST(Fault, Divergence) {
           if (!std::exchange(first, false)) ptx::any(true);
         },
         seed);
-    // Lanes are missing for good, at a warp's meeting and at a block's.
+    // Some lanes never arrive, at a warp-wide and at a CTA-wide operation.
     expect_fault(
         "exit", 32, 0,
         [] {
@@ -308,7 +307,7 @@ TEST(Fault, Divergence) {
           if (thread_index() / 32 != 2) ptx::cta_barrier();
         },
         seed);
-    // Both halves wait for ever: each at a barrier of its own.
+    // The two halves wait at different barriers forever.
     expect_fault(
         "divergence", 64, 0,
         [] {

@@ -22,7 +22,7 @@ void Fiber::first(boost::context::detail::transfer_t from) {
 }
 
 Fiber::Fiber(void (*run)()) : run_(run) {
-  // One page at the low end stays closed: a stack that overflows stops there.
+  // The lowest page stays inaccessible as a guard against stack overflow.
   mapping_ = mmap(nullptr, kPage + kStack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();
   char *bottom = static_cast<char *>(mapping_) + kPage;
@@ -38,7 +38,7 @@ Fiber::Fiber(void (*run)()) : run_(run) {
 Fiber::~Fiber() {
   if (mapping_ == nullptr) return;
 #ifdef FLASHSPARK_EMULATOR_ASAN
-  // A fiber given up in mid-kernel leaves its frames' red zones behind; the next mapping may lie here.
+  // A fiber abandoned inside a kernel leaves its frames' red zones behind, and a later mapping may reuse this memory.
   __asan_unpoison_memory_region(bottom_, size_);
 #endif
   munmap(mapping_, kPage + kStack);

@@ -1,5 +1,5 @@
-// A stack of its own and the place where it stopped, on Boost.Context's bare switch (no system call). AddressSanitizer
-// is told of each switch, so that exceptions and reports know the stack.
+// A fiber: a stack of its own, switched by Boost.Context's assembly without a system call. AddressSanitizer is told
+// about every switch, so that exceptions and reports work on the right stack.
 #pragma once
 
 #include <boost/context/detail/fcontext.hpp>
@@ -13,31 +13,31 @@ namespace flashspark::emulator {
 
 class Fiber {
  public:
-  Fiber() = default;  // stands for the stack that the caller already runs on
+  Fiber() = default;  // represents the stack that the caller is already running on
   explicit Fiber(void (*run)());
   ~Fiber();
   Fiber(const Fiber &) = delete;
   Fiber &operator=(const Fiber &) = delete;
 
-  // Leaves this running fiber for `other`; returns when something switches back. A new fiber begins with run(), which
-  // must not return.
+  // Suspends this running fiber and resumes `other`; returns when some fiber switches back. A new fiber starts in
+  // run(), which must not return.
   void switch_to(Fiber &other);
 
  private:
   static void first(boost::context::detail::transfer_t from);
-  // On the stack just entered: what the switch brought, and the stack that was left.
+  // Runs on the stack just entered: records the context and bounds of the stack that was left.
   static void arrive(boost::context::detail::transfer_t from, void *fake_stack);
 
   void (*run_)() = nullptr;
   void *context_ = nullptr;
   void *mapping_ = nullptr;
-  // The stack's usable bytes, from the lowest.
+  // The usable bytes of the stack, from the lowest address.
   const void *bottom_ = nullptr;
   size_t size_ = 0;
   void *fake_stack_ = nullptr;
 };
 
-// Inline, since a return address predicted before a switch is wrong after it: each frame around it costs 5 ns.
+// Inline: a switch makes the CPU's return-address prediction wrong for every enclosing frame, so keep the frames few.
 inline void Fiber::switch_to(Fiber &other) {
 #ifdef FLASHSPARK_EMULATOR_ASAN
   __sanitizer_start_switch_fiber(&fake_stack_, other.bottom_, other.size_);

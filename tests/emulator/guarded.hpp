@@ -1,5 +1,5 @@
-// An array on the heap that ends exactly where it says, so that AddressSanitizer sees one element too many; and whose
-// elements that nobody may read can be poisoned. Without the sanitizer it is a plain array.
+// A heap array that ends exactly at its size, so that AddressSanitizer reports the first element beyond it. Elements
+// that must not be read can be poisoned. Without the sanitizer it is a plain array.
 #pragma once
 
 #include <cstddef>
@@ -27,10 +27,10 @@ class Guarded {
 
  public:
   Guarded() = default;
-  // The contents are the caller's to set. Aligned to 16 bytes, as copies to shared memory want it.
+  // Contents are uninitialised. Aligned to 16 bytes, as cp.async requires.
   explicit Guarded(size_t count) : size_(count) {
     void *memory = nullptr;
-    // An empty array has an address too, but not one byte to read.
+    // An empty array still has an address, but no readable byte.
     if (posix_memalign(&memory, 16, count > 0 ? count * sizeof(T) : 1) != 0) throw std::bad_alloc();
     data_ = static_cast<T *>(memory);
     if (count == 0) mark(data_, 1, true);
@@ -58,9 +58,9 @@ class Guarded {
   const T *begin() const { return data_; }
   const T *end() const { return data_ + size_; }
 
-  // From now on reading elements [first, first + count) is an error, or no longer one. Exact where both ends lie on
-  // multiples of 8 bytes: inside such a granule only a tail can be poisoned, so a poisoned run that begins inside one
-  // starts at the next, and one that ends inside one leaves its last bytes open.
+  // Marks elements [first, first + count) as unreadable, or readable again. Exact if both ends are multiples of 8
+  // bytes. Within an 8-byte granule only a tail can be poisoned: a range that begins inside a granule takes effect from
+  // the next one, and one that ends inside a granule leaves that granule readable.
   void poison(size_t first, size_t count) { mark(data_ + first, count * sizeof(T), true); }
   void unpoison(size_t first, size_t count) { mark(data_ + first, count * sizeof(T), false); }
 

@@ -1,4 +1,5 @@
-// The instructions: what a lane hands over when it issues one, and what a warp does once all its lanes have.
+// The instructions: the operands a lane supplies when it issues one, and what the warp does once all lanes have
+// arrived.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -47,16 +48,16 @@ void Machine::perform_load(uint32_t warp_index) {
   for (uint32_t l = 0; l < kLanes; l++) {
     address[l] = warp.lane[l]->in[0];
     try {
-      row[l] = shared_.read_row(warp_index, l, address[l], transposed, warp.meeting.place);
+      row[l] = shared_.read_row(warp_index, l, address[l], transposed, warp.meeting.site_id);
     } catch (const Complaint &complaint) {
-      fail("the row of lane " + std::to_string(l) + ": " + complaint.text, warp.meeting.place);
+      fail("the row of lane " + std::to_string(l) + ": " + complaint.text, warp.meeting.site_id);
     }
   }
   for (uint32_t m = 0; m < 4; m++) counters_.bank_conflicts += row_conflicts(address + 8 * m, 8);
   load_fragments(warp.lane, row, transposed);
 }
 
-// in[0]: the value; in[1]: the lane, mask or distance.
+// in[0] is the value; in[1] is the lane, mask or distance.
 void Machine::perform_exchange(Warp &warp) {
   const Operation operation = warp.meeting.operation;
   uint32_t votes = 0, sum = 0;
@@ -70,7 +71,7 @@ void Machine::perform_exchange(Warp &warp) {
     largest = std::max(largest, static_cast<int32_t>(value));
   }
   if (operation == Operation::uniform && smallest != largest) {
-    fail("uniform of values from " + std::to_string(smallest) + " to " + std::to_string(largest), warp.meeting.place);
+    fail("uniform of values from " + std::to_string(smallest) + " to " + std::to_string(largest), warp.meeting.site_id);
   }
   for (uint32_t l = 0; l < kLanes; l++) {
     const uint32_t argument = warp.lane[l]->in[1];
@@ -101,14 +102,14 @@ void Machine::perform_exchange(Warp &warp) {
   }
 }
 
-// ---- instructions, as a lane issues them
+// ---- instructions as a lane issues them
 
 void Machine::barrier(Operation operation, Site site) {
   meet(operation, site);
 }
 
 void Machine::copy_async(uint32_t to, const void *from, bool valid, Site site) {
-  const uint32_t here = place(site);
+  const uint32_t here = site_id(site);
   counters_.cp_async++;
   if (!valid) counters_.cp_async_zero++;
   const bool early = random_.next() % 2 == 0;
@@ -133,8 +134,8 @@ void Machine::multiply(Operation operation, float (&d)[4], const uint32_t (&a)[4
 }
 
 uint32_t Machine::exchange(Operation operation, uint32_t value, uint32_t argument, Site site) {
-  // The device takes it modulo 32, which no caller means.
-  if (argument >= kLanes) fail(std::string(name(operation)) + " by " + std::to_string(argument), place(site));
+  // The device takes the argument modulo 32, which is never what a caller means.
+  if (argument >= kLanes) fail(std::string(name(operation)) + " by " + std::to_string(argument), site_id(site));
   mine().in[0] = value;
   mine().in[1] = argument;
   meet(operation, site);
@@ -142,20 +143,20 @@ uint32_t Machine::exchange(Operation operation, uint32_t value, uint32_t argumen
 }
 
 void Machine::load_shared(void *to, uint32_t from, uint32_t bytes, Site site) {
-  const uint32_t here = place(site);
+  const uint32_t here = site_id(site);
   const uint32_t self = position.thread;
   guarded(here, [&] { shared_.read(self, from, bytes, to, here); });
   warps_[self / kLanes].banks.record(uint64_t{here} << 8 | bytes, self % kLanes, from, bytes);
 }
 
 void Machine::store_shared(uint32_t to, const void *from, uint32_t bytes, Site site) {
-  const uint32_t here = place(site);
+  const uint32_t here = site_id(site);
   const uint32_t self = position.thread;
   guarded(here, [&] { shared_.write(self, to, bytes, from, here); });
   warps_[self / kLanes].banks.record(uint64_t{here} << 8 | bytes, self % kLanes, to, bytes);
 }
 
-// ---- as ptx/ptx.cuh calls them
+// ---- the interface that ptx/ptx.cuh calls
 
 void barrier(Operation operation, Site site) {
   machine().barrier(operation, site);
@@ -185,7 +186,7 @@ void store_shared(uint32_t to, const void *from, uint32_t bytes, Site site) {
   machine().store_shared(to, from, bytes, site);
 }
 void fail(const char *text, Site site) {
-  machine().fail(text, machine().place(site));
+  machine().fail(text, machine().site_id(site));
 }
 
 }  // namespace flashspark::emulator

@@ -1,4 +1,4 @@
-// One launch at work: fibers, who runs next, and the meetings of a warp's lanes and a block's warps.
+// The state of one launch: its fibers, the scheduling of warps and lanes, and the points where lanes and warps meet.
 #pragma once
 
 #include <cstdint>
@@ -21,22 +21,21 @@ namespace flashspark::emulator {
 inline constexpr uint32_t kLanes = 32;
 inline constexpr uint32_t kAll = 0xffffffff;
 
-// How a block's warps take turns. The greedy ways let a warp get as far ahead as barriers allow.
+// How the warps of a CTA take turns. The priority policies let a warp run as far ahead as barriers allow.
 enum class Policy { random, priority, priority_with_swaps };
 
-// What lanes, or warps, wait for together.
+// What lanes or warps are waiting for together.
 struct Meeting {
   Operation operation = Operation::none;
-  uint32_t place = 0;
+  uint32_t site_id = 0;
 };
 
 struct Warp {
-  uint32_t ready = 0;    // a bit each lane
+  uint32_t ready = 0;    // one bit per lane
   uint32_t waiting = 0;  // at `meeting`
   uint32_t exited = 0;
-  bool at_block_barrier = false;
   Meeting meeting;
-  // The order of lanes: a ring that starts anywhere and runs either way, chosen anew after each meeting.
+  // The order in which lanes run: cyclic from `rotation`, in either direction, redrawn after each meeting.
   uint32_t rotation = 0;
   bool backwards = false;
   BankCounter banks;
@@ -62,20 +61,20 @@ class Machine {
   uint32_t exchange(Operation operation, uint32_t value, uint32_t argument, Site site);
   void load_shared(void *to, uint32_t from, uint32_t bytes, Site site);
   void store_shared(uint32_t to, const void *from, uint32_t bytes, Site site);
-  [[noreturn]] void fail(const std::string &text, uint32_t place);
-  uint32_t place(Site site) { return shared_.places.number(site); }
+  [[noreturn]] void fail(const std::string &text, uint32_t site_id);
+  uint32_t site_id(Site site) { return shared_.sites.number(site); }
 
  private:
   static void run_fiber();
   void run_thread();
-  void run_block(const LaunchOptions &options, const uint32_t (&block)[3]);
+  void run_cta(const LaunchOptions &options, const uint32_t (&cta)[3]);
   void meet(Operation operation, Site site);
   uint32_t arrive(Operation operation, Site site);
   void complete(uint32_t warp_index);
   void perform(uint32_t warp_index);
   void perform_load(uint32_t warp_index);
   void perform_exchange(Warp &warp);
-  void meet_block(uint32_t warp_index);
+  void meet_cta(uint32_t warp_index);
   void release(uint32_t warp_index);
   void leave();
   uint32_t next_thread();
@@ -83,13 +82,13 @@ class Machine {
   uint32_t pick_lane(const Warp &warp) const;
   void switch_to(Fiber &from, uint32_t thread);
 
-  // Kernel-side calls: a Complaint becomes a Fault of the running thread.
+  // Reports a Complaint as a Fault of the running thread.
   template <class Call>
-  auto guarded(uint32_t place, Call call) {
+  auto guarded(uint32_t site_id, Call call) {
     try {
       return call();
     } catch (const Complaint &complaint) {
-      fail(complaint.text, place);
+      fail(complaint.text, site_id);
     }
   }
 
@@ -97,7 +96,7 @@ class Machine {
 
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Warp> warps_;
-  std::vector<uint32_t> priority_;  // warps, most urgent first
+  std::vector<uint32_t> priority_;  // warp indices, most urgent first
   SharedMemory shared_;
   Fiber launcher_;
   Random random_{0};
@@ -107,14 +106,15 @@ class Machine {
   std::exception_ptr error_;
   Counters counters_;
 
-  uint32_t count_ = 0;        // threads of a block
-  uint32_t alive_ = 0;        // that have not returned
-  uint32_t ready_warps_ = 0;  // a bit each
+  uint32_t count_ = 0;        // threads per CTA
+  uint32_t alive_ = 0;        // threads that have not exited
+  uint32_t ready_warps_ = 0;  // one bit per warp
   uint32_t arrived_warps_ = 0;
-  Meeting block_meeting_;
+  Meeting cta_meeting_;
 };
 
-// Stops this lane until those it meets are there and what they meet for is done. Inline for Fiber::switch_to's reason.
+// Suspends this lane until all lanes it meets have arrived and the operation is done. Inline for the same reason as
+// Fiber::switch_to.
 inline void Machine::meet(Operation operation, Site site) {
   const uint32_t self = position.thread;
   const uint32_t next = arrive(operation, site);

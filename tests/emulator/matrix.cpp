@@ -8,7 +8,7 @@ namespace flashspark::emulator {
 namespace {
 
 template <bool bfloat16>
-float widen(uint32_t bits) {
+float to_float(uint32_t bits) {
   if constexpr (bfloat16) return std::bit_cast<float>(bits << 16);
   const uint32_t sign = (bits & 0x8000) << 16;
   const uint32_t magnitude = bits & 0x7fff;
@@ -28,12 +28,12 @@ void multiply_fragments(Registers *const (&lane)[32], const SumOrder &order) {
     const uint32_t *in = lane[l]->in;
     for (uint32_t half = 0; half < 2; half++) {
       const uint32_t shift = 16 * half;
-      a[row][pair + half] = widen<bfloat16>(in[0] >> shift & 0xffff);
-      a[row + 8][pair + half] = widen<bfloat16>(in[1] >> shift & 0xffff);
-      a[row][pair + 8 + half] = widen<bfloat16>(in[2] >> shift & 0xffff);
-      a[row + 8][pair + 8 + half] = widen<bfloat16>(in[3] >> shift & 0xffff);
-      b[pair + half][row] = widen<bfloat16>(in[4] >> shift & 0xffff);
-      b[pair + 8 + half][row] = widen<bfloat16>(in[5] >> shift & 0xffff);
+      a[row][pair + half] = to_float<bfloat16>(in[0] >> shift & 0xffff);
+      a[row + 8][pair + half] = to_float<bfloat16>(in[1] >> shift & 0xffff);
+      a[row][pair + 8 + half] = to_float<bfloat16>(in[2] >> shift & 0xffff);
+      a[row + 8][pair + 8 + half] = to_float<bfloat16>(in[3] >> shift & 0xffff);
+      b[pair + half][row] = to_float<bfloat16>(in[4] >> shift & 0xffff);
+      b[pair + 8 + half][row] = to_float<bfloat16>(in[5] >> shift & 0xffff);
       d[row][pair + half] = std::bit_cast<float>(in[6 + half]);
       d[row + 8][pair + half] = std::bit_cast<float>(in[8 + half]);
     }
@@ -43,7 +43,7 @@ void multiply_fragments(Registers *const (&lane)[32], const SumOrder &order) {
       float sum[8] = {};
       for (uint32_t i = first; i < first + order.chunk; i++) {
         const uint32_t k = order.column[i];
-        // A product of two 16-bit numbers is exact in a float, so that fusing it with the sum changes nothing.
+        // The product of two 16-bit floats is exact in fp32, so fusing it with the addition changes nothing.
         for (uint32_t column = 0; column < 8; column++) sum[column] += a[row][k] * b[k][column];
       }
       for (uint32_t column = 0; column < 8; column++) d[row][column] += sum[column];

@@ -1,4 +1,4 @@
-// The arithmetic of ldmatrix and mma on a warp's registers, lane by lane as the PTX manual draws them.
+// The arithmetic of ldmatrix and mma on a warp's registers, lane by lane, with the fragment layouts of the PTX manual.
 #pragma once
 
 #include <array>
@@ -8,16 +8,16 @@
 
 namespace flashspark::emulator {
 
-// One lane's operands and results; the scheduler copies them, so that no fiber reads another's stack.
+// One lane's operands and results. The scheduler copies them, so no fiber reads another's stack.
 struct Registers {
   uint32_t in[10];
   uint32_t out[4];
 };
 
-// The order in which a tensor core adds the 16 products of an element to its accumulator: the manual leaves it open.
+// The order in which a tensor core adds the 16 products of an element to its accumulator, which PTX leaves unspecified.
 struct SumOrder {
   std::array<uint32_t, 16> column;
-  uint32_t chunk;  // so many products are added to each other before they are added to the accumulator
+  uint32_t chunk;  // number of products summed before the sum is added to the accumulator
 
   explicit SumOrder(Random &random);
 };

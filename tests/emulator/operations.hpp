@@ -1,27 +1,28 @@
-// What ptx/ptx.cuh calls: the instructions, with the kernel's line that issues each. Not for kernels or tests.
+// The interface between ptx/ptx.cuh and the emulator: each instruction, with the kernel source line that issues it. Not
+// for use by kernels or tests.
 #pragma once
 
 #include <cstdint>
 
 namespace flashspark::emulator {
 
-// A place in the kernel's source.
+// A location in the kernel's source.
 struct Site {
   int line = 0;
   const char *file = "";
 };
 
-// Where the running fiber is.
+// The thread and CTA of the running fiber.
 struct Position {
   uint32_t thread;
-  uint32_t block[3];
+  uint32_t cta[3];
 };
 extern Position position;
 
-// Shared memory starts above zero, as on the device, so that address 0 is never right.
+// Shared memory starts above zero, as on the device, so that address 0 is always an error.
 inline constexpr uint32_t kSharedBase = 0x400;
 
-// What lanes of a warp meet for.
+// The operations at which lanes of a warp meet.
 enum class Operation : uint8_t {
   none,
   cta_barrier,
@@ -51,7 +52,7 @@ void load_matrices(Operation operation, uint32_t (&part)[4], uint32_t row, Site 
 void multiply(Operation operation, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site);
 uint32_t exchange(Operation operation, uint32_t value, uint32_t argument, Site site);
 
-// bytes: 4 or 16.
+// bytes: 4, 8 or 16.
 void load_shared(void *to, uint32_t from, uint32_t bytes, Site site);
 void store_shared(uint32_t to, const void *from, uint32_t bytes, Site site);
 

@@ -1,5 +1,5 @@
-// A little kernel with all that the real ones do: copies two stages ahead, a swizzle, ldmatrix, mma. It passes whole,
-// and each of its parts, left out, is missed.
+// A small kernel with the elements of the real ones: double-buffered cp.async, a swizzle, ldmatrix and mma. It passes
+// as it is, and leaving out any element is detected.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -30,17 +30,17 @@ constexpr uint32_t kThreads = 128;
 constexpr uint32_t kRows = 16;
 constexpr uint32_t kColumns = 64;
 constexpr uint32_t kTileBytes = kRows * kColumns * 2;
-constexpr uint32_t kChunks = kColumns / 8;  // of 16 bytes, in a row
+constexpr uint32_t kChunks = kColumns / 8;  // 16-byte chunks per row
 
-// result[warp][column] = sums over all rows of x (rows x 64), counted by multiplying with ones. Rows come in tiles of
-// 16, the last of which may be short.
+// result[warp][column] = the sum over all rows of x (rows x 64), computed as a product with ones. Rows are loaded in
+// tiles of 16; the last may be partial.
 void column_sums(Mistake mistake, uint32_t rows, const uint16_t *x, float *result) {
   const uint32_t thread = ptx::thread_index();
   const uint32_t lane = thread % 32;
   const uint32_t tiles = (rows + kRows - 1) / kRows;
   const auto address = [&](uint32_t tile, uint32_t row, uint32_t chunk) {
-    const uint32_t place = mistake == Mistake::no_swizzle ? chunk : chunk ^ row % 8;
-    return ptx::shared_memory() + tile % 2 * kTileBytes + row * kColumns * 2 + place * 16;
+    const uint32_t chunk_slot = mistake == Mistake::no_swizzle ? chunk : chunk ^ row % 8;
+    return ptx::shared_memory() + tile % 2 * kTileBytes + row * kColumns * 2 + chunk_slot * 16;
   };
   const auto load = [&](uint32_t tile) {
     const uint32_t row = thread / kChunks;
@@ -66,7 +66,7 @@ void column_sums(Mistake mistake, uint32_t rows, const uint16_t *x, float *resul
     }
     if (mistake != Mistake::no_barrier_after_wait) ptx::cta_barrier();
     for (uint32_t pair = 0; pair < kColumns / 16; pair++) {
-      uint32_t part[4];  // columns 16 * pair: rows 0 to 7, 8 to 15; then the next 8 columns
+      uint32_t part[4];  // columns 16 * pair: rows 0 to 7, then 8 to 15; the same for the next 8 columns
       ptx::ldmatrix_x4_trans(part, address(tile, lane % 16, 2 * pair + lane / 16));
       ptx::mma_m16n8k16<ptx::Bfloat16>(sum[2 * pair], ones, part[0], part[1]);
       ptx::mma_m16n8k16<ptx::Bfloat16>(sum[2 * pair + 1], ones, part[2], part[3]);
@@ -123,7 +123,7 @@ TEST(Pipeline, RightAndWithoutFaultUnderManySeeds) {
 
 TEST(Pipeline, EveryMistakeIsFoundByEverySeed) {
   const std::vector<std::pair<Mistake, std::string>> mistakes = {
-      {Mistake::no_barrier_after_wait, ""},  // a race, or bytes still in flight: whoever comes first
+      {Mistake::no_barrier_after_wait, ""},  // a race or bytes in flight, depending on which thread runs first
       {Mistake::no_barrier_before_refill, ""},
       {Mistake::waits_for_one_group_less, "copy in flight"},
       {Mistake::no_wait, "copy in flight"},
@@ -144,7 +144,7 @@ TEST(Pipeline, EveryMistakeIsFoundByEverySeed) {
 }
 
 TEST(Pipeline, RowsThatAreNotFilledAreFound) {
-  // 70 rows: the last tile writes 6 of 16, over an older one's or over nothing.
+  // 70 rows: only 6 of the last tile's 16 rows are written; the rest is stale or was never written.
   const uint64_t seed = 30;
   bool found = false;
   try {
@@ -163,12 +163,12 @@ TEST(Banks, WithoutSwizzleEveryRowBeyondTheFirstConflicts) {
   }
 }
 
-// Conflicts of one store of `bytes` by each lane at address(lane), and of as many loads.
+// Bank conflicts of one store of `bytes` by each lane to address(lane), and of the same loads.
 template <class Address>
 uint64_t conflicts(uint32_t bytes, Address address) {
   const Counters counters = launch({{1, 1, 1}, 32, 8192, 4}, [&] {
     const ptx::SharedAddress at = ptx::shared_memory() + address(ptx::thread_index());
-    // Two of each, so that a lane's second access must not be taken for another lane's first.
+    // Two of each, so that a lane's second access is not mistaken for another lane's first.
     for (uint32_t i = 0; i < 2; i++) {
       if (bytes == 16) {
         ptx::store_shared_16(at + 4096 * i, {});
@@ -200,7 +200,7 @@ TEST(Banks, LanesThatShareAWordDoNotConflict) {
     ptx::load_shared_4(ptx::shared_memory());
     ptx::load_shared_4(ptx::shared_memory() + 128 * (ptx::thread_index() % 2));
   });
-  EXPECT_EQ(counters.bank_conflicts, 2u);  // the stores' two words, and the last load's
+  EXPECT_EQ(counters.bank_conflicts, 2u);  // two words of the stores and two of the last load
 }
 
 }  // namespace

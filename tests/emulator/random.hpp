@@ -1,4 +1,4 @@
-// The generator behind every choice that the hardware leaves open. xorshift64*: a few instructions a number.
+// The random number generator (xorshift64*) behind every choice that the hardware leaves open.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace flashspark::emulator {
 class Random {
  public:
   explicit Random(uint64_t seed) {
-    // splitmix64's finisher, so that seeds 1, 2, 3 start far apart; the state must not be 0.
+    // The finaliser of splitmix64 separates the seeds 1, 2, 3, ...; the state must not be 0.
     uint64_t z = seed + 0x9e3779b97f4a7c15;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
     z = (z ^ z >> 27) * 0x94d049bb133111eb;
@@ -21,7 +21,7 @@ class Random {
     state_ ^= state_ >> 27;
     return static_cast<uint32_t>(state_ * 0x2545f4914f6cdd1d >> 32);
   }
-  // 0 <= result < limit.
+  // Uniform in [0, limit).
   uint32_t below(uint32_t limit) { return static_cast<uint32_t>(uint64_t{next()} * limit >> 32); }
 
   template <class Sequence>

@@ -1,4 +1,4 @@
-// Fibers, who runs next, and where lanes and warps meet.
+// Fibers, the choice of the next thread to run, and the points where lanes and warps meet.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -11,16 +11,16 @@ namespace flashspark::emulator {
 
 Position position{};
 
-// Leaked: fibers may be abandoned in mid-kernel, and nothing of them needs an end.
+// Leaked on purpose: fibers may be abandoned inside a kernel and need no destruction.
 Machine &machine() {
   static Machine *const instance = new Machine;
   return *instance;
 }
 
-void Machine::fail(const std::string &text, uint32_t place) {
-  throw Fault("block (" + std::to_string(position.block[0]) + ", " + std::to_string(position.block[1]) + ", " +
-              std::to_string(position.block[2]) + ") thread " + std::to_string(position.thread) + " " +
-              shared_.places.text(place) + ": " + text);
+void Machine::fail(const std::string &text, uint32_t site_id) {
+  throw Fault("block (" + std::to_string(position.cta[0]) + ", " + std::to_string(position.cta[1]) + ", " +
+              std::to_string(position.cta[2]) + ") thread " + std::to_string(position.thread) + " " +
+              shared_.sites.text(site_id) + ": " + text);
 }
 
 // ---- fibers
@@ -52,9 +52,9 @@ void Machine::leave() {
   if (const uint32_t *copy = shared_.unfinished(self)) fail("exits with a copy in flight", *copy);
   if (warp.waiting != 0) {
     fail(std::string("exits while other lanes of its warp wait at ") + name(warp.meeting.operation),
-         warp.meeting.place);
+         warp.meeting.site_id);
   }
-  if (arrived_warps_ != 0) fail("exits while other warps wait at cta_barrier", block_meeting_.place);
+  if (arrived_warps_ != 0) fail("exits while other warps wait at cta_barrier", cta_meeting_.site_id);
   const uint32_t bit = 1u << self % kLanes;
   warp.ready &= ~bit;
   warp.exited |= bit;
@@ -63,10 +63,10 @@ void Machine::leave() {
   alive_--;
 }
 
-// ---- who runs next
+// ---- choosing who runs next
 
-// There is always a ready warp while a thread lives: whoever a meeting lacks is ready, or waits elsewhere, or has
-// exited, and the latter two are faults. So a deadlock shows as one of those.
+// A ready warp always exists while a thread is alive: a lane that others wait for is either ready, or waits elsewhere
+// or has exited, and the latter two are reported as faults. A deadlock therefore always surfaces as a fault.
 uint32_t Machine::pick_warp() {
   if (policy_ == Policy::random) {
     uint32_t left = random_.below(static_cast<uint32_t>(std::popcount(ready_warps_)));
@@ -87,7 +87,8 @@ uint32_t Machine::pick_lane(const Warp &warp) const {
   return (at + warp.rotation) % kLanes;
 }
 
-// Lanes of a warp run one after another to their next meeting; other warps come in there, and now and then between.
+// Lanes of a warp run one after another until they meet. Another warp may be scheduled at a meeting and, rarely, in
+// between.
 uint32_t Machine::next_thread() {
   uint32_t warp = position.thread / kLanes;
   const bool stay = warps_[warp].ready != 0 && (policy_ == Policy::priority || random_.next() % 128 != 0);
@@ -97,12 +98,13 @@ uint32_t Machine::next_thread() {
 
 // ---- meetings
 
-// This lane waits for `operation`; returns who runs next, which is itself if all have come and its warp goes on.
+// Lets this lane wait for `operation`. Returns the next thread to run: itself if all lanes have arrived and its warp
+// continues.
 uint32_t Machine::arrive(Operation operation, Site site) {
   const uint32_t self = position.thread;
   const uint32_t warp_index = self / kLanes;
   Warp &warp = warps_[warp_index];
-  const uint32_t here = place(site);
+  const uint32_t here = site_id(site);
   if (warp.exited != 0) {
     fail(std::string(name(operation)) + " without lane " + std::to_string(std::countr_zero(warp.exited)) +
              ", which has exited",
@@ -110,10 +112,10 @@ uint32_t Machine::arrive(Operation operation, Site site) {
   }
   if (warp.waiting == 0) {
     warp.meeting = {operation, here};
-  } else if (warp.meeting.operation != operation || warp.meeting.place != here) {
+  } else if (warp.meeting.operation != operation || warp.meeting.site_id != here) {
     fail(std::string("divergence: ") + name(operation) + " while lane " +
              std::to_string(std::countr_zero(warp.waiting)) + " waits at " + name(warp.meeting.operation) + ", " +
-             shared_.places.text(warp.meeting.place),
+             shared_.sites.text(warp.meeting.site_id),
          here);
   }
   const uint32_t bit = 1u << self % kLanes;
@@ -133,7 +135,7 @@ void Machine::complete(uint32_t warp_index) {
   Warp &warp = warps_[warp_index];
   counters_.bank_conflicts += warp.banks.take();
   if (warp.meeting.operation == Operation::cta_barrier) {
-    meet_block(warp_index);
+    meet_cta(warp_index);
   } else {
     perform(warp_index);
     release(warp_index);
@@ -150,15 +152,15 @@ void Machine::release(uint32_t warp_index) {
   warp.backwards = (choice >> 8 & 1) != 0;
 }
 
-void Machine::meet_block(uint32_t warp_index) {
+void Machine::meet_cta(uint32_t warp_index) {
   const Meeting &meeting = warps_[warp_index].meeting;
   const auto warps = static_cast<uint32_t>(warps_.size());
-  if (alive_ != count_) fail("cta_barrier after threads have exited", meeting.place);
+  if (alive_ != count_) fail("cta_barrier after threads have exited", meeting.site_id);
   if (arrived_warps_ == 0) {
-    block_meeting_ = meeting;
-  } else if (block_meeting_.place != meeting.place) {
-    fail("divergence: cta_barrier while other warps wait at that of " + shared_.places.text(block_meeting_.place),
-         meeting.place);
+    cta_meeting_ = meeting;
+  } else if (cta_meeting_.site_id != meeting.site_id) {
+    fail("divergence: cta_barrier while other warps wait at that of " + shared_.sites.text(cta_meeting_.site_id),
+         meeting.site_id);
   }
   arrived_warps_++;
   ready_warps_ &= ~(1u << warp_index);
@@ -171,8 +173,8 @@ void Machine::meet_block(uint32_t warp_index) {
 
 // ---- launch
 
-void Machine::run_block(const LaunchOptions &options, const uint32_t (&block)[3]) {
-  std::memcpy(position.block, block, sizeof block);
+void Machine::run_cta(const LaunchOptions &options, const uint32_t (&cta)[3]) {
+  std::memcpy(position.cta, cta, sizeof cta);
   policy_ = static_cast<Policy>(random_.below(3));
   random_.shuffle(priority_);
   shared_.reset(options.shared_bytes, options.threads);
@@ -189,11 +191,11 @@ void Machine::run_block(const LaunchOptions &options, const uint32_t (&block)[3]
 }
 
 Counters Machine::launch(const LaunchOptions &options, const std::function<void()> &kernel) {
-  const uint64_t blocks = uint64_t{options.grid[0]} * options.grid[1] * options.grid[2];
+  const uint64_t ctas = uint64_t{options.grid[0]} * options.grid[1] * options.grid[2];
   if (options.threads == 0 || options.threads % kLanes != 0 || options.threads > kMaxThreads) {
     throw std::invalid_argument("launch: threads");
   }
-  if (blocks == 0 || blocks > 0xffffffff) throw std::invalid_argument("launch: grid");
+  if (ctas == 0 || ctas > 0xffffffff) throw std::invalid_argument("launch: grid");
   random_ = Random(options.seed);
   sum_order_ = SumOrder(random_);
   kernel_ = &kernel;
@@ -207,14 +209,14 @@ Counters Machine::launch(const LaunchOptions &options, const std::function<void(
     priority_[w] = w;
     for (uint32_t l = 0; l < kLanes; l++) warps_[w].lane[l] = &threads_[w * kLanes + l]->registers;
   }
-  std::vector<uint32_t> order(blocks);
-  for (uint32_t i = 0; i < blocks; i++) order[i] = i;
+  std::vector<uint32_t> order(ctas);
+  for (uint32_t i = 0; i < ctas; i++) order[i] = i;
   random_.shuffle(order);
   for (const uint32_t index : order) {
-    run_block(options, {index % options.grid[0], index / options.grid[0] % options.grid[1],
-                        index / options.grid[0] / options.grid[1]});
+    run_cta(options, {index % options.grid[0], index / options.grid[0] % options.grid[1],
+                      index / options.grid[0] / options.grid[1]});
     if (error_ != nullptr) {
-      // The other fibers stand somewhere in the kernel, for good.
+      // The other fibers are suspended inside the kernel and are discarded.
       threads_.clear();
       warps_.clear();
       std::rethrow_exception(std::exchange(error_, nullptr));

@@ -1,5 +1,5 @@
-// The Stream-K ranges of decode as arithmetic, over random batches and the SM counts of GPUs that nobody here has:
-// balanced, and no key tile lost or done twice. What the kernels make of them the other tests see.
+// Properties of the Stream-K decomposition over random batches and the SM counts of many GPUs: the ranges are balanced,
+// and every key tile is in exactly one. The kernels' use of it is covered by the other tests.
 #include "forward/scheduler/stream_k.cuh"
 
 #include <gtest/gtest.h>
@@ -13,9 +13,9 @@ namespace flashspark::emulator {
 namespace {
 
 struct Batch {
-  std::vector<int32_t> tiles;  // positions of each row tile
+  std::vector<int32_t> tiles;  // key tiles (positions) of each row tile
   int32_t total = 0;
-  int32_t of_each = 0;  // tiles of each, where they are alike
+  int32_t of_each = 0;  // key tiles per row tile if all have the same number, else 0
 };
 
 Batch draw(std::mt19937 &random) {
@@ -26,7 +26,7 @@ Batch draw(std::mt19937 &random) {
   for (int32_t seq = 0; seq < seqs; ++seq) {
     int32_t tiles = 1 + below(static_cast<uint32_t>(longest));
     if (kind == 0) tiles = longest;                 // all alike
-    if (kind == 1) tiles = seq == 0 ? longest : 1;  // one long among short ones
+    if (kind == 1) tiles = seq == 0 ? longest : 1;  // one long sequence among short ones
     for (int32_t unit = 0; unit < units; ++unit) batch.tiles.push_back(tiles);
   }
   for (const int32_t tiles : batch.tiles) batch.total += tiles;
@@ -35,7 +35,7 @@ Batch draw(std::mt19937 &random) {
   return batch;
 }
 
-// Whether the ranges follow on each other, hold all positions and are even.
+// The ranges are contiguous, cover all positions and have even lengths.
 void check_ranges(const Batch &batch, const Decomposition &all, const StreamKLimits &limits) {
   ASSERT_EQ(all.total, batch.total + all.tile_start_cost * static_cast<int32_t>(batch.tiles.size()));
   const int32_t most = batch.total < limits.small_problem_tiles ? limits.small_problem_ctas : limits.ctas;
@@ -54,10 +54,10 @@ void check_ranges(const Batch &batch, const Decomposition &all, const StreamKLim
     ASSERT_TRUE(is_empty(all.contiguous_range(range))) << range;  // CTAs without work
   const int32_t wanted = std::min(most, std::max(1, batch.total >> limits.min_tiles_shift));
   const double perfect = static_cast<double>(all.total) / wanted;
-  ASSERT_LE(longest, perfect * 1.05 + 1);  // a tile is not cut
+  ASSERT_LE(longest, perfect * 1.05 + 1);  // rounding to whole positions
 }
 
-// Ranges of whole row tiles: every tile is in exactly one, and CTAs beyond the last range have nothing.
+// Decomposition into whole row tiles: every tile is in exactly one range, and CTAs beyond the last range are idle.
 void check_whole_tiles(const Batch &batch, const Decomposition &all, const StreamKLimits &limits) {
   const auto units = static_cast<int32_t>(batch.tiles.size());
   ASSERT_EQ(all.tile_positions, batch.of_each);
@@ -75,8 +75,8 @@ void check_whole_tiles(const Batch &batch, const Decomposition &all, const Strea
   ASSERT_EQ(std::count(taken.begin(), taken.end(), 1), units);
 }
 
-// What next_key_range() and the combine kernel make of them: every position in one range, and every partial
-// result in a slot of its own that the combine of its row tile names.
+// The view of next_key_range() and the combine kernel: every position lies in one range, and every partial result has a
+// slot of its own, which the combine of its row tile finds.
 void check_contributors(const Batch &batch, const Decomposition &all, int32_t most) {
   std::vector<bool> taken(static_cast<size_t>(2 * most));
   int32_t begin = 0;
@@ -98,7 +98,8 @@ void check_contributors(const Batch &batch, const Decomposition &all, int32_t mo
       at = end;
     }
     ASSERT_EQ(at, begin + tiles);
-    // The ranges that end in it, from which the combine kernel's CTAs find it: all but the last, which may.
+    // The combine kernel finds a row tile through the ranges that end in it: all its contributors but possibly the
+    // last.
     for (int32_t n = 0; n + 1 < contributors.count; ++n) {
       const int32_t last = all.contiguous_range(contributors.first_cta + n).end - 1;
       ASSERT_TRUE(begin <= last && last < begin + tiles);
@@ -114,7 +115,7 @@ TEST(StreamK, OfAMillionBatches) {
   int32_t whole = 0;
   for (int32_t n = 0; n < cases; ++n) {
     const Batch batch = draw(random);
-    constexpr int32_t kSms[] = {48, 70, 84, 132, 170, 188};  // GB10 and RTX parts; the stand-in among them
+    constexpr int32_t kSms[] = {48, 70, 84, 132, 170, 188};  // GB10, RTX 50, RTX PRO and H100
     const int32_t most = kSms[random() % 6] * (1 + static_cast<int32_t>(random() % 3));
     const StreamKLimits limits{most, static_cast<int32_t>(random() % 3), most / 2,
                                most * static_cast<int32_t>(random() % 5), static_cast<int32_t>(random() % 4)};

@@ -1,4 +1,5 @@
-// append_kv: any struct is refused or carried out cleanly, in buffers that are exactly as large as the struct says.
+// Fuzzes append_kv: any params struct is either rejected or executed cleanly, in buffers exactly as large as it
+// describes.
 #include <algorithm>
 #include <cstddef>
 #include <cstdio>
@@ -66,7 +67,7 @@ P legal_problem(Stream &in, bool paged) {
   return p;
 }
 
-// Exact memory for every tensor; false when one is too large to try.
+// Allocates every tensor at its exact size. Returns false if one is too large to try.
 bool attach(P &p, Block (&blocks)[5]) {
   const bool slots = p.slot_mapping != nullptr;
   const bool varlen = p.cu_seqlens_new != nullptr || slots, paged = p.page_table != nullptr || slots;
@@ -92,12 +93,14 @@ bool attach(P &p, Block (&blocks)[5]) {
 
 }  // namespace
 
-// attach() sizes the tensors from the struct, legal or not, so one call both validates and, if it may, writes.
+// attach() sizes the tensors from the struct whether or not it is legal, so one call both validates and, if valid,
+// writes.
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Stream in(data, size);
   const uint8_t bits = in.raw<uint8_t>();
   const bool slots = bits & 128;
-  const uint8_t flavour = slots && bits & 1 ? bits & (4 | 64) : bits;  // slots go with rotation alone: half of them do
+  // slot_mapping excludes all but rotation; half of the slot cases take both
+  const uint8_t flavour = slots && bits & 1 ? bits & (4 | 64) : bits;
   const bool paged = flavour & 1, varlen = flavour & 2, rotary = flavour & 4;
   P p = legal_problem(in, paged || slots);
   if (slots) p.num_seqs = 1, p.total_new = p.total_q = p.seqlen_new;
@@ -150,7 +153,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   const std::vector<float> table(static_cast<size_t>(table_rows == 0 ? 0 : (table_rows - 1) * row + half), 0.5f);
   std::vector<int64_t> positions(slot_mapping.size());
   for (int64_t &position : positions) position = in.below(20) == 1 ? in.number() : in.below(40);
-  const bool missing = bits == 0xFF;  // which is refused
+  const bool missing = bits == 0xFF;  // an omitted pointer must be rejected
   if (slots && rotary && !missing) p.rotary_positions = positions.data();
   if (rotary && !table.empty()) p.rotary_cos = p.rotary_sin = table.data();
   if (rotary && flavour & 64) p.q.data = &p;

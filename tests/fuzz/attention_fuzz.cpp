@@ -1,5 +1,5 @@
-// Any struct may be validated without a crash; a small problem that is found legal runs cleanly on every implementation
-// in buffers that are exactly as large as the struct says.
+// Fuzzes attention: any params struct can be validated without a crash, and a small valid problem runs cleanly on every
+// implementation, in buffers exactly as large as the struct describes.
 #include <algorithm>
 #include <cstddef>
 #include <cstdio>
@@ -77,7 +77,7 @@ struct Arrays {
   std::vector<float> sinks, alibi, q_scale, k_scale, v_scale, output_scale{0.5f};
 };
 
-// Legal values that would need more memory than a test has are brought down; illegal ones stay.
+// Reduces legal values that would need too much memory; illegal values are kept.
 void bound(int64_t &value, int64_t most, int64_t legal_most) {
   if (value > most && value <= legal_most) value = value % most;
 }
@@ -107,7 +107,7 @@ int64_t clamped(int64_t value, int64_t most) {
   return std::clamp<int64_t>(value, 0, most);
 }
 
-// Arrays of the sizes that the struct implies, lengths within the tensors at first.
+// Allocates the metadata arrays that the struct implies, at first with lengths that stay within the tensors.
 void fill_arrays(P &p, Arrays &a, Stream &in) {
   const int64_t seqs = clamped(p.num_seqs, 16), heads_q = clamped(p.num_heads_q, 64),
                 heads_kv = clamped(p.num_heads_kv, 64);
@@ -165,7 +165,7 @@ void fill_arrays(P &p, Arrays &a, Stream &in) {
   a.q_scale = scales(11, p.q_descale);
   a.k_scale = scales(12, p.k_descale);
   a.v_scale = scales(13, p.v_descale);
-  // Any entry of any length may be broken.
+  // Corrupts any entry of any length array.
   for (std::vector<int32_t> *array :
        {&a.cu_q, &a.cu_k, &a.used_q, &a.used_k, &a.leftpad, &a.kv_index, &a.pages, &a.causal}) {
     if (!array->empty() && in.below(16) == 1)
@@ -237,7 +237,7 @@ void page(P &p, Stream &in) {
   std::abort();
 }
 
-// Tensors of exactly the size that the struct describes; false when they are too large to try.
+// Allocates tensors of exactly the size that the struct describes. Returns false if they are too large to try.
 bool attach(P &p, Block (&blocks)[6]) {
   const bool varlen_q = p.cu_seqlens_q != nullptr, varlen_k = p.cu_seqlens_k != nullptr,
              paged = p.page_table != nullptr;
@@ -293,7 +293,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   shrink_to_memory(p);
   Arrays arrays;
   fill_arrays(p, arrays, in);
-  // The validator may look at these pointers but not through them.
+  // The validator may inspect these pointers but must not dereference them.
   alignas(16) static unsigned char elsewhere[16];
   p.q.data = p.k.data = p.v.data = p.out.data = elsewhere + (flavour & 2 && flavour & 4 && flavour & 8 ? 1 : 0);
   p.lse = flavour & 16 ? reinterpret_cast<float *>(elsewhere) : nullptr;

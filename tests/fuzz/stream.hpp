@@ -1,4 +1,4 @@
-// Reads decisions off the fuzzer's bytes. An empty stream gives zeros, so every prefix of an input is an input.
+// Derives decisions from the fuzzer's bytes. An exhausted stream yields zeros, so every prefix of an input is an input.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ class Stream {
   }
   int64_t below(int64_t n) { return raw<uint16_t>() % n; }
 
-  // Mostly small numbers, often the neighbourhood of a power of two, now and then any bits at all.
+  // Mostly small numbers, often near a power of two, occasionally arbitrary bits.
   int64_t number() {
     switch (raw<uint8_t>() % 4) {
       case 0:
@@ -45,25 +45,25 @@ class Stream {
   size_t left_;
 };
 
-// A scalar field of a params struct: where it lies and how wide it is.
+// A scalar field of a params struct: its offset and width.
 struct Field {
   size_t offset, size;
 
   void set(void *params, int64_t value) const { std::memcpy(static_cast<char *>(params) + offset, &value, size); }
 };
 
-// Memory for `extents` = (batch, tokens, heads) rows of `width` elements at these strides, exactly as large as the
-// addresses span; false when that is more than a test may take.
+// Allocates rows of `width` elements for `extents` = (batch, tokens, heads) at the given strides, exactly as large as
+// the addresses span. Returns false if that exceeds a test's limit.
 struct Block {
   std::vector<unsigned char> bytes;
   unsigned char *origin = nullptr;
 
   bool fit(const int64_t (&extents)[3], const int64_t (&strides)[3], int64_t width, int64_t element_size) {
     constexpr __int128 kMost = 1 << 20;
-    if (width <= 0) return true;  // must be refused before any address is formed
+    if (width <= 0) return true;  // must be rejected before any address is computed
     __int128 low = 0, high = width;
     for (int n = 0; n < 3; ++n) {
-      if (extents[n] <= 0) return true;  // nothing is addressed
+      if (extents[n] <= 0) return true;  // no element is addressed
       const __int128 reach = static_cast<__int128>(extents[n] - 1) * strides[n];
       (reach < 0 ? low : high) += reach;
     }

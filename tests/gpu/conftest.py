@@ -1,6 +1,6 @@
-"""GPU tests, over the installed package. Without a GPU all of them are skipped.
+"""GPU tests of the installed package. All of them are skipped if there is no GPU.
 
-FLASHSPARK_GPU_TESTS_ON_CPU=1 runs those that make sense there on CPU tensors: it proves the tests, not the kernels.
+FLASHSPARK_GPU_TESTS_ON_CPU=1 runs those that can run on CPU tensors: this checks the tests, not the kernels.
 """
 
 from __future__ import annotations

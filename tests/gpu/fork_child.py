@@ -1,4 +1,4 @@
-"""Uses flashspark on a GPU, forks, and prints the error that the child gets. Run by test_graphs.py."""
+"""Uses flashspark on a GPU, forks, and prints the error that the child raises. Run by test_graphs.py."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ if child == 0:
     sys.stdout.flush()
     os._exit(status)
 _, status = os.waitpid(child, 0)
-# The parent is not harmed.
+# The parent still works.
 flashspark.flash_attn_func(x, x, x, out=out)
 torch.cuda.synchronize()
 sys.exit(os.waitstatus_to_exitcode(status))

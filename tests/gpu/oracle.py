@@ -1,6 +1,6 @@
-"""Attention from the formula in flashspark.h, in float64, and what torch's own arithmetic makes of it in 16 bits.
+"""Attention in float64 from the formula in flashspark.h, and the error of torch's own 16-bit arithmetic.
 
-Sequences of like lengths are padded to one batch, so that a serving batch takes a few dozen launches.
+Sequences of similar lengths are padded to one batch, so that a serving batch takes a few dozen launches.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from problem import Problem
 
-FREE_PADDING = 1 << 22  # work that a group may waste whatever its size
-KEY_COST = 64  # a key costs its scores and, once, the copy of its row: as much as this many scores
+FREE_PADDING = 1 << 22  # padding that a group may have whatever its size
+KEY_COST = 64  # cost of one key's copy, in units of one score
 MOST_NUMBERS = 1 << 28  # 2 GiB of float64; several tensors of that size are alive at once
 INFINITY = float("inf")
 
 
 @dataclass
 class Answer:
-    """Of the query rows in use, in the order of the sequences: padded rows may be most of a batch. lse: (rows, Hq)."""
+    """Results of the query rows in use, in the order of the sequences, without padding. lse: (rows, Hq)."""
 
-    rows: torch.Tensor  # flat numbers of those rows
+    rows: torch.Tensor  # flat indices of those rows
     exact: torch.Tensor
     exact_lse: torch.Tensor
     rounded: torch.Tensor
@@ -29,7 +29,7 @@ class Answer:
 
 
 def groups(q_len: np.ndarray, k_len: np.ndarray) -> list[np.ndarray]:
-    """Sequences with queries, cut into groups that waste little when padded to the group's longest."""
+    """Groups the sequences that have queries, so that padding to the longest of a group wastes little."""
     order = [int(b) for b in np.lexsort((k_len, q_len))[::-1] if q_len[b] > 0]
     result: list[list[int]] = []
     tq = tk = real = 0
@@ -46,7 +46,8 @@ def groups(q_len: np.ndarray, k_len: np.ndarray) -> list[np.ndarray]:
 
 
 def in_memory(whole: list[np.ndarray], numbers: np.ndarray, p: Problem) -> list[np.ndarray]:
-    """The groups, cut so that scores and copies of keys stay below MOST_NUMBERS where a group has several sequences."""
+    """Splits the groups so that scores and copies of keys stay below MOST_NUMBERS where a group has several
+    sequences."""
     key = p.k.shape[-2] * (p.k.shape[-1] + p.v.shape[-1])
     parts = []
     for members in whole:
@@ -61,7 +62,7 @@ class Group:
     """Indices of one padded group, on the device."""
 
     index: torch.Tensor  # (G,) sequence numbers
-    rows: torch.Tensor  # (G, Tq) flat query rows; the row behind the last where there is none
+    rows: torch.Tensor  # (G, Tq) flat query rows; padding refers to one row past the last
     q_at: tuple[torch.Tensor, torch.Tensor]
     k_at: tuple[torch.Tensor, torch.Tensor]
     keep: torch.Tensor  # (G, Tq, Tk)
@@ -86,19 +87,19 @@ def group(p: Problem, members: np.ndarray, longest: tuple[int, int], sequences: 
     flat = inner_q if varlen_q else outer_q * p.q.shape[1] + inner_q
     rows = torch.where(has_row, flat, total)
 
-    place = torch.where(has_key, k_row + j, 0)
+    token = torch.where(has_key, k_row + j, 0)
     table = p.device.get("page_table")
     if table is not None:
         size = p.k.shape[1]
-        slot = (place // size).clamp(max=table.shape[1] - 1)
+        slot = (token // size).clamp(max=table.shape[1] - 1)
         own = p.device["kv_batch_index"][index].long() if "kv_batch_index" in p.device else index
         outer_k = torch.where(has_key, table[own].gather(1, slot).long(), 0)
-        k_at = (outer_k, place % size)
+        k_at = (outer_k, token % size)
     elif p.k.ndim == 3:
-        k_at = (torch.zeros_like(place), place)
+        k_at = (torch.zeros_like(token), token)
     else:
         batch = p.device["kv_batch_index"][index].long() if "kv_batch_index" in p.device else index
-        k_at = (batch[:, None].expand_as(place), place)
+        k_at = (batch[:, None].expand_as(token), token)
 
     position = i + k_len - q_len
     distance = position[:, :, None] - j[:, None, :]
@@ -146,7 +147,7 @@ def _keep(
 
 
 def _scores(p: Problem, g: Group, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(G, Hkv, group, Tq, Tk) in the type of q and k, masked with -inf."""
+    """Scores (G, Hkv, group, Tq, Tk) in the dtype of q and k, masked with -inf."""
     spec, (count, tq, hq, dim), hkv = p.spec, q.shape, k.shape[2]
     packed = q.transpose(1, 2).reshape(count, hkv, hq // hkv * tq, dim)
     s = packed @ k.permute(0, 2, 3, 1)
@@ -173,9 +174,9 @@ def _scores(p: Problem, g: Group, q: torch.Tensor, k: torch.Tensor) -> torch.Ten
 def _attend(
     p: Problem, g: Group, kept: torch.Tensor, dtype: torch.dtype, round_to: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (G, Tq, Hq, Dv) and lse (G, Tq, Hq) with sums in `dtype` and probabilities rounded to `round_to`."""
+    """out (G, Tq, Hq, Dv) and lse (G, Tq, Hq), summed in `dtype` with probabilities rounded to `round_to`."""
     q = as_4d(p.q)[g.q_at].to(dtype)
-    # Zeros where no row looks: what lies there is poison, and zero times NaN is NaN. A cache may hold no row at all.
+    # Unused K and V are poisoned with NaN, and 0 * NaN is NaN: replace them by zeros. A cache may have no row at all.
     k, v = (
         as_4d(x)[g.k_at].to(dtype).masked_fill_(~kept[..., None, None], 0)
         if x.numel() > 0
@@ -209,7 +210,7 @@ def _attend(
 
 
 def stored(p: Problem, out: torch.Tensor) -> torch.Tensor:
-    """A result in float32, rounded as one of out's type."""
+    """A float32 result rounded to the dtype of out."""
     if not p.spec.e4m3_out:
         return out.to(p.q.dtype).float()
     scale = p.options["output_scale"]
@@ -223,11 +224,11 @@ def attend(p: Problem) -> Answer:
     stride = 0 if p.q.ndim == 3 else p.q.shape[1]
     used = [b * stride + first + np.arange(count) for b, (first, count) in enumerate(numbers[:2].T)]
     rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *used])).to(p.q.device)
-    place = rows.new_full((p.q.shape[:-2].numel() + 1,), len(rows))
-    place[rows] = torch.arange(len(rows), device=p.q.device)
+    index = rows.new_full((p.q.shape[:-2].numel() + 1,), len(rows))
+    index[rows] = torch.arange(len(rows), device=p.q.device)
 
     def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        # One row more takes what is padding.
+        # One extra row receives the padding.
         return torch.full((len(rows) + 1, *shape), float("nan"), dtype=dtype, device=p.q.device)
 
     exact, exact_lse = empty(torch.float64, heads, dim_v), empty(torch.float64, heads)
@@ -241,14 +242,14 @@ def attend(p: Problem) -> Answer:
             (torch.float32, p.q.dtype, rounded, rounded_lse),
         ):
             o, logsum = _attend(p, g, kept, dtype, round_to)
-            at = place[g.rows.flatten()]
+            at = index[g.rows.flatten()]
             out.index_copy_(0, at, (o if round_to is None else stored(p, o)).flatten(0, 1))
             lse.index_copy_(0, at, logsum.flatten(0, 1))
     return Answer(rows, exact[:-1], exact_lse[:-1], rounded[:-1], rounded_lse[:-1])
 
 
 def poison_unseen(p: Problem) -> None:
-    """NaN in every key and value that no query sees: unused pages, tail slots, keys outside every window."""
+    """Sets every key and value that no query sees to NaN: unused pages, tail slots, keys outside every window."""
     numbers = p.sequences()
     sequences = torch.from_numpy(numbers).to(p.q.device)
     outer, inner = as_4d(p.k).shape[:2]
@@ -281,7 +282,8 @@ def _metrics(got: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> t
 
 
 def failures(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, answer: Answer | None = None) -> list[str]:
-    """What breaks the rule: errors at most twice those of torch's 16-bit arithmetic + 1e-5, NaN and -inf in place."""
+    """Violations of the accuracy rule: errors at most twice those of torch's 16-bit arithmetic + 1e-5; NaN and -inf in
+    place."""
     answer = answer or attend(p)
     if p.spec.e4m3_out:
         out = out.float() * p.options["output_scale"]
@@ -296,10 +298,11 @@ def failures(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, answer: An
             torch.cat([_metrics(got[answer.rows], *wanted), (~got.isnan()).flatten(1).any(1)[unused].sum()[None]])
             for got, *wanted in compared.values()
         ]
-    ).tolist()  # the one wait of a case
+    ).tolist()  # the only synchronisation of a case
     found = []
     for name, (differ, ours, theirs, rms, their_rms, largest, touched) in zip(compared, numbers):
-        # lse has no rounding to 16 bits that would cover float32's own: 8 units in the last place of its largest.
+        # lse is not rounded to 16 bits, so float32's own error needs a bound: 8 units in the last place of the largest
+        # lse.
         slack = 1e-5 + (1e-6 * largest if name == "lse" else 0)
         if touched:
             found.append(f"{name}: {touched:.0f} rows written that are not in use")

@@ -12,16 +12,17 @@ import flashspark
 import numpy as np
 import torch
 
-# The tests on CPU tensors: proves the tests themselves.
+# Run the tests on CPU tensors, to check the tests themselves.
 ON_CPU = os.environ.get("FLASHSPARK_GPU_TESTS_ON_CPU") == "1"
-# Behind a list of lengths or pages lies a number that no kernel survives using.
+# Follows every list of lengths or pages; a kernel that uses it faults.
 POISON_INT = 2**30 + 7
 LARGEST, SMALLEST = 2**31 - 1, -(2**31)
-GUARD = 1024  # elements of NaN before and behind every tensor; a multiple of 16 bytes
+GUARD = 1024  # NaN elements before and after every tensor; a multiple of 16 bytes
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """What replays `call` from a CUDA graph; `call` has run before: a capture loads no kernels. CPU: `call`."""
+    """A function that replays `call` from a CUDA graph. `call` has run before, so its kernels are loaded. On CPU:
+    `call`."""
     if ON_CPU:
         return call
     torch.cuda.synchronize()
@@ -39,26 +40,26 @@ METADATA = (
 
 @dataclass
 class Spec:
-    """What to build. Lengths are those in use; everything else around them is made up by `build`."""
+    """Describes a problem. Lengths are those in use; `build` makes up everything else around them."""
 
     q_lens: list[int]
     k_lens: list[int]
     heads: tuple[int, int] = (4, 2)
     dims: tuple[int, int] = (64, 64)
     dtype: torch.dtype = torch.bfloat16
-    fp8: str = ""  # kv: keys and values are e4m3; qkv: q, too. Then they have factors.
-    layout: str = "paged"  # paged, varlen (keys end to end), dense (rows of one capacity), dense_paged (dense q)
+    fp8: str = ""  # kv: K and V are e4m3; qkv: q as well. Both have descale factors.
+    layout: str = "paged"  # paged, varlen (packed keys), dense (equal capacities), dense_paged (dense q)
     page_size: int = 16
-    cache: str = "separate"  # separate, packed (V behind K in one row), planes (K and V of a page), heads_first
+    cache: str = "separate"  # separate, packed (V after K in a row), planes (K and V of a page), heads_first
     fused_q: bool = False  # q is a slice of wider rows
     seqused_q: bool = False  # more rows than are in use
     seqused_k: bool = False  # varlen: more keys than are in use
     leftpad: bool = False
-    batch_index: bool = False  # cache rows, or rows of the page table, in another order
+    batch_index: bool = False  # cache rows, or page-table rows, in another order
     whole_table: bool = False  # paged: no seqused_k, all pages of the table are in use
     shared_prefix: bool = False  # sequences share pages
     loose_bounds: bool = False  # max_seqlen_q, max_seqlen_k above the real ones
-    poison_unkept: bool = True  # NaN in keys that the mask takes from every row, not only in unused slots
+    poison_unkept: bool = True  # NaN also in keys that the mask hides from every row, not only in unused slots
     scale: float = 1.0  # of q's values: sharper or flatter softmax
     causal: bool = True
     causal_per_seq: bool = False
@@ -71,12 +72,12 @@ class Spec:
     clamp: bool = False
     rswa: int = 0
     chunk: int = 0  # attention_chunk
-    e4m3_out: bool = False  # the result is e4m3, by output_scale
+    e4m3_out: bool = False  # e4m3 output with output_scale
     check: bool = False  # check_device
     lse: bool = True
     num_splits: int = 0
     deterministic: bool = False
-    schedule: str = ""  # scheduler_metadata: fresh, or stale: made of other lengths
+    schedule: str = ""  # scheduler_metadata: fresh, or stale (made from other lengths)
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Problem:
     metadata: torch.Tensor | None = None
 
     def reschedule(self) -> None:
-        """Makes or renews `metadata`, in place; has no elements where there is nothing to schedule."""
+        """Makes or refreshes the scheduler metadata in place; it is empty if the problem does not use any."""
         d, spec, dense = self.device, self.spec, self.q.ndim == 4
         if not spec.schedule or "seqused_k" not in d:
             return
@@ -110,7 +111,8 @@ class Problem:
         )  # fmt: skip
 
     def sequences(self) -> np.ndarray:
-        """(5, B): first query row, queries, first key row, keys, causal. As flashspark.h says, in NumPy."""
+        """(5, B): first query row, queries, first key row, keys, causal, computed in NumPy as flashspark.h defines
+        them."""
         h, spec = self.host, self.spec
         b = len(spec.q_lens)
         zero = np.zeros(b, np.int64)
@@ -131,7 +133,7 @@ class Problem:
         return np.stack([q_row, q_len, k_row, k_len, causal])
 
     def empty_results(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """out and lse full of NaN: what is not written stays so."""
+        """out and lse filled with NaN, so that elements never written are visible."""
         out = self.q.new_full((*self.q.shape[:-1], self.v.shape[-1]), float("nan"))
         if self.spec.e4m3_out:
             out = torch.full(out.shape, 0x7F, dtype=torch.uint8, device=out.device).view(torch.float8_e4m3fn)
@@ -139,7 +141,7 @@ class Problem:
         return out, self.q.new_full(shape, float("nan"), dtype=torch.float32) if self.spec.lse else None
 
     def run(self, out: torch.Tensor | None = None, lse: torch.Tensor | None = None, **changes: Any) -> Any:
-        """Calls the package; returns out and lse, poisoned first unless given."""
+        """Calls the package; returns out and lse, which are filled with NaN first unless given."""
         if out is None:
             out, lse = self.empty_results()
         d, spec = self.device, self.spec
@@ -179,7 +181,7 @@ class Problem:
 
 
 def as_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers as float8_e4m3fn, with the same strides, between NaN."""
+    """The same values as float8_e4m3fn, with the same strides, surrounded by NaN."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
@@ -189,7 +191,8 @@ def as_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def arena(host: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Every list in one allocation, at its exact size, with poison between; a page table's rows are wider than it."""
+    """Every list in one allocation, at its exact size, with poison in between; a page table has a stride beyond its
+    rows."""
     parts: list[np.ndarray] = [np.full(64, POISON_INT, np.int32)]
     places: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {}
     at = 64
@@ -200,14 +203,14 @@ def arena(host: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.
             stored[:, : values.shape[1]] = values
         strides = tuple(s // 4 for s in np.ascontiguousarray(stored).strides)
         places[name] = (at, values.shape, strides)
-        parts += [stored.reshape(-1), np.full(65, POISON_INT, np.int32)]  # 65: the next list is not aligned to 16 bytes
+        parts += [stored.reshape(-1), np.full(65, POISON_INT, np.int32)]  # 65: leaves the next list unaligned
         at += stored.size + 65
     flat = torch.from_numpy(np.concatenate(parts)).to(device)
     return {name: flat.as_strided(shape, strides, start) for name, (start, shape, strides) in places.items()}
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A NaN tensor between NaN neighbours."""
+    """A NaN tensor surrounded by NaN."""
     count = int(np.prod(shape))
     flat = torch.full((count + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
     return flat[GUARD : GUARD + count].view(shape)
@@ -258,12 +261,12 @@ def _cache(spec: Spec, outer: int, inner: int, like: dict[str, Any]) -> tuple[to
 
 
 def _pages(spec: Spec, rng: np.random.Generator, used: np.ndarray) -> tuple[np.ndarray, int]:
-    """A page table with garbage behind every row's end, and the number of pages."""
+    """A page table with garbage after the end of every row, and the number of pages."""
     counts = -(-used // spec.page_size)
     spare = 3
     order = rng.permutation(int(counts.sum()) + spare).astype(np.int32)
     width = int(counts.max(initial=1)) + (0 if spec.whole_table else int(rng.integers(0, 3)))
-    # Stale entries: numbers of real pages, which hold NaN or another sequence's keys, or no pages at all.
+    # Stale entries: valid page numbers, whose pages hold NaN or another sequence's keys, and invalid ones.
     table = rng.integers(0, len(order), (len(used), max(width, 1)), dtype=np.int32)
     if rng.random() < 0.5:
         table[:] = POISON_INT
@@ -277,7 +280,7 @@ def _pages(spec: Spec, rng: np.random.Generator, used: np.ndarray) -> tuple[np.n
 
 
 def _ranges(spec: Spec, rng: np.random.Generator, problem: Problem) -> np.ndarray:
-    """Disjoint ranges of each sequence, some slots unused; or for each query row the range that holds it."""
+    """Disjoint ranges of each sequence, with unused slots; or for each query row the range that contains it."""
     _, q_len, _, k_len, _ = problem.sequences()
     slots = 3
     ranges = np.full((len(q_len), slots, 2), -1, np.int32)
@@ -315,7 +318,7 @@ def build(spec: Spec, seed: int, device: torch.device | str) -> Problem:
         if spec.whole_table:
             k_used = np.full(batch, -(-max(1, *k_used, 1) // spec.page_size) * spec.page_size)
         host["page_table"], pages = _pages(spec, rng, np.where(idle, 0, k_used))
-        # Rows without queries carry lengths of an earlier batch, beyond the table.
+        # Rows without queries have stale lengths that exceed the table.
         if not spec.whole_table:
             host["seqused_k"] = np.where(idle, POISON_INT, k_used).astype(np.int32)
         if spec.batch_index:
@@ -341,7 +344,7 @@ def build(spec: Spec, seed: int, device: torch.device | str) -> Problem:
         k, v = _cache(spec, rows, max(capacity, 1), like)
     k.normal_()
     v.normal_()
-    if spec.fp8:  # numbers that e4m3 has: exact in the 16 bits that the oracle reads
+    if spec.fp8:  # values representable in e4m3, exact in the oracle's 16 bits
         for x in (k, v, q) if spec.fp8 == "qkv" else (k, v):
             x.copy_(x.to(torch.float8_e4m3fn))
     if spec.causal_per_seq:
@@ -368,7 +371,7 @@ def _score_options(problem: Problem, rng: np.random.Generator) -> None:
         options["softmax_scale"] = float(1.3 / np.sqrt(spec.dims[0]))
     for name in ("q_descale", "k_descale", "v_descale") if spec.fp8 else ():
         whole = torch.rand(len(spec.q_lens), spec.heads[1], device=q.device) + 0.5
-        # One number for all with strides of 0, as vLLM passes it; one a head; one a sequence and head; none.
+        # One factor for all with strides of 0, as vLLM passes it; one per head; one per sequence and head; none.
         kinds = (whole[:1, :1].expand(whole.shape), whole[:1].expand(whole.shape), whole, None)
         if (scale := kinds[int(rng.integers(4))] if len(whole) else None) is not None:
             options[name] = scale
@@ -384,7 +387,7 @@ def _score_options(problem: Problem, rng: np.random.Generator) -> None:
 
 
 def wild(rng: np.random.Generator, values: np.ndarray, at: tuple | slice) -> np.ndarray:
-    """values with wild ones in some places of `at`."""
+    """`values` with wild ones at some of the positions `at`."""
     result = values.copy()
     part = result[at]
     largest = int(values.max(initial=0))

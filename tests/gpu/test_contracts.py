@@ -1,4 +1,4 @@
-"""What flashspark.h says of NaN and infinity behind masks, of memory shared by q and out, and of what overlaps."""
+"""The guarantees of flashspark.h on NaN and infinity behind masks, q and out in the same memory, and overlap."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS: dict[str, dict] = {
 
 
 def future_keys(problem, b: int) -> tuple[torch.Tensor, ...]:
-    """Where the last key of sequence b lies: causal, only its last query keeps it."""
+    """The position of the last key of sequence b: with a causal mask, only its last query keeps it."""
     _, _, first, count, _ = problem.sequences()[:, b]
     at = int(first + count - 1)
     if "page_table" in problem.host:
@@ -38,10 +38,10 @@ def future_keys(problem, b: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("tensor", ["k", "v"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropped_keys(kind, tensor, value, device):
-    """A key that a row drops: in k it never reaches the row; in v at most its own columns, never lse."""
+    """A key that a row's mask hides: in K it never affects the row; in V at most its own columns, never lse."""
     spec = Spec(**KINDS[kind])
     if spec.fp8 and value in (float("inf"), -float("inf")):
-        return  # e4m3 has none
+        return  # e4m3 has no infinity
     problem = build(spec, 5, device)
     poison_unseen(problem)
     want = problem.run()
@@ -68,13 +68,13 @@ ALIASED = {**KINDS, "D512": {"q_lens": [3, 200], "k_lens": [500, 900], "heads": 
 
 @pytest.mark.parametrize("kind", ALIASED)
 def test_out_may_be_q(kind, device):
-    """The same bits, whichever block reads a row of q and whichever writes it."""
+    """The same bits, whichever CTA reads a row of q and whichever writes it."""
     problem = build(Spec(**ALIASED[kind]), 6, device)
     poison_unseen(problem)
     want, lse = problem.run()
     again = problem.q.clone()
     problem.q = again
-    # Two blocks share the rows of q there, and one may have written when the other reads.
+    # There, two CTAs read the same rows of q, and one may write out before the other has read them.
     if kind == "D512" and again.is_cuda:
         with pytest.raises(ValueError, match="shares memory with q"):
             problem.run(again, torch.empty_like(lse))
@@ -98,7 +98,7 @@ def test_out_may_not_be_a_key_or_value(name, device):
 @pytest.mark.parametrize("fp8", ["", "kv", "qkv"])
 @pytest.mark.parametrize("shape", ["prefill", "decode", "splits"])
 def test_e4m3_results(shape, fp8, q_type, device):
-    """Prefill, decode and pieces that are joined, with and without lse; rounding is to the nearest, as torch's."""
+    """Prefill, decode and combined partials, with and without lse; rounding is to nearest, like torch's."""
     lengths = {"prefill": ([200, 65, 0, 300], [330, 65, 9, 300]), "decode": ([1] * 4, [900, 3, 2000, 60])}
     q_lens, k_lens = lengths.get(shape, ([2, 1], [1500, 700]))
     for lse in (True, False):
@@ -111,7 +111,7 @@ def test_e4m3_results(shape, fp8, q_type, device):
 
 @pytest.mark.parametrize("scale", [1e-4, 3e4])
 def test_e4m3_results_saturate(scale, device):
-    """Beyond 448 the largest number, never NaN; below the least one zero."""
+    """Values beyond 448 become the largest number, never NaN; values below the smallest one become zero."""
     spec = Spec([40, 1], [90, 700], e4m3_out=True)
     problem = build(spec, 9, device)
     poison_unseen(problem)

@@ -1,4 +1,4 @@
-"""Every feature, with both number types and every head size, on small shapes."""
+"""Every feature with every dtype and head size, on small shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from oracle import attend, failures, poison_unseen
 from problem import Spec, build
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# The sizes that kernels are built for, and some between them.
+# The head sizes that kernels are built for, and some in between.
 DIMS = [(64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512)]
 ODD_DIMS = [
     (59, 59),
@@ -98,7 +98,7 @@ LAYOUTS: dict[str, dict] = {
     "dense, leftpad": {"layout": "dense", "leftpad": True, "seqused_q": True, "seqused_k": True},
     "dense q, pages": {"layout": "dense_paged"},
 }
-# Splits of a problem that has few rows and many keys, and of one that has not.
+# Problems to run with splits: few rows over many keys, and others.
 SPLITS: dict[str, dict] = {
     "decode": {"q_lens": [1, 1, 1], "k_lens": [2000, 17, 900]},
     "verify": {"q_lens": [5, 0, 8], "k_lens": [1500, 400, 1203]},
@@ -145,7 +145,7 @@ FP8_DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (5
 @pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_fp8_features(feature, dims, fp8, device):
-    """Keys and values in e4m3, with factors, beside queries in 16 bits or e4m3."""
+    """K and V in e4m3 with descale factors; queries in 16 bits or e4m3."""
     dtype = DTYPES["bf16" if len(feature) % 2 else "fp16"]
     check(Spec(**{**MIXED, **FEATURES[feature]}, dims=dims, dtype=dtype, fp8=fp8), device, f"{feature} {dims} {fp8}")
 
@@ -158,14 +158,14 @@ def test_fp8_layouts(layout, dims, device):
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_every_e4m3_number(num_splits, device):
-    """All 254 that are numbers, in keys and in values."""
+    """All 254 finite e4m3 codes, in K and in V."""
     problem = build(Spec([40, 3, 1], [200, 90, 400], (2, 2), (64, 64), fp8="kv", num_splits=num_splits), 5, device)
     codes = torch.tensor([c for c in range(256) if c % 128 != 127], dtype=torch.uint8, device=device)
     numbers = codes.view(torch.float8_e4m3fn).to(problem.k.dtype)
     for x in (problem.k, problem.v):
         shape = x.shape
         x.copy_(numbers[torch.randint(len(numbers), (x.numel(),), device=device)].view(shape))
-    problem.options["softmax_scale"] = 0.002  # scores of a few units
+    problem.options["softmax_scale"] = 0.002  # keeps the scores within a few units
     poison_unseen(problem)
     assert not failures(problem, *problem.run())
 
@@ -189,7 +189,7 @@ def test_splits(shape, dims, num_splits, device):
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_tile_edges(dims, causal, device):
-    """Lengths around every multiple that a tile could have."""
+    """Lengths around every multiple that a tile size could have."""
     edges = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257]
     pairs = [(q, k) for q in edges for k in edges]
     for start in range(0, len(pairs), 54):
@@ -200,7 +200,7 @@ def test_tile_edges(dims, causal, device):
 # The CPU engine's exponential turns NaN scores into numbers; the kernels must not.
 @pytest.mark.parametrize("value", ["q", "v", pytest.param("k", marks=pytest.mark.needs_gpu)])
 def test_nan_in_the_inputs(value, device):
-    """A NaN that a query does see reaches the result, and only what it belongs to."""
+    """A NaN that a query sees reaches the results that depend on it, and no others."""
     problem = build(Spec([40, 3], [200, 90], (2, 2), (128, 128), causal=False), 5, device)
     poison_unseen(problem)
     if value == "q":
@@ -209,7 +209,7 @@ def test_nan_in_the_inputs(value, device):
         page = int(problem.host["page_table"][0, 5])
         (problem.k if value == "k" else problem.v)[page, 2, 1, 9] = float("nan")
     answer = attend(problem)
-    if value == "q":  # the oracle leaves NaN rows of q out, since unused rows hold them, too
+    if value == "q":  # the oracle skips NaN rows of q, since unused rows hold NaN
         answer.exact[7, 1], answer.exact_lse[7, 1] = float("nan"), float("nan")
     expected = {"q": 128, "k": 40 * 128, "v": 40}[value]
     assert int(answer.exact.isnan().sum()) == expected
@@ -232,7 +232,7 @@ def test_empty_problems(device):
 
 
 def test_infinite_biases(device):
-    """A row of nothing but -inf scores is a masked row."""
+    """A row whose scores are all -inf counts as a fully masked row."""
     problem = build(Spec([3], [20], (2, 1), rel_extent=64), 3, device)
     poison_unseen(problem)
     problem.options["rel_logits"][1] = -float("inf")
@@ -242,7 +242,7 @@ def test_infinite_biases(device):
 
 
 def test_scales_of_16_bit_tensors_are_ignored(device):
-    """vLLM passes descale factors of 1.0 with strides of 0; only float8 tensors have them."""
+    """vLLM passes descale factors of 1.0 with strides of 0; only float8 tensors use them."""
     problem = build(Spec(**MIXED), 9, device)
     poison_unseen(problem)
     scale = torch.ones(1, device=device).expand(5, 2)
@@ -253,7 +253,7 @@ def test_scales_of_16_bit_tensors_are_ignored(device):
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_strided_results(num_splits, device):
-    """out may be a slice of wider rows, lse of any strides; what lies between stays as it is."""
+    """out may be a slice of wider rows, and lse may have any strides; elements in between are unchanged."""
     problem = build(Spec(**{**MIXED, "dims": (128, 128), "num_splits": num_splits}), 17, device)
     poison_unseen(problem)
     rows = len(problem.q)
@@ -266,7 +266,7 @@ def test_strided_results(num_splits, device):
     assert (wide == 7).all() and (lse == 7).all()
 
 
-# A problem, and what a faulty kernel would compute instead.
+# name: (problem, arguments under which a correct kernel computes what a faulty one would).
 FAULTS: dict[str, tuple[dict, dict]] = {
     "a key too few": ({"window": (40, 0)}, {"window_size": (39, 0)}),
     "a key too many": ({"window": (500, 0)}, {"window_size": (501, 0)}),
@@ -283,7 +283,7 @@ FAULTS: dict[str, tuple[dict, dict]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_rule_notices(fault, device):
-    """The bound on the error is tight enough to tell."""
+    """The error bound is tight enough to detect each of these faults."""
     options, changes = FAULTS[fault]
     problem = build(Spec(**{**MIXED, "poison_unkept": False, **options}), 1, device)
     problem.options.pop("softmax_scale", None)
@@ -295,7 +295,7 @@ def test_the_rule_notices(fault, device):
 
 @pytest.mark.parametrize("kind", ["implementation", "num_splits"])
 def test_errors(kind, device):
-    """A bad argument is named; nothing is computed."""
+    """A bad argument is named, and nothing is computed."""
     problem = build(replace(Spec(**MIXED), causal=True), 11, device)
     out, lse = problem.empty_results()
     if kind == "implementation":

@@ -1,5 +1,7 @@
-"""flash-attention's parameter grids on the GPU. FLASHSPARK_GRID_CASES: samples of each kind and seed (60);
-FLASHSPARK_GRID_SEED repeats another day's."""
+"""flash-attention's parameter grids on the GPU.
+
+FLASHSPARK_GRID_CASES: samples of each kind and seed (60). FLASHSPARK_GRID_SEED: repeats the samples of another day.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Random serving batches against the oracle: decode, verify and prefill rows together, every layout and feature.
 
-FLASHSPARK_GPU_CASES: how many (500); FLASHSPARK_GPU_SEED: the first seed (0). A failure prints its seed and its Spec:
-FLASHSPARK_GPU_CASES=1 FLASHSPARK_GPU_SEED=n runs that case alone.
+FLASHSPARK_GPU_CASES: number of cases (500). FLASHSPARK_GPU_SEED: the first seed (0). A failure prints its seed and its
+Spec; FLASHSPARK_GPU_CASES=1 FLASHSPARK_GPU_SEED=n reproduces it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from problem import ON_CPU, Problem, Spec, arena, build, wild
 
 CASES = int(os.environ.get("FLASHSPARK_GPU_CASES", "60" if ON_CPU else "500"))
 FIRST = int(os.environ.get("FLASHSPARK_GPU_SEED", "0"))
-WILD_EVERY = 25  # of so many cases one is run with wild metadata as well
+WILD_EVERY = 25  # one case in so many also runs with wild metadata
 CHUNKS = min(CASES, 50)
-# Scores of all heads of a case, which the oracle's time follows; every eighth case may have more. CPUs get a fraction.
+# Limit of the scores of all heads, to which the oracle's time is proportional; every eighth case may exceed it.
 SCORES, MORE_SCORES = (1 << 19, 1 << 21) if ON_CPU else (1 << 23, 1 << 27)
 KEYS = 1 << (13 if ON_CPU else 16)
 
@@ -36,7 +36,7 @@ def log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def lengths(rng: np.random.Generator, budget: int) -> tuple[list[int], list[int]]:
-    """Rows of one step of an engine: mostly decode, some verify, few prefill, none for padding."""
+    """Query rows of one engine step: mostly decode, some verify, few prefill, and none for padding."""
     kind = rng.choice(["decode", "verify", "prefill", "mixed", "mixed"])
     batch = log_uniform(rng, 1, 256)
     scores, keys = budget, KEYS
@@ -49,7 +49,7 @@ def lengths(rng: np.random.Generator, budget: int) -> tuple[list[int], list[int]
         k = q + log_uniform(rng, 1, longest) - 1
         if rng.random() < 0.03:
             k = int(rng.integers(0, q + 1))  # no keys, or fewer than queries
-        # What is left is for the rows to come: a long row takes at most half of it.
+        # Leave budget for the following rows: a long row takes at most half of the rest.
         k = max(0, min(k, keys // 2))
         if q * k > scores // 2:
             q = max(1, min(q, int(np.sqrt(scores // 2))))
@@ -64,7 +64,7 @@ def lengths(rng: np.random.Generator, budget: int) -> tuple[list[int], list[int]
 
 
 def page_size(rng: np.random.Generator) -> int:
-    """Mostly what is quick; one in eight is anything."""
+    """Mostly cheap shapes; one case in eight is unrestricted."""
     return log_uniform(rng, 1, 300) if rng.random() < 0.125 else int(rng.choice(PAGES))
 
 
@@ -84,7 +84,7 @@ def draw(seed: int) -> Spec:
     options: dict[str, Any] = {"causal": often(0.75), "scale": float(rng.choice([1.0, 1.0, 1.0, 4.0, 0.2]))}
     options["layout"] = str(rng.choice(["paged", "varlen", "dense", "dense_paged"], p=[0.7, 0.14, 0.08, 0.08]))
     if options["layout"].startswith("dense"):
-        # Dense tensors have room for the longest sequence in every row.
+        # A dense tensor gives every row the capacity of the longest sequence.
         count = max(1, min(len(q_lens), 4 * KEYS // max(1, *k_lens), budget // (8 * heads[0] * max(1, *q_lens))))
         q_lens, k_lens = q_lens[:count], k_lens[:count]
         options["leftpad"], options["batch_index"] = often(0.2), options["layout"] == "dense" and often(0.3)
@@ -125,7 +125,7 @@ def draw(seed: int) -> Spec:
 
 
 def run_wild(problem: Problem, seed: int) -> None:
-    """The problem with metadata of no sense: it only must not fault, and changes nothing for the run behind it."""
+    """Runs the problem with meaningless metadata: it must not fault, and must not change the following run."""
     rng = np.random.default_rng([seed, 7])
     lists = {n: wild(rng, x, slice(None)) if rng.random() < 0.7 else x for n, x in problem.host.items()}
     changed = replace(problem, device=arena(lists, problem.q.device))
@@ -136,18 +136,18 @@ def run_wild(problem: Problem, seed: int) -> None:
 def failures_of(spec: Spec, seed: int, device: torch.device) -> list[str]:
     problem = build(spec, seed, device)
     poison_unseen(problem)
-    if seed % WILD_EVERY == 0 and not ON_CPU:  # the CPU refuses
+    if seed % WILD_EVERY == 0 and not ON_CPU:  # the CPU rejects wild metadata
         run_wild(problem, seed)
     return failures(problem, *problem.run())
 
 
 def failures_once_there_is_memory(spec: Spec, seed: int, device: torch.device) -> list[str]:
-    """Several processes share the GPU, and the oracle wants gigabytes for some cases: it waits for the others."""
+    """The oracle needs gigabytes for some cases and the GPU is shared by several processes: wait for free memory."""
     for _ in range(60):
         try:
             return failures_of(spec, seed, device)
         except torch.OutOfMemoryError:
-            pass  # outside the handler, which keeps the frames and so their tensors
+            pass  # leave the handler, which keeps the frames and so their tensors alive
         torch.cuda.empty_cache()
         time.sleep(1)
     return failures_of(spec, seed, device)
@@ -161,18 +161,18 @@ def test_serving_batches(chunk, device):
         try:
             found = failures_once_there_is_memory(spec, seed, device)
         except Exception as error:
-            # A fault of the device ends every case after it: the first one is what to look at.
+            # After a device fault every later case fails as well: stop at the first one.
             raise AssertionError(f"seed {seed}: {error!r}\n{spec}") from error
         if found:
             problems.append(f"seed {seed}: {found}\n  {spec}")
-        # Sizes differ from case to case, and several processes share the GPU.
+        # Sizes differ between cases and several processes share the GPU, so return cached memory.
         if device.type == "cuda" and torch.cuda.memory_reserved() > 4 << 30:
             torch.cuda.empty_cache()
     assert not problems, f"{len(problems)} of {CASES // CHUNKS}:\n" + "\n".join(problems[:5])
 
 
 def test_what_the_batches_cover():
-    """The draw reaches what the issue names: mixed batches of up to 256 rows, 4096 queries, each layout and mask."""
+    """The random cases cover mixed batches of up to 256 rows, 4096 queries, each layout and each mask."""
     specs = [draw(seed) for seed in range(2000)]
     assert max(len(s.q_lens) for s in specs) >= 200
     assert min(len(s.q_lens) for s in specs) == 1

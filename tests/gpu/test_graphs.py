@@ -1,4 +1,5 @@
-"""CUDA graphs replayed at other lengths, streams, threads, repeated runs, huge tensors: what a serving engine does."""
+"""What a serving engine does: CUDA graphs replayed with other lengths, streams, threads, repeated runs, huge
+tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ LENGTH_SETS = 10 if ON_CPU else 100
 
 @contextmanager
 def no_waiting():
-    """Whatever makes the host wait for the device fails."""
+    """Fails on anything that makes the host wait for the device."""
     if ON_CPU:
         yield
         return
@@ -71,7 +72,7 @@ class Engine:
         self.problem.reschedule()
 
     def next_step(self) -> None:
-        """Other lengths and pages; idle slots, in between or at the end, keep what an earlier step left there."""
+        """Sets other lengths and pages. Idle slots, in between or at the end, keep what an earlier step left there."""
         rng, host = self.rng, self.problem.host
         active = rng.random(self.slots) < rng.choice([0.0, 0.3, 0.8, 1.0], p=[0.03, 0.27, 0.3, 0.4])
         if rng.random() < 0.5:
@@ -95,7 +96,7 @@ class Engine:
         host["cu_seqlens_q"][:] = offsets(q_lens)
         for name, values in host.items():
             self.problem.device[name].copy_(torch.from_numpy(values))
-        if rng.random() < 0.7:  # else the schedule is an earlier step's
+        if rng.random() < 0.7:  # otherwise the metadata is an earlier step's
             self.problem.reschedule()
         for x, y in zip((self.problem.q, self.problem.k, self.problem.v), self.fresh):
             x.copy_(y)
@@ -113,8 +114,8 @@ class Engine:
 ENGINES: dict[str, tuple[dict, int, int, int]] = {  # Spec, slots, rows, longest_k
     "decode": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1)}, 48, 48, 900),
     "decode, few": ({"q_lens": [1], "dims": (128, 128), "heads": (16, 2)}, 3, 3, 4000),
-    "decode, scheduled": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1), "schedule": "fresh"}, 48, 48, 900),
-    "verify, scheduled": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2), "schedule": "fresh"}, 20, 160, 1600),
+    "decode, metadata": ({"q_lens": [1], "dims": (128, 128), "heads": (8, 1), "schedule": "fresh"}, 48, 48, 900),
+    "verify, metadata": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2), "schedule": "fresh"}, 20, 160, 1600),
     "verify": ({"q_lens": [8], "dims": (64, 64), "heads": (6, 2)}, 20, 160, 600),
     "verify, 5 splits": ({"q_lens": [6], "dims": (256, 256), "num_splits": 5}, 6, 36, 1500),
     "mixed": ({"q_lens": [300], "dims": (128, 128), "heads": (4, 2)}, 12, 700, 800),
@@ -132,12 +133,12 @@ def test_replay_at_other_lengths(name, device):
     engine = Engine(Spec(k_lens=[0], **options), slots, rows, longest_k, device, seed=len(name))
     beside = build(Spec([2, 1], [500, 90], (4, 2), engine.problem.spec.dims, num_splits=3), 5, device)
     engine.next_step()
-    engine.step()  # loads the kernels; a capture may not
+    engine.step()  # loads the kernels, which a capture must not do
     replay = captured(engine.step)
     for number in range(LENGTH_SETS):
         engine.next_step()
         if number % 10 == 0:
-            beside.run()  # an eager call between must not disturb what the graph keeps
+            beside.run()  # an eager call in between must not disturb the graph's buffers
         replay()
         found = failures(engine.problem, *engine.results)
         assert not found, f"length set {number}: {found}\n{engine.problem.host}"
@@ -165,7 +166,7 @@ def test_bits_repeat(name, device):
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(device):
-    """deterministic=True: the same bits alone and in a batch, also where another kernel would suit either better."""
+    """deterministic=True: the same bits alone and in a batch, even where other kernels would suit them better."""
     spec = Spec([3, 3000, 1, 1], [900, 3500, 1200, 7], (8, 2), (128, 128), deterministic=True)
     problem = build(spec, 4, device)
     poison_unseen(problem)
@@ -189,7 +190,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device):
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("features", [{}, {"softcap": 20.0}, {"fp8": "kv"}, {"window": (200, 0)}], ids=str)
 def test_chunks_of_a_prompt_change_no_bit(features, dims, device):
-    """deterministic=True: a row depends on its own query and keys alone, not on the rows that share its tile."""
+    """deterministic=True: a row depends on its own query and keys only, not on the rows in the same tile."""
     spec = Spec([700], [700], (8, 2), dims, deterministic=True, **features)
     problem = build(spec, 4, device)
     poison_unseen(problem)
@@ -233,7 +234,7 @@ PAIR = [
 
 @pytest.mark.needs_gpu
 def test_two_streams_at_once(device):
-    """Each call has scratch memory of its own."""
+    """Calls on different streams have scratch memory of their own."""
     problems = [build(spec, i, device) for i, spec in enumerate(PAIR)]
     for problem in problems:
         poison_unseen(problem)
@@ -253,7 +254,7 @@ def test_two_streams_at_once(device):
 
 
 def test_threads(device):
-    """Calls from eight threads, each on a stream of its own."""
+    """Eight threads call at once, each on its own stream."""
     specs = [replace(PAIR[i % 2], heads=(4 + i, 1), dims=((64, 64), (128, 128))[i // 4]) for i in range(8)]
     problems = [build(spec, i, device) for i, spec in enumerate(specs)]
     for problem in problems:
@@ -272,7 +273,7 @@ def test_threads(device):
                         stream.synchronize()
                     if not (same_bits(out, expected[number][0]) and same_bits(lse, expected[number][1])):
                         wrong.append(f"thread {number}: other bits")
-        except Exception as error:  # noqa: BLE001 - a thread's error must not be lost
+        except Exception as error:  # noqa: BLE001 - report any error of the thread
             wrong.append(f"thread {number}: {error!r}")
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
@@ -285,7 +286,7 @@ def test_threads(device):
 
 @pytest.mark.needs_gpu
 def test_runs_on_the_current_stream(device):
-    """Work queued before the call on the same stream is seen, though it ends long after the call returns."""
+    """Work queued before the call on the same stream is seen, even if it ends long after the call returns."""
     problem = build(Spec([1, 40], [300, 500], (4, 2), (128, 128)), 8, device)
     poison_unseen(problem)
     wanted = problem.run()
@@ -335,7 +336,7 @@ def test_page_pool_beyond_2_31_elements(cache, device):
 
 @pytest.mark.needs_gpu
 def test_rows_beyond_2_31_elements(device):
-    """The rows in use are the last of a q and an out of more than 2^31 elements, and lse's last, too."""
+    """The rows in use are the last ones of q, out and lse of more than 2^31 elements."""
     spec = Spec([1, 90], [200, 300], (64, 8), (128, 128))
     problem = build(spec, 6, device)
     poison_unseen(problem)
@@ -349,7 +350,7 @@ def test_rows_beyond_2_31_elements(device):
     problem.host["cu_seqlens_q"] = problem.host["cu_seqlens_q"] + np.int32(first)
     problem.device = arena(problem.host, device)
     far_out, far_lse = problem.run()
-    # The grid is planned from total_q, so the two runs may sum in another order.
+    # The grid depends on total_q, so the two runs may sum in a different order.
     torch.testing.assert_close(far_out[first:], out, rtol=2**-7, atol=2**-8)
     torch.testing.assert_close(far_lse[:, first:].contiguous(), lse, rtol=1e-5, atol=1e-5)
     assert far_out[:first].isnan().all() and far_lse[:, :first].isnan().all()
@@ -357,7 +358,7 @@ def test_rows_beyond_2_31_elements(device):
 
 @pytest.mark.needs_gpu
 def test_fork_says_so():
-    """A process forked after CUDA was used gets an error that names the reason, neither a hang nor a crash."""
+    """A process forked after CUDA was used gets an error that names the reason; it neither hangs nor crashes."""
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("fork_child.py"))],
         capture_output=True,

@@ -1,5 +1,5 @@
-"""append_kv with wild metadata on the device: rows without a place are left out, nothing outside the cache changes, and
-the rows of sequences whose own metadata is right go where they belong. check_device names what is wrong."""
+"""append_kv with wild device metadata: rows without a valid position are skipped, nothing outside the cache changes,
+and rows of sequences with valid metadata are written where they belong. check_device names the fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEFORE = np.array([0, 30, 17, 40], np.int32)
 
 
 def lists(kind: str) -> dict[str, np.ndarray]:
-    """Right metadata of each kind of call."""
+    """Valid arguments for each kind of call."""
     rng = np.random.default_rng(1)
     table = rng.permutation(24)[:16].reshape(4, 4).astype(np.int32)
     if kind == "slots":
@@ -44,7 +44,7 @@ TYPES = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn)
 
 
 class Append:
-    """New rows and a cache between borders."""
+    """New rows and a cache with borders around them."""
 
     def __init__(self, kind: str, types: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
         torch.manual_seed(2)
@@ -57,7 +57,7 @@ class Append:
         self.turn = {name: torch.randn(64, 16, device=device) for name in ("rotary_cos", "rotary_sin")}
 
     def run(self, changes: dict[str, np.ndarray], **options: Any) -> list[torch.Tensor]:
-        """The caches and q behind the call."""
+        """The caches and q after the call."""
         given = {n: torch.from_numpy(x).to(self.device) for n, x in {**self.lists, **changes}.items()}
         caches = [x for _, x in self.pairs]
         for cache in caches[:2]:
@@ -90,7 +90,7 @@ def test_nothing_outside(kind, name, types, device):
 @pytest.mark.parametrize("name", ["cache_seqlens", "block_table"])
 @pytest.mark.parametrize("value", [SMALLEST, -1, LARGEST, 64, 24])
 def test_the_other_rows_are_right(name, value, device):
-    """The last sequence's entry is wild: its rows are left out, or go to pages of its own; the others' are in place."""
+    """The last sequence's entry is wild: its rows are skipped or stay in its own pages; the others' are in place."""
     append = Append("paged", TYPES[0], device)
     want = append.run({})
     values = append.lists[name].copy()
@@ -113,7 +113,7 @@ def test_check_device_lets_right_calls_pass(kind, device):
 @pytest.mark.parametrize(("kind", "name"), ARGUMENTS, ids=IDS)
 def test_check_device_names_it(kind, name, device):
     if name == "cache_leftpad":
-        return  # without influence on what is appended
+        return  # does not affect what is appended
     append = Append(kind, TYPES[0], device)
     for value in (LARGEST, SMALLEST):
         if name == "slot_mapping" and value < 0:

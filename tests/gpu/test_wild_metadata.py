@@ -1,5 +1,5 @@
-"""Whatever device metadata holds, a kernel reads and writes nothing outside its tensors, and sequences whose own
-metadata is right get what they should where the layout keeps them apart. check_device names what is wrong.
+"""Out-of-range device metadata never makes a kernel access memory outside its tensors. Sequences with valid metadata of
+their own get correct results where the layout keeps sequences apart. check_device names the fault.
 
 FLASHSPARK_WILD_CASES: rounds of random values for each problem and argument (3).
 """
@@ -22,7 +22,7 @@ from oracle import failures, poison_unseen
 from problem import LARGEST, ON_CPU, SMALLEST, Problem, Spec, arena, build, wild
 
 ROUNDS = int(os.environ.get("FLASHSPARK_WILD_CASES", "3"))
-BORDER = 4096  # elements before and behind a result or a cache that no call may change
+BORDER = 4096  # elements around a result or cache that no call may change
 
 DECODE = {"q_lens": [1, 1, 0, 1, 1], "k_lens": [900, 30, 4, 1500, 77], "dims": (128, 128)}
 MIXED = {"q_lens": [1, 7, 0, 130, 33], "k_lens": [300, 65, 20, 130, 700]}
@@ -38,7 +38,7 @@ PROBLEMS: dict[str, Spec] = {
     "few, indexed pages of 20": Spec(**MIXED, batch_index=True, page_size=20, leftpad=True),
     "few, whole table": Spec(**MIXED, whole_table=True, page_size=48),
     "decode": Spec(**DECODE, heads=(16, 2), schedule="fresh"),
-    "decode, narrow, packed": Spec(**{**DECODE, "dims": (64, 64)}, heads=(4, 2), cache="packed", leftpad=True),
+    "decode, D64, packed": Spec(**{**DECODE, "dims": (64, 64)}, heads=(4, 2), cache="packed", leftpad=True),
     "decode, splits": Spec(**DECODE, num_splits=5),
     "decode, fp8": Spec(**DECODE, fp8="kv", heads=(8, 1), schedule="fresh"),
     "decode, pages of 1": Spec(**{**DECODE, "dims": (64, 64)}, page_size=1),
@@ -50,12 +50,12 @@ PROBLEMS: dict[str, Spec] = {
     "chunks": Spec(**MIXED, chunk=60, causal_per_seq=True),
     "fp8": Spec(**{**MIXED, "dims": (128, 128)}, fp8="qkv", e4m3_out=True),
 }
-# What a sequence may have wrong while the others stay right; page_table likewise, by rows.
+# Arguments of which one sequence's entry may be wrong while the others stay correct; likewise page_table, by rows.
 OWN = ("seqused_q", "seqused_k", "leftpad_k", "kv_batch_index", "causal_per_seq", "rswa_prefix_lens", "prefix_ranges")
 
 
 def offsets_at_random(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
-    """cu_seqlens that fall, that are negative, or that jump beyond the tensor."""
+    """cu_seqlens that decrease, are negative, or jump beyond the tensor."""
     kind = rng.integers(4)
     if kind == 0:
         return values[::-1].copy()
@@ -67,8 +67,8 @@ def offsets_at_random(rng: np.random.Generator, values: np.ndarray) -> np.ndarra
 
 
 def bordered(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A view like x, full of what `empty_results` puts there, inside a longer buffer of the same bytes."""
-    byte = 0x7F if x.dtype == torch.float8_e4m3fn else 0xFF  # NaN in every type
+    """A view shaped like x and filled as by `empty_results`, inside a longer buffer of the same bytes."""
+    byte = 0x7F if x.dtype == torch.float8_e4m3fn else 0xFF  # NaN in every dtype
     size = x.numel() * x.element_size()
     buffer = torch.full((size + 2 * BORDER,), byte, dtype=torch.uint8, device=x.device)
     return buffer, buffer[BORDER : BORDER + size].view(x.dtype).view(x.shape)
@@ -80,11 +80,11 @@ def border_is_whole(buffer: torch.Tensor) -> bool:
 
 
 def test_borders_notice():
-    for place in (0, BORDER - 1, -BORDER, -1):
+    for position in (0, BORDER - 1, -BORDER, -1):
         buffer, view = bordered(torch.zeros(3, 5, dtype=torch.bfloat16))
         view.fill_(1)
         assert border_is_whole(buffer)
-        buffer[place] = 1
+        buffer[position] = 1
         assert not border_is_whole(buffer)
 
 
@@ -94,7 +94,7 @@ def synchronize() -> None:
 
 
 def call(problem: Problem, **changes: Any) -> list[torch.Tensor]:
-    """Runs with results inside borders; on CPU tensors the call says what is wrong, and leaves the results alone."""
+    """Runs with results inside borders. On CPU tensors the call reports the fault and leaves the results unchanged."""
     pairs = [bordered(x) for x in problem.empty_results() if x is not None]
     out, lse = ([x for _, x in pairs] + [None])[:2]
     before = [x.clone() for x in (problem.k, problem.v)]
@@ -119,7 +119,7 @@ def right(name: str, device: torch.device) -> Problem:
 
 
 def with_list(problem: Problem, name: str, values: np.ndarray) -> Problem:
-    """The problem as it is, one list exchanged. The host's copy stays right: it is the oracle's."""
+    """The problem with one device list replaced. The host's copy stays valid for the oracle."""
     changed = replace(problem, device=arena({**problem.host, name: values}, problem.q.device))
     return changed
 
@@ -140,7 +140,7 @@ def of(name: str, argument: str, turn: int) -> np.random.Generator:
 
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=IDS)
 def test_nothing_outside(name, argument, device):
-    """All of a list may be wild: no fault, nothing written outside the results."""
+    """All of a list may be wild: no fault, and nothing written outside the results."""
     problem = right(name, device)
     for turn in range(ROUNDS):
         rng, values = of(name, argument, turn), problem.host[argument]
@@ -162,7 +162,7 @@ def test_everything_wild(name, device):
 
 
 def left_right(problem: Problem, victim: int) -> torch.Tensor:
-    """Rows of q whose sequences are not the victim."""
+    """Rows of q that do not belong to the victim sequence."""
     first, count = problem.sequences()[:2]
     keep = torch.ones(problem.q.shape[:-2].numel(), dtype=torch.bool)
     dense = problem.q.shape[1] if problem.q.ndim == 4 else 0
@@ -179,7 +179,7 @@ APART = [(n, a) for n, a in ARGUMENTS if a in OWN or a == "page_table"]
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize(("name", "argument"), APART, ids=[f"{n}-{a}" for n, a in APART])
 def test_the_other_sequences_are_right(name, argument, device):
-    """One sequence's own entry is wild: every other row is as it was, up to the order of sums."""
+    """One sequence's entry is wild: every other row is unchanged, up to the order of summation."""
     problem = right(name, device)
     want = problem.run()
     assert not failures(problem, *want)
@@ -197,21 +197,21 @@ def test_the_other_sequences_are_right(name, argument, device):
             at = (~keep).cpu().numpy()
         got = call(with_list(problem, argument, wild(rng, problem.host[argument], at)))
         rows = [x.reshape(-1, *x.shape[-2:])[keep].float() for x in (got[0], want[0])]
-        step = 0.13 if spec.e4m3_out else 2**-6  # of the type
+        step = 0.13 if spec.e4m3_out else 2**-6  # one unit in the last place of the dtype
         torch.testing.assert_close(*rows, rtol=step, atol=2**-6, equal_nan=True)
 
 
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("name", [n for n, spec in PROBLEMS.items() if spec.schedule])
-def test_schedules(name, device):
-    """A schedule under the right key whose other words are wild, and one that is wild altogether: nothing outside, and
-    a right one is as right as ever afterwards."""
+def test_wild_scheduler_metadata(name, device):
+    """Scheduler metadata with a valid fingerprint but wild fields, and with everything wild, causes no access outside
+    the tensors; valid metadata afterwards still gives correct results."""
     problem = right(name, device)
     made = problem.metadata
     assert made is not None
     assert made.numel() > 0 or "decode" not in name
     if made.numel() == 0:
-        return  # nothing to gain on this GPU
+        return  # the plan uses no scheduler metadata on this GPU
     kept = made.clone()
     for turn in range(20 * ROUNDS):
         rng = of(name, "schedule", turn)
@@ -235,21 +235,21 @@ def test_check_device_lets_right_problems_pass(name, device):
     assert not failures(problem, out, lse)
 
 
-# What no check can refuse: any value is a legal one, or the argument is only a mask.
+# Arguments that no check can reject: any value is legal, or the argument only selects keys.
 LEGAL = {"prefix_ranges", "rswa_prefix_lens"}
 WORDS = {"leftpad_k": "cache_leftpad", "kv_batch_index": "cache_batch_idx", "page_table": "block_table"}
 
 
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=IDS)
 def test_check_device_names_it(name, argument, device):
-    """A single value beyond its bound, in a sequence that has rows."""
+    """A single out-of-range value, in a sequence that has rows."""
     if argument in LEGAL:
         return
     problem = right(name, device)
     victim = next(b for b, n in enumerate(problem.spec.q_lens) if n > 0 and (argument != "cu_seqlens_q" or b > 0))
     for value in (SMALLEST, LARGEST, -1):
         if argument == "leftpad_k" and value > 0:
-            continue  # no keys are left then
+            continue  # no keys are left
         values = problem.host[argument].copy()
         row = victim
         if argument == "page_table" and "kv_batch_index" in problem.host:
@@ -284,7 +284,7 @@ except ValueError as error:
 
 
 def test_check_by_the_environment(device):
-    """FLASHSPARK_CHECK=1 asks it of every call."""
+    """FLASHSPARK_CHECK=1 enables the check for every call."""
     environment = {**os.environ, "FLASHSPARK_CHECK": "1"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD.format(device=device.type)], env=environment, capture_output=True, text=True,
@@ -296,7 +296,7 @@ def test_check_by_the_environment(device):
 
 def test_a_capture_cannot_be_checked(device):
     if ON_CPU:
-        return  # nothing is captured there
+        return  # nothing is captured on the CPU
     problem = right("few", device)
     problem.run()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-// What must not matter: layout, pages, padding, order, neighbours, splits, threads.
+// Results must not depend on layout, pages, padding, order, neighbouring sequences, splits or threads.
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
@@ -35,7 +35,7 @@ RC_GTEST_PROP(Formula, OracleAgreesForAnyProblemInAnyLayout, ()) {
   require(difference(p, run(p, layout), true));
 }
 
-// Row maxima that jump by 30, as the activations of real layers do: the bound of random data holds.
+// Row maxima jump by up to 30, as in real activations; the error bound of random data must still hold.
 RC_GTEST_PROP(Formula, PeakedScoresHoldTheSameBound, ()) {
   Problem p = arbitrary_problem({.biases = false});
   make_peaked(p);
@@ -63,7 +63,8 @@ RC_GTEST_PROP(Layouts, StridedEqualsContiguous, ()) {
   require(difference(p, run(p, strided), run(p, plain)));
 }
 
-// Unused rows, page-table entries past the end and unused pages: NaN, or anything else, to the last bit.
+// Unused rows, page-table entries past the end and unused pages hold NaN or anything else; the result is bitwise the
+// same.
 RC_GTEST_PROP(Layouts, PaddingGarbageAndNanInUnusedMemoryChangeNothing, ()) {
   const Problem p = arbitrary_problem();
   Layout layout = arbitrary_layout();
@@ -129,8 +130,8 @@ RC_GTEST_PROP(Splits, NumSplitsDoesNotMatter, ()) {
   require(difference(p, whole, run(p, layout)));
 }
 
-// The same queries over the parts of the keys, put together by their lse.
-Result merged(const Problem &whole, const std::vector<Result> &parts) {
+// Combines the results over parts of the keys by their lse.
+Result combined(const Problem &whole, const std::vector<Result> &parts) {
   Result r = parts[0];
   for (size_t b = 0; b < whole.seqs.size(); ++b) {
     for (int64_t row = 0; row < whole.seqs[b].tq * whole.hq; ++row) {
@@ -150,7 +151,7 @@ Result merged(const Problem &whole, const std::vector<Result> &parts) {
   return r;
 }
 
-// Keys [from, to) of every sequence; bounds are shares of 1000.
+// Keys [from, to) of every sequence; the bounds are in thousandths of its length.
 Problem keys_between(const Problem &p, int64_t from, int64_t to) {
   Problem part = p;
   for (Sequence &s : part.seqs) {
@@ -175,10 +176,10 @@ RC_GTEST_PROP(Splits, AnySplitOfTheKeysMergesByLse, ()) {
     parts.push_back(run(keys_between(p, cuts[n], cuts[n + 1]), arbitrary_layout()));
     RC_ASSERT(parts.back().status == FLASHSPARK_OK);
   }
-  require(difference(p, run(p, {}), merged(p, parts)));
+  require(difference(p, run(p, {}), combined(p, parts)));
 }
 
-// A common prefix without a mask and the causal rest, as cascade inference splits it.
+// Cascade inference: an unmasked common prefix combined with the causal remainder.
 RC_GTEST_PROP(Splits, PrefixAndCausalSuffixMergeByLse, ()) {
   Problem p = arbitrary_problem({.masks = false, .biases = false});
   Problem prefix = p, suffix = p;
@@ -195,7 +196,7 @@ RC_GTEST_PROP(Splits, PrefixAndCausalSuffixMergeByLse, ()) {
   }
   const std::vector<Result> parts = {run(prefix, {}), run(suffix, {.kv = Kind::kPaged})};
   RC_ASSERT(parts[0].status == FLASHSPARK_OK && parts[1].status == FLASHSPARK_OK);
-  require(difference(p, run(p, {}), merged(p, parts)));
+  require(difference(p, run(p, {}), combined(p, parts)));
 }
 
 }  // namespace

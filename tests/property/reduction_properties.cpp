@@ -1,4 +1,5 @@
-// Forms that must reduce to simpler ones: repeated heads, last rows, and the limits of scale, cap, window, sink, bias.
+// Cases that must reduce to simpler ones: repeated heads, last rows, and limits of scale, softcap, window, sinks and
+// bias.
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
@@ -15,10 +16,10 @@ void require(const std::string &verdict) {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// `changed` must give what `p` gives, in the same layout.
-void same(const Problem &p, const Problem &changed) {
+// Requires that `other` gives the same result as `p` in the same layout.
+void same(const Problem &p, const Problem &other) {
   const Layout layout = arbitrary_layout();
-  require(difference(p, run(p, layout), run(changed, layout)));
+  require(difference(p, run(p, layout), run(other, layout)));
 }
 
 RC_GTEST_PROP(Heads, GqaEqualsRepeatedHeads, ()) {
@@ -44,7 +45,7 @@ RC_GTEST_PROP(Heads, GqaEqualsRepeatedHeads, ()) {
   same(p, repeated);
 }
 
-// Decoding the last n queries gives the last n rows of the whole, whatever the mask.
+// Decoding the last n queries gives the last n rows of the full result, for any mask.
 RC_GTEST_PROP(Rows, CausalWithAppendedQueriesEqualsTheLastRows, ()) {
   const Problem p = arbitrary_problem();
   Problem tail = p;
@@ -66,13 +67,13 @@ RC_GTEST_PROP(Rows, CausalWithAppendedQueriesEqualsTheLastRows, ()) {
   require(difference(tail, expected, run(tail, arbitrary_layout())));
 }
 
-// The mean of the visible values; lse counts them.
+// With equal scores the output is the mean of the visible values, and the lse counts them.
 RC_GTEST_PROP(Limits, ScaleZeroAveragesTheVisibleValues, ()) {
   Problem p = arbitrary_problem({.biases = false, .dtypes = false});
   p.scale = 0;
   const Result r = run(p, arbitrary_layout());
   RC_ASSERT(r.status == FLASHSPARK_OK);
-  Problem doubled = p;  // scores do not matter: other queries, same result
+  Problem doubled = p;  // other queries, same result: scores do not matter
   for (Sequence &s : doubled.seqs) {
     for (float &x : s.q) x = 3 - 2 * x;
   }
@@ -115,14 +116,14 @@ RC_GTEST_PROP(Limits, AChunkLongerThanTheKeysIsNoChunk, ()) {
   Problem p = arbitrary_problem();
   p.rswa_window = 0;
   p.attention_chunk = 0;
-  // Rows before the first key are in another chunk than it.
+  // Query rows before the first key lie in an earlier chunk than that key.
   for (const Sequence &s : p.seqs) RC_PRE(s.tq <= s.tk);
   Problem chunked = p;
   chunked.attention_chunk = *rc::gen::element<int64_t>(150, 1000, INT32_MAX);
   same(p, chunked);
 }
 
-// One key a chunk is the query's own key alone.
+// With a chunk size of one, each query sees its own key only.
 RC_GTEST_PROP(Limits, ChunksOfOneAreAWindowOfNone, ()) {
   Problem p = arbitrary_problem({.masks = false});
   Problem chunked = p;
@@ -210,7 +211,7 @@ RC_GTEST_PROP(Limits, AWideRswaWindowIsCausal, ()) {
 RC_GTEST_PROP(Limits, APrefixRangeOverEverythingIsBidirectional, ()) {
   Problem p = arbitrary_problem({.masks = false});
   for (Sequence &s : p.seqs) {
-    const int64_t rows = std::min(s.tq, s.tk);  // every query inside the key axis
+    const int64_t rows = std::min(s.tq, s.tk);  // only queries that have a key at their position
     s.q.erase(s.q.begin(), s.q.begin() + (s.tq - rows) * p.hq * p.d);
     if (!s.rel.empty()) s.rel.erase(s.rel.begin(), s.rel.begin() + (s.tq - rows) * p.hq * p.rel_extent);
     s.tq = rows;

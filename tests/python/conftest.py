@@ -22,7 +22,7 @@ def pytest_sessionstart(session):
 
 @pytest.fixture
 def rng(request):
-    """Random numbers that depend on the test's name alone."""
+    """Random numbers that depend only on the test's name."""
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))
 
 

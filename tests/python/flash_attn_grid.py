@@ -1,7 +1,7 @@
-"""The parameter grids of flash-attention's forward tests, with an oracle of our own in float64.
+"""The parameter grids of flash-attention's forward tests, with our own oracle in float64.
 
-A Case names one point of a grid; `make` builds its call in NumPy and what flash-attention means by it. tests/python
-runs samples on the CPU, tests/gpu on a GPU, test_doors.py a few points through every door.
+A Case names one point of a grid; `make` builds the call in NumPy, with the result that flash-attention defines for it.
+tests/python runs samples on the CPU, tests/gpu on a GPU, test_doors.py a few points through every door.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ DTYPES: dict[str, Any] = {
     **{"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn},
 }
 HEAD_DIMS = [32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256]
-WIDTHS_OF_V = {64: (64, 256, 512), 128: (128, 64), 192: (192, 128)}  # where flash-attention 3 has others than q's
+WIDTHS_OF_V = {64: (64, 256, 512), 128: (128, 64), 192: (192, 128)}  # where flash-attention 3 allows others than q's
 HEADS = {"mha": (6, 6), "gqa": (6, 3), "mqa": (6, 1)}
 PAGE_SIZES = [None, 1, 4, 16, 20, 48, 256, 784]
 KINDS = ("dense", "varlen", "cache")
-UNTOUCHED = 7.0  # what rows of `out` and `lse` hold that no call may write
+UNTOUCHED = 7.0  # initial content of rows of `out` and `lse` that no call may write
 
 
 @dataclass(frozen=True)
 class Case:
-    kind: str = "dense"  # flash_attn_func, .. varlen_func (packed or paged), .. with_kvcache
+    kind: str = "dense"  # flash_attn_func, flash_attn_varlen_func (packed or paged), flash_attn_with_kvcache
     batch: int = 2
     longest: tuple[int, int] = (37, 61)  # queries, keys
     heads: tuple[int, int] = (6, 3)
@@ -41,28 +41,29 @@ class Case:
     chunk: int = 0
     softcap: float = 0.0
     scale: float | None = None
-    alibi: int = 0  # 1: a slope a head, 2: one a sequence and head
+    alibi: int = 0  # 1: one slope per head, 2: one per sequence and head
     sinks: bool = False
     deterministic: bool = False
     num_splits: int = 0
-    given: int = 0  # 1: out is the caller's, 2: lse, too
+    given: int = 0  # 1: the caller passes out, 2: lse as well
     lengths: str = "random"  # varlen: full, random, third, zero
-    unused: bool = False  # varlen: rows and keys that are not in use between the sequences
+    unused: bool = False  # varlen: unused rows and keys between the sequences
     page_size: int | None = None
-    new: int = 0  # cache: rows to append; 0: none
+    new: int = 0  # cache: number of rows to append
     rotary: float = 0.0
     interleaved: bool = False
     rotary_seqlens: bool = False
     leftpad: bool = False
     batch_idx: bool = False
     varlen_q: bool = False
-    metadata: bool = False  # get_scheduler_metadata
+    metadata: bool = False  # pass get_scheduler_metadata's result
     seed: int = 0
 
 
 @dataclass
 class Call:
-    """arrays and options are keyword arguments of `function`; out and lse what it must give in the rows in use."""
+    """arrays and options are keyword arguments of `function`; out and lse are the expected results of the rows in
+    use."""
 
     case: Case
     function: str
@@ -71,18 +72,18 @@ class Call:
     out: np.ndarray  # (rows of q, heads, width of v)
     lse: np.ndarray  # (rows of q, heads)
     rows: np.ndarray  # (rows of q,) of bool: in use
-    caches: dict[str, np.ndarray] = field(default_factory=dict)  # what k_cache and v_cache must hold then
+    caches: dict[str, np.ndarray] = field(default_factory=dict)  # expected content of k_cache and v_cache
 
 
 def today() -> int:
-    """The seed of the samples: another one every day, unless FLASHSPARK_GRID_SEED says which."""
+    """The seed of the samples: a new one every day, unless FLASHSPARK_GRID_SEED sets it."""
     return int(
         os.environ.get("FLASHSPARK_GRID_SEED") or datetime.datetime.now(datetime.timezone.utc).strftime("%y%m%d")
     )
 
 
 def draw(kind: str, number: int, seed: int, sizes: list[tuple[int, int]], dtypes: list[str]) -> Case:
-    """The number-th sample. Head sizes and page sizes go round, so that a few dozen samples meet all of them."""
+    """The number-th sample. Head sizes and page sizes rotate, so that a few dozen samples cover all of them."""
     rng = np.random.default_rng([seed, number, KINDS.index(kind)])
 
     def of(values: Any) -> Any:
@@ -119,7 +120,7 @@ def draw(kind: str, number: int, seed: int, sizes: list[tuple[int, int]], dtypes
             "rotary_seqlens": often(0.2), "leftpad": often(0.4), "batch_idx": often(0.5), "varlen_q": often(0.4),
             "metadata": often(0.3),
         }  # fmt: skip
-        if not fresh or dtype == "float8_e4m3fn":  # rotary embedding takes 16- and 32-bit rows
+        if not fresh or dtype == "float8_e4m3fn":  # rotary embedding needs 16- or 32-bit rows
             options["rotary"] = 0.0
         tk = max(tk, 2 * tq)
     batch = int(rng.integers(1, 5)) if tq * tk < 1 << 18 else 1
@@ -128,7 +129,7 @@ def draw(kind: str, number: int, seed: int, sizes: list[tuple[int, int]], dtypes
 
 @dataclass
 class _Sequence:
-    """One sequence as the formula sees it; rows are places among all rows of q."""
+    """One sequence in terms of the formula; `rows` are indices into all rows of q."""
 
     rows: np.ndarray
     q: np.ndarray
@@ -196,7 +197,7 @@ def _values(rng: np.random.Generator, case: Case, *shape: int) -> np.ndarray:
 
 
 def _lengths(rng: np.random.Generator, mode: str, longest: int, count: int) -> np.ndarray:
-    """As flash-attention pads: all of it, at most 20 less, from a third on; with zero, some sequences are empty."""
+    """flash-attention's padding: full; at most 20 less; from a third on. With zero, some sequences are empty."""
     low = {"full": longest, "third": longest // 3}.get(mode, max(1, longest - 20))
     lengths = rng.integers(min(low, longest), longest + 1, count)
     if mode == "zero":
@@ -275,7 +276,7 @@ def _varlen(rng: np.random.Generator, case: Case, arrays: dict, options: dict) -
 
 
 def _paged(rng: np.random.Generator, case: Case, rows: list, table: str, k: str, v: str) -> dict[str, np.ndarray]:
-    """Shuffled pages of rows [(room, keys, values)]; NaN in all other slots, no page behind a row's last."""
+    """Shuffled pages of rows [(room, keys, values)]; NaN in all other slots, no page after a row's last."""
     size = case.page_size
     counts = [-(-room // size) for room, _, _ in rows]
     order = rng.permutation(sum(counts) + 2)
@@ -330,7 +331,8 @@ def _cache(rng: np.random.Generator, case: Case, arrays: dict, options: dict) ->
 
 
 def _turned(rng: np.random.Generator, case: Case, arrays: dict, options: dict, rows: tuple, used: np.ndarray) -> tuple:
-    """q and the new keys behind rotary embedding: by cache_seqlens + i; q all alike where nothing is masked."""
+    """q and the new keys after rotary embedding, at cache_seqlens + i; without a mask all queries have the same
+    position."""
     width = int(case.rotary * case.dims[0]) // 16 * 16
     qs, keys = rows
     if not case.new or width == 0:
@@ -352,7 +354,7 @@ def _turned(rng: np.random.Generator, case: Case, arrays: dict, options: dict, r
 
 
 def _store(rng: np.random.Generator, case: Case, arrays: dict, states: list) -> dict[str, np.ndarray]:
-    """Puts the keys and values before the call into arrays; returns the caches as they must be behind it."""
+    """Stores the keys and values from before the call in `arrays`; returns the expected caches after it."""
     b, (_, tk) = case.batch, case.longest
     order = rng.permutation(2 * b)[:b] if case.batch_idx else np.arange(b)
     if case.batch_idx:
@@ -361,7 +363,7 @@ def _store(rng: np.random.Generator, case: Case, arrays: dict, states: list) -> 
     place[order] = np.arange(b)
     empty = [np.zeros((0, case.heads[1], n), DTYPES[case.dtype]) for n in case.dims]
     bits, results = rng.bit_generator.state, []
-    for ks, vs in states:  # the same pages both times
+    for ks, vs in states:  # the same pages for both
         rng.bit_generator.state = bits
         rows = [(tk, *((ks[n], vs[n]) if n >= 0 else empty)) for n in place]
         if case.page_size:

@@ -11,10 +11,10 @@ def offsets(lengths) -> np.ndarray:
 
 
 def pages(rng, ks, vs, page_size, *, spare=3, width=None, poison=np.nan):
-    """Cuts sequences into shuffled pages.
+    """Splits sequences into shuffled pages.
 
-    Returns k_cache, v_cache (pages, page_size, heads, ..) and block_table. What no sequence uses, in pages of its own
-    and behind a sequence's end, is `poison`; unused table entries are garbage far outside the cache.
+    Returns k_cache, v_cache (pages, page_size, heads, ..) and block_table. Slots that no sequence uses, in pages of
+    their own and after the end of a sequence, hold `poison`; unused table entries are far outside the cache.
     """
     counts = [-(-len(k) // page_size) for k in ks]
     order = rng.permutation(sum(counts) + spare)

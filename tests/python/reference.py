@@ -1,4 +1,4 @@
-"""Attention as the formula says, in NumPy float64, one sequence at a time. Shares no code with the library."""
+"""Attention by the formula, in NumPy float64, one sequence at a time. Shares no code with the library."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 def wide(x):
-    """Any float array as float64; bfloat16 and fp8 values are exact there."""
+    """Any float array as float64, in which bfloat16 and fp8 values are exact."""
     return None if x is None else np.asarray(x).astype(np.float64)
 
 
 @dataclass
 class Options:
-    """What one sequence needs beyond q, k, v. Arrays as the library takes them, without the sequence axis."""
+    """Arguments of one sequence beyond q, k, v, in the library's format but without the sequence axis."""
 
     softmax_scale: float | None = None
     causal: bool = False
@@ -37,7 +37,7 @@ class Options:
 
 
 def keep_mask(tq: int, tk: int, o: Options) -> np.ndarray:
-    """(tq, tk) booleans: what each query sees."""
+    """(tq, tk) booleans: the keys that each query sees."""
     keep = np.zeros((tq, tk), bool)
     for i in range(tq):
         position = i + tk - tq
@@ -127,8 +127,8 @@ def rotate(x, cos, sin, positions, interleaved: bool):
     return x
 
 
-# (absolute, relative) bounds of the error against float64: the result's own rounding, and the engine's use of float32
-# (16-bit probabilities for 16-bit values).
+# (absolute, relative) error bounds against float64: rounding of the result, and float32 arithmetic in the engine, with
+# 16-bit probabilities for 16-bit values.
 BOUNDS = {"float32": (2e-5, 2e-5), "float16": (2e-3, 2e-3), "bfloat16": (1e-2, 1e-2), "float8_e4m3fn": (1e-1, 7e-2)}
 
 

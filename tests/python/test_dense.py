@@ -266,7 +266,7 @@ def test_explain(normal):
 @pytest.mark.parametrize("seqlen_q", [1, 8, 40])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_nan_shows(name: str, seqlen_q: int) -> None:
-    """NaN in what a head reads is NaN in what it gives, and in no other head."""
+    """A NaN in what a head reads shows in that head's result, and in no other."""
     rng = np.random.default_rng(7)
     q = rng.standard_normal((1, seqlen_q, 2, 64)).astype(np.float32)
     k, v = (rng.standard_normal((1, 200, 2, 64)).astype(np.float32) for _ in range(2))

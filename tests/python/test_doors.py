@@ -1,5 +1,5 @@
 """Each public function through each of its doors, from one table of calls: NumPy, torch, torch_ops, torch_ops under
-torch.compile, the functions that take the place of vLLM's. A function that no row calls fails test_every_function."""
+torch.compile, and the functions that replace vLLM's. test_every_function fails if no row calls a function."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 
 @dataclass
 class Row:
-    """One call. check(results, arrays): what the call has returned and its arrays afterwards, as NumPy arrays."""
+    """One call. check(results, arrays) gets what the call returned and its arrays afterwards, as NumPy arrays."""
 
     function: str
     check: Callable[[Any, dict[str, np.ndarray]], None]
@@ -36,7 +36,7 @@ class Row:
 
 
 def attention(case: Case, **more: Any) -> Row:
-    """A point of flash-attention's grid, judged by the grid's oracle."""
+    """A point of flash-attention's grid, checked by the grid's oracle."""
     call = make(case)
     check = partial(_as_the_oracle, call)
     return Row(call.function, check, call.arrays, {**call.options, **more}, case)
@@ -47,7 +47,7 @@ def _as_the_oracle(call: Call, results: Any, arrays: dict[str, np.ndarray]) -> N
 
 
 def forward(case: Case) -> Row:
-    """The same through _flash_attn_fwd, under its names."""
+    """The same through _flash_attn_fwd, with its argument names."""
     row = attention(case)
     renamed = {"block_table": "page_table", "sinks": "learnable_sink"}
     arrays = {renamed.get(name, name): x for name, x in row.arrays.items()}
@@ -58,7 +58,8 @@ def forward(case: Case) -> Row:
 
 
 def biased(case: Case, **more: Any) -> Row:
-    """With what the grid's oracle does not know: the result is cpu-reference's, which test_dense.py proves."""
+    """A call with arguments that the grid's oracle does not know, compared with cpu-reference, which test_dense.py
+    verifies."""
     call = make(case)
     arrays, options = {**call.arrays}, dict(call.options)
     for name, value in more.items():
@@ -75,7 +76,7 @@ def biased(case: Case, **more: Any) -> Row:
 
 
 def append(case: Case) -> Row:
-    """The first half of flash_attn_with_kvcache: rows go into the cache, q is turned in place."""
+    """The first half of flash_attn_with_kvcache: rows are written to the cache, q is rotated in place."""
     call = make(case)
     names = ("k", "v", "k_cache", "v_cache", "cache_seqlens", "cu_seqlens_k_new", "block_table", "cache_batch_idx")
     turning = ("q", "rotary_cos", "rotary_sin", "rotary_seqlens", "cu_seqlens_q") if case.rotary else ()
@@ -110,7 +111,7 @@ def slots() -> Row:
 
 
 def schedule() -> Row:
-    """On a CPU there is nothing to schedule: no elements, of int32."""
+    """On a CPU there is no scheduler metadata: the result is an empty int32 array."""
     sizes = {"batch_size": 2, "max_seqlen_q": 1, "max_seqlen_k": 90, "num_heads_q": 4, "num_heads_kv": 2, "headdim": 64}
 
     def check(results: Any, _: Any) -> None:
@@ -243,27 +244,27 @@ def stock(q, k, v, max_seqlen_q=None, cu_seqlens_q=None, max_seqlen_k=None, cu_s
 
 
 def _vllm(row: Row, function: Callable[..., Any], renamed: dict[str, str], **more: Any) -> tuple[Any, dict]:
-    """vLLM's call has no lse of the caller's and knows neither deterministic nor num_threads as we do."""
+    """vLLM's call takes no lse from the caller and has neither deterministic nor num_threads in our sense."""
     options = {renamed.get(n, n): x for n, x in row.options.items() if n != "deterministic"}
     arrays = {renamed.get(n, n): x for n, x in row.arrays.items() if n != "lse"}
     return _with_torch(Row(row.function, row.check, arrays, {**options, **more}), function)
 
 
 def by_vllm(row: Row) -> tuple[Any, dict]:
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention
 
-    return _vllm(row, calls.varlen(stock), {"sinks": "s_aux"}, fa_version=4)
+    return _vllm(row, attention.varlen(stock), {"sinks": "s_aux"}, fa_version=4)
 
 
 def by_vllm_cute(row: Row) -> tuple[Any, dict]:
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention
 
     renamed = {"sinks": "learnable_sink", "block_table": "page_table", "return_softmax_lse": "return_lse"}
-    return _vllm(row, calls.cute_varlen(stock), renamed)
+    return _vllm(row, attention.cute_varlen(stock), renamed)
 
 
 OPERATORS = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "append_kv")
-# What vLLM's calls do not have.
+# What vLLM's calls do not offer.
 FOREIGN = {"attention_chunk", "rel_logits", "prefix_ranges", "rswa_window", "causal_per_seq"}
 DOORS: dict[str, tuple[Callable[[Row], Any], tuple[str, ...] | None]] = {  # and the functions that have it
     "numpy": (by_numpy, None),
@@ -297,7 +298,7 @@ def test_call(name, door):
 @pytest.mark.parametrize("device", ["meta", "fake"])
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.function in OPERATORS])
 def test_without_memory(name, device):
-    """torch_ops gives shapes, types and devices for tensors without memory, the same as with."""
+    """torch_ops gives the same shapes, dtypes and devices for meta tensors as for real ones."""
     from flashspark import torch_ops
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -330,7 +331,7 @@ def test_every_function():
 
 @needs_torch
 def test_every_operator():
-    """torch_ops has no function that OPERATORS leaves out."""
+    """torch_ops has no function that OPERATORS omits."""
     from flashspark import torch_ops
 
     own = {n for n, x in vars(torch_ops).items() if n in flashspark.__all__ or n == "_flash_attn_fwd"}

@@ -28,7 +28,7 @@ def gap(*shape):
 
 Q, K = z(2, 5, 4, 32), z(2, 9, 2, 32)
 
-# (arguments that differ from a good call, exception, what the text says)
+# (arguments that differ from a valid call, exception, text of the message)
 DENSE = [
     (dict(q=None), TypeError, "q = None"),
     (dict(q=[1, 2]), TypeError, "q = "),
@@ -258,7 +258,7 @@ def test_slot_mapping(change, error, text):
 def test_read_only_cache():
     cache = z(2, 16, 2, 32)
     cache.flags.writeable = False
-    flash_attn_with_kvcache(z(2, 3, 4, 32), cache, cache, cache_seqlens=5)  # reading is fine
+    flash_attn_with_kvcache(z(2, 3, 4, 32), cache, cache, cache_seqlens=5)  # reading is allowed
     with pytest.raises(ValueError, match="k_cache = read-only"):
         append_kv(z(2, 3, 2, 32), z(2, 3, 2, 32), cache, z(2, 16, 2, 32))
 

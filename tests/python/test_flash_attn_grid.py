@@ -1,7 +1,7 @@
-"""flash-attention's parameter grids on the CPU: fixed samples, and others every day.
+"""flash-attention's parameter grids on the CPU: fixed samples, and new ones every day.
 
-FLASHSPARK_GRID_SEED=n repeats another day's (its samples are named seed-number); FLASHSPARK_GRID_CASES: samples of each
-kind and seed.
+FLASHSPARK_GRID_SEED=n repeats the samples of another day (they are named seed-number). FLASHSPARK_GRID_CASES: samples
+of each kind and seed.
 """
 
 from __future__ import annotations

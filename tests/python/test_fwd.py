@@ -63,7 +63,8 @@ def test_window_softcap_sink_and_causal_per_sequence(paged, normal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_negative_windows_are_open_or_refused(paged, causal):
-    """FlashAttention 4 takes both sides as open where their sum is negative; else a negative side shifts the window."""
+    """FlashAttention 4 treats both sides as open if their sum is negative; otherwise a negative side shifts the
+    window."""
     arrays, call = paged[4:]
     want, _ = _flash_attn_fwd(*arrays, **call, causal=causal)
     for left, right in ((-1, -1), (-1, 0), (-3, 2), (4, -9)):

@@ -1,4 +1,4 @@
-"""The start-up hook as the wheel installs it: quick, silent, idle until vLLM is imported. No vLLM is needed."""
+"""The start-up hook as the wheel installs it: quick, silent, and idle until vLLM is imported. vLLM is not needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WATCHED = "vllm.v1.attention.backends.fa_utils"
 
 
 def python(*arguments: str, **environment: str) -> str:
-    """Standard output of a new interpreter, which must say nothing else."""
+    """Standard output of a new interpreter, which must print nothing else."""
     run = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
     )
@@ -48,9 +48,9 @@ def test_the_wheel_has_it():
 
 
 def test_it_is_armed_and_idle():
-    """By flashspark.start from Python 3.15 on, which then passes over flashspark.pth's line.
+    """Python 3.15 and newer read flashspark.start and skip the matching line of flashspark.pth.
 
-    Older Pythons run the line of a .pth file in a virtual environment twice.
+    Older versions execute the line of a .pth file twice in a virtual environment.
     """
     ours = "sorted({type(f).__name__ for f in sys.meta_path} & {'Finder', '_FlashSparkStart'})"
     loaded = "[name for name in sys.modules if name.startswith('flashspark')]"
@@ -60,7 +60,7 @@ def test_it_is_armed_and_idle():
 
 
 def test_the_start_file_imports_nothing_else():
-    """typing alone would cost every interpreter 5 ms."""
+    """Importing typing alone would slow every interpreter's start noticeably."""
     code = f"import os, sys; sys.path.append({str(PTH.parent)!r}); before = {{*sys.modules}}; import flashspark._hook"
     said = python("-S", "-c", f"{code}; print(*sorted({{*sys.modules}} - before))")
     assert said == "__future__ flashspark flashspark._hook", said
@@ -93,7 +93,7 @@ def test_importing_vllm_arms_the_real_hook(fake_vllm):
 
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_the_finder_behind_it_is_asked(fake_vllm, value):
-    """sys.meta_path may change while the import system walks along it."""
+    """sys.meta_path may change while the import system iterates over it."""
     code = """
 import sys
 class Probe:
@@ -117,7 +117,7 @@ def test_switched_off(fake_vllm, switch):
 
 
 def test_a_module_loads_as_ever_when_we_fail(fake_vllm):
-    """The fake package is no vLLM: what the hook calls fails, is logged, and the module stays as it is."""
+    """The fake package is not vLLM: the hook's call fails and is logged, and the module stays unchanged."""
     code = f"import vllm, {WATCHED} as m; print(m.get_flash_attn_version(), type(m.__spec__.loader).__name__)"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": fake_vllm}

@@ -1,5 +1,6 @@
-"""Every argument of every function in wrong kinds: a right result or a ValueError, TypeError or NotImplementedError
-that names the argument; nothing has been written then. The arguments' kinds are those of bindings/signature.def."""
+"""Every argument of every function with values of wrong kinds: the call gives a right result, or raises ValueError,
+TypeError or NotImplementedError that names the argument, before anything is written. The kinds are those of
+bindings/signature.def."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ BASES: dict[str, Case] = {
     "forward": replace(PACKED, page_size=4, sinks=True),
     "append": CACHE,
 }
-# Kinds of what is not in signature.def, and of what a function takes under a name of its own.
+# Kinds of arguments that signature.def does not list, or that a function takes under another name.
 KINDS = {
     **dict(zip(ATTENTION.words[0], ATTENTION.kinds)),
     **dict(zip(ATTENTION.words[1], ATTENTION.kinds)),
@@ -58,8 +59,8 @@ FREE = {
     "score_mod",
     "mask_mod",
     "aux_tensors",
-}  # any value, or not by kinds
-# Of two arguments that do not fit each other, the error may name the other one.
+}  # any value, or not determined by kinds
+# If two arguments do not match each other, the error may name the other one.
 TOGETHER = [
     {"q", "k", "v", "out", "lse", "k_cache", "v_cache", "num_heads", "head_dim"},
     {"q", "cu_seqlens_q", "seqused_q", "max_seqlen_q", "out", "lse", "rotary_cos"},
@@ -87,7 +88,7 @@ TOGETHER = [
 
 
 def base(name: str) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """(function, arrays, options) of a right call."""
+    """(function, arrays, options) of a valid call."""
     if name == "schedule":
         sizes = {
             "batch_size": 2,
@@ -117,7 +118,7 @@ def base(name: str) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
 
 
 def parameters(function: str) -> list[str]:
-    """The arguments of which the value matters."""
+    """The arguments whose value matters."""
     names = inspect.signature(getattr(flashspark, function)).parameters
     return [n for n in names if n[:1] != "_" and n not in FREE and kind_of(function, n) != "ignored"]
 
@@ -131,7 +132,7 @@ def kind_of(function: str, name: str) -> str:
 
 
 def template(kind: str, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """What the argument is in the right call, or something like it."""
+    """The argument's value in the valid call, or a similar one."""
     return arrays.get(name, np.zeros(2, np.int32) if kind == "ints" else np.ones(2, np.float32))
 
 
@@ -142,7 +143,7 @@ def is_named(error: Exception, name: str) -> bool:
 
 
 class Trial:
-    """The right call, and calls of it with one argument replaced."""
+    """The valid call, and calls of it with one argument replaced."""
 
     def __init__(self, function: Callable[..., Any], arrays: dict[str, Any], options: dict[str, Any]) -> None:
         self.function, self.arrays, self.options = function, arrays, options
@@ -158,7 +159,7 @@ class Trial:
         return result, {n: x for n, x in copies.items() if n in WRITTEN and n not in change}
 
     def fault(self, name: str, expectation: str, value: Any) -> str | None:
-        """What is wrong with the answer to `value` in the place of `name`, if anything."""
+        """What is wrong with the outcome of passing `value` as `name`; None if nothing is."""
         result, written = self.run({name: value})
         if isinstance(result, ALLOWED):
             if not is_named(result, name):
@@ -166,7 +167,7 @@ class Trial:
             touched = [n for n, x in written.items() if not same(x, self.arrays[n])]
             return f"{touched} written beside {result}" if touched else None
         if expectation == "any" and (isinstance(result, MemoryError) or "DefaultCPUAllocator" in str(result)):
-            return None  # an honest answer to 64 TiB
+            return None  # a correct refusal of 64 TiB
         if isinstance(result, Exception):
             return f"{type(result).__name__}: {result!s:.300}"
         if expectation == "refuse":
@@ -220,10 +221,10 @@ def numbers_or(
 ) -> Iterator[wrong_kinds.Value]:
     if kind in TENSORS:
         return arrays(x)
-    return ((n, "any", v) for n, _, v in numbers()) if kind == "window" else numbers()  # window_size may be two
+    return ((n, "any", v) for n, _, v in numbers()) if kind == "window" else numbers()  # window_size may be a pair
 
 
-# torch_ops has four functions (test_doors.py); where two calls of one function are alike, one of them is enough here.
+# torch_ops has four functions (test_doors.py); of similar calls to one function, one is enough here.
 DOORS = {
     "torch": ("dense", "paged", "cache", "forward", "append", "slots", "schedule"),
     "operator": ("dense", "varlen", "cache varlen", "append"),
@@ -242,11 +243,11 @@ def test_torch(call, name, door):
     given = {n: moved(x) for n, x in arrays.items()}
     trial = Trial(getattr(home, function), given, options)
     assert not isinstance(trial.wanted, Exception), trial.wanted
-    # What is no tensor goes the same way as in test_numpy, but for the operators' own.
+    # Values that are not tensors take the same path as in test_numpy, except in the operators' own code.
     all_numbers = door == "operator" and call in ("dense", "cache varlen", "append")
     numbers = wrong_kinds.all_numbers if all_numbers else wrong_kinds.torch_numbers
     values = numbers_or(kind, wrong_kinds.tensors, moved(template(kind, arrays, name)), numbers)
     found = faults(trial, name, values)
-    if door == "operator" and call.startswith("cache"):  # there the rows are written first, as it says
+    if door == "operator" and call.startswith("cache"):  # documented: rows are written first
         found = [x for x in found if "written beside" not in x]
     assert not found, "\n".join(found)

@@ -94,7 +94,7 @@ def test_append(normal, rng, dtype, paged):
 
 
 def test_append_into_packed_pages_of_different_lengths(normal, rng, dtype):
-    """Varlen prefill over a paged cache whose rows hold K and V: what a serving engine does."""
+    """Varlen prefill over a paged cache whose rows hold K and V, as in a serving engine."""
     new, old = [7, 1, 0, 20], [3, 40, 5, 0]
     make = lambda lengths: [normal(n, 2, 32, dtype=dtype) for n in lengths]  # noqa: E731
     old_k, old_v, new_k, new_v = make(old), make(old), make(new), make(new)
@@ -162,7 +162,7 @@ def test_append_kv_alone(normal):
 
 
 def slot_caches(normal, dtype, layout):
-    """Five pages of seven rows, two heads of 32: K's and V's, and the memory that they lie in."""
+    """Five pages of seven rows, two heads of 32, for K and V, and the memory that contains them."""
     if layout == "packed":
         both = normal(5, 7, 2, 64, dtype=dtype)
         return both[..., :32], both[..., 32:], both
@@ -176,7 +176,7 @@ def slot_caches(normal, dtype, layout):
 @pytest.mark.parametrize("layout", ["packed", "heads first", "planes"])
 def test_slot_mapping(normal, rng, dtype, layout):
     k_cache, v_cache, memory = slot_caches(normal, dtype, layout)
-    k, v = normal(15, 2, 32, dtype=dtype), normal(15, 2, 32, dtype=dtype)  # more rows than slots, as vLLM's
+    k, v = normal(15, 2, 32, dtype=dtype), normal(15, 2, 32, dtype=dtype)  # more rows than slots, as in vLLM
     slots = rng.permutation(35)[:12]
     slots[[0, 5, 11]] = -1
     kept = slots >= 0
@@ -193,7 +193,7 @@ def test_slot_mapping(normal, rng, dtype, layout):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_slot_mapping_with_rotary(normal, rng, dtype, interleaved):
-    """As vLLM has it: cos and sin are halves of one table, rows beyond the slots are padding."""
+    """vLLM's layout: cos and sin are halves of one table, and rows beyond the slots are padding."""
     k_cache, v_cache = np.zeros((5, 7, 2, 32), dtype), np.zeros((5, 7, 2, 32), dtype)
     q, k, v = (normal(15, h, 32, dtype=dtype) for h in (4, 2, 2))
     angle = np.arange(80)[:, None] / 10 ** np.linspace(0, 3, 8)

@@ -73,7 +73,7 @@ def best_microseconds(function, rounds=20, calls=1000) -> float:
 
 
 def test_call_overhead(record_property):
-    """A problem too small to take time. The target on an idle machine is 5 us; the bound is for busy ones."""
+    """A problem too small to take time. The target is 5 us on an idle machine; the bound allows for a busy one."""
     q = np.ones((1, 1, 1, 8), np.float32)
     out = np.empty_like(q)
     call = flashspark.flash_attn_func
@@ -89,7 +89,7 @@ def long_problem():
 
 
 def test_interpreter_lock_is_released():
-    """While one thread computes, another one counts. Under the lock the counter would stand still."""
+    """One thread computes while another counts; if the interpreter lock were held, the counter would stand still."""
     arrays = long_problem()
     ticks, stop = [], threading.Event()
 
@@ -102,7 +102,7 @@ def test_interpreter_lock_is_released():
     counter.start()
     try:
         start = time.perf_counter()
-        # The scalar oracle on one thread: slow on purpose.
+        # The scalar oracle on one thread: deliberately slow.
         flashspark.flash_attn_func(*arrays, implementation="cpu-reference", num_threads=1)
         end = time.perf_counter()
     finally:
@@ -123,7 +123,7 @@ def test_lock_is_released_whatever_the_environment_says():
 
 
 def test_many_threads_at_once(normal):
-    """Callers of different threads get their own results and their own errors."""
+    """Concurrent callers get their own results and their own errors."""
     problems = [(normal(1, 7 + n, 4, 32), normal(1, 60 + n, 2, 32), normal(1, 60 + n, 2, 32)) for n in range(8)]
     wants = [attend_dense(*p, Options(causal=True))[0] for p in problems]
     failures = []
@@ -148,7 +148,7 @@ def test_many_threads_at_once(normal):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 def test_fork(normal):
-    """A child of a process whose thread pool has started computes, too, and does not hang."""
+    """A child forked after the thread pool has started can compute and does not hang."""
     q, k, v = normal(2, 64, 4, 32), normal(2, 64, 2, 32), normal(2, 64, 2, 32)
     want = flashspark.flash_attn_func(q, k, v)
     child = os.fork()
@@ -206,7 +206,7 @@ def test_forced_implementation_by_environment():
 
 
 def test_command_is_installed():
-    """The native command comes with the wheel, beside the interpreter, and has the package's version."""
+    """The wheel installs the native command beside the interpreter, with the package's version."""
     import shutil
     import sysconfig
 

@@ -7,13 +7,13 @@ import inspect
 import flashspark
 import numpy as np
 import pytest
-from flashspark import _call, _schedule
+from flashspark import _call, _scheduler_metadata
 from flashspark._signature import APPEND, ATTENTION, HEAD, REQUIRED, SCHEDULE, TAIL
 
-# Arguments of the functions that are no arguments of the native call: other spellings, what Python settles itself.
+# Arguments of the functions that the native call does not have: other spellings, and what Python handles itself.
 SPELLINGS = {"s_aux", "learnable_sink", "page_table", "return_lse", "return_softmax_lse", "return_attn_probs", "qv"}
 SETTLED = {"window_size", "dropout_p", "explain", "strict", "pack_gqa", "sm_margin", "_attend", "_append"}
-# Arguments of the native call that a function does not offer, by its face.
+# Arguments of the native call that a function does not offer.
 NOT_OFFERED = {
     "flash_attn_func": {
         *("cu_seqlens_q", "max_seqlen_q", "cu_seqlens_k", "max_seqlen_k", "block_table", "leftpad_k"),
@@ -55,7 +55,8 @@ def test_defaults_are_the_fallbacks(name):
 
 @pytest.mark.parametrize("name", [*FACES, "_flash_attn_fwd"])
 def test_arguments_arrive_in_their_places(name, monkeypatch):
-    """Each argument has a value of its own; the native call must see it where the table says."""
+    """Every argument gets a distinct value, which the native call must receive at the position that the table
+    states."""
     face = FACES.get(name, 2)
     function, seen = getattr(flashspark, name), {}
 
@@ -94,7 +95,7 @@ def test_what_append_and_schedule_pass(monkeypatch):
     own = {name: np.zeros(1) for name in parameters(flashspark.append_kv) if name not in ("page_table", "strict")}
     flashspark.append_kv(**own)
     assert all(value is own[name] for name, value in zip(APPEND.names[1:], seen[0][1:], strict=True))
-    monkeypatch.setattr(_schedule, "_run", lambda values: seen.append(values) or 0)
+    monkeypatch.setattr(_scheduler_metadata, "_run", lambda values: seen.append(values) or 0)
     own = {name: np.zeros(1) for name in SCHEDULE.names if name not in ("window_left", "window_right", "qkv_dtype")}
     flashspark.get_scheduler_metadata(**own, window_size=("left", "right"))
     own |= {"window_left": "left", "window_right": "right", "qkv_dtype": 3}
@@ -102,7 +103,7 @@ def test_what_append_and_schedule_pass(monkeypatch):
 
 
 def test_names_that_other_generations_look_for():
-    """transformers asks the signature; FlashAttention 2, 3 and 4 have names of their own for one thing."""
+    """transformers inspects the signature; FlashAttention 2, 3 and 4 use different names for the same argument."""
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
         offered = parameters(getattr(flashspark, name))
         for word in (

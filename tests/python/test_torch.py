@@ -181,9 +181,9 @@ def test_operators_are_well_formed():
     q, k, v = dense()
     head = (None, True, -1, -1, 0.0, 0, False, None, 0)
     for want_lse in (False, True):
-        torch.library.opcheck(torch.ops.flashspark.attention.default, (q, k, v, *head, *torch_ops._NO_TAIL, want_lse))
+        torch.library.opcheck(torch.ops.flashspark.attention.default, (q, k, v, *head, *torch_ops.NO_TAIL, want_lse))
     out, lse = torch.empty_like(q), torch.empty(2, 4, 20)
-    torch.library.opcheck(torch.ops.flashspark.attention_out.default, (q, k, v, *head, *torch_ops._NO_TAIL, out, lse))
+    torch.library.opcheck(torch.ops.flashspark.attention_out.default, (q, k, v, *head, *torch_ops.NO_TAIL, out, lse))
     cache = [torch.zeros(2, 50, 2, 32) for _ in range(2)]
     lens = torch.tensor([3, 4], dtype=torch.int32)
     torch.library.opcheck(
@@ -230,7 +230,7 @@ def test_slot_mapping(cache_type):
         pages = torch.zeros(2, 5, 12, 2, 32, dtype=cache_type)
         append(k, v, *pages, slot_mapping=slots)
         assert torch.equal(pages.float().view_as(want), want)
-        append(k, v, *pages, slot_mapping=torch.empty(0, dtype=torch.int64))  # has no address
+        append(k, v, *pages, slot_mapping=torch.empty(0, dtype=torch.int64))  # has no data pointer
         assert torch.equal(pages.float().view_as(want), want)
     cos, sin = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(30, 1).chunk(2, -1)  # even positions turn by 90
     turn = {"rotary_cos": cos, "rotary_sin": sin, "rotary_positions": torch.tensor([1, 0, 0, 3, 2, 1, 1, 0])}
@@ -261,7 +261,7 @@ def test_compile_keeps_one_graph(dynamic):
     lens = torch.tensor([3, 40], dtype=torch.int32)
     caches = [[torch.zeros(2, 80, 2, 32) for _ in range(2)] for _ in range(2)]
     want = block(q, k, v, *caches[0], lens)
-    # aot_eager traces with the fake implementations and checks mutation, but needs no compiler on this machine.
+    # aot_eager traces with the fake implementations and checks mutation, and needs no compiler.
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     got = compiled(q, k, v, *caches[1], lens)
     for x, y in zip((*got, *caches[1]), (*want, *caches[0]), strict=True):

@@ -1,5 +1,5 @@
-"""What torch may rely on through every door: no gradient is lost silently, changed tensors count their version up,
-tensors that are negated lazily are read and written by their values."""
+"""Guarantees to torch through every door: no gradient is lost silently, written tensors have their version incremented,
+and lazily negated tensors are read and written by value."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_no_gradient_is_lost(name, argument, door):
 
 @pytest.mark.parametrize("argument", ["q", "k", "v", "alibi_slopes", "sinks", "out"])
 def test_no_gradient_is_lost_in_vllm(argument):
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention
 
     row = test_doors.attention(replace(CALLS["varlen"], given=1))
     renamed = {"sinks": "s_aux"}
@@ -77,13 +77,13 @@ def test_no_gradient_is_lost_in_vllm(argument):
     given[renamed.get(argument, argument)].requires_grad_()
     options = {n: x for n, x in row.options.items() if n != "deterministic"}
     with pytest.raises(ValueError, match=r"requires_grad = True"):
-        calls.varlen(test_doors.stock)(**given, **options, fa_version=4)
+        attention.varlen(test_doors.stock)(**given, **options, fa_version=4)
 
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", ["dense given", "varlen", "cache", "cache paged"])
 def test_versions_count_up(name, door):
-    """What is written counts up at least once; what is only read does not."""
+    """The version of a written tensor increases; that of a tensor only read does not."""
     call = make(CALLS[name])
     given = {n: moved(x) for n, x in call.arrays.items()}
     versions = {n: x._version for n, x in given.items()}
@@ -108,7 +108,7 @@ def test_versions_of_append(door):
 
 
 def test_a_backward_pass_finds_out():
-    """torch's own error where a saved tensor was the out= of a later call."""
+    """torch reports a saved tensor that was the out= of a later call with its own error."""
     q = torch.randn(1, 2, 2, 16)
     weight = torch.randn(1, 2, 2, 16, requires_grad=True)
     saved = torch.empty_like(q)
@@ -134,7 +134,7 @@ def test_negated_views(argument, door):
 
 @pytest.mark.parametrize("door", ["torch", "operator"])
 def test_results_into_negated_views(door):
-    """Refused, or the values are the result."""
+    """The call is refused, or the tensor's values are the result."""
     call = make(replace(SMALL, given=0))
     given = {n: moved(x) for n, x in call.arrays.items()}
     want = getattr(flashspark, call.function)(**given, **call.options)[0]
@@ -148,7 +148,7 @@ def test_results_into_negated_views(door):
 
 
 def test_inference_mode():
-    """Tensors of inference mode have no versions to count."""
+    """Tensors of inference mode have no version counter."""
     call = make(CALLS["dense given"])
     with torch.inference_mode():
         given = {n: moved(x) for n, x in call.arrays.items()}

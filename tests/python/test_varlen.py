@@ -117,7 +117,7 @@ def test_fp8_cache(normal, rng):
 
 
 def test_everything_at_once(normal, rng, dtype):
-    """Window, softcap, sinks and bias over shuffled pages, with lengths in use on both sides."""
+    """Window, softcap, sinks and bias over shuffled pages, with seqused_q and seqused_k."""
     q, ks, vs, cu_q, cu_k = problem(normal, dtype)
     k_cache, v_cache, table = pages(rng, ks, vs, 16)
     sinks, bias = normal(4, dtype=dtype), normal(60, 4, 24, dtype=dtype)
@@ -154,7 +154,7 @@ def test_masks_of_prefixes(normal, rng):
 
 
 def test_padded_rows_change_nothing(normal, rng):
-    """A captured graph pads the batch: repeated offsets, stale lengths and page numbers, rows that nobody owns."""
+    """Padding of a captured graph: repeated offsets, stale lengths and page numbers, rows of no sequence."""
     q, ks, vs, cu_q, cu_k = problem(normal, np.float32)
     k_cache, v_cache, table = pages(rng, ks, vs, 16)
     used = np.diff(cu_k).astype(np.int32)

@@ -1,4 +1,4 @@
-"""NumPy arrays as torch tensors and back, ml_dtypes' types among them."""
+"""Converts NumPy arrays, including ml_dtypes' types, to torch tensors and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STORED = {ml_dtypes.bfloat16: (np.uint16, torch.bfloat16), ml_dtypes.float8_e4m
 
 
 def moved(x: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor of its own with x's numbers."""
+    """A new tensor with the values of x."""
     if x.dtype.type in _STORED:
         integer, dtype = _STORED[x.dtype.type]
         return torch.from_numpy(x.view(integer).copy()).to(device).view(dtype)
@@ -18,5 +18,5 @@ def moved(x: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def back(x: torch.Tensor) -> np.ndarray:
-    """x in float32, or as it is where it holds integers."""
+    """x as float32; integers are unchanged."""
     return (x.float() if x.is_floating_point() else x).cpu().numpy()

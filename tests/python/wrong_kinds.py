@@ -1,7 +1,7 @@
-"""Values that an argument may be given instead of what it wants: by the kinds of bindings/signature.def.
+"""Wrong values for an argument, by the kinds of bindings/signature.def.
 
-Each is (name, expectation, value). Expectations: "same": the same numbers in another form: refused, or the same result;
-"refuse": an error; "any": an error or a result.
+Each is (name, expectation, value). Expectations: "same": the same values in another form, refused or with the same
+result; "refuse": an error; "any": an error or a result.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Subclass(np.ndarray):
 
 
 def arrays(x: np.ndarray) -> Iterator[Value]:
-    """NumPy arrays in the place of x, and what is none."""
+    """NumPy arrays, and things that are not arrays, to pass instead of x."""
     yield from NO_TENSORS
     yield "no dlpack", "refuse", _Dlpack()
     for name in TYPES:
@@ -82,7 +82,7 @@ def frozen(x: np.ndarray) -> np.ndarray:
 
 
 def numbers() -> Iterator[Value]:
-    """In the place of an int, a float, a bool or a str."""
+    """Values to pass instead of an int, a float, a bool or a str."""
     yield from (
         ("text", "any", "text"),
         ("empty text", "any", ""),
@@ -160,7 +160,7 @@ def torch_numbers() -> Iterator[Value]:
 
 
 def tensors(x: Any) -> Iterator[Value]:
-    """torch tensors in the place of x, and what is none."""
+    """torch tensors, and things that are not tensors, to pass instead of x."""
     yield from NO_TENSORS
     yield "no dlpack", "refuse", _Dlpack()
     for name in ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"):

@@ -119,7 +119,7 @@ Layout arbitrary_layout() {
 }
 
 void make_peaked(Problem &p) {
-  // Head 0 .. of q look along one direction; a few keys lie far out on it, each further than the one before.
+  // The queries of each head share a direction, and a few keys lie far out on it, each farther than the one before.
   for (Sequence &s : p.seqs) {
     for (size_t row = 0; row < s.q.size() / p.d; ++row) s.q[row * p.d] = rounded(4, p.q_dtype);
     float height = 0;

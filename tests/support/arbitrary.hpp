@@ -1,5 +1,5 @@
 // Random problems and layouts for property tests. Sizes and switches are drawn one by one, so that a failing case
-// shrinks to a small one; the numbers come from a seed.
+// shrinks to a small one; tensor values come from a seed.
 #pragma once
 
 #include <rapidcheck.h>
@@ -11,14 +11,14 @@ namespace flashspark::test {
 struct Wanted {
   bool masks = true;   // causal, windows, prefix ranges, R-SWA
   bool biases = true;  // softcap, sinks, rel_logits, ALiBi
-  bool dtypes = true;  // others than float32 (out stays float32 so that errors show)
+  bool dtypes = true;  // other than float32 (out stays float32, so that errors show)
   int64_t longest_k = 150;
 };
 
 Problem arbitrary_problem(const Wanted &wanted = {});
 Layout arbitrary_layout();
 
-// Keys that lift the running maximum of every row by up to 30, at random places: what real layers do.
+// Keys that raise the running maximum of every row by up to 30 at random positions, as in real activations.
 void make_peaked(Problem &problem);
 
 }  // namespace flashspark::test

@@ -41,7 +41,7 @@ std::vector<float> between(Rng &rng, int64_t count, float low, float high) {
 void with_ranges(Problem &p, Rng &rng) {
   make_causal(p, rng);
   p.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ;
-  for (Sequence &s : p.seqs) {  // disjoint, one of them at the sequence's end
+  for (Sequence &s : p.seqs) {  // disjoint, one of them at the end of the sequence
     const auto tk = static_cast<int32_t>(s.tk);
     s.ranges = {{1, 3}, {tk / 2, tk / 2 + 4}, {tk - 2, tk + 5}};
     if (tk < 20) s.ranges.resize(1);

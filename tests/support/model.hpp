@@ -1,5 +1,5 @@
-// Attention problems as plain numbers, apart from any memory layout: the same Problem can be laid out in many ways, run
-// by any implementation, and compared with a formula that shares nothing with the library.
+// Attention problems as plain numbers, independent of memory layout: one Problem can be laid out in many ways, run by
+// any implementation, and compared with a formula that shares no code with the library.
 #pragma once
 
 #include <array>
@@ -17,8 +17,8 @@ struct Sequence {
   int64_t tq = 0, tk = 0;
   std::vector<float> q, k, v;  // (tq, hq, d), (tk, hkv, d), (tk, hkv, dv), each value exact in its dtype
   bool causal = false;
-  std::vector<std::array<int32_t, 2>> ranges;    // prefix ranges of the sequence, inclusive, on the key axis
-  int32_t rswa_prefix = 0;                       // keys that R-SWA always sees
+  std::vector<std::array<int32_t, 2>> ranges;    // prefix ranges of the sequence, inclusive, in key positions
+  int32_t rswa_prefix = 0;                       // keys that R-SWA always keeps
   std::vector<float> rel;                        // (tq, hq, rel_extent) or empty
   std::vector<float> alibi;                      // (hq) or empty
   std::vector<float> q_scale, k_scale, v_scale;  // (hkv) descales or empty
@@ -44,20 +44,19 @@ struct Problem {
 
 enum class Kind { kDense, kVarlen, kPaged };
 
-// Where the numbers lie and how the call is made. Every byte that belongs to no number is NaN (integers: garbage).
+// Memory layout and call options. Every byte that holds no element is NaN (integers: garbage).
 struct Layout {
   Kind q = Kind::kVarlen, kv = Kind::kVarlen;
   int64_t page_size = 16;
   bool head_major = false;      // the head stride exceeds the token stride
-  bool packed_kv = false;       // V lies behind K in the same row
+  bool packed_kv = false;       // V follows K within the same row
   bool backwards = false;       // K and V have a negative token stride
   int64_t row_pad = 0;          // elements between rows
-  int64_t slack = 0;            // unused rows behind every sequence (seqused_q, seqused_k) and unused page-table slots
+  int64_t slack = 0;            // unused rows after every sequence (seqused_q, seqused_k) and unused page-table slots
   int64_t leftpad = 0;          // dense, paged: keys to skip
-  bool kv_batch_index = false;  // dense, paged: rows of the cache, or of the page table, in another order, with
-                                // strangers between them
+  bool kv_batch_index = false;  // dense, paged: cache or page-table rows permuted, with unused rows in between
   bool causal_per_seq = false;
-  bool prefix_per_token = false;  // hand the ranges over as one range a query token
+  bool prefix_per_token = false;  // pass the prefix ranges as one range per query token
   bool want_lse = true;
   uint64_t seed = 1;            // page order and garbage
   unsigned char poison = 0xff;  // byte of unused memory; 0xff is NaN in every format
@@ -74,12 +73,13 @@ struct Rows {              // of one sequence
 struct Result {
   flashspark_status status = FLASHSPARK_OK;
   std::string error;
-  std::string trespass;  // empty, or what was written outside the rows in use
+  std::string trespass;  // empty, or a description of writes outside the rows in use
   std::vector<Rows> seqs;
 };
 
-// The formula of flashspark.h in long double, one sequence. `reach` and `strain` of a row bound what rounding can do:
-// the largest |v| it sees (scaled as the output is), and the largest sum of |q[d] k[d]| over d, scaled as the score is.
+// The formula of flashspark.h in long double, for one sequence. `reach` and `strain` bound the rounding error of a row:
+// the largest |v| it sees (with the output's scale), and the largest sum over d of |q[d] k[d]| (with the score's
+// scale).
 struct Truth {
   std::vector<long double> out, lse;  // (tq, hq, dv), (tq, hq)
   std::vector<double> reach, strain;  // (tq, hq)
@@ -91,13 +91,13 @@ Result run(const Problem &problem, const Layout &layout);
 // The value nearest to x that `dtype` can hold.
 float rounded(float x, int32_t dtype);
 std::vector<float> normal(std::mt19937_64 &rng, int64_t count, int32_t dtype, float spread = 1);
-// A sequence of normal random numbers for the problem's heads, widths and dtypes.
+// A sequence of normal random values with the problem's heads, head sizes and dtypes.
 Sequence random_sequence(std::mt19937_64 &rng, const Problem &problem, int64_t tq, int64_t tk);
 
-// Empty when `result` is the truth within rounding; else what is wrong where. `exact` is the bound of the oracle (the
-// truth rounded once); otherwise single-precision arithmetic is allowed for.
+// Empty if `result` matches the formula within rounding error, else what differs and where. `exact` selects the bound
+// of the oracle, which rounds the true value once; otherwise the bound allows for single-precision arithmetic.
 std::string difference(const Problem &problem, const Result &result, bool exact);
-// Empty when the two agree within the rounding of two single-precision computations.
+// Empty if two results agree within the rounding error of two single-precision computations.
 std::string difference(const Problem &problem, const Result &a, const Result &b);
 
 }  // namespace flashspark::test

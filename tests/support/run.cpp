@@ -1,5 +1,5 @@
-// Lays a Problem out in memory, calls the library, and reads the rows back. Buffers have exactly the size the layout
-// needs (AddressSanitizer sees one element too far) and start as NaN or garbage wherever no number belongs.
+// Lays a Problem out in memory, calls the library, and reads the rows back. Buffers have exactly the size of the
+// layout, so that AddressSanitizer sees any access beyond, and hold NaN or garbage wherever there is no element.
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -11,9 +11,9 @@
 namespace flashspark::test {
 namespace {
 
-constexpr unsigned char kUntouched = 0xa5;  // what out and lse hold before the call
+constexpr unsigned char kUntouched = 0xa5;  // content of out and lse before the call
 
-// A buffer seen as [batch][token][head][width] with its strides in elements.
+// A buffer viewed as [batch][token][head][width], with strides in elements.
 struct Grid {
   int64_t origin = 0, batch_stride = 0, token_stride = 0, head_stride = 0, size = 0;
 
@@ -64,7 +64,7 @@ struct Buffer {
   }
 };
 
-// Reads rows out of a result buffer and remembers which elements belong to rows; the others must be as they were.
+// Reads rows out of a result buffer and marks their elements; all others must be unchanged.
 struct Reader {
   const Buffer &buffer;
   std::vector<bool> owned;
@@ -93,7 +93,7 @@ int64_t largest(const std::vector<int64_t> &values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
 }
 
-// Everything the params point to.
+// Owns everything the params point to.
 struct Call {
   const Problem &problem;
   const Layout &layout;
@@ -102,7 +102,7 @@ struct Call {
   flashspark_attention_params params;
   Grid q_grid, k_grid, v_grid, out_grid, lse_grid;
   Buffer q, k, v, out, lse, sinks, rel;
-  std::vector<int64_t> q_batch, q_token;  // where row 0 of a sequence lies
+  std::vector<int64_t> q_batch, q_token;  // position of row 0 of each sequence
   std::vector<int32_t> cu_q, cu_k, used_q, used_k, leftpad, kv_index, pages, causal, ranges, prefix_lens;
   std::vector<float> alibi, q_scale, k_scale, v_scale;
 
@@ -227,7 +227,7 @@ struct Call {
     params.v = v_home.tensor(v_grid);
   }
 
-  // Rows of the dense cache or of the page table; kv_index says which of them a sequence has.
+  // Rows of the dense cache or of the page table; kv_index maps each sequence to its row.
   int64_t index_cache_rows() {
     const int64_t rows = layout.kv_batch_index ? 2 * batch + 1 : batch;
     kv_index.resize(rows);
@@ -251,7 +251,7 @@ struct Call {
     }
   }
 
-  // Pages in random order with unused ones (all NaN) between them; table entries past a sequence's end are garbage.
+  // Pages in random order with unused ones (all NaN) in between; table entries past the end of a sequence are garbage.
   void lay_out_pages(const std::vector<int64_t> &lengths) {
     const int64_t size = layout.page_size;
     int64_t used = 0, widest = 0;

@@ -1,4 +1,4 @@
-// The formula and the comparison. Nothing here comes from src/ but the number formats, which dtype_test.cpp pins.
+// The formula and the comparison. Uses nothing from src/ but the number formats, which dtype_test.cpp verifies.
 #include <cmath>
 #include <limits>
 
@@ -43,7 +43,7 @@ Real factor(const std::vector<float> &scale, int64_t head, int32_t dtype) {
   return scale.empty() || dtype != FLASHSPARK_FLOAT8_E4M3 ? 1 : scale[head];
 }
 
-// What rounding to the output format can add to a value of this size.
+// Error that rounding to the output format can add to a value of this size.
 double format_error(int32_t dtype, double value) {
   const double x = std::fabs(value) * 1.001;
   switch (dtype) {
@@ -93,7 +93,7 @@ Truth truth(const Problem &p, const Sequence &s) {
         top = std::max(top, scores[j]);
         t.strain[row] = std::max(t.strain[row], static_cast<double>(absolute * scale + std::fabs(bias)));
       }
-      if (top == -kInf) continue;  // a row that sees nothing
+      if (top == -kInf) continue;  // a row that sees no key
       Real total = p.sinks.empty() ? 0 : std::exp(Real{p.sinks[h]} - top);
       for (int64_t j = 0; j < s.tk; ++j) total += std::exp(scores[j] - top);
       t.lse[row] = top + std::log(total);
@@ -122,10 +122,10 @@ struct Bound {
   double out, lse;
 };
 
-// Single precision. A sum of d products rounds d times, each time by up to 2^-24 of the sum so far: a random walk that
-// ends within 2 sqrt(d) of those units but once in some thousand (3.5 sigma; worst when the first product is the
-// largest, as in peaked data). The scale and the way to base 2 and back add two more. That much of its strain a score
-// is off, which moves every weight by that fraction; the exponential and the sums add a few units.
+// Single-precision bound. A sum of d products rounds d times, each time by up to 2^-24 of the sum so far: a random walk
+// that stays within 2 sqrt(d) units in all but about one of a thousand cases (3.5 sigma; worst if the first product is
+// the largest, as in peaked data). Scaling and the conversion to base 2 and back add two more. A score is off by that
+// fraction of its strain, which changes every weight by the same amount; the exponential and the sums add a few units.
 Bound arithmetic_bound(const Problem &p, const Truth &t, int64_t row) {
   const double score_error = std::ldexp((2 + 2 * std::sqrt(double(p.d))) * t.strain[row] + 16, -24);
   return {t.reach[row] * 2 * score_error, score_error};
@@ -138,7 +138,7 @@ std::string describe(const char *what, size_t b, int64_t i, int64_t h, int64_t c
          std::to_string(std::fabs(got - want) / bound) + " x the bound " + std::to_string(bound * 1e6) + "e-6";
 }
 
-// Equal infinities are equal; NaN never is.
+// Equal infinities compare equal; NaN never does.
 bool within(double got, double want, double bound) {
   return got == want || std::fabs(got - want) <= bound;
 }

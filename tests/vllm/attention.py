@@ -255,6 +255,8 @@ def unpaged(c: Context) -> str:
 
 def refusals(c: Context) -> None:
     """What would be wrong if ignored is refused, and the argument is named."""
+    from flashspark import mods
+
     call = build(Spec())
     wrong = {
         "q_v": torch.zeros(1),
@@ -272,6 +274,13 @@ def refusals(c: Context) -> None:
             assert name in str(error), error
         else:
             raise AssertionError(f"{name} was ignored")
+    rswa = {"mask_mod": mods.RSwa(), "aux_tensors": [torch.zeros(6, dtype=torch.int32), torch.ones(1)]}
+    try:
+        flash_attn_varlen_func(**call.arguments() | rswa)
+    except NotImplementedError as error:
+        assert "R-SWA" in str(error), error
+    else:
+        raise AssertionError("a window was read from the device")
     harmless = {"q_v": None, "cp_world_size": 1, "cp_rank": 0, "an_argument_of_tomorrow": None}
     flash_attn_varlen_func(**call.arguments() | harmless)
     call.check(call.out, call.expected()[0])

@@ -52,7 +52,7 @@ def _run(
     spec: Spec,
     metadata: dict[str, Any],
     layer: dict[str, Any] | None = None,
-    schedule: Any = None,
+    scheduler_metadata: Any = None,
     **expected: Any,
 ) -> None:
     from flashspark.vllm.versions import RELEASES
@@ -67,10 +67,11 @@ def _run(
     out = torch.full((len(q), *call.out.shape[1:]), float("nan"), dtype=q.dtype)
     given = {n: v(call) if callable(v) else v for n, v in metadata.items()}
     step = _metadata(call, **given)
-    step.flashspark_schedule = schedule
+    step.flashspark_scheduler_metadata = scheduler_metadata
     _implementation(spec, call).forward(holder, q, q, q, call.whole, step, out)
     call.check(out[: len(call.q)], call.expected(**expected)[0])
     assert out[len(call.q) :].isnan().all()
+    assert step.scheduler_metadata is None, "vLLM would take it for FlashAttention 3's"
 
 
 def forward(c: Context) -> str:
@@ -126,22 +127,22 @@ def out_of_memory(c: Context) -> None:
     _run(c, Spec(), {})
 
 
-def scheduled(c: Context) -> str:
-    """A step's schedule is asked for with the step's own numbers, and reaches the attention calls of its layers."""
+def scheduler_metadata(c: Context) -> str:
+    """It is made once a step from the step's own numbers, and reaches the attention calls of the layers."""
     import flashspark
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention as module
     from flashspark.vllm.backend import FlashSparkBackend
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     builder_class, stock = FlashSparkBackend.get_builder_cls(), sys.modules[FLASH_ATTN].FlashAttentionMetadataBuilder
     assert "num_heads_q" in stock.__init__.__code__.co_names
     asked: list[dict[str, Any]] = []
-    real, native, build_stock = flashspark.get_scheduler_metadata, calls._forward(), stock.build
+    real, native, build_stock = flashspark.get_scheduler_metadata, module._forward(), stock.build
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(real).bind(*args, **kwargs).arguments
         asked.append(given)
-        assert not len(real(*args, **kwargs)), "the CPU has no schedule"
+        assert not len(real(*args, **kwargs)), "the CPU has none"
         return given["out"].new_zeros(1)
 
     call = build(Spec())
@@ -158,7 +159,8 @@ def scheduled(c: Context) -> str:
             builder = object.__new__(builder_class)
             builder.kv_cache_spec, builder.num_heads_q, builder.flashspark_serves = spec, 16, True
             step = builder.build(0, None)
-            assert step.flashspark_schedule is builder.build(0, None).flashspark_schedule, "not the same memory"
+            again = builder.build(0, None)
+            assert step.flashspark_scheduler_metadata is again.flashspark_scheduler_metadata, "not the same memory"
             given = asked.pop()
             assert given["cache_seqlens"] is call.seqused and given["cu_seqlens_q"] is call.cu_q
             assert given["batch_size"] == len(call.seqused), given
@@ -166,23 +168,23 @@ def scheduled(c: Context) -> str:
             assert sizes_of_step == (max(call.spec.q_lens), 4096, 16, 2) and given["headdim"] == 128, given
             assert (given["qkv_dtype"], given["window_size"], given["causal"]) == (dtype, window, True), given
         builder.flashspark_serves = False
-        assert not hasattr(builder.build(0, None), "flashspark_schedule")
+        assert not hasattr(builder.build(0, None), "flashspark_scheduler_metadata")
     finally:
         flashspark.get_scheduler_metadata, stock.build = real, build_stock
-    # Of the layers' calls.
-    schedule, seen = torch.zeros(64, dtype=torch.int32), []
+    # The layers' calls.
+    made, seen = torch.zeros(64, dtype=torch.int32), []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["scheduler_metadata"])
+        seen.append(kwargs.get("scheduler_metadata"))
         return native(*args, **kwargs)
 
-    loader, calls._forward = calls._forward, lambda: watched
+    loader, module._forward = module._forward, lambda: watched
     try:
-        _run(c, Spec(), {}, schedule=schedule)
+        _run(c, Spec(), {}, scheduler_metadata=made)
         _run(c, Spec(), {})
     finally:
-        calls._forward = loader
-    assert seen[-2] is schedule and seen[-1] is None, seen
+        module._forward = loader
+    assert seen[-2] is made and seen[-1] is None, seen
     return f"{len(specs)} kinds of layers"
 
 
@@ -333,4 +335,4 @@ def _spoilt(wrong: Any) -> Any:
     return spoilt
 
 
-FORWARD = (forward, scheduled, out_of_memory, inkling, verify)
+FORWARD = (forward, scheduler_metadata, out_of_memory, inkling, verify)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attention import CALLS
+from attention import CALLS, per_request_causal
 from checks import (
     FA_UTILS,
     FLASH_ATTN,
@@ -110,7 +110,8 @@ def stock_names() -> str:
             held = getattr(sys.modules.get(module), name, None)
             if held is not None:
                 assert held.__module__.startswith("vllm."), f"{module}.{name} is {held}"
-                assert "calls.py" not in held.__code__.co_filename if hasattr(held, "__code__") else True
+                code = getattr(held, "__code__", None)
+                assert code is None or Path(code.co_filename).parent != Path(replace.__file__).parent, (module, code)
                 assert not hasattr(held, "__wrapped__") or "cache" in type(held).__name__, f"{module}.{name}: {held}"
                 count += 1
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -294,11 +295,34 @@ def override() -> Results:
 
     def invariant(c: Context) -> None:
         # Version 4 has no such mode in vLLM; ours does, and every call asks for it.
+        from flashspark.vllm import switches
+
+        assert not switches.batch_invariant()
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
+        switches.reread()
         try:
             assert sys.modules[FA_UTILS].get_flash_attn_version(head_size=128) == 4
+            assert deterministic()
         finally:
             del os.environ["VLLM_BATCH_INVARIANT"]
+            switches.reread()
+        assert not deterministic()
+
+    def deterministic() -> bool:
+        """Whether an attention call asks for it."""
+        from flashspark.vllm import attention
+
+        seen, native = [], attention._forward()
+        loader = attention._forward
+        attention._forward = lambda: (
+            lambda *args, **given: seen.append(given["deterministic"]) or native(*args, **given)
+        )
+        try:
+            per_request_causal(c)
+        finally:
+            attention._forward = loader
+        assert len({*seen}) == 1, seen
+        return seen[0]
 
     return run((user, invariant), c)
 

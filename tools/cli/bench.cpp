@@ -1,4 +1,4 @@
-// flashspark bench: how long, how fast, and how far from what the machine could do.
+// flashspark bench: the time of each problem, the rates it reaches, and the fraction of the machine's limit.
 #include "cli/bench.hpp"
 
 #include <fmt/format.h>
@@ -11,10 +11,10 @@
 namespace flashspark::cli {
 namespace {
 
-constexpr size_t kCopies = 3;  // problems with different values, taken in turn: no call finds its own inputs in L2
+constexpr size_t kCopies = 3;  // problems with different values, used in turn, so that no call finds its inputs in L2
 constexpr size_t kFewestCalls = 5, kMostCalls = 2000;
 
-// On the GPU one set of values does: between the calls L2 is written over.
+// On the GPU one set of values suffices: L2 is overwritten between calls.
 Timing measure_on(GpuSession &gpu, const cases::Case &spec, const BenchOptions &options) {
   Timing t;
   t.spec = &spec;
@@ -45,7 +45,7 @@ Timing measure(const cases::Case &spec, const BenchOptions &options, const Limit
   t.roof = roofline(t.work, limits);
   const char *name = options.implementation.empty() ? nullptr : options.implementation.c_str();
   flashspark_status status = FLASHSPARK_OK;
-  for (cases::Problem &problem : problems) {  // warm-up: threads started, pages of out touched
+  for (cases::Problem &problem : problems) {  // warm-up: start the threads, touch the pages of out
     time_call(problem, name, options.threads, status);
     if (status != FLASHSPARK_OK) return t.refuse(status, options), t;
   }
@@ -81,8 +81,8 @@ Json timing_json(const Timing &t) {
 
 }  // namespace
 
-Place::Place(const BenchOptions &options) {
-  // An implementation of the CPU asked for by name is timed there.
+Target::Target(const BenchOptions &options) {
+  // A CPU implementation that is asked for by name is timed on the CPU.
   const bool wants_cpu = !options.implementation.empty() && options.implementation != kGpuImplementation;
   gpu = open_gpu(options.cpu || wants_cpu);
   select_implementations(options.implementation, gpu != nullptr);
@@ -91,7 +91,7 @@ Place::Place(const BenchOptions &options) {
   limits = gpu ? gpu->limits() : measure_limits(threads);
 }
 
-std::string Place::text() const {
+std::string Target::text() const {
   if (gpu) return gpu->text();
   return fmt::format("{}, {}, {} threads; limits measured here: {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy",
                      facts.cpu, facts.simd, threads, limits.flops / 1e9, limits.bytes / 1e9);
@@ -122,13 +122,13 @@ std::vector<Timing> time_all(const std::vector<cases::Case> &all,
   return timings;
 }
 
-Json report(const Place &place, const std::vector<Timing> &timings) {
+Json report(const Target &target, const std::vector<Timing> &timings) {
   Json json = report_header();
-  if (place.gpu) {
-    json["gpu"] = to_json(*place.gpu);
+  if (target.gpu) {
+    json["gpu"] = to_json(*target.gpu);
   } else {
-    json["threads"] = place.threads;
-    json["limits"] = to_json(place.limits);
+    json["threads"] = target.threads;
+    json["limits"] = to_json(target.limits);
   }
   Json &results = json["results"] = Json::array();
   for (const Timing &t : timings) results.push_back(timing_json(t));
@@ -159,12 +159,12 @@ int bench(const BenchOptions &options) {
   all = select(std::move(all), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
   if (!options.plot.empty()) require_writable(options.plot);
-  const Place place(options);
+  const Target target(options);
   const std::vector<Timing> timings = time_all(all, [&](const cases::Case &spec) {
-    return place.gpu ? measure_on(*place.gpu, spec, options) : measure(spec, options, place.limits);
+    return target.gpu ? measure_on(*target.gpu, spec, options) : measure(spec, options, target.limits);
   });
   if (options.json) {
-    print_json(report(place, timings));
+    print_json(report(target, timings));
   } else {
     Table table({"case", "implementation", ">median", ">fastest", ">calls", ">GFLOP/s", ">GB/s", ">of limit", "limit"});
     for (const Timing &t : timings) {
@@ -179,7 +179,7 @@ int bench(const BenchOptions &options) {
     }
     table.print();
     print_failures(timings);
-    fmt::print("\n{}\n", paint(Colour::kDim, place.text()));
+    fmt::print("\n{}\n", paint(Colour::kDim, target.text()));
   }
   if (!options.plot.empty()) {
     std::vector<Bar> bars;
@@ -188,7 +188,7 @@ int bench(const BenchOptions &options) {
       bars.push_back({t.spec->name, seconds_text(t.median()) + " · " + rate_text(t), t.roof.seconds / t.median(),
                       t.roof.memory_bound});
     }
-    write_bars(options.plot, "flashspark " + place.facts.version + ": share of the machine's limit", place.text(),
+    write_bars(options.plot, "flashspark " + target.facts.version + ": share of the machine's limit", target.text(),
                bars);
     if (!options.json) fmt::print("plot: {}\n", options.plot);
   }

@@ -1,4 +1,4 @@
-// What bench and bench decode share: where they run, and what they have timed.
+// Shared by bench and bench decode: the device to measure on and the timings.
 #pragma once
 
 #include <functional>
@@ -14,9 +14,9 @@
 
 namespace flashspark::cli {
 
-// The GPU if there is one, and what it or the CPU could do.
-struct Place {
-  explicit Place(const BenchOptions &options);  // throws UsageError if the implementation cannot run here
+// The device to measure on: the GPU if there is one, else the CPU, with its facts and limits.
+struct Target {
+  explicit Target(const BenchOptions &options);  // throws UsageError if the implementation cannot run here
   std::string text() const;
 
   std::unique_ptr<GpuSession> gpu;  // NULL: the CPU
@@ -27,25 +27,26 @@ struct Place {
 
 struct Timing {
   const cases::Case *spec = nullptr;
-  std::string error;     // not empty: could not run
-  std::string left_out;  // not empty: and that is no failure, in a few words
+  std::string error;     // not empty if the case could not run
+  std::string left_out;  // not empty if the case was skipped, which is no failure
   std::string implementation;
-  std::vector<double> seconds;  // of a call, sorted
-  size_t calls = 1;             // of which each of them is the mean
+  std::vector<double> seconds;  // per call, sorted
+  size_t calls = 1;             // calls averaged into each entry of `seconds`
   Work work;
   Roofline roof;
   double at(double quantile) const { return seconds[static_cast<size_t>(quantile * (seconds.size() - 1))]; }
   double median() const { return at(0.5); }
   bool failed() const { return !error.empty() && left_out.empty(); }
-  // The library's last error; without an implementation asked for, a case that nothing there offers is no failure.
+  // Records the library's last error. A case that no implementation supports is no failure unless one was asked for by
+  // name.
   void refuse(flashspark_status status, const BenchOptions &options);
-  // Calls until so many seconds are spent, of which `call` returns those of the call with this number.
+  // Repeats `call`, which gets the call's number and returns its seconds, until the time budget is spent.
   void take(double most_seconds, const std::function<double(size_t)> &call);
 };
 
 std::vector<Timing> time_all(const std::vector<cases::Case> &all,
                              const std::function<Timing(const cases::Case &)> &measure);
-Json report(const Place &place, const std::vector<Timing> &timings);
+Json report(const Target &target, const std::vector<Timing> &timings);
 void add_untimed(Table &table, const Timing &timing);
 void print_failures(const std::vector<Timing> &timings);
 int exit_status(const std::vector<Timing> &timings);

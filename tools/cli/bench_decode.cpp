@@ -1,4 +1,5 @@
-// flashspark bench decode: decode and verification over paged caches, and whether their cost grows as their work does.
+// flashspark bench decode: decode and verification over paged caches, and whether the time grows in proportion to the
+// work.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -19,12 +20,13 @@
 namespace flashspark::cli {
 namespace {
 
-constexpr int64_t kCpuCaches = 64 << 20;  // bytes that a CPU's caches hold at most
-constexpr double kRunSeconds = 3e-4;      // of calls between two events: their own time does not show
-constexpr double kMostCalls = 32;         // there
-constexpr double kMostGrowth = 2.1;       // of time, for twice the work: beyond is a cliff
+constexpr int64_t kCpuCaches = 64 << 20;  // limit of the CPU caches' total size
+// duration of the calls between two events, long enough to hide the events' own cost
+constexpr double kRunSeconds = 3e-4;
+constexpr double kMostCalls = 32;    // limit of the calls between two events
+constexpr double kMostGrowth = 2.1;  // largest growth of time for twice the work; beyond it the tool reports a cliff
 
-// Normal numbers as keys and values, for one cell after the other.
+// Normal random keys and values, reused for one cell after the other.
 class Cache {
  public:
   std::byte *get(size_t bytes, int32_t dtype, bool gpu) {
@@ -48,7 +50,7 @@ class Cache {
 int64_t page_count(const cases::Case &c, const cases::SeqLen &len) {
   return (len.k + c.page_size - 1) / c.page_size;
 }
-size_t page_bytes(const cases::Case &c) {  // of keys or of values
+size_t page_bytes(const cases::Case &c) {  // of K or of V
   return c.page_size * c.heads_kv * c.head_dim * flashspark_dtype_size(c.kv_dtype);
 }
 
@@ -56,22 +58,22 @@ Work work(const cases::Case &c) {
   int64_t pairs = 0, keys = 0, rows = 0;
   for (const auto &[q, k] : c.lens) pairs += q * k - q * (q - 1) / 2, keys += k, rows += q;
   const size_t cache = keys * c.heads_kv * flashspark_dtype_size(c.kv_dtype);
-  const size_t queries = rows * c.heads_q * flashspark_dtype_size(c.q_dtype);  // and as much of out
+  const size_t queries = rows * c.heads_q * flashspark_dtype_size(c.q_dtype);  // out has as many
   return {4.0 * pairs * c.heads_q * c.head_dim, 2.0 * c.head_dim * (cache + queries)};
 }
 
-// `sets` page tables over as many caches, taken in turn.
-void measure(Timing &t, int64_t sets, const Place &place, Cache &cache, const BenchOptions &options) {
+// `sets` page tables over as many caches, used in turn.
+void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const BenchOptions &options) {
   const cases::Case &spec = *t.spec;
   const auto num_seqs = static_cast<int64_t>(spec.lens.size());
   int64_t slots = 0, pages = 0;
   for (const cases::SeqLen &len : spec.lens)
     slots = std::max(slots, page_count(spec, len)), pages += page_count(spec, len);
   pages *= sets;
-  const bool gpu = place.gpu != nullptr;
+  const bool gpu = target.gpu != nullptr;
   std::byte *keys = cache.get(2 * pages * page_bytes(spec), spec.kv_dtype, gpu);
 
-  // q, out and all that is not the cache.
+  // q, out and everything but the cache.
   cases::Case small = spec;
   for (cases::SeqLen &len : small.lens) len.k = len.q;
   cases::Problem problem(small);
@@ -106,7 +108,7 @@ void measure(Timing &t, int64_t sets, const Place &place, Cache &cache, const Be
   const Memory workspace(gpu, p.workspace_size);
   p.workspace = workspace.data();
   t.implementation = choose(p).name;
-  // As an engine makes it once a step for all layers.
+  // Made once, as an engine does once per step for all layers.
   status = flashspark_attention_schedule_size(&p, &p.scheduler_metadata_size);
   const Memory schedule(gpu, p.scheduler_metadata_size * sizeof(int32_t));
   p.scheduler_metadata = reinterpret_cast<int32_t *>(schedule.data());
@@ -122,28 +124,29 @@ void measure(Timing &t, int64_t sets, const Place &place, Cache &cache, const Be
         status = flashspark_attention_forward(&p);
       }
     };
-    if (gpu) return place.gpu->time(calls) / static_cast<double>(t.calls);
+    if (gpu) return target.gpu->time(calls) / static_cast<double>(t.calls);
     const auto start = std::chrono::steady_clock::now();
     calls();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
-  for (size_t n = 0; n < 3; ++n) seconds(n);  // kernels loaded, threads started
+  for (size_t n = 0; n < 3; ++n) seconds(n);  // load kernels, start threads
   if (gpu) t.calls = static_cast<size_t>(std::clamp(kRunSeconds / seconds(3), 1.0, kMostCalls));
   if (status == FLASHSPARK_OK) t.take(options.seconds / t.calls, seconds);
   if (status != FLASHSPARK_OK) t.refuse(status, options);
 }
 
-Timing measure(const cases::Case &spec, const Place &place, Cache &cache, const BenchOptions &options) {
+Timing measure(const cases::Case &spec, const Target &target, Cache &cache, const BenchOptions &options) {
   Timing t;
   t.spec = &spec;
   t.work = work(spec);
-  t.roof = roofline(t.work, place.limits);
-  const int64_t l2 = place.gpu ? place.gpu->facts().machine.l2_bytes : kCpuCaches;
-  // When a cache's turn comes again, more than twice L2 was read since. Without memory for two, one larger than that.
+  t.roof = roofline(t.work, target.limits);
+  const int64_t l2 = target.gpu ? target.gpu->facts().machine.l2_bytes : kCpuCaches;
+  // By the time a cache is used again, more than twice L2 has been read. If memory is short, a single cache larger than
+  // that.
   const auto needed = static_cast<int64_t>(t.work.bytes);
   for (int64_t sets = 2 + 2 * l2 / needed; sets > 0; sets = sets > 1 && needed > 2 * l2 ? 1 : 0) {
     try {
-      measure(t, sets, place, cache, options);
+      measure(t, sets, target, cache, options);
       return t;
     } catch (const Error &e) {
       if (e.status() != FLASHSPARK_OUT_OF_MEMORY) throw;
@@ -154,7 +157,8 @@ Timing measure(const cases::Case &spec, const Place &place, Cache &cache, const 
   return t;
 }
 
-// The most that time grows for twice the (query row, key) pairs, from a cell to the next in batch, context or rows.
+// The largest growth of time per doubling of (query row, key) pairs between neighbouring cells of batch, context or
+// rows.
 struct Growth {
   double factor = 0;
   const Timing *from = nullptr, *to = nullptr;
@@ -183,7 +187,7 @@ Growth largest_growth(const std::vector<Timing> &timings) {
       const auto &[key, from] = order[n - 1];
       const auto &[next_key, to] = order[n];
       const double doublings = std::log2(pairs(*to) / pairs(*from));
-      // Of one long sequence among more short ones there is hardly more work.
+      // Skipped for one long sequence among short ones, where more sequences hardly add work.
       if (!std::equal(key.begin(), key.end() - 1, next_key.begin()) || doublings < 1) continue;
       const double factor = std::pow(to->median() / from->median(), 1 / doublings);
       if (factor > most.factor) most = {factor, from, to};
@@ -192,7 +196,7 @@ Growth largest_growth(const std::vector<Timing> &timings) {
   return most;
 }
 
-// Those that are like the first but for heads, batch and context; a curve for each batch.
+// Cells that differ from the first only in heads, batch and context; one curve per batch.
 void plot(const std::string &path, const std::string &where, const std::vector<Timing> &timings) {
   const auto kind = [](const cases::Case &c) {
     return std::tuple(c.lens.back().q, c.page_size, c.kv_dtype, c.lens.front().k == c.lens.back().k);
@@ -220,21 +224,21 @@ void plot(const std::string &path, const std::string &where, const std::vector<T
 }  // namespace
 
 int bench_decode(const BenchOptions &options) {
-  const bool on_gpu = !options.cpu && gpu_lack().empty() &&
+  const bool on_gpu = !options.cpu && gpu_unavailable_reason().empty() &&
                       (options.implementation.empty() || options.implementation == kGpuImplementation);
   using cases::DecodeGrid;
   const DecodeGrid grid = options.full ? DecodeGrid::kFull : on_gpu ? DecodeGrid::kShort : DecodeGrid::kCpu;
   const std::vector<cases::Case> all = select(cases::decode_cases(grid), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
   if (!options.plot.empty()) require_writable(options.plot);
-  const Place place(options);
+  const Target target(options);
   Cache cache;
   const std::vector<Timing> timings =
-      time_all(all, [&](const cases::Case &spec) { return measure(spec, place, cache, options); });
+      time_all(all, [&](const cases::Case &spec) { return measure(spec, target, cache, options); });
   const Growth growth = largest_growth(timings);
-  const auto of_copy_bandwidth = [&](const Timing &t) { return t.work.bytes / t.median() / place.limits.bytes; };
+  const auto of_copy_bandwidth = [&](const Timing &t) { return t.work.bytes / t.median() / target.limits.bytes; };
   if (options.json) {
-    Json json = report(place, timings);
+    Json json = report(target, timings);
     for (size_t n = 0; n < timings.size(); ++n) {
       if (timings[n].error.empty()) json["results"][n]["of_copy_bandwidth"] = of_copy_bandwidth(timings[n]);
     }
@@ -262,10 +266,10 @@ int bench_decode(const BenchOptions &options) {
           paint(growth.factor > kMostGrowth ? Colour::kRed : Colour::kGreen, fmt::format("{:.2f}", growth.factor)),
           kMostGrowth, growth.from->spec->name, growth.to->spec->name);
     }
-    fmt::print("\n{}\n", paint(Colour::kDim, place.text()));
+    fmt::print("\n{}\n", paint(Colour::kDim, target.text()));
   }
   if (!options.plot.empty()) {
-    plot(options.plot, place.text(), timings);
+    plot(options.plot, target.text(), timings);
     if (!options.json) fmt::print("plot: {}\n", options.plot);
   }
   return exit_status(timings);

@@ -1,4 +1,4 @@
-// The subcommands. Each returns the process's exit status: 0 fine, 1 a check failed. Usage errors (2) end in main.cpp.
+// The subcommands. Each returns the exit status: 0 success, 1 a check failed. main.cpp reports usage errors (status 2).
 #pragma once
 
 #include <cstdint>
@@ -11,27 +11,27 @@ constexpr int kOk = 0;
 constexpr int kFailed = 1;
 constexpr int kUsage = 2;
 
-// Options that parse but make no sense (no such case, no such implementation).
+// Options that parse but are meaningless (no such case, no such implementation).
 struct UsageError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 struct DoctorOptions {
   bool json = false;
-  bool verbose = false;    // the whole of every explanation
-  bool bandwidth = false;  // measure copy bandwidth and FMA peak
+  bool verbose = false;    // print explanations in full
+  bool bandwidth = false;  // measure copy bandwidth and peak FMA rate
 };
 
 struct VerifyOptions {
   bool json = false;
   bool cpu = false;  // not on the GPU
   bool list = false;
-  bool verbose = false;  // a line for every case
-  bool vllm = false;     // the installed vLLM's backend instead
+  bool verbose = false;  // print a line for every case
+  bool vllm = false;     // verify the installed vLLM's backend instead
   std::string filter;
-  std::string implementation;  // empty: every one
+  std::string implementation;  // empty: all
   int threads = 0;
-  uint64_t seed = 0;  // added to every case's own
+  uint64_t seed = 0;  // added to the seed of every case
   std::string report;
 };
 
@@ -39,10 +39,10 @@ struct BenchOptions {
   bool json = false;
   bool cpu = false;  // not on the GPU
   bool list = false;
-  bool matrix = false;  // the feature matrix too; not of bench decode
-  bool full = false;    // of bench decode: its whole grid
+  bool matrix = false;  // also the feature matrix; not for bench decode
+  bool full = false;    // bench decode: the whole grid
   std::string filter;
-  std::string implementation;  // empty: what dispatch chooses
+  std::string implementation;  // empty: chosen by dispatch
   int threads = 0;
   uint64_t seed = 0;
   double seconds = 0.5;  // per case
@@ -51,7 +51,7 @@ struct BenchOptions {
 
 int doctor(const DoctorOptions &options);
 int verify(const VerifyOptions &options);
-int verify_vllm(const VerifyOptions &options);  // does not return if Python runs
+int verify_vllm(const VerifyOptions &options);  // replaces the process if it can start Python
 int bench(const BenchOptions &options);
 int bench_decode(const BenchOptions &options);
 int uninstall();

@@ -1,4 +1,4 @@
-"""Every option with every kind of wrong value; output that cannot be written; terminals. From one table of options."""
+"""Every option with every kind of wrong value; unwritable output; terminals. Driven by one table of options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from program import LAUNCHER, PROGRAM, run
 CASE = ("--filter", "edge/one-key")
 CELL = ("--filter", "16/2-D128/B1-kv512-q1-page16-bf16", "--seconds", "0.01")
 
-# Subcommand -> option -> kind. The help must list exactly these.
+# Subcommand -> option -> kind of value. The help must list exactly these.
 COMMON = {"--filter": "text", "--implementation": "text", "--threads": "threads", "--seed": "seed", "--cpu": "flag"}
 SHOWN = {"--list": "flag", "--json": "flag", "--help": "help"}
 BENCH = {**COMMON, **SHOWN, "--seconds": "seconds", "--plot": "path"}
@@ -62,7 +62,7 @@ RIGHT = {
     "seed": ["0", "7", "18446744073709551615"],
     "seconds": ["0.01", "1", "6e2", "600"],
 }
-# What prints to standard output, quickly.
+# Commands that print to standard output and are quick.
 PRINTS = [
     ("--version",),
     ("--help",),
@@ -126,7 +126,7 @@ class Options(unittest.TestCase):
 
 
 class Files(unittest.TestCase):
-    """A file that cannot be written is an error, and is found before anything runs where that can be known."""
+    """An unwritable file is an error, reported before any work starts where that is possible."""
 
     WRITERS = (
         ("verify", *CASE, "--report"),
@@ -143,13 +143,13 @@ class Files(unittest.TestCase):
                             result = run(*words, path, *more, status=1)
                             self.assertIn(f"cannot write {path}: ", result.stderr)
                 with self.subTest(words=words):
-                    run(*words, f"{folder}/x", "--list", status=2)  # which would write nothing
+                    run(*words, f"{folder}/x", "--list", status=2)  # would write nothing
                     run(*words, f"{folder}/right")
                     self.assertGreater(Path(folder, "right").stat().st_size, 100)
 
 
 class Output(unittest.TestCase):
-    """Text that is lost is an error of every subcommand."""
+    """Output that cannot be written is an error of every subcommand."""
 
     def shell(self, redirection: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         script = f'"$@" {redirection}'
@@ -176,7 +176,7 @@ class Output(unittest.TestCase):
             self.assertEqual(self.shell(redirection, "nonsense").returncode, 2)
 
     def test_a_reader_that_leaves(self) -> None:
-        for handler in (signal.SIG_DFL, signal.SIG_IGN):  # which a caller may hand down
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):  # dispositions that a caller may pass on
             command = [*LAUNCHER, PROGRAM, "bench", "decode", "--list", "--full"]
             before = signal.signal(signal.SIGPIPE, handler)
             try:
@@ -193,7 +193,7 @@ class Output(unittest.TestCase):
 
 
 class Switches(unittest.TestCase):
-    """A value of an environment switch that makes no sense is reported, and nothing runs."""
+    """A meaningless value of an environment variable is reported, and nothing runs."""
 
     WRONG: ClassVar = {
         "FLASHSPARK_FORCE_IMPLEMENTATION": ["no-such", "cpu", "CPU-ENGINE", "cpu-engine "],
@@ -225,7 +225,7 @@ class Switches(unittest.TestCase):
 
 
 def on_a_terminal(*arguments: str, **environment: str) -> bytes:
-    """Both streams of the program as a terminal gets them."""
+    """Runs the program with both output streams on a terminal; returns what it printed."""
     ours, theirs = os.openpty()
     environment = {"PATH": os.environ["PATH"], **environment}
     process = subprocess.Popen([*LAUNCHER, PROGRAM, *arguments], env=environment, stdout=theirs, stderr=theirs)
@@ -235,7 +235,7 @@ def on_a_terminal(*arguments: str, **environment: str) -> bytes:
         try:
             if select.select([ours], [], [], 0.1)[0]:
                 text += os.read(ours, 65536)
-        except OSError:  # the other side is closed
+        except OSError:  # the other side has closed
             break
     process.wait()
     os.close(ours)

@@ -1,4 +1,4 @@
-"""What the command says about Python environments, however they are put together. Standard library only."""
+"""What the command reports about Python environments, in all their layouts. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INSTALLED = {"apache-tvm-ffi": "0.1.15.post2", "numpy": "2.1.0", "ml-dtypes": "0
 
 
 def stderr_of_a_terminal(*arguments: str, **environment: str) -> str:
-    """What somebody at a terminal sees beside standard output."""
+    """Standard error, as somebody at a terminal sees it."""
     ours, theirs = os.openpty()
     with open(ours, "rb", buffering=0) as terminal:
         environment = {**os.environ, **environment}
@@ -39,7 +39,7 @@ class Environment(unittest.TestCase):
         self.other.mkdir()
 
     def install(self, *folders: Path) -> None:
-        """flashspark in the environment and what it needs, dealt out to the folders."""
+        """Distributes flashspark and its requirements over the folders."""
         fake_package(self.venv.site, "flashspark", VERSION, NEEDS)
         for n, (name, version) in enumerate(INSTALLED.items()):
             fake_package(folders[n % len(folders)], name, version)
@@ -51,7 +51,7 @@ class Environment(unittest.TestCase):
 
 
 class Layers(Environment):
-    """Wherever the interpreter imports a package from, it is installed."""
+    """A package counts as installed wherever the interpreter imports it from."""
 
     def test_one_folder(self) -> None:
         self.install(self.venv.site)
@@ -133,7 +133,7 @@ class Layers(Environment):
 
 
 def system_status(system: FakeVenv) -> int:
-    """doctor's status there: this machine's Python may lack something itself."""
+    """doctor's exit status may reflect that this machine's own Python misses a package."""
     command = [*LAUNCHER, PROGRAM, "doctor"]
     environment = {**os.environ, "VIRTUAL_ENV": str(system.root)}
     return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode

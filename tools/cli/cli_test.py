@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from program import LAUNCHER, FakeVenv, run
 
-FAKE_CUDA = os.environ.get("FLASHSPARK_FAKE_CUDA", "")  # folder of a libcuda.so.1 without a GPU
+FAKE_CUDA = os.environ.get("FLASHSPARK_FAKE_CUDA", "")  # folder of a libcuda.so.1 that has no GPU behind it
 
 
 class Usage(unittest.TestCase):
@@ -47,7 +47,7 @@ class Usage(unittest.TestCase):
         short, full = (run("bench", "decode", "--list", *more).stdout.split() for more in ([], ["--full"]))
         self.assertIn("64/8-D128/B4-kv2048-q1-page16-bf16", short)
         self.assertLess(set(short), set(full))
-        self.assertEqual(len(full), 7 * 5 * 2 * 2 * (8 * 5 + 7 * 4))  # one long: not of one sequence, not of 512 keys
+        self.assertEqual(len(full), 7 * 5 * 2 * 2 * (8 * 5 + 7 * 4))  # skewed: not one sequence, not 512 keys
 
 
 class Doctor(unittest.TestCase):
@@ -150,7 +150,7 @@ class Bench(unittest.TestCase):
 
 @unittest.skipUnless(FAKE_CUDA, "built without CUDA kernels")
 class Gpu(unittest.TestCase):
-    """Beside a driver whose GPU computes nothing: what runs where, and that wrong results are seen."""
+    """With a driver whose GPU computes nothing: which device runs what, and that wrong results are detected."""
 
     ENVIRONMENT: ClassVar[dict[str, str]] = {"LD_LIBRARY_PATH": FAKE_CUDA}
 
@@ -185,7 +185,7 @@ class Gpu(unittest.TestCase):
         report = json.loads(run(*arguments, "B16-kv8192-q1-page", **self.ENVIRONMENT).stdout)
         self.assertEqual({result["implementation"] for result in report["results"]}, {"cuda"})
         self.assertEqual({result["median_seconds"] for result in report["results"]}, {1e-3})
-        self.assertEqual(len(report["results"]), 7 + 3 + 3)  # every pair of heads; pages of 64, e4m3
+        self.assertEqual(len(report["results"]), 7 + 3 + 3)  # every head configuration; pages of 64; e4m3
         growth = json.loads(run(*arguments, "64/8-D128/B1-kv", **self.ENVIRONMENT).stdout)["largest_growth"]
         self.assertEqual(growth["factor"], 1)
         large = ["64/8-D128/B128-kv131072-q1-page16-bf16", "--full"]

@@ -1,4 +1,4 @@
-// flashspark doctor: what is here, what will run, what is wrong and how to mend it.
+// flashspark doctor: what is installed, what will run, and how to fix what is wrong.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -26,7 +26,7 @@ namespace {
 struct Finding {
   enum Level { kNote, kWarning, kError } level;
   std::string text;
-  std::string mend;  // empty for notes that need none
+  std::string mend;  // how to fix it; empty for notes
 };
 const char *level_name(Finding::Level level) {
   return level == Finding::kNote ? "note" : level == Finding::kWarning ? "warning" : "error";
@@ -36,7 +36,7 @@ Finding::Level level_of(const std::string &name) {
   return name == "error" ? Finding::kError : name == "warning" ? Finding::kWarning : Finding::kNote;
 }
 
-// What the environment can change. A value that makes no sense is an error: the library's own say so themselves.
+// The effect of environment variables. The library itself reports values that it does not accept.
 struct Switch {
   const char *name;
   const char *meaning;
@@ -57,14 +57,14 @@ std::string value_of(const Switch &each) {
 
 struct Choice {
   std::string problem;
-  std::string implementation;  // empty: none
-  std::string reason;          // the line of the chosen one, or why none fits
-  std::string explanation;     // all of it
-  std::string on_gpu;          // the implementation if the problem lay in GPU memory; empty: none
+  std::string implementation;  // empty if none supports the problem
+  std::string reason;          // why it was chosen, or why none is supported
+  std::string explanation;     // the full explanation
+  std::string on_gpu;          // the implementation for the same problem in GPU memory; empty if none
   std::string gpu_explanation;
 };
 
-// Small problems of every common kind; dispatch looks at kinds, not at sizes.
+// Small problems of every common kind: dispatch depends on the kind of a problem, not on its size.
 std::vector<cases::Case> common_problems() {
   cases::Case base;
   base.lens = {{64, 64}, {64, 64}};
@@ -97,7 +97,7 @@ std::vector<cases::Case> common_problems() {
   return list;
 }
 
-// What a problem in GPU memory would get: the choice looks at no pointer.
+// The choice for a problem in GPU memory. Dispatch reads no pointer, so none is needed.
 void choose_on_gpu(flashspark_attention_params params, Choice &choice) {
   params.device = FLASHSPARK_CUDA;
   std::string text(4096, '\0');
@@ -150,8 +150,8 @@ void look_at_machine(const Machine &m, const GpuFacts &gpu, std::vector<Finding>
           "in a container, start it with --gpus all; else install the driver's user libraries");
     }
     add(Finding::kNote, "no GPU: everything runs on the CPU", "");
-  } else if (const std::string lack = gpu_lack(); !lack.empty()) {
-    add(Finding::kWarning, "problems in GPU memory are refused: " + lack,
+  } else if (const std::string reason = gpu_unavailable_reason(); !reason.empty()) {
+    add(Finding::kWarning, "problems in GPU memory are refused: " + reason,
         cuda::fatbins().empty() ? "build with nvcc 12.9 or newer, or install a wheel that has the kernels"
                                 : "a driver that offers CUDA 12.0 or newer, and a GPU that the kernels serve");
   }
@@ -223,7 +223,7 @@ void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vect
     }
   }
   if (const auto torch = env.packages.find("torch"); torch != env.packages.end() && gpu.cuda_version > 0) {
-    // "2.9.1+cu130" needs a driver of the same major CUDA version.
+    // "2.9.1+cu130" needs a driver that supports the same major CUDA version.
     const size_t at = torch->second.version.find("+cu");
     const int wanted = at == std::string::npos ? 0 : std::atoi(torch->second.version.c_str() + at + 3) / 10;
     if (wanted > gpu.cuda_version / 1000) {
@@ -303,7 +303,7 @@ void print_machine(const Machine &m, const GpuFacts &gpu, const Limits *limits) 
   }
   std::string kernels = "this build has none";
   if (!cuda::fatbins().empty()) kernels = fmt::format("for {}", cuda::fatbin_architectures());
-  if (!gpu.gpus.empty() && gpu_lack().empty())
+  if (!gpu.gpus.empty() && gpu_unavailable_reason().empty())
     kernels += fmt::format("; the GPU takes {}", cuda::architecture_name(cuda::device_facts(0).machine.arch));
   line("kernels", kernels);
   line("toolkit", gpu.toolkit.empty() ? "none (not needed to run)" : gpu.toolkit + " " + gpu.toolkit_version);
@@ -357,7 +357,7 @@ int doctor(const DoctorOptions &options) {
   const Machine facts = machine();
   const GpuFacts gpu = gpu_facts();
   const PythonEnvironment env = python_environment();
-  const bool gpu_runs = !gpu.gpus.empty() && gpu_lack().empty();
+  const bool gpu_runs = !gpu.gpus.empty() && gpu_unavailable_reason().empty();
   const std::vector<Choice> chosen = choices(gpu_runs);
   Limits measured;
   if (options.bandwidth) measured = measure_limits(facts.threads);
@@ -367,7 +367,7 @@ int doctor(const DoctorOptions &options) {
   look_at_machine(facts, gpu, findings);
   look_at_switches(findings);
   for (const Choice &c : chosen) {
-    // One cause for all problems is told once.
+    // If all problems fail for the same reason, report it once.
     const bool told = !findings.empty() && findings.back().text.ends_with(": " + c.reason);
     if (c.implementation.empty() && !told) {
       findings.push_back({Finding::kError, "nothing runs \"" + c.problem + "\": " + c.reason,

@@ -17,8 +17,8 @@ namespace {
 void ask_driver(GpuFacts &facts) {
   const cuda::Driver &d = cuda::driver();
   facts.cuda_version = d.version;
-  if (d.found && d.init_result != cuda::kNoDevice) facts.error = d.lack;
-  for (int index = 0; d.lack.empty() && index < d.device_count; ++index) {
+  if (d.found && d.init_result != cuda::kNoDevice) facts.error = d.unavailable_reason;
+  for (int index = 0; d.unavailable_reason.empty() && index < d.device_count; ++index) {
     cuda::Device device = 0;
     size_t bytes = 0;
     FLASHSPARK_CUDA_CALL(d, cuDeviceGet, &device, index);
@@ -28,7 +28,8 @@ void ask_driver(GpuFacts &facts) {
   }
 }
 
-// "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ...": the first word like a
+// Finds the first word that looks like a version, as in "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64
+// 580.95.05  Release Build ...".
 // version.
 std::string driver_number() {
   std::istringstream words(read_text("/proc/driver/nvidia/version"));
@@ -56,7 +57,7 @@ void find_toolkit(GpuFacts &facts) {
     facts.toolkit = folder;
     const auto json = nlohmann::json::parse(read_text(folder + "/version.json"), nullptr, false);
     if (!json.is_discarded() && json.contains("cuda")) facts.toolkit_version = json["cuda"].value("version", "");
-    // Packages of distributions leave that file out; the header always says it.
+    // Distributions' packages omit that file; cuda.h always states the version.
     std::istringstream header(facts.toolkit_version.empty() ? read_text(folder + "/include/cuda.h") : "");
     for (std::string line; std::getline(header, line);) {
       int version = 0;

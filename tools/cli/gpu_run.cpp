@@ -17,7 +17,7 @@ namespace {
 
 using cuda::driver;
 
-constexpr unsigned kMultiplyThreads = 256;  // this and what peak_flops() counts: as kernels/peak.cu has them
+constexpr unsigned kMultiplyThreads = 256;  // must match kernels/peak.cu, like the counts in peak_flops()
 
 template <class T>
 T *at(cuda::Address address) {
@@ -92,7 +92,7 @@ GpuProblem::GpuProblem(cases::Problem &host, int device) : host_(host), params_(
 
 const GpuProblem::Block *GpuProblem::find(const void *address) const {
   const auto *byte = static_cast<const std::byte *>(address);
-  for (const Block &block : blocks_) {  // an empty block has no bytes inside, only a beginning
+  for (const Block &block : blocks_) {  // an empty block contains no address but its start
     if (byte == block.host.data()) return &block;
   }
   for (const Block &block : blocks_) {
@@ -116,8 +116,8 @@ void GpuProblem::copy_results_back() {
 GpuSession::GpuSession() {
   FLASHSPARK_CUDA_CALL(driver(), cuEventCreate, &start_, 0);
   FLASHSPARK_CUDA_CALL(driver(), cuEventCreate, &end_, 0);
-  // What is written last stays in L2: twice its size leaves nothing of a problem there. The time of the writing also
-  // hides that of the launch.
+  // The most recent writes stay in L2, so writing twice its size evicts the problem. The time of these writes also
+  // hides the launch latency.
   flush_bytes_ = std::max<size_t>(2 * static_cast<size_t>(facts().machine.l2_bytes), size_t{64} << 20);
   flush_.emplace(flush_bytes_);
 }
@@ -151,7 +151,8 @@ double GpuSession::time(const std::function<void()> &issue) {
     round_seconds_ = 1e-3 * best / kRounds;
   }
   for (;;) {
-    // Products keep the GPU busy, and its caches as they are, for twice the time that issuing took before.
+    // mma work in registers keeps the GPU busy, without touching its caches, for twice as long as issuing took last
+    // time.
     const double busy = 2 * issue_seconds_ + 20e-6;
     multiply(1, static_cast<int32_t>(std::min(busy / round_seconds_, 1e9)));
     const auto start = Clock::now();
@@ -204,12 +205,12 @@ std::string GpuSession::text() {
                      limits().bytes / 1e9);
 }
 
-std::string gpu_lack() {
+std::string gpu_unavailable_reason() {
   return cuda::device_unavailable_reason(0);
 }
 
 std::unique_ptr<GpuSession> open_gpu(bool cpu_only) {
-  if (cpu_only || !gpu_lack().empty()) return nullptr;
+  if (cpu_only || !gpu_unavailable_reason().empty()) return nullptr;
   return std::make_unique<GpuSession>();
 }
 

@@ -1,4 +1,4 @@
-// Problems on a GPU: their memory, their time, and what the GPU could do at best. Through the driver API alone.
+// Runs problems on a GPU through the driver API: their memory, their time, and the limits of the GPU.
 #pragma once
 
 #include <functional>
@@ -29,7 +29,8 @@ class DeviceMemory {
   cuda::Address address_ = 0;
 };
 
-// Bytes on the GPU or here, filled with copies of `content`. Throws Error (OUT_OF_MEMORY) where so many are not free.
+// Memory on the GPU or on the host, filled with copies of `content`. Throws Error (OUT_OF_MEMORY) if it cannot be
+// allocated.
 class Memory {
  public:
   Memory(bool gpu, size_t bytes, std::span<const std::byte> content = {});
@@ -40,13 +41,13 @@ class Memory {
   cases::Buffer host_;
 };
 
-// A copy of a problem's memory, and params that point into it.
+// A copy of a problem's memory, with params that point into it.
 class GpuProblem {
  public:
   GpuProblem(cases::Problem &host, int device);
   const flashspark_attention_params &params() const { return params_; }
   flashspark_status launch(const char *implementation);  // NULL: what dispatch chooses
-  void copy_results_back();                              // waits for the GPU
+  void copy_results_back();                              // waits for the GPU to finish
 
  private:
   struct Block {
@@ -60,25 +61,25 @@ class GpuProblem {
   flashspark_attention_params params_;
 };
 
-// Device 0, its context current on this thread.
+// Device 0, with its context current on this thread.
 class GpuSession {
  public:
   GpuSession();
   ~GpuSession();
   GpuSession(const GpuSession &) = delete;
   GpuSession &operator=(const GpuSession &) = delete;
-  // Seconds of one call with nothing in L2 of what it reads, measured on the GPU.
+  // Seconds of one call, measured on the GPU, with none of its inputs in L2.
   double time(GpuProblem &problem, const char *implementation, flashspark_status &status);
-  // Seconds that the GPU takes for what `issue` puts into its queue, which it begins when all of it is there. May call
-  // `issue` again, until that was so.
+  // Seconds that the GPU takes for the work that `issue` enqueues, from the moment when all of it is enqueued. Calls
+  // `issue` again if the GPU started before that.
   double time(const std::function<void()> &issue);
   const cuda::DeviceFacts &facts() const { return cuda::device_facts(0); }
-  const Limits &limits();  // mma.sync in registers, bf16; a copy within the GPU's memory
+  const Limits &limits();  // bf16 mma.sync in registers; a copy within GPU memory
   std::string text();      // "NVIDIA H200, sm_90 kernels; limits measured here: ..."
 
  private:
-  float elapsed(const std::function<void()> &work);  // milliseconds
-  void multiply(unsigned blocks, int32_t rounds);    // in registers, for that long
+  float elapsed(const std::function<void()> &work);  // in milliseconds
+  void multiply(unsigned blocks, int32_t rounds);    // that many rounds of mma.sync in registers
   double peak_flops();
   double copy_bytes_per_second();
 
@@ -87,14 +88,15 @@ class GpuSession {
   std::optional<DeviceMemory> flush_;
   size_t flush_bytes_ = 0;
   cuda::Kernel multiply_ = nullptr;
-  double round_seconds_ = 0, issue_seconds_ = 1e-4;  // a round of multiply(), and what the last time() issued
+  // seconds of a round of multiply(), and of the last issue() in time()
+  double round_seconds_ = 0, issue_seconds_ = 1e-4;
   std::optional<Limits> limits_;
 };
 
-// Why device 0 cannot run the kernels, in words; empty: it can.
-std::string gpu_lack();
+// Why device 0 cannot run the kernels; empty if it can.
+std::string gpu_unavailable_reason();
 
-// NULL where there is no usable GPU, or where --cpu asks for none.
+// NULL if there is no usable GPU or --cpu is given.
 std::unique_ptr<GpuSession> open_gpu(bool cpu_only);
 
 }  // namespace flashspark::cli

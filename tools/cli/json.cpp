@@ -77,7 +77,7 @@ Json report_header() {
 }
 
 void print_json(const Json &json) {
-  // Names of files and GPUs may hold any bytes; replace what is not UTF-8 instead of failing.
+  // File and GPU names may hold arbitrary bytes: replace invalid UTF-8 instead of failing.
   const std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
   std::fwrite(text.data(), 1, text.size(), stdout);
 }

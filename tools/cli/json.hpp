@@ -1,4 +1,4 @@
-// Facts as JSON; the same names in every report.
+// Facts as JSON, under the same names in every report.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -14,7 +14,7 @@ class GpuSession;
 Json to_json(const Machine &machine);
 Json to_json(const Limits &limits);
 Json to_json(const GpuFacts &facts);
-Json to_json(GpuSession &gpu);          // the one in use, and its limits
+Json to_json(GpuSession &gpu);          // the GPU in use and its limits
 Json to_json(const cases::Case &spec);  // enough to rebuild the case
 Json report_header();                   // version, time (UTC), machine, GPUs
 

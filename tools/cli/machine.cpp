@@ -21,7 +21,7 @@
 namespace flashspark::cli {
 namespace {
 
-// The value after "key ... :" of the first line that starts with key.
+// The value after the colon in the first line that starts with `key`.
 std::string field(const std::string &text, const std::string &key, char separator) {
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
@@ -38,7 +38,7 @@ std::string field(const std::string &text, const std::string &key, char separato
 std::string cpu_model() {
   const std::string info = read_text("/proc/cpuinfo");
   if (std::string name = field(info, "model name", ':'); !name.empty()) return name;
-  // Arm has no name there: a board's own, or the numbers that identify the core.
+  // Arm CPUs report no model name there: use the board's, or the numbers that identify the core.
   if (std::string board = read_text("/sys/firmware/devicetree/base/model"); !board.empty()) {
     std::erase(board, '\0');
     return board;
@@ -50,10 +50,10 @@ std::string cpu_model() {
 double cpu_quota() {
   std::istringstream text(read_text("/sys/fs/cgroup/cpu.max"));
   double quota = 0, period = 0;
-  return text >> quota >> period && period > 0 ? quota / period : 0;  // "max 100000": no quota
+  return text >> quota >> period && period > 0 ? quota / period : 0;  // "max 100000" means no quota
 }
 
-// Each thread copies its own block, larger than its share of any cache, and all start together; the best try.
+// All threads copy at once, each its own block, larger than its part of any cache. Returns the best of several runs.
 double copy_bandwidth(int threads) {
   const size_t block = std::max<size_t>(size_t{128} << 20, static_cast<size_t>(threads) << 24) / threads;
   std::vector<std::unique_ptr<char[]>> from, to;
@@ -114,7 +114,7 @@ Machine machine() {
   m.cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
                                                         : static_cast<int>(std::thread::hardware_concurrency());
   m.cpu_limit = cpu_quota();
-  struct sysinfo info {};
+  struct sysinfo info{};
   if (sysinfo(&info) == 0) m.memory_gib = static_cast<double>(info.totalram) * info.mem_unit / (1 << 30);
   m.os = field(read_text("/etc/os-release"), "PRETTY_NAME", '=');
   m.version = flashspark_version();

@@ -13,8 +13,8 @@ struct Machine {
   std::string arch;      // "x86_64"
   std::string simd;      // flashspark_cpu_target()
   int cores = 0;         // logical CPUs this process may run on
-  double cpu_limit = 0;  // CPUs that a container's quota allows; 0: no quota
-  int threads = 0;       // that flashspark uses
+  double cpu_limit = 0;  // CPUs that the container's quota allows; 0: no quota
+  int threads = 0;       // threads that flashspark uses
   double memory_gib = 0;
   std::string os;        // "Debian GNU/Linux 12 (bookworm)"
   std::string kernel;    // "6.1.0"
@@ -22,9 +22,9 @@ struct Machine {
   std::string compiler;  // that built it
 };
 Machine machine();
-size_t free_memory();  // bytes, without making anybody swap
+size_t free_memory();  // bytes available without swapping
 
-// What the hardware can do, measured here and now with all of `threads`.
+// What the hardware can reach, measured on the spot with `threads` threads.
 struct Limits {
   double flops = 0;  // float32 multiply-adds in registers, 2 FLOP each, per second
   double bytes = 0;  // copy of a block larger than the caches, bytes read + written per second
@@ -39,16 +39,16 @@ struct Gpu {
 };
 struct GpuFacts {
   std::vector<Gpu> gpus;
-  std::string driver;    // "580.95.05"; empty: no kernel module
-  int cuda_version = 0;  // that the driver supports: 13000; 0: no libcuda
-  std::string error;     // why libcuda.so.1 gives no devices although it is there
-  std::string toolkit;   // folder of the CUDA toolkit; empty: none
+  std::string driver;    // "580.95.05"; empty if there is no kernel module
+  int cuda_version = 0;  // the newest that the driver supports: 13000; 0 without libcuda
+  std::string error;     // why libcuda.so.1 offers no devices although it is present
+  std::string toolkit;   // folder of the CUDA toolkit; empty if none
   std::string toolkit_version;
 };
 GpuFacts gpu_facts();
 
 std::string read_text(const std::string &path);                     // empty if it cannot be read
-void write_text(const std::string &path, const std::string &text);  // throws if not all of it could be written
-void require_writable(const std::string &path);  // throws if it is not, before minutes are spent on what goes there
+void write_text(const std::string &path, const std::string &text);  // throws if it could not all be written
+void require_writable(const std::string &path);  // throws if it is not writable; called before minutes of work
 
 }  // namespace flashspark::cli

@@ -1,4 +1,4 @@
-// Options and help. CLI11 takes seconds to compile, so nothing else includes it.
+// Options and help. Only this file includes CLI11, which takes seconds to compile.
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
@@ -29,7 +29,8 @@ constexpr char kFooter[] = R"(Examples:
 
 Exit status: 0 fine, 1 a check failed, 2 wrong usage.)";
 
-// A decimal number from `low` to `high` and nothing else: CLI11's own conversion wraps, reads octal and takes nan.
+// Parses a decimal number from `low` to `high` and nothing else. CLI11's own conversion wraps around, reads octal and
+// accepts nan.
 template <class T>
 CLI::Validator number(T low, T high) {
   const auto read = [=](std::string &text) -> std::string {
@@ -122,7 +123,7 @@ void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options) {
 
   auto *decode = sub->add_subcommand(
       "decode", "Times decode and verification over paged caches: a grid of heads, batch, context and rows");
-  for (CLI::Option *option : sub->get_options()) decode->excludes(option);  // it has its own
+  for (CLI::Option *option : sub->get_options()) decode->excludes(option);  // bench decode has its own options
   decode_options.seconds = 0.05;
   add_bench_options(decode, decode_options, "Write a chart of time against batch x context");
   add_flag(decode, "--full", decode_options.full, "The whole grid of thousands");
@@ -142,7 +143,7 @@ void add_uninstall(CLI::App &app) {
 int run(int argc, char **argv) {
   CLI::App app("flashspark: FlashAttention for NVIDIA SM12x GPUs and for any CPU", "flashspark");
   app.set_version_flag("--version", std::string("flashspark ") + flashspark_version());
-  app.require_subcommand(0, 1);  // CLI11's message for a misspelt subcommand would not name it if one were required
+  app.require_subcommand(0, 1);  // with 1, CLI11's message for a misspelt subcommand would not name it
   app.footer(kFooter);
   DoctorOptions doctor_options;
   VerifyOptions verify_options;
@@ -167,15 +168,15 @@ int run(int argc, char **argv) {
   return app.get_subcommand("bench")->got_subcommand("decode") ? bench_decode(decode_options) : bench(bench_options);
 }
 
-// A standard stream that the caller closed would otherwise be the next file that is opened, and get what is printed.
-// Writing to these fails.
+// If the caller closed a standard stream, the next file opened would take its descriptor and receive the output. Fill
+// those descriptors with ones that cannot be written.
 void open_standard_streams() {
   for (int fd = 0; fd <= 2; ++fd) {
     if (fcntl(fd, F_GETFD) < 0 && errno == EBADF) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
   }
 }
 
-// Text that could not be written is an error, whatever the command found.
+// Output that could not be written is an error, whatever the command found.
 int close_output(int status) {
   errno = 0;
   std::cout.flush();
@@ -190,7 +191,7 @@ int close_output(int status) {
 
 int main(int argc, char **argv) {
   open_standard_streams();
-  std::signal(SIGPIPE, SIG_DFL);  // `| head -1` ends the command quietly, whatever the caller ignores
+  std::signal(SIGPIPE, SIG_DFL);  // `| head -1` ends the command silently, whatever disposition was inherited
   int status = kFailed;
   try {
     status = run(argc, argv);
@@ -198,7 +199,8 @@ int main(int argc, char **argv) {
     status = kUsage;
     std::fprintf(stderr, "flashspark: %s\n", e.what());
   } catch (const std::exception &e) {
-    if (!std::ferror(stdout)) std::fprintf(stderr, "flashspark: %s\n", e.what());  // else close_output() says it
+    // otherwise close_output() reports the error
+    if (!std::ferror(stdout)) std::fprintf(stderr, "flashspark: %s\n", e.what());
   }
   return close_output(status);
 }

@@ -21,8 +21,8 @@ std::vector<cases::Case> select(std::vector<cases::Case> all, const std::string 
 
 std::vector<std::string> select_implementations(const std::string &name, bool gpu) {
   if (name == kGpuImplementation && !gpu) {
-    const std::string lack = gpu_lack();
-    throw UsageError(fmt::format("--implementation: {} cannot run here: {}", name, lack.empty() ? "--cpu" : lack));
+    const std::string reason = gpu_unavailable_reason();
+    throw UsageError(fmt::format("--implementation: {} cannot run here: {}", name, reason.empty() ? "--cpu" : reason));
   }
   std::vector<std::string> names;
   for (int n = 0; const char *each = flashspark_implementation_name(n); ++n) names.push_back(each);
@@ -41,7 +41,7 @@ std::string environment_error() {
   smallest.heads_q = smallest.heads_kv = 1, smallest.head_dim = 8;
   for (const char *implementation : {static_cast<const char *>(nullptr), "cpu-engine"}) {
     const flashspark_status status = cases::Problem(smallest).launch(implementation, 0);
-    // That the implementation asked for does not run on a CPU is no error of its switch.
+    // Not an error of the environment variable: it names an implementation that does not run on a CPU.
     if (status != FLASHSPARK_OK && status != FLASHSPARK_UNSUPPORTED) return flashspark_last_error();
   }
   return {};

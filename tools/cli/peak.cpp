@@ -1,5 +1,5 @@
-// The float32 multiply-add peak: chains of fused multiply-adds that never leave the registers, enough of them to hide
-// the latency. Compiled for each vector width of the architecture; the widest that this CPU has runs.
+// The peak rate of float32 multiply-add: independent chains in registers, enough of them to hide the latency. Compiled
+// for each vector width of the architecture; the widest that this CPU supports runs.
 #include <algorithm>
 #include <chrono>
 #include <string>
@@ -12,7 +12,8 @@
 namespace flashspark::cli {
 namespace {
 
-constexpr int kChains = 12;  // two units with a latency of four to five cycles need ten; more would spill 16 registers
+// two units with a latency of four to five cycles need ten; more would spill with 16 registers
+constexpr int kChains = 12;
 constexpr int kRounds = 1 << 14;
 
 template <int kBytes>
@@ -20,7 +21,7 @@ struct Vector {
   typedef float Type __attribute__((vector_size(kBytes)));
 };
 
-// Always inlined into a function whose target attribute decides the instructions.
+// Inlined into a function whose target attribute selects the instruction set.
 template <int kBytes>
 [[gnu::always_inline]] inline float multiply_add(float seed) {
   using V = typename Vector<kBytes>::Type;

@@ -84,7 +84,7 @@ void write_curves(const std::string &path, const std::string &title, const std::
                   const std::vector<Curve> &curves) {
   constexpr int kLow = 80, kHigh = 740, kBottom = 470, kWidth = 880;
   constexpr const char *kColours[] = {"#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#1864ab", "#868e96"};
-  // The axes go from one power to another, and never over none.
+  // The axes end at powers of the base, and span at least one.
   double x_low = 1e9, x_high = -1e9, y_low = 1e9, y_high = -1e9;
   for (const Curve &curve : curves) {
     for (const Point &p : curve.points) {

@@ -9,7 +9,7 @@ namespace flashspark::cli {
 struct Bar {
   std::string label;
   std::string figure;   // "812 us · 95 GFLOP/s"
-  double fraction = 0;  // of the limit, 0..1
+  double fraction = 0;  // of the limit, 0 to 1
   bool memory_bound = false;
 };
 
@@ -20,14 +20,14 @@ void write_bars(const std::string &path, const std::string &title, const std::st
 struct Point {
   double x = 0;        // > 0
   double seconds = 0;  // > 0
-  std::string text;    // shown by the pointer
+  std::string text;    // tooltip
 };
 struct Curve {
-  std::string label;  // curves with the same have one colour
+  std::string label;  // curves with the same label have the same colour
   std::vector<Point> points;
 };
 
-// Both axes are logarithms, x to the base 2.
+// Both axes are logarithmic; x to the base 2.
 void write_curves(const std::string &path, const std::string &title, const std::string &subtitle,
                   const std::vector<Curve> &curves);
 

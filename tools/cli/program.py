@@ -1,4 +1,4 @@
-"""What the tests of the command share: the program from the command line, and environments to run it in."""
+"""Shared by the tests of the command: the program under test, and environments to run it in."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 import venv
 from pathlib import Path
 
-*LAUNCHER, PROGRAM = sys.argv[1:]  # an emulator and its options, where there is one
+*LAUNCHER, PROGRAM = sys.argv[1:]  # an emulator and its options may come first
 
 
 def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the program; fail with its output if the exit status is another one."""
+    """Runs the program; fails with its output if the exit status differs."""
     result = subprocess.run(
         [*LAUNCHER, PROGRAM, *arguments],
         env={**os.environ, **environment},
@@ -28,7 +28,7 @@ def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.Comp
 
 
 def fake_package(site: Path, name: str, version: str, requirements: tuple[str, ...] = ()) -> None:
-    """Write a .dist-info as pip does."""
+    """Writes a .dist-info as pip does."""
     folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir(parents=True)
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
@@ -37,7 +37,7 @@ def fake_package(site: Path, name: str, version: str, requirements: tuple[str, .
 
 
 def fake_module(site: Path, name: str, text: str = "") -> None:
-    """Write a module, and the packages above it, that can be imported."""
+    """Writes an importable module and the packages above it."""
     file = site.joinpath(*name.split(".")).with_suffix(".py")
     file.parent.mkdir(parents=True, exist_ok=True)
     for package in file.parents:

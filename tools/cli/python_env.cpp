@@ -40,8 +40,8 @@ void find_interpreter(PythonEnvironment &env) {
   }
 }
 
-// What importlib.metadata finds, on the path that the user's own programs have: environments may be layered by .pth
-// files, PYTHONPATH or the system's packages. A package without metadata that can be imported has no known version.
+// Lists what importlib.metadata finds on the path of the user's own programs, since .pth files, PYTHONPATH or system
+// packages may extend an environment. An importable package without metadata has an unknown version.
 constexpr char kQuestion[] = R"(
 import sys
 if sys.path and not sys.path[0]: del sys.path[0]  # the current folder
@@ -86,7 +86,7 @@ std::string quoted(const std::string &word) {
   return text + "'";
 }
 
-// PEP 503: lower case, runs of - _ . are one -.
+// PEP 503: lower case, with runs of "-", "_" and "." replaced by "-".
 std::string normalise(const std::string &name) {
   std::string result;
   for (const char c : name) {
@@ -144,7 +144,7 @@ bool requirement_met(const std::string &clauses, const std::string &version) {
 }
 
 std::string last_line_of(const PythonEnvironment &env, const std::vector<std::string> &arguments) {
-  // The current folder may hold another numpy or vllm; -P is newer than Python 3.10.
+  // The current folder may contain another numpy or vllm. The option -P requires Python 3.11.
   std::string command = "PYTHONSAFEPATH=1 " + quoted(env.interpreter);
   for (const std::string &argument : arguments) command += " " + quoted(argument);
   std::string output;

@@ -10,7 +10,7 @@
 namespace flashspark::cli {
 namespace {
 
-// Whether this stream is a terminal that knows escape sequences, and nobody asked for none.
+// Whether the stream is a terminal that supports escape sequences and NO_COLOR is not set.
 bool takes_escapes(int stream) {
   const char *no_color = std::getenv("NO_COLOR");
   const char *term = std::getenv("TERM");
@@ -70,7 +70,7 @@ void Table::print() const {
   const auto line = [&](const std::vector<std::string> &cells, Colour first, Colour rest) {
     std::string text;
     for (size_t c = 0; c < cells.size(); ++c) {
-      // No blanks after the last column.
+      // No trailing blanks after the last column.
       const size_t width = c + 1 == cells.size() && !right_[c] ? 0 : widths[c];
       std::string cell = right_[c] ? fmt::format("{:>{}}", cells[c], width) : fmt::format("{:<{}}", cells[c], width);
       text += "  " + paint(c == 0 ? first : rest, cell);

@@ -1,4 +1,4 @@
-// Aligned tables, colours only where somebody looks, a progress bar.
+// Aligned tables, colours on terminals only, and a progress bar.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@ namespace flashspark::cli {
 
 enum class Colour { kPlain, kBold, kDim, kGreen, kYellow, kRed };
 
-// `text` in colour if stdout is a terminal, not a dumb one, and NO_COLOR is not set.
+// `text` in colour if stdout is a terminal, TERM is not dumb and NO_COLOR is not set.
 std::string paint(Colour colour, const std::string &text);
 
-// Columns as wide as their widest cell. A header that starts with '>' aligns its column to the right.
+// Each column is as wide as its widest cell. A header that starts with '>' aligns its column to the right.
 class Table {
  public:
   explicit Table(std::vector<std::string> headers);
@@ -25,12 +25,13 @@ class Table {
   std::vector<Colour> colours_;
 };
 
-// One line on stderr that overwrites itself; nothing if stderr is no terminal, a dumb one, or NO_COLOR is set.
+// A line on stderr that overwrites itself. Prints nothing unless stderr is a terminal, TERM is not dumb and NO_COLOR is
+// not set.
 class Progress {
  public:
   explicit Progress(size_t total);
   ~Progress();
-  void step(const std::string &what);  // before each item
+  void step(const std::string &what);  // call before each item
 
  private:
   size_t total_, done_ = 0;

@@ -1,4 +1,4 @@
-// flashspark verify: every case, on every implementation that claims it, against the oracle.
+// flashspark verify: runs every case on every implementation that supports it and compares with the oracle.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -15,13 +15,13 @@
 namespace flashspark::cli {
 namespace {
 
-constexpr size_t kShortList = 40;  // print every line up to here; beyond, one line a group
+constexpr size_t kShortList = 40;  // up to this many cases print a line each; beyond, one line per group
 
 struct Outcome {
   const cases::Case *spec = nullptr;
   std::string implementation;
   enum { kPassed, kFailed, kSkipped } state = kPassed;
-  std::string reason;  // of a failure or a skip
+  std::string reason;  // of the failure or the skip
   cases::Comparison comparison;
   double seconds = 0;
   Work work;
@@ -37,10 +37,10 @@ std::string why_failed(const cases::Comparison &c) {
   return text;
 }
 
-// Runs the problem on the GPU; its results come to the problem's own memory.
+// Runs the problem on the GPU and copies the results back to the problem's own memory.
 flashspark_status run_on(GpuSession &gpu, cases::Problem &problem, const std::string &name, double &seconds) {
   GpuProblem copy(problem, 0);
-  flashspark_status status = copy.launch(name.c_str());  // loads the kernel
+  flashspark_status status = copy.launch(name.c_str());  // the first launch loads the kernel
   if (status != FLASHSPARK_OK) return status;
   seconds = gpu.time(copy, name.c_str(), status);
   copy.copy_results_back();
@@ -66,7 +66,7 @@ Outcome check(cases::Problem &problem, const cases::Result &expected, const std:
     o.state = Outcome::kFailed;
     o.reason = flashspark_last_error();
   } else {
-    std::vector<float> magnitudes;  // tensor cores take probabilities in 16 bits
+    std::vector<float> magnitudes;  // tensor cores take the probabilities in 16 bits
     if (on_gpu) magnitudes = cases::magnitudes(problem);
     o.comparison = cases::compare(problem, problem.result(), expected, on_gpu ? &magnitudes : nullptr);
     o.reason = why_failed(o.comparison);
@@ -128,7 +128,7 @@ void print_group_lines(const std::vector<Outcome> &outcomes) {
   table.print();
 }
 
-// feature -> implementation -> cases passed, or the failures.
+// feature -> implementation -> number of cases passed, or the failures
 using Coverage = std::vector<std::pair<std::string, std::map<std::string, std::pair<int, int>>>>;
 
 Coverage coverage(const std::vector<Outcome> &outcomes) {
@@ -214,7 +214,7 @@ int verify(const VerifyOptions &options) {
         o.spec = &spec;
         o.work = work(problem);
         const Roofline roof = roofline(o.work, name == kGpuImplementation ? gpu->limits() : limits);
-        // A call of microseconds says nothing about limits.
+        // A call of a few microseconds says nothing about the limits.
         if (roof.seconds > 20e-6 && o.state == Outcome::kPassed) o.of_limit = roof.seconds / o.seconds;
         outcomes.push_back(std::move(o));
       }

@@ -56,7 +56,7 @@ int verify_vllm(const VerifyOptions &options) {
                      (env.interpreter.empty() ? "any Python found" : env.interpreter));
   const std::string seed = std::to_string(options.seed);
   std::vector<const char *> words{env.interpreter.c_str(), "-m", "flashspark.vllm.verify", "--seed", seed.c_str()};
-  setenv("PYTHONSAFEPATH", "1", 1);  // the current folder may hold another vllm; -P is newer than Python 3.10
+  setenv("PYTHONSAFEPATH", "1", 1);  // the current folder may contain another vllm; the option -P requires Python 3.11
   if (options.verbose) words.push_back("--verbose");
   words.push_back(nullptr);
   execv(env.interpreter.c_str(), const_cast<char *const *>(words.data()));

@@ -1,4 +1,4 @@
-// What concerns vLLM in the environment that `flashspark` would serve. Its own Python is asked: flashspark.vllm.doctor.
+// vLLM in the environment that the command serves, as flashspark.vllm.doctor reports it from that environment's Python.
 #pragma once
 
 #include <string>
@@ -13,16 +13,16 @@ namespace flashspark::cli {
 struct VllmFinding {
   std::string level;  // "note", "warning", "error"
   std::string text;
-  std::string mend;  // empty: none needed
+  std::string mend;  // how to fix it; empty if nothing needs fixing
 };
 
 struct VllmReport {
   std::vector<std::pair<std::string, std::string>> lines;  // name, value
   std::vector<VllmFinding> findings;
-  Json json;  // all that Python said; null: nothing was asked
+  Json json;  // the whole report; null if Python was not asked
 };
 
-// Imports the environment's vLLM, which takes seconds. Empty where vLLM or flashspark is not installed.
+// Imports the environment's vLLM, which takes seconds. Empty if vLLM or flashspark is not installed.
 VllmReport vllm_report(const PythonEnvironment &env);
 
 // Files of the start-up hook in the environment.

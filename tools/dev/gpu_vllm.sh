@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Real vLLM on a machine that has a GPU, torch and Python 3.12, but no network: stock attention beside flashspark's.
+# Compares stock attention with flashspark's in the real vLLM, on a machine with a GPU, torch and Python 3.12 but no network.
 #
-#   here   tools/dev/gpu_vllm.sh prepare [VERSION ...]     .gpu/vVERSION/vllm-N: pieces of vLLM (0.25.1 0.33.0);
-#                                                           WHAT=all: FA2 and FlashInfer, too, in peers-N, to be sent first
+#   here   tools/dev/gpu_vllm.sh prepare [VERSION ...]     fills .gpu/vVERSION/vllm-N with the parts of vLLM (0.25.1 0.33.0);
+#                                                           WHAT=all adds FA2 and FlashInfer in peers-N, to be sent first
 #          make wheel                                      dist/flashspark-*.whl
-#   there, from the tree's root (pieces may come one after the other, dist/ with a later call):
-#          tools/dev/gpu_vllm.sh keep                      keeps what came with this call; unpacks what is complete
+#   there, from the tree's root (parts may arrive in several calls, dist/ with a later one):
+#          tools/dev/gpu_vllm.sh keep                      keeps the parts that came with this call; unpacks what is complete
 #          tools/dev/gpu_vllm.sh verify VERSION [ARGUMENTS OF flashspark.vllm.verify]
 #          tools/dev/gpu_vllm.sh e2e VERSION [CASE ...]    tests/vllm/gpu/e2e.py: all cases but spawn and full
 #          tools/dev/gpu_vllm.sh models VERSION [KIND ...] small models with random weights, eager and graph; kinds:
@@ -21,6 +21,7 @@ root=$PWD
 state=${FLASHSPARK_GPU_STATE:-/tmp/flashspark-vllm}
 out=${OUT:-$root/build/gpu}
 system=${PYTHON:-python3}
+source tools/dev/gpu_common.sh
 
 prepare() {
   local kit=${KIT:-$root/../shared/gpu-kit} version
@@ -33,20 +34,16 @@ prepare() {
   du -sh .gpu/kit .gpu/v*/*
 }
 
-# Copies what came with this call to where it stays.
 keep() {
-  mkdir -p "$state/in" "$out"
-  local folder version pieces
-  for folder in .gpu/kit .gpu/v*/; do
-    if [[ -d $folder ]]; then cp -r --update=none "$folder" "$state/in/" 2>/dev/null || cp -rn "$folder" "$state/in/"; fi
-  done
+  keep_folders .gpu/kit .gpu/v*/
+  local folder version parts
   for folder in "$state"/in/v*/; do
     [[ -d $folder ]] || continue
     version=$(basename "$folder")
-    pieces=("$folder"vllm-*/vllm.tar.xz.*)
-    if [[ ${pieces[0]##*-of-} == "${#pieces[@]}" && -d $state/in/kit && ! -d $state/$version.part && ! -d $state/$version ]]; then
+    parts=("$folder"vllm-*/vllm.tar.xz.*)
+    if [[ ${parts[0]##*-of-} == "${#parts[@]}" && -d $state/in/kit && ! -d $state/$version.part && ! -d $state/$version ]]; then
       mkdir "$state/$version.part"
-      # A session of its own: what belongs to the call that brought the last piece may be ended with it.
+      # In a new session, because the processes of the call that brought the last part may be killed when it ends.
       setsid bash -c 'bash "$1" "$2" "$3.part" && mv "$3.part" "$3" || mv "$3.part" "$3.failed"' - \
         "$state/in/kit/unpack.sh" "$folder" "$state/$version" >"$state/$version.log" 2>&1 &
       disown
@@ -54,28 +51,28 @@ keep() {
   done
 }
 
-# Sets `python`: an environment with that vLLM and the wheel of dist/, installed as a user's.
+# Sets `python` to an environment with that vLLM and the wheel of dist/, installed as a user would install it.
 environment() {
   local version=v$1 wheel venv site
   keep
   for _ in $(seq 120); do
     [[ -d $state/$version || -d $state/$version.failed ]] && break
-    [[ -d $state/$version.part ]] || { echo "gpu_vllm.sh: pieces of $version are missing in $state/in" >&2; return 1; }
+    [[ -d $state/$version.part ]] || { echo "gpu_vllm.sh: parts of $version are missing in $state/in" >&2; return 1; }
     sleep 1
   done
   [[ -d $state/$version ]] || { cat "$state/$version.log" >&2; return 1; }
-  # The kit's link leads to where it was unpacked.
+  # Point the kit's link to the folder that it was unpacked into.
   if [[ -d $state/$version/peers ]]; then ln -sfn "$state/$version/peers/_vllm_fa2_C.abi3.so" "$state/$version/site/vllm/vllm_flash_attn/"; fi
-  wheel=$(compgen -G 'dist/flashspark-*-linux_x86_64.whl' | tail -n 1)
-  [[ -f $wheel ]] || { echo "gpu_vllm.sh: no wheel in dist/: run make wheel first" >&2; return 1; }
+  wheel=$(wheel_in_dist)
+  require_wheel "$wheel" || return 1
   venv=$state/venv-$version-$(sha256sum "$wheel" | cut -c1-12)
   if [[ ! -d $venv ]]; then
     "$system" -m venv --without-pip --system-site-packages "$venv.part"
     site=$(echo "$venv.part"/lib/python3*/site-packages)
-    # The second line: where torch is, if that python3 is an environment's itself, which the new one does not look into.
+    # The second line is torch's folder: if python3 belongs to an environment, the new one does not see its packages.
     { echo "$state/$version/site"; "$system" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'; } >"$site/kit.pth"
     "$system" -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check --target "$site" "$wheel"
-    # --target puts the command beside the packages; doctor looks for python3 beside it.
+    # pip --target installs the command beside the packages, but doctor looks for python3 beside the command.
     mv "$site/bin/flashspark" "$venv.part/bin/"
     mv "$venv.part" "$venv"
   fi
@@ -86,20 +83,19 @@ environment() {
   export TVM_FFI_DISABLE_TORCH_C_DLPACK=1
 }
 
-# One engine: run_engine NAME FLASHSPARK CASE MODEL [--tp N]
+# run_engine NAME FLASHSPARK CASE MODEL [--tp N]: runs one engine.
 run_engine() {
   local name=$1 switch=$2 case=$3 path=$4 status=0
   shift 4
-  # Two engines at once must not write one cache of compiled graphs.
+  # Concurrent engines must not share a cache of compiled graphs.
   FLASHSPARK=$switch VLLM_CACHE_ROOT=$state/cache/$name timeout "${LIMIT:-240}" "$python" tests/vllm/gpu/e2e.py run "$case" "$out/$name.json" --model "$path" "$@" \
     >"$out/$name.log" 2>&1 || status=$?
   grep '^E2E' "$out/$name.log" | cut -c1-300 || true
   ((status == 0)) || { echo "$name: exit status $status"; grep -vE '^\s*$' "$out/$name.log" | tail -n 15 | cut -c1-300; return 1; }
 }
 
-# Stock and ours at the same time, then the comparison: pair NAME CASE MODEL [--tp N]. Stock's FA3 of 0.33 repeats no
-# phrase of a prompt once mixed batches are in graphs (45 of 64 requests lose their thread at the second token), so `full`
-# is held against stock's decode graphs, which do.
+# pair NAME CASE MODEL [--tp N]: runs stock and flashspark concurrently, then compares them. With mixed batches in
+# graphs, stock FA3 of vLLM 0.33 loses track of most prompts, so `full` is compared with stock's decode graphs.
 pair() {
   local name=$1 case=$2 path=$3 failed=0
   shift 3
@@ -110,12 +106,12 @@ pair() {
   "$python" tests/vllm/gpu/e2e.py compare "$out/$name-stock.json" "$out/$name-ours.json" --model "$path"
 }
 
-# Most of an engine's time is its start, on the CPU: AT_ONCE pairs share the GPU.
+# An engine spends most of its time starting, on the CPU, so AT_ONCE pairs run concurrently.
 pairs() {
   local failed=0 entry
   for entry in "$@"; do
     while (($(jobs -rp | wc -l) >= ${AT_ONCE:-4})); do wait -n || failed=1; done
-    # shellcheck disable=SC2086  # an entry is words
+    # shellcheck disable=SC2086  # an entry holds several words
     (pair $entry || { echo "FAILED: ${entry%% *}"; exit 1; }) &
   done
   while (($(jobs -rp | wc -l) > 0)); do wait -n || failed=1; done
@@ -145,12 +141,12 @@ models() {
 tensor_parallel() {
   local version=$1
   [[ -d $state/models/tp ]] || "$python" tests/vllm/gpu/e2e.py model tp "$state/models/tp" >"$out/model.log" 2>&1
-  # No NVLink multicast: a program that uses it can put a host's GPUs out of service.
+  # NVLink multicast must stay off: using it can put a host's GPUs out of service.
   export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 VLLM_ALLREDUCE_USE_SYMM_MEM=0
   pair "v$version-tp" graph "$state/models/tp" --tp 2
 }
 
-# One backend after the other: timings want the GPU alone. BACKENDS and MODELS choose among them.
+# Runs one backend after the other, so that each has the GPU to itself. BACKENDS, MODELS and CACHES select what runs.
 speed() {
   local version=$1 model backend cache reports=()
   for model in ${MODELS:-d128 d256}; do for cache in ${CACHES:-auto}; do
@@ -177,5 +173,5 @@ case $stage in
   tp) environment "$1" && tensor_parallel "$@" ;;
   speed) environment "$1" && speed "$1" ;;
   doctor) environment "$1" && "$(dirname "$python")/flashspark" doctor; "$python" -m flashspark.vllm.doctor | tail -n 1 | "$python" -m json.tool ;;
-  *) sed -n '2,/^set/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 2 ;;
+  *) usage ;;
 esac

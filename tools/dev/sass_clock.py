@@ -1,8 +1,8 @@
-"""How long a turn of the loop over key tiles takes on a quarter of an SM: a model, not a measurement.
+"""Models how long an iteration of the loop over key tiles takes on a quarter of an SM. Nothing is measured.
 
-A quarter has a scheduler that issues one instruction a clock, a tensor pipe and a MUFU pipe; the shared memory serves
-all four quarters in turn. Warps run in order and keep what ptxas wrote into the code: the clocks until the next
-instruction, and the scoreboards to wait for. Results that ptxas cannot time come after LATENCY.
+A quarter has a scheduler that issues one instruction per clock, a tensor pipe and a MUFU pipe; the four quarters take
+turns at the shared memory. Warps execute in order and obey the control codes of ptxas: the clocks until the next
+instruction, and the scoreboards to wait for. Variable-latency results arrive after LATENCY.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from sass import Instruction
 
 QUARTERS = 4
 HMMA_FLOP = 16 * 8 * 16 * 2
-MUFU_LANES = 4  # a clock and quarter
+MUFU_LANES = 4  # per clock and quarter
 
-# Clocks from issue to result where ptxas waits for a scoreboard: of the order that microbenchmarks publish for Ampere
-# to Hopper; nobody has stated them for SM12x.
+# Clocks from issue to result for instructions that release a scoreboard, of the order that microbenchmarks publish for
+# Ampere to Hopper. There are no published figures for SM12x.
 LATENCY = {"LDSM": 33, "LDS": 30, "MUFU": 20, "SHFL": 24, "VOTE": 12, "LDC": 30, "LDCU": 30, "S2UR": 30, "R2UR": 12}
 OTHER_LATENCY = 20
-# K, V and page numbers are fetched a tile ahead: the model takes it that they have come when somebody waits.
+# K, V and page numbers are fetched one tile ahead: the model assumes that they have arrived when they are waited for.
 NEVER_AWAITED = ("LDG", "LDGSTS", "LDGDEPBAR", "DEPBAR")
-FILLING_TURNS, COUNTED_TURNS = 4, 16  # a warp
+FILLING_TURNS, COUNTED_TURNS = 4, 16  # per warp
 
 
 @dataclass(frozen=True)
 class Part:
     """What differs between the chips."""
 
-    tensor_flop: int  # a clock and SM
+    tensor_flop: int  # per clock and SM
 
     @property
     def hmma_clocks(self) -> float:
@@ -39,7 +39,7 @@ FULL_RATE, GEFORCE = Part(1024), Part(512)
 
 
 def wavefronts(instruction: Instruction) -> int:
-    """Clocks of shared memory, 128 bytes each, that a warp's instruction takes without bank conflicts."""
+    """Shared-memory clocks, of 128 bytes each, that a warp's instruction takes without bank conflicts."""
     if not instruction.works:
         return 0
     if instruction.name == "LDSM":
@@ -51,7 +51,7 @@ def wavefronts(instruction: Instruction) -> int:
 
 @dataclass
 class Units:
-    """Clocks that each unit works for one turn of one warp in every quarter."""
+    """Clocks that each unit works when one warp in every quarter executes one iteration."""
 
     tensor: float
     shared: float
@@ -63,44 +63,44 @@ class Units:
         return name, clocks / self.tensor
 
 
-def units(way: list[Instruction], part: Part) -> Units:
+def units(path: list[Instruction], part: Part) -> Units:
     return Units(
-        tensor=sum(part.hmma_clocks for i in way if i.name == "HMMA"),
-        shared=sum(wavefronts(i) for i in way) * QUARTERS,
-        mufu=sum(32 / MUFU_LANES for i in way if i.name == "MUFU"),
-        issue=len(way),
+        tensor=sum(part.hmma_clocks for i in path if i.name == "HMMA"),
+        shared=sum(wavefronts(i) for i in path) * QUARTERS,
+        mufu=sum(32 / MUFU_LANES for i in path if i.name == "MUFU"),
+        issue=len(path),
     )
 
 
 @dataclass
 class Warp:
-    block: int
+    cta: int
     ready: float
-    at: int = 0  # of the way
+    at: int = 0  # position in the path
     turn: int = 0
     at_barrier: bool = False
-    free: list[float] = field(default_factory=lambda: [0.0] * 8)  # scoreboards; 7 is none
+    free: list[float] = field(default_factory=lambda: [0.0] * 8)  # clock of each scoreboard's release; 7 is none
 
 
 class Quarter:
-    """`blocks` blocks, of each `warps` warps in this quarter, in the loop."""
+    """`ctas` CTAs in the loop, each with `warps` warps in this quarter."""
 
-    def __init__(self, way: list[Instruction], part: Part, blocks: int, warps: int):
-        self.way, self.part = way, part
-        # Blocks do not run in step.
-        offset = sum(i.stall for i in way) / blocks
-        self.warps = [Warp(block, block * offset) for block in range(blocks) for _ in range(warps)]
+    def __init__(self, path: list[Instruction], part: Part, ctas: int, warps: int):
+        self.path, self.part = path, part
+        # Spread the CTAs over an iteration: they do not run in step.
+        offset = sum(i.stall for i in path) / ctas
+        self.warps = [Warp(cta, cta * offset) for cta in range(ctas) for _ in range(warps)]
         self.tensor_free = self.mufu_free = self.shared_free = 0.0
         self.now = 0.0
 
     def earliest(self, warp: Warp) -> float:
-        instruction = self.way[warp.at]
+        instruction = self.path[warp.at]
         awaited = (warp.free[n] for n in range(6) if instruction.waits >> n & 1)
         pipe = {"HMMA": self.tensor_free, "MUFU": self.mufu_free}.get(instruction.name, 0.0)
         return max(self.now, warp.ready, pipe, *awaited)
 
     def issue(self, warp: Warp, time: float) -> None:
-        instruction = self.way[warp.at]
+        instruction = self.path[warp.at]
         done = time
         if instruction.name == "HMMA":
             self.tensor_free = time + self.part.hmma_clocks
@@ -115,18 +115,18 @@ class Quarter:
             warp.free[scoreboard] = max(warp.free[scoreboard], done)
         warp.ready = time + max(instruction.stall, 1)
         warp.at_barrier = instruction.name == "BAR"
-        warp.at = (warp.at + 1) % len(self.way)
+        warp.at = (warp.at + 1) % len(self.path)
         warp.turn += warp.at == 0
-        block = [w for w in self.warps if w.block == warp.block]
-        if all(w.at_barrier for w in block):
-            for other in block:
+        cta = [w for w in self.warps if w.cta == warp.cta]
+        if all(w.at_barrier for w in cta):
+            for other in cta:
                 other.at_barrier, other.ready = False, max(other.ready, time + 1)
 
     def run(self, turns: int) -> float:
-        """The clock when the warps have made so many turns together: those of other blocks may be ahead."""
+        """The clock when the warps together have made `turns` iterations; some warps may be ahead of others."""
         last = self.warps[0]
         while sum(w.turn for w in self.warps) < turns:
-            # Among the warps that can issue, the scheduler stays with its last one.
+            # Among the warps that can issue, the scheduler prefers the last one.
             ready = [(self.earliest(w), w is not last, n) for n, w in enumerate(self.warps) if not w.at_barrier]
             time, _, n = min(ready)
             last = self.warps[n]
@@ -135,16 +135,17 @@ class Quarter:
         return self.now
 
 
-def turn_clocks(way: list[Instruction], part: Part, blocks: int, warps: int) -> float:
-    """Clocks of the quarter for a turn of one of its warps, once the pipes are full."""
-    quarter, together = Quarter(way, part, blocks, warps), blocks * warps
+def turn_clocks(path: list[Instruction], part: Part, ctas: int, warps: int) -> float:
+    """Clocks of the quarter per iteration of one of its warps, once the pipes are full."""
+    quarter, together = Quarter(path, part, ctas, warps), ctas * warps
     filled = quarter.run(FILLING_TURNS * together)
     counted = COUNTED_TURNS * together
     return (quarter.run(FILLING_TURNS * together + counted) - filled) / counted
 
 
-def tensor_share(way: list[Instruction], part: Part, blocks: int, warps: int) -> tuple[float, float]:
-    """Share of the time in which the tensor pipe works: bound by the busiest unit, and as the model runs it."""
-    one = units(way, part)
+def tensor_share(path: list[Instruction], part: Part, ctas: int, warps: int) -> tuple[float, float]:
+    """Fraction of time in which the tensor pipe is busy: the bound by the busiest unit, and as the model executes
+    it."""
+    one = units(path, part)
     bound = one.tensor / max(one.tensor, one.shared, one.mufu, one.issue)
-    return bound, min(bound, one.tensor / turn_clocks(way, part, blocks, warps))
+    return bound, min(bound, one.tensor / turn_clocks(path, part, ctas, warps))

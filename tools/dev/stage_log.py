@@ -1,6 +1,7 @@
-"""What one stage of run_tests.py runs and counts: programs of several test frameworks, and every test they left out.
+"""Runs and counts the tests of one stage of run_tests.py: programs of several test frameworks, including every skipped
+test.
 
-A test that is left out is told with its reason at the end of the run, and is a failure unless allowed_skips.txt names
+A skipped test is reported with its reason at the end of the run, and counts as a failure unless allowed_skips.txt lists
 it.
 """
 
@@ -22,11 +23,11 @@ ALLOWED = Path(__file__).with_name("allowed_skips.txt")
 
 
 class Failed(Exception):
-    """A check did not hold; the text says which."""
+    """A check failed; the text says which."""
 
 
 def allowed_skips(path: Path = ALLOWED) -> list[tuple[str, str, str]]:
-    """Stage, place (a pattern) and reason of each line."""
+    """The stage, test pattern and reason of each line."""
     lines = [line.strip() for line in path.read_text().splitlines()]
     words = [tuple(part.strip() for part in line.split("|", 2)) for line in lines if line and not line.startswith("#")]
     if wrong := [line for line in words if len(line) != 3]:
@@ -36,14 +37,14 @@ def allowed_skips(path: Path = ALLOWED) -> list[tuple[str, str, str]]:
 
 @dataclass
 class Log:
-    """What one stage runs and counts. Commands append to the stage's log file."""
+    """The tests and counts of one stage. Commands append to the stage's log file."""
 
     path: Path
     passed: int = 0
     failed: int = 0
-    skips: list[tuple[str, str]] = field(default_factory=list)  # where, and the reason as its program gives it
+    skips: list[tuple[str, str]] = field(default_factory=list)  # test, and the reason as its program reports it
     failures: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of the counts, where programs run beside each other
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards the counts, as programs may run concurrently
 
     def run(self, *command: str | Path, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None) -> str:
         words = [str(word) for word in command]
@@ -63,7 +64,7 @@ class Log:
         return result.stdout
 
     def check(self, holds: bool, what: str) -> None:
-        """One check of the stage itself."""
+        """A check of the stage itself."""
         with self.lock:
             if holds:
                 self.passed += 1
@@ -72,7 +73,7 @@ class Log:
                 self.failures.append(what)
 
     def skip(self, where: str, reason: str) -> None:
-        """Something that the stage leaves out."""
+        """Records something that the stage leaves out."""
         with self.lock:
             self.skips.append((where, reason))
 
@@ -84,7 +85,7 @@ class Log:
             self.skips += skips
 
     def judge_skips(self, stage: str, allowed: list[tuple[str, str, str]]) -> None:
-        """Skips that the list does not name are failures, and so is a stage that neither ran nor left out a test."""
+        """Skips that are not on the list are failures, and so is a stage that ran and skipped no test."""
         for where, reason in self.skips:
             if not any(stage == s and fnmatchcase(where, place) and reason == why for s, place, why in allowed):
                 self.failed += 1
@@ -98,7 +99,7 @@ class Log:
         self.add(*read_gtest(name, self.run(*command, check=False, env=env)))
 
     def gtest_shards(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
-        """The same tests, dealt out to one process a core."""
+        """Runs pytest in one process per core."""
         shards = [{"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(n)} | (env or {}) for n in range(JOBS)]
         with ThreadPoolExecutor(JOBS) as pool:
             list(pool.map(lambda shard: self.gtest(*command, env=shard), shards))
@@ -110,7 +111,7 @@ class Log:
         self.add(*read_unittests(self.run(*command, check=False), 1))
 
     def ctest(self, *command: str | Path) -> None:
-        """Programs of Python's unittest."""
+        """Runs Python programs that use unittest."""
         out = self.run(*command, "-V", check=False)
         programs = re.search(r"(\d+) tests? failed out of (\d+)", out)
         if not programs or int(programs[2]) == 0:
@@ -121,7 +122,7 @@ class Log:
         self.add(*counts)
 
     def summary(self, out: str, program: str, failure: str) -> None:
-        """The line "N passed, N failed" that our own programs end with; `failure` finds what they name."""
+        """Reads the final line "N passed, N failed" of our own programs; `failure` finds the names of failures."""
         counts = re.search(r"^(\d+) passed, (\d+) failed$", out, re.M)
         if not counts:
             raise Failed(f"{program} did not finish")
@@ -172,7 +173,7 @@ def read_pytest(out: str) -> Counts:
 
 
 def read_unittests(out: str, programs: int) -> Counts:
-    """What so many programs of Python's unittest printed, which name each test."""
+    """Reads the output of `programs` programs that use unittest and list each test."""
     runs = [int(n) for n in re.findall(r"^Ran (\d+) tests?", out, re.M)]
     if len(runs) != programs or 0 in runs:
         raise Failed(f"{programs} programs of unittest ran {runs} tests")
@@ -180,6 +181,6 @@ def read_unittests(out: str, programs: int) -> Counts:
     if len(skips) != sum(int(n) for n in re.findall(r"skipped=(\d+)", out)):
         raise Failed(f"unittest: skipped tests, of which {len(skips)} say why")
     names = re.findall(r"^(?:FAIL|ERROR|UNEXPECTED SUCCESS): (.*)", out, re.M)
-    # Subtests of one test fail one by one.
+    # Each failing subtest of a test is reported separately.
     failed = {name.split(")")[0] for name in names}
     return sum(runs) - len(skips) - len(failed), len(failed), names, skips

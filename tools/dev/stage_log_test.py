@@ -1,4 +1,4 @@
-"""That nothing run_tests.py runs can vanish: tests left out, programs without tests, crashes. Standard library only."""
+"""Nothing that run_tests.py runs can be lost: skipped tests, programs without tests, crashes. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with torch, transformers and what the tests need, for machines without a GPU.
+# Creates a virtual environment with torch, transformers and the tests' requirements, for machines without a GPU.
 #
 #   tools/dev/torch-cpu-venv.sh [DIR]         default .venv-torch
 #
-# On x86-64, PyPI's torch is the CUDA build and pulls 2.5 GB of CUDA wheels. Where a CUDA 13 toolkit with cuDNN and
-# NCCL is installed none of them is needed: torch is installed alone, and the few libraries that a toolkit lacks are
-# replaced by empty ones, so that torch loads (its CUDA side then sees no device). Elsewhere plain pip is used.
+# On x86-64, PyPI's torch is the CUDA build and pulls in 2.5 GB of CUDA wheels. If a CUDA 13 toolkit with cuDNN and NCCL
+# is installed, torch is installed alone and the few libraries that the toolkit does not contain are replaced by empty
+# stubs, so that torch loads and sees no device. Otherwise plain pip is used.
 set -euo pipefail
 
 venv=${1:-.venv-torch}
@@ -28,7 +28,7 @@ fi
 
 lib=$(echo "$venv"/lib/python3*/site-packages/torch/lib)
 
-# An empty library NAME that exports every symbol that torch wants from it. Symbol versions are kept.
+# Builds an empty library NAME that exports every symbol that torch needs from it, with its symbol versions.
 make_stub() {
   local name=$1 prefix work symbols version symbol
   case $name in
@@ -52,8 +52,8 @@ make_stub() {
   rm -r "$work"
 }
 
-# torch finds its own folder first ($ORIGIN), so nothing has to be set at run time. libcuda belongs to the driver: torch
-# starts without it.
+# torch searches its own folder first ($ORIGIN), so no environment variable is needed at run time. libcuda belongs to
+# the driver, and torch starts without it.
 missing() { { ldd "$lib"/*.so 2>/dev/null || true; } | awk '/not found/ && $1 != "libcuda.so.1" { print $1 }' | sort -u; }
 for name in $(missing); do
   if [[ -e $cuda/lib64/$name ]]; then

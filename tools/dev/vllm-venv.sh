@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment of the vLLM checks: torch (tools/dev/torch-cpu-venv.sh) and what vLLM's Python files import.
-# Nothing happens when it is there already.
+# Creates the environment of the vLLM checks: torch (tools/dev/torch-cpu-venv.sh) and what vLLM's Python files import.
+# Does nothing if the environment exists.
 #
 #   tools/dev/vllm-venv.sh DIR
 set -euo pipefail

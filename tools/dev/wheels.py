@@ -1,4 +1,4 @@
-"""The wheels that run_tests.py builds: what they must hold, and environments that they are installed into."""
+"""Checks the wheels that run_tests.py builds, and creates environments with them installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def built_wheel(machine: str) -> Path:
 def inspect_wheel(log: Log, wheel: Path, machine: str) -> None:
     """Tag, contents, linked libraries and size."""
     log.check(f"-py3-none-linux_{machine}.whl" in wheel.name, f"{wheel.name}: tag is not py3-none-linux_{machine}")
-    # The kernels of three GPU architectures take most of it.
+    # Most of the size is kernels, for three GPU architectures.
     log.check(wheel.stat().st_size < 40 << 20, f"{wheel.name}: {wheel.stat().st_size} bytes, more than 40 MiB")
     folder = BUILD / f"wheel-{machine}"
     shutil.rmtree(folder, ignore_errors=True)

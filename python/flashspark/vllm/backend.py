@@ -1,7 +1,7 @@
 """vLLM's FlashAttention backend with flashspark's answers: the class on the FLASH_ATTN slot.
 
-Imported by vLLM when it resolves the slot. Cache layout and forward are the stock ones, whose forward ends in the
-module's flash_attn_varlen_func, which is ours; so is the builder, which adds a schedule. The name stays FLASH_ATTN.
+vLLM imports this module when it resolves the slot. Everything that is not overridden here is stock: the name
+(FLASH_ATTN), the cache layout, and what forward does, which ends in a call of flash_attn_varlen_func, our replacement.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from vllm.v1.attention.backends import flash_attn as stock
 
-from . import calls, probe, report, schedule
-from .features import FEATURES, FP8_NAMES
+from . import gates, probe, report, scheduler_metadata
+from .features import FEATURES, FP8_NAMES, VERSION
 
 
 class FlashSparkMetadataBuilder(stock.FlashAttentionMetadataBuilder):
-    """The stock builder, with the CUDA-graph class of version 4 and a schedule for each step's decoding."""
+    """The stock builder, with the CUDA-graph class of version 4 and scheduler metadata for each step's decoding."""
 
     _cudagraph_support = probe.graph_support(stock)
 
@@ -27,7 +27,7 @@ class FlashSparkMetadataBuilder(stock.FlashAttentionMetadataBuilder):
     def build(self, *args: Any, **kwargs: Any) -> Any:
         metadata = super().build(*args, **kwargs)
         if self.flashspark_serves:
-            metadata.flashspark_schedule = schedule.of_step(self, metadata)
+            metadata.flashspark_scheduler_metadata = scheduler_metadata.of_step(self, metadata)
         return metadata
 
 
@@ -36,18 +36,28 @@ class FlashSparkImpl(stock.FlashAttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.kv_cache_dtype in FP8_NAMES and self.vllm_flash_attn_version == calls.VERSION:
+        if self.kv_cache_dtype in FP8_NAMES and self.vllm_flash_attn_version == VERSION:
             self.supports_quant_query_input = FEATURES.fp8_query
 
     def forward(self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any,
                 **kwargs: Any) -> Any:  # fmt: skip
-        calls.forward.rswa_window = getattr(attn_metadata, "rswa_window", None)
-        calls.forward.schedule = getattr(attn_metadata, "flashspark_schedule", None)
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        # Both values reach the attention call through its arguments: the window as a note on the tensor that vLLM
+        # passes for it, and our scheduler metadata in the field that vLLM passes on. The field is set during the call
+        # only, since vLLM takes whatever it finds there for FlashAttention 3's.
+        if getattr(attn_metadata, "rswa_window_tensor", None) is not None:
+            attn_metadata.rswa_window_tensor.flashspark_value = attn_metadata.rswa_window
+        of_step = getattr(attn_metadata, "flashspark_scheduler_metadata", None)
+        if of_step is None or self.vllm_flash_attn_version != VERSION:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        stock_metadata, attn_metadata.scheduler_metadata = attn_metadata.scheduler_metadata, of_step
+        try:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        finally:
+            attn_metadata.scheduler_metadata = stock_metadata
 
 
 class FlashSparkBackend(stock.FlashAttentionBackend):
-    """What vLLM asks before it gives a layer to FLASH_ATTN. Each question is answered from the feature table alone."""
+    """What vLLM asks before it gives a layer to FLASH_ATTN; every answer comes from the feature table."""
 
     @staticmethod
     def get_impl_cls() -> type[FlashSparkImpl]:
@@ -95,7 +105,7 @@ class FlashSparkBackend(stock.FlashAttentionBackend):
             return super().supports_combination(*args, **kwargs)
         asked = inspect.signature(super().supports_combination).bind(*args, **kwargs).arguments
         dtype = asked.get("dtype")
-        reason = FEATURES.lack(
+        reason = FEATURES.unavailable_reason(
             head_size=asked.get("head_size"),
             has_sinks=asked.get("has_sink", False),
             kv_cache_dtype=asked.get("kv_cache_dtype"),
@@ -110,5 +120,5 @@ class FlashSparkBackend(stock.FlashAttentionBackend):
 
 
 def ours() -> bool:
-    """Whether the user leaves the version to us; if not, the answers are stock's."""
-    return calls.override() is None
+    """Whether the user leaves the choice of version to vLLM; if not, the answers are stock's."""
+    return gates.override() is None

@@ -1,8 +1,8 @@
-"""`flashspark doctor`'s section about vLLM. The command runs this in the environment's own Python:
+"""`flashspark doctor`'s section about vLLM. The command runs this module in the environment's own Python.
 
-python -m flashspark.vllm.doctor        prints one line of JSON: lines, findings and what they were taken from
+    python -m flashspark.vllm.doctor        prints one line of JSON: lines, findings and the facts behind them
 
-Importing vLLM takes seconds and prints; only the last line of the output is the report.
+vLLM prints while it is imported; the report is the last line of the output.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any
 from flashspark import _hook
 
 from . import replace, takeover
+from .names import FLASH_ATTN
 
 HOOK_FILES = ("flashspark.pth", "flashspark.start")
-_PIP = "pip" if importlib.util.find_spec("pip") else "uv pip"  # which uv's environments lack
-REINSTALL = f"install a wheel that is whole: {_PIP} install --no-deps --force-reinstall flashspark-*.whl"
+_PIP = "pip" if importlib.util.find_spec("pip") else "uv pip"  # uv's environments have no pip
+REINSTALL = f"install an intact wheel: {_PIP} install --no-deps --force-reinstall flashspark-*.whl"
 _ASKED = ((64, "auto"), (128, "auto"), (256, "auto"), (512, "auto"), (128, "fp8"), (128, "nvfp4"))
 
 
 def hook_files() -> list[str]:
-    """The start-up hook's files in folders that Python reads them from."""
+    """The start-up hook's files, in the folders from which Python reads such files."""
     import site
 
     folders = {*site.getsitepackages(), site.getusersitepackages()} | {p for p in sys.path if p.endswith("-packages")}
@@ -33,13 +34,13 @@ def hook_files() -> list[str]:
 
 
 def inspect_process() -> dict[str, Any]:
-    """State of this process, in which vLLM's attention is imported first."""
+    """Imports vLLM's attention and reports the state of this process."""
     import vllm.v1.attention.selector
     from vllm.platforms import current_platform
 
     from . import register
 
-    importlib.import_module(_hook.FLASH_ATTN)
+    importlib.import_module(FLASH_ATTN)
     armed = any(isinstance(finder, _hook.Finder) for finder in sys.meta_path)
 
     register()  # what vLLM's plug-in loader does
@@ -57,7 +58,7 @@ def inspect_process() -> dict[str, Any]:
 
 
 def _names() -> list[dict[str, str]]:
-    """Each function that flashspark replaces, and who holds it now."""
+    """Each function that flashspark replaces, and whose function is in its place now."""
     from . import sites
 
     rows = []
@@ -71,7 +72,7 @@ def _names() -> list[dict[str, str]]:
 
 
 def _backends() -> dict[str, str]:
-    """The class that a decoder layer of each kind would get."""
+    """The backend class that vLLM chooses for each kind of decoder layer."""
     import inspect
 
     import torch
@@ -93,7 +94,7 @@ def _backends() -> dict[str, str]:
 
 
 def _findings(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Troubles, each with its mend."""
+    """Problems, each with its remedy."""
     found = []
 
     def add(level: str, text: str, mend: str = "") -> None:
@@ -118,9 +119,9 @@ def _findings(report: dict[str, Any]) -> list[dict[str, str]]:
         add("warning", "vLLM: the plug-in's entry point is not found", REINSTALL)
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and "flashspark" not in plugins.split(","):
-        add("note", f"VLLM_PLUGINS={plugins} leaves the plug-in out; the start-up hook does its work")
+        add("note", f"VLLM_PLUGINS={plugins} leaves the plug-in out; the start-up hook does the same work")
     if shim := importlib.util.find_spec(takeover.SHIM):
-        add("warning", f"vLLM: a community shim is here, too; flashspark steps in front of it: {shim.origin}",
+        add("warning", f"vLLM: a community shim is installed as well; flashspark takes its place: {shim.origin}",
             f"rm {shim.origin}")  # fmt: skip
     if os.environ.get("VLLM_ATTENTION_BACKEND", "FLASH_ATTN") != "FLASH_ATTN":
         add("warning", "VLLM_ATTENTION_BACKEND chooses another backend", "unset VLLM_ATTENTION_BACKEND")
@@ -129,13 +130,13 @@ def _findings(report: dict[str, Any]) -> list[dict[str, str]]:
             add(
                 "warning",
                 f"vLLM: {row['name']} is held by {row['holder']}",
-                "another plug-in took it: remove one of them",
+                "another plug-in has replaced it: remove one of them",
             )
     return found
 
 
 def report() -> dict[str, Any]:
-    """All of it, as the command merges it: `lines` are (name, value), `findings` have level, text and mend."""
+    """The report that the command prints: `lines` are (name, value), `findings` have level, text and mend."""
     from importlib.metadata import entry_points
 
     plugins = [e.name for e in entry_points(group="vllm.general_plugins")]

@@ -1,19 +1,19 @@
 """What flashspark's kernels can do for vLLM. Every answer to vLLM comes from here.
 
-A capability that arrives in the kernels is switched on by changing its row, and nothing else.
+A feature that the kernels gain is switched on by changing its row, and nothing else.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+VERSION = 4  # of FlashAttention: the number under which vLLM gets flashspark
 FP8_NAMES = frozenset({"fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"})
 
 
 @dataclass(frozen=True)
 class Features:
-    """One row a field; the tests walk through all of them."""
+    """One field for each feature; the tests walk through all of them."""
 
     dtypes: frozenset[str] = frozenset({"bfloat16", "float16"})
     head_size_step: int = 8
@@ -21,8 +21,8 @@ class Features:
     page_step: int = 16
     kv_cache_dtypes: frozenset[str] = frozenset({"auto", "bfloat16", "float16", "fp8", "fp8_e4m3"})
     fp8_head_size_step: int = 16
-    fp8_query: bool = False  # with an fp8 cache, q comes as e4m3; else it stays in the model's type
-    output_scale: bool = False  # the result is written as e4m3
+    fp8_query: bool = False  # q beside an fp8 cache is e4m3, not of the model's type
+    output_scale: bool = False  # results are written as e4m3
     sinks: bool = True
     alibi: bool = True
     softcap: bool = True
@@ -33,7 +33,7 @@ class Features:
     causal_per_request: bool = True
     non_causal: bool = True
     per_head_scales: bool = True
-    batch_invariance: bool = True  # a row's result independent of the rest of the batch, and of how prompts are cut
+    batch_invariance: bool = True  # a row's result depends neither on the rest of the batch nor on chunked prefill
 
     def supports_head_size(self, head_size: int | None) -> bool:
         return head_size is None or (head_size % self.head_size_step == 0 and 0 < head_size <= self.max_head_size)
@@ -41,7 +41,7 @@ class Features:
     def supports_kv_cache_dtype(self, dtype: str | None) -> bool:
         return dtype is None or dtype in self.kv_cache_dtypes
 
-    def lack(
+    def unavailable_reason(
         self,
         *,
         head_size: int | None = None,
@@ -54,7 +54,7 @@ class Features:
         dtype: str | None = None,
         use_mm_prefix: bool = False,
     ) -> str | None:
-        """Why a layer cannot be served, or None if it can. Unknown (None) counts as served."""
+        """Why the kernels cannot serve a layer; None if they can. What is unknown (None) does not count against it."""
         for name, size in (("head_size", head_size), ("head_size_v", head_size_v)):
             if not self.supports_head_size(size):
                 return f"{name} {size}: must be a multiple of {self.head_size_step} up to {self.max_head_size}"
@@ -81,23 +81,3 @@ class Features:
 
 
 FEATURES = Features()
-DEFAULT_CAPABILITIES = "12.x"
-
-
-def capabilities() -> tuple[tuple[int, int | None], ...]:
-    """Compute capabilities to take over, from FLASHSPARK_CAPABILITIES; a minor number of None is any.
-
-    Raises ValueError, naming the variable, for anything but a list such as "9.0,12.x".
-    """
-    text = os.environ.get("FLASHSPARK_CAPABILITIES") or DEFAULT_CAPABILITIES
-    wanted = []
-    for word in text.replace(" ", "").split(","):
-        major, _, minor = word.partition(".")
-        if not major.isdigit() or not (minor.isdigit() or minor in {"", "x"}):
-            raise ValueError(f"FLASHSPARK_CAPABILITIES = {text!r}: must be a list such as 9.0,12.x")
-        wanted.append((int(major), int(minor) if minor.isdigit() else None))
-    return tuple(wanted)
-
-
-def wants_capability(major: int, minor: int) -> bool:
-    return any(major == m and n in (None, minor) for m, n in capabilities())

@@ -1,4 +1,4 @@
-"""Whether the installed vLLM has the shape that the takeover relies on: its functions say so, not its version."""
+"""Whether the installed vLLM has the shape that the takeover relies on, judged by its functions, not its version."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from flashspark._hook import FA_UTILS, FLASH_ATTN
+from . import attention
+from .features import VERSION
+from .names import FA_UTILS, FLASH_ATTN, INTERFACE
 
-from . import calls
-from .sites import INTERFACE
-
-# What the backends of every release pass to the attention function.
+# The arguments that the backends of every release pass to the attention function.
 _PASSED = frozenset(
     {
         *("q", "k", "v", "max_seqlen_q", "cu_seqlens_q", "max_seqlen_k", "cu_seqlens_k", "seqused_k", "softmax_scale"),
@@ -33,14 +32,14 @@ def _required(function: Any) -> set[str]:
 
 
 def functions() -> str | None:
-    """Why the functions of fa_utils and flash_attn_interface do not fit; None if they do. Both must be loaded."""
+    """Why the functions of fa_utils and flash_attn_interface, both loaded, do not fit; None if they do."""
     utils, interface = sys.modules[FA_UTILS], sys.modules.get(INTERFACE)
     attend = getattr(interface, "flash_attn_varlen_func", None)
     if attend is None:
         return f"{INTERFACE}.flash_attn_varlen_func does not exist"
     if lost := _PASSED - parameters(attend).keys():
         return f"flash_attn_varlen_func has no {', '.join(sorted(lost))}"
-    if new := _required(attend) - calls.KNOWN:
+    if new := _required(attend) - attention.KNOWN:
         return f"flash_attn_varlen_func requires {', '.join(sorted(new))}, which is unknown here"
     version = getattr(utils, "get_flash_attn_version", None)
     if version is None:
@@ -53,7 +52,7 @@ def functions() -> str | None:
 
 
 def classes(module: ModuleType) -> str | None:
-    """The same for the classes of the FLASH_ATTN backend."""
+    """Why the classes of the FLASH_ATTN backend do not fit; None if they do."""
     for name in ("FlashAttentionBackend", "FlashAttentionImpl", "FlashAttentionMetadataBuilder"):
         if not isinstance(getattr(module, name, None), type):
             return f"{FLASH_ATTN}.{name} does not exist"
@@ -74,8 +73,8 @@ def classes(module: ModuleType) -> str | None:
 def graph_support(module: ModuleType) -> Any:
     """The CUDA-graph class that the stock builder states at version 4.
 
-    The class body asks for the version when it runs, which may have been before us: so its own expression is evaluated
-    again. Without source: UNIFORM_BATCH, which every release accepts.
+    The class body asks for the version when it runs, possibly before the takeover, so its expression is evaluated again
+    here. Without source: UNIFORM_BATCH, which every release accepts.
     """
     try:
         tree = ast.parse(inspect.getsource(module))
@@ -87,5 +86,5 @@ def graph_support(module: ModuleType) -> Any:
                 targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
                 if any(isinstance(t, ast.Name) and t.id == "_cudagraph_support" for t in targets):
                     code = compile(ast.Expression(line.value), FLASH_ATTN, "eval")
-                    return eval(code, {**vars(module), "get_flash_attn_version": lambda: calls.VERSION})
+                    return eval(code, {**vars(module), "get_flash_attn_version": lambda: VERSION})
     return module.AttentionCGSupport.UNIFORM_BATCH

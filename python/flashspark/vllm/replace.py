@@ -1,7 +1,8 @@
-"""Replaces functions of loaded modules, and classes, with every copy that another module of vLLM took by name."""
+"""Replaces functions and classes of loaded modules, and every copy that another module of vLLM imported by name."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,27 @@ from typing import Any
 Function = Callable[..., Any]
 
 
+def arguments_by_name(stock: Function) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """A function that gives all arguments of a call of `stock` by name, as Python itself would bind them."""
+    names = tuple(inspect.signature(stock).parameters)
+    name = getattr(stock, "__name__", "function")
+
+    def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        if len(args) > len(names):
+            raise TypeError(f"{name}() takes {len(names)} positional arguments but {len(args)} were given")
+        given = dict(zip(names, args))
+        if twice := given.keys() & kwargs.keys():
+            raise TypeError(f"{name}() got multiple values for argument {min(twice)!r}")
+        return given | kwargs
+
+    return by_name
+
+
 @dataclass(frozen=True)
 class Record:
-    """One function of vLLM that is ours now."""
+    """One function of vLLM that has been replaced."""
 
     module: str
     name: str
@@ -24,14 +43,14 @@ records: list[Record] = []
 
 
 def holders(function: Function) -> list[tuple[str, str]]:
-    """(module, name) of every loaded module of vLLM that holds this very object."""
+    """(module, name) wherever a loaded module of vLLM holds this very object."""
     return [(module, name) for module, names in _find({id(function): function}).items() for name, _ in names]
 
 
 def put(module: str, name: str, make: Callable[[Function], Function]) -> bool:
-    """Replace `module.name` and its copies. Returns whether the module is loaded and has the name.
+    """Replaces `module.name` and its copies. Returns whether the module is loaded and has the name.
 
-    A second call puts the replacement back where somebody else has taken its place since.
+    A second call puts the replacement back if something else has replaced it since.
     """
     loaded = sys.modules.get(module)
     current = getattr(loaded, name, None)
@@ -49,13 +68,13 @@ def put(module: str, name: str, make: Callable[[Function], Function]) -> bool:
 
 
 def restore() -> None:
-    """Put every original back, in all modules that hold a replacement."""
+    """Puts every original back, in all modules that hold a replacement."""
     _exchange({id(record.ours): record.stock for record in records})
     records.clear()
 
 
 def stolen() -> list[tuple[Record, Function]]:
-    """Records whose place has been taken by a third function, and that function."""
+    """Records whose replacement a third function has replaced, and that function."""
     found = []
     for record in records:
         current = getattr(sys.modules.get(record.module), record.name, None)

@@ -1,4 +1,8 @@
-"""Decides whether this process's vLLM is taken over, and does it. Every door leads here, and each may come again."""
+"""Decides whether this process's vLLM is taken over, and does it.
+
+The start-up hook and the plug-in both end here, each possibly several times. `switch` is the environment variable that
+turns the takeover off, as NAME=value, or "" (flashspark._hook.switched_off).
+"""
 
 from __future__ import annotations
 
@@ -8,49 +12,48 @@ import struct
 import sys
 from pathlib import Path
 
-from flashspark import _hook
-
-from . import features, probe, replace, report, sites
+from . import probe, replace, report, sites, switches
+from .names import CUDA_PLATFORM, FA_UTILS, FLASH_ATTN, MLA_PREFILL_SELECTOR, SELECTOR
 
 BACKEND = "flashspark.vllm.backend.FlashSparkBackend"
-# Functions that remember which class a slot gave.
+# Functions with a cache of the classes that slots gave.
 CACHED = (
-    (_hook.SELECTOR, "_cached_get_attn_backend"),
-    ("vllm.platforms.cuda", "_get_attn_backend_class"),
-    ("vllm.v1.attention.backends.mla.prefill.selector", "_auto_select_mla_prefill_backend"),
+    (SELECTOR, "_cached_get_attn_backend"),
+    (CUDA_PLATFORM, "_get_attn_backend_class"),
+    (MLA_PREFILL_SELECTOR, "_auto_select_mla_prefill_backend"),
 )
-# What the explanation of any call says: of a build without GPU kernels, and of kernels for a compute capability.
+# Texts in the explanation of every call: the first in builds without GPU kernels, the others where there are such.
 NO_KERNELS = "built without CUDA kernels"
-ARCHITECTURES = {8: "sm_80", 9: "sm_90", 12: "sm_120f"}  # by major number
-SHIM = "fa4_sm120_shim"  # of the community's guide
+ARCHITECTURES = {8: "sm_80", 9: "sm_90", 12: "sm_120f"}  # by the major number of the compute capability
+SHIM = "fa4_sm120_shim"  # the module of the community's guide
 
 
 class State:
-    """Of this process."""
+    """The state of this process."""
 
     decided = False
     active = False
     reason = "vLLM's attention has not been imported"  # why not active
 
 
-def module_loaded(name: str) -> None:
-    """The hook's call, after a module of _hook.WATCHED has run. Never raises."""
+def module_loaded(name: str, switch: str) -> None:
+    """The hook calls this after a module of names.WATCHED has run. Never raises."""
     try:
-        start()
-        if State.active and name == _hook.FLASH_ATTN and (lack := probe.classes(sys.modules[name])):
-            withdraw(f"this vLLM is unknown: {lack}")
+        start(switch)
+        if State.active and name == FLASH_ATTN and (reason := probe.classes(sys.modules[name])):
+            withdraw(f"this vLLM is unknown: {reason}")
     except Exception:
         report.exception(f"after the import of {name}; vLLM keeps its own attention")
         withdraw("an error, see above")
 
 
-def start() -> None:
-    """Take over what is loaded. Does nothing while vLLM's attention is not, and nothing twice."""
-    if not _ready():
+def start(switch: str) -> None:
+    """Takes over what is loaded. Does nothing before vLLM's attention is loaded, and nothing twice."""
+    if not _ready(switch):
         return
     if not State.decided:
         State.decided = True
-        State.reason = _why_not()
+        State.reason = _unavailable_reason(switch)
         if State.reason:
             report.info(f"vLLM keeps its own attention: {State.reason}")
             return
@@ -60,22 +63,22 @@ def start() -> None:
             report.warning(f"the community shim is installed, too, and replaced; remove it: {shim.origin}")
     if State.active:
         for record, thief in replace.stolen():
-            report.warning(f"{record.name} had been taken by {thief.__module__}; flashspark steps in front of it")
+            report.warning(f"{thief.__module__} had replaced {record.name}; flashspark replaces it again")
         sites.apply()
 
 
-def _ready() -> bool:
-    """Whether vLLM has loaded the functions that choose attention; those that choose a backend bring the others."""
-    if _hook.FA_UTILS not in sys.modules and _hook.SELECTOR in sys.modules and not _hook.switched_off():
+def _ready(switch: str) -> bool:
+    """Whether vLLM's questions about versions are loaded. Once its backend selection is, they are imported here."""
+    if FA_UTILS not in sys.modules and SELECTOR in sys.modules and not switch:
         from vllm.platforms import current_platform
 
         if current_platform.is_cuda():
-            importlib.import_module(_hook.FA_UTILS)
-    return hasattr(sys.modules.get(_hook.FA_UTILS), "get_flash_attn_version")
+            importlib.import_module(FA_UTILS)
+    return hasattr(sys.modules.get(FA_UTILS), "get_flash_attn_version")
 
 
 def withdraw(reason: str) -> None:
-    """Leave vLLM as it was."""
+    """Undoes the takeover."""
     if State.active:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -85,9 +88,9 @@ def withdraw(reason: str) -> None:
     State.decided, State.active, State.reason = True, False, reason
 
 
-def _why_not() -> str:
+def _unavailable_reason(switch: str) -> str:
     """The reason to leave vLLM alone; "" to take over."""
-    if switch := _hook.switched_off():
+    if switch:
         return f"{switch} is set"
     from vllm.platforms import current_platform
 
@@ -98,19 +101,19 @@ def _why_not() -> str:
     if capability is None:
         return "it sees no GPU"
     try:
-        wants = features.wants_capability(capability.major, capability.minor)
-    except ValueError as error:  # of the user's list
+        wants = switches.wants_capability(capability.major, capability.minor)
+    except ValueError as error:  # the user's list is malformed
         return str(error)
     if not wants:
-        wanted = ", ".join(f"{m}.{'x' if n is None else n}" for m, n in features.capabilities())
+        wanted = ", ".join(f"{m}.{'x' if n is None else n}" for m, n in switches.capabilities())
         return f"compute capability {capability.major}.{capability.minor} is not {wanted}"
-    if lack := probe.functions():
-        return f"this vLLM is unknown: {lack}"
-    return _library_lack(capability.major, capability.minor)
+    if reason := probe.functions():
+        return f"this vLLM is unknown: {reason}"
+    return _library_unavailable_reason(capability.major, capability.minor)
 
 
-def _library_lack(major: int, minor: int) -> str:
-    # The driver is not asked: it would not work in processes that vLLM forks later.
+def _library_unavailable_reason(major: int, minor: int) -> str:
+    # Without the CUDA driver: once initialised here, it would not work in processes that vLLM forks later.
     import flashspark
     import numpy as np
 
@@ -121,7 +124,7 @@ def _library_lack(major: int, minor: int) -> str:
                     return f"flashspark's library is cut short: {path}"
         one = np.zeros((1, 1, 1, 8), np.float16)
         text = flashspark.attention_explain(flashspark.flash_attn_func, one, one, one)
-    except Exception as error:  # missing, or for another glibc
+    except Exception as error:  # the file is missing, or built for another glibc
         return f"flashspark's library does not load: {type(error).__name__}: {error}"
     if NO_KERNELS in text:
         return "flashspark's library was built without GPU kernels"
@@ -131,7 +134,7 @@ def _library_lack(major: int, minor: int) -> str:
 
 
 def _cut_short(path: Path) -> bool:
-    """Whether a 64-bit ELF file ends before its section headers, which linkers put last: loading it would crash."""
+    """Whether a 64-bit ELF file ends before its section headers, which linkers put last. Loading it would crash."""
     with path.open("rb") as file:
         header = file.read(64)
     if len(header) < 64:
@@ -142,7 +145,7 @@ def _cut_short(path: Path) -> bool:
 
 
 def _register() -> None:
-    """Put our class on the FLASH_ATTN slot, and forget selections that were made before."""
+    """Puts our class on the FLASH_ATTN slot, and discards the backend selections made so far."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.FLASH_ATTN, BACKEND)

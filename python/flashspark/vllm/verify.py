@@ -2,10 +2,10 @@
 
     python -m flashspark.vllm.verify [--batches N] [--replays N] [--seed N] [--device cuda|cpu] [--verbose]
 
-Each batch builds a layer of vLLM's own FlashAttentionImpl as the slot gives it, a cache in the release's layout with
+Each batch builds a layer with the implementation that the FLASH_ATTN slot gives, a cache in the release's layout with
 shuffled pages, and a mixed batch with padded rows; forward's result is compared with the double-precision oracle. On a
 GPU every forward runs under torch's sync_debug_mode("error"), and then again as a CUDA graph that is captured at the
-largest lengths and replayed on other batches. Exit status: 0 all right, 1 a batch is wrong, 2 nothing could be run.
+largest lengths and replayed on other batches. Exit status: 0 all passed, 1 a batch is wrong, 2 nothing could be run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .names import FLASH_ATTN, SELECTOR
+
 BOUND = {"bfloat16": (1e-2, 1e-2), "float16": (2e-3, 2e-3)}  # absolute, relative
-ORACLE_WORK = 2 * 10**9  # multiply-adds of one batch that the oracle can do in a second
-NOBODY = 2**30  # a page number and a length that nothing may use
+ORACLE_WORK = 2 * 10**9  # the multiply-adds of one batch: the oracle needs about a second for them
+POISON = 2**30  # a page number and a length that nothing may use
 
 
 @dataclass
 class Layer:
-    """What a layer and its batches have in common."""
+    """The properties that a layer and its batches share."""
 
     heads: int
     heads_kv: int
@@ -78,7 +80,7 @@ def random_layer(rng: random.Random) -> Layer:
 
 
 class Batch:
-    """Buffers of one layer, whose contents change in place from step to step, as a serving engine's do."""
+    """The buffers of one layer. Their contents change in place from step to step, as a serving engine's do."""
 
     def __init__(self, layer: Layer, device: str, seed: int) -> None:
         import torch
@@ -100,12 +102,12 @@ class Batch:
         self.sinks = self._normal((layer.heads,)) if layer.sinks else None
 
     def _cache(self, device: str) -> Any:
-        """A cache of this release: (as vLLM hands it to forward, keys, values)."""
+        """A cache in the release's layout: (as vLLM passes it to forward, keys, values)."""
         import torch
 
         from .versions import cache_split
 
-        backend = sys.modules[IMPLEMENTATION].FlashAttentionBackend
+        backend = sys.modules[FLASH_ATTN].FlashAttentionBackend
         # vLLM keeps fp8 caches as bytes.
         dtype = self.dtype if self.layer.cache == "auto" else torch.uint8
         p, n, h, d = self.pages, self.layer.page, self.layer.heads_kv, self.layer.head_dim
@@ -134,9 +136,9 @@ class Batch:
         layer, rng = self.layer, self.rng
         count = rng.randint(1, layer.slots)
         q_lens = [rng.randint(1, layer.longest_q) for _ in range(count)] + [0] * (layer.slots - count)
-        k_lens = [rng.randint(n, layer.longest_k) if n else NOBODY for n in q_lens]
+        k_lens = [rng.randint(n, layer.longest_k) if n else POISON for n in q_lens]
         order = rng.sample(range(self.pages), self.pages)
-        table = torch.full((layer.slots, self.width), NOBODY, dtype=torch.int32)
+        table = torch.full((layer.slots, self.width), POISON, dtype=torch.int32)
         for b in range(count):
             for i in range(-(-k_lens[b] // layer.page)):
                 table[b, i] = order.pop()
@@ -182,17 +184,14 @@ class Batch:
         return f"error is {worst:.2g} times the bound" if worst > 1 else ""
 
 
-IMPLEMENTATION = "vllm.v1.attention.backends.flash_attn"
-
-
 def prepare(device: str) -> str:
-    """Imports vLLM's attention and takes it over; returns what stands in the way, or ""."""
+    """Imports vLLM's attention and takes it over; returns what prevents that, or ""."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         return "no GPU: flashspark verify (without --vllm) checks the CPU"
-    importlib.import_module("vllm.v1.attention.selector")
-    importlib.import_module(IMPLEMENTATION)
+    importlib.import_module(SELECTOR)
+    importlib.import_module(FLASH_ATTN)
     from . import register, takeover
 
     register()
@@ -200,7 +199,7 @@ def prepare(device: str) -> str:
 
 
 def implementation(layer: Layer, batch: Batch) -> Any:
-    """The layer, as the FLASH_ATTN slot gives it."""
+    """The layer's implementation, from the FLASH_ATTN slot."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     backend = AttentionBackendEnum.FLASH_ATTN.get_class()
@@ -213,7 +212,7 @@ def implementation(layer: Layer, batch: Batch) -> Any:
 
 def metadata(batch: Batch) -> Any:
     """FlashAttentionMetadata of the installed release, with the bounds of a captured batch."""
-    cls, layer = sys.modules[IMPLEMENTATION].FlashAttentionMetadata, batch.layer
+    cls, layer = sys.modules[FLASH_ATTN].FlashAttentionMetadata, batch.layer
     values = {
         "num_actual_tokens": batch.rows, "max_query_len": layer.longest_q, "query_start_loc": batch.cu,
         "max_seq_len": layer.longest_k, "seq_lens": batch.used, "block_table": batch.table, "slot_mapping": batch.used,
@@ -261,7 +260,7 @@ def check(layer: Layer, device: str, seed: int, replays: int) -> str:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU raises."""
+    """Makes everything that waits for the GPU raise."""
     import torch
 
     torch.cuda.set_sync_debug_mode("error")
@@ -272,8 +271,8 @@ def no_waiting() -> Iterator[None]:
 
 
 def supported(layer: Layer) -> bool:
-    """Whether this release has such layers: windows of layers that are not causal came with 0.24."""
-    return layer.causal or not layer.window or hasattr(sys.modules[IMPLEMENTATION], "_maybe_symmetrize_window")
+    """Whether this release has such layers: only from 0.24 on may layers that are not causal have windows."""
+    return layer.causal or not layer.window or hasattr(sys.modules[FLASH_ATTN], "_maybe_symmetrize_window")
 
 
 def main() -> int:

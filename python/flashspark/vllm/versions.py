@@ -2,7 +2,7 @@
 
 python -m flashspark.vllm.versions        prints the table, and the installed release's row
 
-Nothing decides by this table: the probes of flashspark.vllm.probe do. The tests compare it with the releases' files.
+The table decides nothing; flashspark.vllm.probe does. The tests compare it with the releases' files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from flashspark._hook import FA_UTILS, FLASH_ATTN
+from .names import FA_UTILS, FLASH_ATTN, INTERFACE
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Release:
     wrapper: int  # parameters of flash_attn_varlen_func
     version: int  # parameters of get_flash_attn_version
     fp8_gate: str  # what decides on an fp8 cache
-    cache: str  # how forward splits the cache
+    cache: str  # how forward splits the cache into keys and values
     mm_prefix: str  # parameters of the mask's factory
     rswa: bool
     graphs: str  # CUDA-graph class of the builder at version 4
@@ -54,9 +54,8 @@ RELEASES = {
 
 
 def measured() -> Release:
-    """The row of the vLLM whose attention modules are loaded, from its own functions."""
+    """The row of the loaded vLLM, from its own functions."""
     from . import probe
-    from .sites import INTERFACE
 
     utils, backend = sys.modules[FA_UTILS], sys.modules[FLASH_ATTN]
     gates = [name for name in (_DTYPE, _FUNCTION) if hasattr(utils, name)]
@@ -83,7 +82,7 @@ def cache_split(backend: Any) -> str:
 
 
 def table(rows: dict[str, Release]) -> str:
-    """Rows in columns."""
+    """The rows as text, in aligned columns."""
     lines = [["vLLM", *(f.name for f in fields(Release))]]
     lines += [
         [name, *("yes" if x is True else "-" if x is False else str(x) for x in astuple(row))]

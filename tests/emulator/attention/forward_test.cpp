@@ -1,4 +1,5 @@
-// Every kernel on every problem of the feature matrix that it fits, and what the rules promise besides right numbers.
+// Runs every kernel on the problems of the feature matrix that it supports, and checks properties beyond numerical
+// accuracy.
 #include <gtest/gtest.h>
 
 #include "attention/harness.hpp"
@@ -8,21 +9,21 @@ namespace {
 
 class EveryKernel : public testing::TestWithParam<Kernel> {};
 
-// The matrix holds over a hundred problems a kernel, some of them long: each kernel takes every kernels().size()-th of
-// the plain ones, from another start, and all of those that are about its own head_dim.
+// The matrix has more than a hundred problems, some of them long. Each kernel runs every fourth one, starting at a
+// different offset, and all problems of the head-dim group.
 TEST_P(EveryKernel, RunsTheFeatureMatrix) {
   const Kernel &kernel = GetParam();
   const std::vector<cases::Case> matrix = cases::feature_matrix();
   int ran = 0;
-  size_t place = static_cast<size_t>(&kernel - kernels().data());
+  size_t position = static_cast<size_t>(&kernel - kernels().data());
   for (size_t n = 0; n < kernels().size(); ++n) {
-    if (name_of(kernels()[n]) == name_of(kernel)) place = n;
+    if (name_of(kernels()[n]) == name_of(kernel)) position = n;
   }
   for (size_t n = 0; n < matrix.size(); ++n) {
     cases::Case spec = matrix[n];
-    if (spec.group != "head-dim" && n % 4 != place % 4) continue;
+    if (spec.group != "head-dim" && n % 4 != position % 4) continue;
     spec.q_dtype = spec.kv_dtype = spec.out_dtype = kernel.dtype;
-    if (kernel.dtype == FLASHSPARK_FLOAT8_E4M3) {  // every type of q and out; factors of every kind
+    if (kernel.dtype == FLASHSPARK_FLOAT8_E4M3) {  // all q and out types, all kinds of descale factors
       constexpr int32_t kTypes[] = {FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT16, FLASHSPARK_FLOAT8_E4M3};
       constexpr cases::Descale kDescales[] = {cases::Descale::kNone, cases::Descale::kPerTensor,
                                               cases::Descale::kPerHead, cases::Descale::kFull};
@@ -33,7 +34,8 @@ TEST_P(EveryKernel, RunsTheFeatureMatrix) {
     }
     if (kernel.dtype != FLASHSPARK_FLOAT8_E4M3 && n % 5 == 2) spec.out_dtype = FLASHSPARK_FLOAT8_E4M3;
     spec.output_scale = spec.out_dtype == FLASHSPARK_FLOAT8_E4M3 && n % 2 == 0 ? 0.02f : 0.0f;
-    // The kernel's own width, so that it is not always half zeros; its neighbour's too where that leaves a tail.
+    // Use the kernel's own head size so that the tile is not half zero fill, and now and then a smaller one that leaves
+    // a partial tail.
     if (spec.group != "head-dim") {
       const int unit = kernel.dtype == FLASHSPARK_FLOAT8_E4M3 ? 16 : 8;
       spec.head_dim = kernel.instance->head_dim - (n % 8 == 0 ? unit : 0);
@@ -41,7 +43,7 @@ TEST_P(EveryKernel, RunsTheFeatureMatrix) {
     }
     int64_t keys = 0;
     for (const cases::SeqLen &len : spec.lens) keys += len.k * std::max<int64_t>(1, len.q / 64);
-    if (keys > 2500) continue;  // "long-splits": fuzzed with fewer keys
+    if (keys > 2500) continue;  // "long-splits" takes too long here; the fuzzer covers splits with fewer keys
     const cases::Problem problem(spec);
     if (!can_run(kernel, problem)) continue;
     EXPECT_EQ(check(spec, &kernel, 1 + n), "");
@@ -76,11 +78,11 @@ cases::Case plain(std::vector<cases::SeqLen> lens) {
   return c;
 }
 
-// A mask costs nothing where a tile is full, and a tile without a kept key costs nothing at all.
-TEST(Forward, WorkIsWhatTheMaskKeeps) {
+// Tiles that the mask leaves empty are skipped, so the number of MMA instructions follows the mask.
+TEST(Forward, SkipsTilesThatTheMaskLeavesEmpty) {
   const auto mma = [](const cases::Case &spec) {
     cases::Problem problem(spec);
-    return run(problem, nullptr, 4).counters.mma;  // seed 4: tiles of sm_90, and no split
+    return run(problem, nullptr, 4).counters.mma;  // seed 4 selects the sm_90 tiles; num_splits = 1
   };
   cases::Case c = plain({{256, 256}});
   c.num_splits = 1;
@@ -92,8 +94,8 @@ TEST(Forward, WorkIsWhatTheMaskKeeps) {
   EXPECT_LT(mma(c), causal * 7 / 10);
 }
 
-// Blocks share all work evenly, whatever it is: one long sequence among short ones, sequences without keys, with
-// windows and without rows, on 1 to 7 SMs.
+// Stream-K decode on 1 to 7 SMs: one long sequence among short ones, sequences without keys or without query rows,
+// windows.
 TEST(Forward, DecodeOfUnequalLengths) {
   struct Batch {
     int64_t heads_kv;
@@ -101,12 +103,12 @@ TEST(Forward, DecodeOfUnequalLengths) {
   };
   const Batch batches[] = {
       {2, {{1, 1500}, {1, 3}, {1, 0}, {2, 70}, {0, 40}, {1, 1}}},
-      {1, {{1, 2500}}},  // so many pieces that several warps join a row, in the block of their row tile
-      {1, {{6, 2500}}},  // ... of 18 rows, for which an SM holds two blocks
-      {1, {{1, 40}, {1, 2500}, {1, 3}}},  // ... and in those of all shares that meet in it
+      {1, {{1, 2500}}},                   // so many partials that several warps combine one row
+      {1, {{6, 2500}}},                   // 18 rows, for which an SM holds two CTAs of the combine kernel
+      {1, {{1, 40}, {1, 2500}, {1, 3}}},  // the ranges of several sequences meet in one CTA
       {2, {{2, 0}, {1, 0}, {1, 900}}},
       {2, {{1, 513}, {1, 513}, {1, 513}}},
-      {2, {{45, 400}, {1, 200}, {20, 25}}},  // several row tiles of a sequence, with seed 11: the L2 is large then
+      {2, {{45, 400}, {1, 200}, {20, 25}}},  // several row tiles per sequence; seed 11 has a large L2
       {2, std::vector<cases::SeqLen>(37, {1, 200})},
   };
   for (const auto &[heads_kv, lens] : batches) {
@@ -117,15 +119,15 @@ TEST(Forward, DecodeOfUnequalLengths) {
       c.causal = true;
       c.window_left = window;
       c.sinks = window > 0;
-      for (uint64_t seed = 1; seed < 14; seed += 2)  // odd: tiles of sm_120f
+      for (uint64_t seed = 1; seed < 14; seed += 2)  // odd seeds select the sm_120f tiles
         EXPECT_EQ(check(c, nullptr, seed), "") << lens.size() << " sequences, window " << window;
     }
   }
 }
 
-// A schedule knows what each layout counts keys from, and which sequences are causal; one of other lengths is not
-// believed.
-TEST(Forward, ScheduledDecodeOfEveryLayout) {
+// Scheduler metadata records where each layout's keys begin and which sequences are causal. Metadata made from other
+// lengths must be rejected.
+TEST(Forward, DecodeWithSchedulerMetadataOfEveryLayout) {
   cases::Case padded = plain({{1, 700}, {1, 30}, {2, 333}, {1, 90}});
   padded.heads_q = 3;
   padded.kv_layout = cases::Layout::kDense, padded.seqused_k = true;
@@ -135,12 +137,14 @@ TEST(Forward, ScheduledDecodeOfEveryLayout) {
   indexed.kv_batch_index = true;
   mixed.kv_layout = cases::Layout::kPaged, mixed.causal_per_seq = true;
   for (const cases::Case &c : {padded, varlen, indexed, mixed}) {
-    for (const uint64_t seed : {3, 11, 5, 13, 23, 31})  // of its own lengths, of others, of another problem; twice each
+    // two seeds each for this problem's lengths, other lengths, another problem
+    for (const uint64_t seed : {3, 11, 5, 13, 23, 31})
       EXPECT_EQ(check(c, nullptr, seed), "") << "leftpad " << c.leftpad << ", layout " << static_cast<int>(c.kv_layout);
   }
 }
 
-// Metadata of sequences without query rows is never read: page numbers and lengths of padded rows are stale.
+// The kernels never read the metadata of sequences without query rows: in a padded batch those lengths and page numbers
+// are stale.
 TEST(Forward, PaddedRowsReadNothing) {
   cases::Case c = plain({{3, 100}, {1, 40}, {0, 30}, {0, 20}});
   c.kv_layout = cases::Layout::kPaged;

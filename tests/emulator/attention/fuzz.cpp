@@ -1,6 +1,7 @@
-// Random serving-shaped batches through the kernels that the plan chooses, and through each of the others.
+// Fuzzes the forward kernels with random serving-shaped batches: half of the cases run the kernel that the plan
+// chooses, the others go through all kernels in turn.
 //   emulator_fuzz [--count 1000] [--seed 1] [--seconds 600] [--failures 10] [--kernel d64_short_q_bf16_sm_120f ...]
-// A failure prints its seed; --seed S --count 1 (and the same --kernel) runs it again.
+// A failure prints its seed; --seed S --count 1 (with the same --kernel) reproduces it.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -32,10 +33,10 @@ class Draw {
   std::mt19937_64 rng_;
 };
 
-// What a case is drawn for: any that the plan may choose (NULL), or one kernel.
+// What a case is drawn for: one kernel, or whichever the plan chooses (NULL).
 struct Limits {
   const Kernel *kernel;
-  bool changed() const { return kernel == nullptr || kernel->instance->score_mod == ScoreMod::native; }
+  bool score_mod() const { return kernel == nullptr || kernel->instance->score_mod == ScoreMod::native; }
 };
 
 void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
@@ -47,7 +48,7 @@ void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
     c.head_dim = draw.of<int64_t>({64, 64, 80, 96, 128, 128, 128, 192, 256, 512, 8 * draw.from(1, 40)});
     c.head_dim_v = c.head_dim == 192 ? 128 : c.head_dim;
   } else {
-    // Mostly the kernel's own width, or just so much less that its last columns are zero fill.
+    // Mostly the kernel's own head size, otherwise a smaller one whose last columns are zero fill.
     const Instance &instance = *limits.kernel->instance;
     c.head_dim = instance.head_dim - (draw.one_in(4) ? 8 * draw.from(1, instance.head_dim / 8 - 1) : 0);
     c.head_dim_v = instance.head_dim_v - (draw.one_in(4) ? 8 * draw.from(1, instance.head_dim_v / 8 - 1) : 0);
@@ -65,10 +66,10 @@ void choose_heads(Draw &draw, const Limits &limits, cases::Case &c) {
         draw.of({cases::Descale::kNone, cases::Descale::kPerTensor, cases::Descale::kPerHead, cases::Descale::kFull});
 }
 
-// Decode, verify, chunk, prefill and padded rows; short enough for the emulator.
+// Lengths of decode, verify, chunked prefill, prefill and padding rows, bounded so that the emulator finishes quickly.
 void choose_lengths(Draw &draw, cases::Case &c) {
   c.lens.resize(draw.from(1, draw.one_in(8) ? 40 : 5));
-  // Contributors of 16 rows x 16 keys x 64 columns of K and of V; ten thousand take about a second.
+  // The unit of cost is 16 rows x 16 keys x 64 columns of K and of V.
   constexpr int64_t kBudget = 2000;
   int64_t budget = kBudget;
   const int64_t group = c.heads_q / c.heads_kv;
@@ -80,7 +81,7 @@ void choose_lengths(Draw &draw, cases::Case &c) {
     const int64_t kind = draw.from(0, 9);
     len.q = kind == 0 ? 0 : kind < 4 ? 1 : kind < 6 ? draw.from(2, 16) : draw.from(1, 150);
     len.k = draw.one_in(6) ? len.q : draw.one_in(12) ? draw.from(0, 20) : draw.from(1, 400);
-    // Too much work: fewer rows over as many keys, then fewer keys.
+    // Over budget: halve the query rows first, then the keys.
     while (cost(len) > budget && len.q > 1) len.q /= 2;
     while (cost(len) > budget && len.k > 8) len.k /= 2;
     budget = std::max<int64_t>(kBudget / 16, budget - cost(len));
@@ -92,7 +93,7 @@ void choose_cache(Draw &draw, const Limits &limits, cases::Case &c) {
   c.q_layout = draw.one_in(4) ? Layout::kDense : Layout::kVarlen;
   c.kv_layout = draw.of({Layout::kPaged, Layout::kPaged, Layout::kPaged, Layout::kVarlen, Layout::kDense});
   c.page_size = draw.of<int64_t>({16, 16, 32, 48, 64, 256, 784});
-  if (limits.changed() && draw.one_in(5)) c.page_size = draw.of<int64_t>({1, draw.from(1, 100)});
+  if (limits.score_mod() && draw.one_in(5)) c.page_size = draw.of<int64_t>({1, draw.from(1, 100)});
   c.cache_order = draw.of({cases::CacheOrder::kPageTokenHead, cases::CacheOrder::kPageHeadToken});
   c.packed_kv = draw.one_in(4);
   c.strided = draw.one_in(4);
@@ -107,10 +108,10 @@ void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
   c.causal_per_seq = draw.one_in(8);
   if (draw.one_in(4)) c.window_left = draw.from(0, draw.one_in(2) ? 20 : 200);
   if (draw.one_in(6)) c.window_right = draw.from(0, 60);
-  if (limits.changed() && draw.one_in(6)) c.attention_chunk = draw.from(1, 120);
+  if (limits.score_mod() && draw.one_in(6)) c.attention_chunk = draw.from(1, 120);
   c.sinks = draw.one_in(4);
   c.sinks_dtype = draw.of({FLASHSPARK_FLOAT32, FLASHSPARK_FLOAT16, FLASHSPARK_BFLOAT16});
-  if (!limits.changed() || draw.one_in(4) == (limits.kernel != nullptr)) return;
+  if (!limits.score_mod() || draw.one_in(4) == (limits.kernel != nullptr)) return;
   switch (draw.from(0, 5)) {
     case 0:
       c.softcap = static_cast<float>(draw.from(1, 50));
@@ -129,7 +130,7 @@ void choose_mask(Draw &draw, const Limits &limits, cases::Case &c) {
     default:
       c.prefix_mode = draw.of<int32_t>({FLASHSPARK_PREFIX_PER_SEQ, FLASHSPARK_PREFIX_PER_TOKEN});
       c.causal = true;
-      // Without a window there is nothing to clamp to.
+      // prefix_clamp needs a window to clamp to.
       c.prefix_clamp = draw.one_in(3);
       if (c.prefix_clamp && c.window_left < 0) c.window_left = draw.from(0, 40);
   }
@@ -155,13 +156,13 @@ struct Options {
   uint64_t seed = 1;
   int64_t count = 1000;
   double seconds = 600;
-  int64_t failures = 10;                // after which it stops
+  int64_t failures = 10;                // stop after this many failures
   std::vector<const Kernel *> kernels;  // empty: the plan's choice and every kernel in turn
 };
 
 uint64_t running_seed = 0;
 
-// A sanitizer's report ends the process.
+// A sanitizer report ends the process before the failure is printed, so print the seed from its death callback.
 void print_seed_at_death() {
 #if defined(FLASHSPARK_EMULATOR_POISON)
   __sanitizer_set_death_callback([] {

@@ -54,7 +54,7 @@ void add(Counters &sum, const Counters &more) {
   sum.cp_async_zero += more.cp_async_zero;
 }
 
-// Sequences without query rows, as a captured batch pads itself with: their lengths and pages are stale.
+// Fills the metadata of sequences without query rows with stale values, as a padded CUDA graph batch has them.
 void make_padding_stale(cases::Problem &problem) {
   const Params &p = problem.params;
   const auto set = [](const int32_t *numbers, int64_t n, int32_t value) {
@@ -71,7 +71,8 @@ void make_padding_stale(cases::Problem &problem) {
   }
 }
 
-// Keys that no query row keeps may hold anything, as pages that have left a window do.
+// Sets K and V to NaN for all keys that the mask hides from every row: a page that has left the window may hold
+// anything.
 void spoil_unkept_keys(cases::Problem &problem) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (int64_t b = 0; b < problem.params.num_seqs; ++b) {
@@ -87,31 +88,32 @@ void spoil_unkept_keys(cases::Problem &problem) {
   }
 }
 
-// What a forward kernel may be given of a schedule: none, one of its own lengths, of others, or of another problem.
-enum class ScheduleOf : uint64_t { none, lengths, other_lengths, other_problem };
+// The scheduler metadata a forward kernel is given: none, or metadata made for this problem, for other lengths, or for
+// other arguments.
+enum class MetadataOf : uint64_t { nothing, these_lengths, other_lengths, other_problem };
 
-// Its lines, written by the schedule kernel; empty for a problem that has none.
-Guarded<int32_t> make_schedule(const Params &p, const cuda::Machine &machine, const Instance *instance, ScheduleOf of,
-                               uint64_t seed, Counters &counters) {
+// Runs the metadata kernel. Empty if the plan does not use scheduler metadata.
+Guarded<int32_t> make_scheduler_metadata(const Params &p, const cuda::Machine &machine, const Instance *instance,
+                                         MetadataOf of, uint64_t seed, Counters &counters) {
   auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, nullptr, instance));
-  if (of == ScheduleOf::none || plan->schedule_size() == 0) return {};
-  Guarded<int32_t> lines(static_cast<size_t>(plan->schedule_size()));
-  std::fill(lines.begin(), lines.end(), -1);
-  plan->arguments.scheduler_metadata = lines.data();
-  if (of == ScheduleOf::other_problem) {
+  if (of == MetadataOf::nothing || plan->schedule_size() == 0) return {};
+  Guarded<int32_t> metadata(static_cast<size_t>(plan->schedule_size()));
+  std::fill(metadata.begin(), metadata.end(), -1);
+  plan->arguments.scheduler_metadata = metadata.data();
+  if (of == MetadataOf::other_problem) {
     StreamKLimits &limits = plan->arguments.stream_k;
     limits.min_tiles_shift += 1, limits.small_problem_tiles = 0, limits.tile_start_cost += 3;
     plan->arguments.metadata_fingerprint += 1;
   }
-  // Other lengths are those of the same sequences with half their keys.
+  // "Other lengths" halves the keys of every sequence.
   std::vector<int32_t> used(p.seqused_k, p.seqused_k + (p.seqused_k != nullptr ? p.num_seqs : 0));
   for (int32_t &keys : used) keys /= 2;
-  if (of == ScheduleOf::other_lengths && p.seqused_k != nullptr) plan->arguments.seqused_k = used.data();
+  if (of == MetadataOf::other_lengths && p.seqused_k != nullptr) plan->arguments.seqused_k = used.data();
   add(counters, launch_one(plan->schedule(), seed, [&plan] { write_scheduler_metadata(plan->arguments); }));
-  if (of == ScheduleOf::other_lengths && p.seqused_k == nullptr) {
-    for (size_t n = kLengthsChecksum; n < lines.size(); n += kRecordWords) lines[n] += 1;
+  if (of == MetadataOf::other_lengths && p.seqused_k == nullptr) {
+    for (size_t n = kLengthsChecksum; n < metadata.size(); n += kRecordWords) metadata[n] += 1;
   }
-  return lines;
+  return metadata;
 }
 
 }  // namespace
@@ -121,10 +123,10 @@ Registration::Registration(const Kernel &kernel) {
 }
 
 std::string name_of(const Kernel &kernel) {
-  const char *number = kernel.dtype == FLASHSPARK_BFLOAT16  ? "_bf16_"
-                       : kernel.dtype == FLASHSPARK_FLOAT16 ? "_fp16_"
-                                                            : "_e4m3_";
-  return kernel.instance->name + std::string(number) + tiles_name(kernel.tiles);
+  const char *dtype = kernel.dtype == FLASHSPARK_BFLOAT16  ? "_bf16_"
+                      : kernel.dtype == FLASHSPARK_FLOAT16 ? "_fp16_"
+                                                           : "_e4m3_";
+  return kernel.instance->name + std::string(dtype) + tiles_name(kernel.tiles);
 }
 
 std::span<const Kernel> kernels() {
@@ -136,8 +138,8 @@ std::span<const Kernel> kernels() {
 
 bool can_run(const cases::Problem &problem) {
   const Params &p = problem.params;
-  const auto wide = [](int32_t dtype) { return dtype == FLASHSPARK_BFLOAT16 || dtype == FLASHSPARK_FLOAT16; };
-  const bool q = wide(p.q.dtype) || (p.q.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k.dtype == FLASHSPARK_FLOAT8_E4M3);
+  const auto is_16_bit = [](int32_t dtype) { return dtype == FLASHSPARK_BFLOAT16 || dtype == FLASHSPARK_FLOAT16; };
+  const bool q = is_16_bit(p.q.dtype) || (p.q.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k.dtype == FLASHSPARK_FLOAT8_E4M3);
   return q && p.out.dtype != FLASHSPARK_FLOAT32 && cuda::unsupported(p).empty();
 }
 bool can_run(const Kernel &kernel, const cases::Problem &problem) {
@@ -151,7 +153,7 @@ Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
   return result;
 }
 
-// As the host does with results in e4m3 (src/cuda/forward.cpp).
+// Mirrors the host path for e4m3 output (src/cuda/forward.cpp).
 Run execute_quantized(const Params &p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &spoil) {
   Guarded<char> memory(cuda::wide_out_bytes(p));
   const Params wide = cuda::with_wide_out(p, memory.data());
@@ -164,7 +166,8 @@ Run execute_quantized(const Params &p, const Kernel *kernel, uint64_t seed, cons
 
 Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &spoil) {
   if (cuda::is_quantized(p)) return execute_quantized(p, kernel, seed, spoil);
-  // A small GPU, so that small problems make several waves, splits and sections; which one depends on the seed.
+  // A small GPU, so that small problems already need several waves, splits and L2 sections. Its size depends on the
+  // seed.
   const cuda::Machine machine{
       kernel != nullptr ? kernel->tiles : (seed % 2 != 0 ? Architecture::sm_120f : Architecture::sm_90),
       static_cast<int32_t>(1 + seed % 7), static_cast<int64_t>(1024) << seed % 12, 100 * 1024};
@@ -173,18 +176,18 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
   Guarded<float> workspace(bytes / sizeof(float));
   std::fill(workspace.begin(), workspace.end(), std::numeric_limits<float>::quiet_NaN());
   Run result;
-  const ScheduleOf of = spoil ? ScheduleOf::lengths : static_cast<ScheduleOf>(seed / 2 % 4);
-  Guarded<int32_t> lines = make_schedule(p, machine, instance, of, seed + 2, result.counters);
-  if (spoil) spoil({lines.data(), lines.size()});
-  p.scheduler_metadata = lines.data();
-  p.scheduler_metadata_size = static_cast<int64_t>(lines.size());
-  // On the heap: one copy for all threads, as the constant bank of a GPU.
+  const MetadataOf of = spoil ? MetadataOf::these_lengths : static_cast<MetadataOf>(seed / 2 % 4);
+  Guarded<int32_t> metadata = make_scheduler_metadata(p, machine, instance, of, seed + 2, result.counters);
+  if (spoil) spoil({metadata.data(), metadata.size()});
+  p.scheduler_metadata = metadata.data();
+  p.scheduler_metadata_size = static_cast<int64_t>(metadata.size());
+  // On the heap: all threads share one copy, like the constant bank of a GPU.
   const auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, workspace.data(), instance));
   if (plan->forward.grid[0] > 0) {
     const Kernel &chosen = kernel != nullptr ? *kernel : find(*plan->instance, p.k.dtype, machine.arch);
     if (kernel == nullptr && chosen.tiles != machine.arch)
       return execute(p, &chosen, seed,
-                     spoil);  // the same instance has the same tile on both, or is not linked in twice
+                     spoil);  // the tile is the same on both architectures, or this one is not linked in
     result.kernel = name_of(chosen);
     add(result.counters, launch_one(plan->forward, seed, [&plan, &chosen] { chosen.run(plan->arguments); }));
     if (plan->combine.grid[0] > 0) {
@@ -199,7 +202,7 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
 
 std::string check(const cases::Case &spec, const Kernel *kernel, uint64_t seed) {
   cases::Problem problem(spec);
-  // The kernels copy 16 aligned bytes of q, k and v; out may lie anywhere.
+  // The kernels copy q, k and v in 16-byte chunks; out need not be aligned.
   if (seed % 4 == 3) problem.params.out.data = static_cast<uint16_t *>(problem.params.out.data) + 1;
   validate(problem.params);
   const cases::Result expected = cases::reference(problem);

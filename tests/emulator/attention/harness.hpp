@@ -1,4 +1,4 @@
-// Attention problems (src/cases) run by the GPU kernels on the emulator.
+// Runs attention problems (src/cases) through the GPU kernels on the emulator.
 #pragma once
 
 #include <functional>
@@ -13,12 +13,12 @@ namespace flashspark::emulator {
 
 struct Kernel {
   const Instance *instance;
-  int32_t dtype;  // of q, k, v and out; float8_e4m3: of k and v alone
+  int32_t dtype;  // of q, k, v and out; for float8_e4m3, of k and v only
   Architecture tiles;
   void (*run)(const ForwardArguments &);
 };
 
-// Every kernel that was linked in, ordered by instance, dtype and tiles.
+// Every kernel that is linked in, ordered by instance, dtype and tile architecture.
 std::span<const Kernel> kernels();
 std::string name_of(const Kernel &kernel);
 
@@ -26,22 +26,23 @@ struct Registration {
   explicit Registration(const Kernel &kernel);
 };
 
-// NULL for the kernel: the one that the plan chooses.
+// A NULL kernel means the one that the plan chooses.
 struct Run {
   cases::Result result;
-  std::string kernel;  // name of the one that ran, empty if nothing had to
+  std::string kernel;  // name of the kernel that ran; empty if there was no work
   Counters counters;
 };
 bool can_run(const cases::Problem &problem);
 bool can_run(const Kernel &kernel, const cases::Problem &problem);
 Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed);
 
-// The kernels alone: no lengths are read here, and `result` stays empty. `spoil`, where given, may change what a
-// schedule of the problem's own lengths holds; without it the seed says of which lengths the schedule is.
-using SpoilMetadata = std::function<void(std::span<int32_t> lines)>;
+// Runs the kernels only: the host does not read the lengths, and `result` stays empty. `spoil`, if given, may overwrite
+// the scheduler metadata made for this problem; otherwise the seed decides which metadata the kernel gets.
+using SpoilMetadata = std::function<void(std::span<int32_t> metadata)>;
 Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &spoil = {});
 
-// Runs and compares with the oracle: empty if all is well. Faults of the emulator come back as text.
+// Runs the problem and compares it with the oracle. Returns an empty string on success, otherwise a description;
+// emulator faults are included.
 std::string check(const cases::Case &spec, const Kernel *kernel, uint64_t seed);
 
 }  // namespace flashspark::emulator

@@ -1,6 +1,6 @@
-// One kernel for the emulator, as kernels/forward/forward.cu is one for a GPU. CMake writes a file for each that sets
-// KERNEL_NAME (d128), KERNEL_ELEMENT (Bfloat16, Float16, or E4m3 of k and v alone), KERNEL_ARCHITECTURE (sm_120f) and
-// includes this one.
+// One forward kernel for the emulator, the counterpart of kernels/forward/forward.cu. CMake generates one source per
+// kernel that defines KERNEL_NAME (d128_prefill), KERNEL_ELEMENT (Bfloat16, Float16, or E4m3 for K and V) and
+// KERNEL_ARCHITECTURE (sm_120f) and includes this file.
 #include "forward/kernel.cuh"
 
 #include "attention/harness.hpp"

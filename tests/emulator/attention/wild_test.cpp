@@ -1,5 +1,5 @@
-// Whatever the device's metadata holds, kernels read and write nothing outside the tensors: every array of it in turn
-// gets wild numbers, in every layout and kernel, while AddressSanitizer watches the ends of all memory.
+// Out-of-range device metadata must not make a kernel access memory outside its tensors. Every metadata array in turn
+// is filled with wild values, for every layout and kernel; AddressSanitizer guards the ends of all allocations.
 #include <gtest/gtest.h>
 
 #include <random>
@@ -10,7 +10,7 @@
 namespace flashspark::emulator {
 namespace {
 
-// An array of int32 that the problem has, by name.
+// An int32 metadata array of the problem, and its name.
 struct Metadata {
   const char *name;
   const int32_t *(*data)(const Params &);
@@ -31,7 +31,7 @@ int64_t ranges(const Params &p) {
 }
 #define METADATA(name, count)                            \
   Metadata {                                             \
-#name, [](const Params &p) { return p.name; }, count \
+    #name, [](const Params &p) { return p.name; }, count \
   }
 const Metadata kMetadata[] = {
     METADATA(cu_seqlens_q, offsets),    METADATA(cu_seqlens_k, offsets), METADATA(seqused_q, one_each),
@@ -47,7 +47,7 @@ int32_t wild(std::mt19937_64 &rng) {
   return n < std::size(kValues) ? kValues[n] : static_cast<int32_t>(rng());
 }
 
-// Some or all of the numbers, or all of them as pairs at the end of what 32 bits hold: a range of keys there is.
+// Overwrites some or all values; with `pairs`, every pair becomes a non-empty range at the end of the int32 range.
 void spoil(std::span<int32_t> numbers, std::mt19937_64 &rng, bool pairs) {
   if (pairs) {
     for (size_t n = 0; n < numbers.size(); ++n) numbers[n] = INT32_MAX - (n % 2 == 0 ? 1 : 0);
@@ -71,7 +71,7 @@ cases::Case small(const Kernel &kernel) {
   return c;
 }
 
-// Problems that between them have every array.
+// Layouts that together use every metadata array.
 std::vector<cases::Case> layouts(const Kernel &kernel) {
   cases::Case varlen = small(kernel), paged = varlen, dense = varlen, padded = varlen;
   varlen.kv_layout = cases::Layout::kVarlen, varlen.seqused_q = true;
@@ -114,10 +114,11 @@ TEST_P(WildMetadata, StaysWithinTheTensors) {
   EXPECT_GE(ran, 20);
 }
 
-// A line whose key and lengths are right is believed, so that its other words must not lead astray.
-TEST_P(WildMetadata, SchedulesStayWithinTheTensors) {
+// A record with the right fingerprint and checksum is accepted, so its other fields must be harmless whatever they
+// hold.
+TEST_P(WildMetadata, SchedulerMetadataStaysWithinTheTensors) {
   const Kernel &kernel = GetParam();
-  if (!supports_stream_k(*kernel.instance)) return;  // the others are given none
+  if (!supports_stream_k(*kernel.instance)) return;  // other kernels take no scheduler metadata
   int spoiled = 0;
   for (const cases::Case &layout : layouts(kernel)) {
     for (uint64_t seed = 1; seed <= 12; ++seed) {
@@ -127,10 +128,10 @@ TEST_P(WildMetadata, SchedulesStayWithinTheTensors) {
       if (!can_run(kernel, problem)) continue;
       std::mt19937_64 rng(seed);
       EXPECT_NO_THROW(execute(problem.params, &kernel, 2 * seed,
-                              [&](std::span<int32_t> lines) {
-                                for (size_t line = 0; line < lines.size(); line += kRecordWords) {
+                              [&](std::span<int32_t> records) {
+                                for (size_t record = 0; record < records.size(); record += kRecordWords) {
                                   for (size_t word = kValid; word < kRecordFields; ++word) {
-                                    if (rng() % 4 == 0) lines[line + word] = wild(rng), ++spoiled;
+                                    if (rng() % 4 == 0) records[record + word] = wild(rng), ++spoiled;
                                   }
                                 }
                               }))
@@ -140,9 +141,9 @@ TEST_P(WildMetadata, SchedulesStayWithinTheTensors) {
   EXPECT_GT(spoiled, 0);
 }
 
-// A share that claims to end far away, and to begin before what it has passed, must not keep its block for ever: the
-// work of the whole batch is the most that a block may do.
-TEST_P(WildMetadata, SharesOfASchedulesLineEnd) {
+// A range that claims to end far away, or to begin before its batch prefix, must not keep its CTA busy forever: no CTA
+// does more than the work of the whole batch.
+TEST_P(WildMetadata, WorkRangesOfSpoiledRecordsEnd) {
   const Kernel &kernel = GetParam();
   if (!supports_stream_k(*kernel.instance)) return;
   cases::Case spec = layouts(kernel)[1];
@@ -151,11 +152,12 @@ TEST_P(WildMetadata, SharesOfASchedulesLineEnd) {
     cases::Problem problem(spec);
     ASSERT_TRUE(can_run(kernel, problem));
     const uint64_t all = execute(problem.params, &kernel, 1).counters.mma;
-    const auto spoiled = execute(problem.params, &kernel, 2, [passed](std::span<int32_t> lines) {
-      ASSERT_GT(lines.size(), 0u);
-      for (size_t line = 0; line < lines.size(); line += kRecordWords) {
-        lines[line + kHasNext] = 1, lines[line + kRangeNext] = 0, lines[line + kRangeEnd] = INT32_MAX;
-        lines[line + kRangeSkip] = 0, lines[line + kPrefixSeqs] = 0, lines[line + kPrefixPositions] = passed;
+    const auto spoiled = execute(problem.params, &kernel, 2, [passed](std::span<int32_t> records) {
+      ASSERT_GT(records.size(), 0u);
+      for (size_t record = 0; record < records.size(); record += kRecordWords) {
+        records[record + kHasNext] = 1, records[record + kRangeNext] = 0, records[record + kRangeEnd] = INT32_MAX;
+        records[record + kRangeSkip] = 0, records[record + kPrefixSeqs] = 0,
+                         records[record + kPrefixPositions] = passed;
       }
     });
     EXPECT_LT(spoiled.counters.mma, 20 * all + 1000) << passed;
@@ -163,7 +165,8 @@ TEST_P(WildMetadata, SharesOfASchedulesLineEnd) {
 }
 
 std::vector<Kernel> some() {
-  // The order of execution differs by kind and format, not by width: one width of each, and those with stages of one.
+  // Control flow depends on tiling and dtype, not on the head size: one head size of each tiling, and the instances
+  // with single-stage buffers.
   std::vector<Kernel> chosen;
   for (const Kernel &kernel : kernels()) {
     const int64_t width = kernel.instance->head_dim;
@@ -176,8 +179,8 @@ std::vector<Kernel> some() {
 INSTANTIATE_TEST_SUITE_P(Forward, WildMetadata, testing::ValuesIn(some()),
                          [](const auto &kernel) { return name_of(kernel.param); });
 
-// More keys than there is room for are as many as there are.
-TEST(WildLengths, BeyondTheTableCountAsWhatItHolds) {
+// Lengths beyond the page table are clamped to its capacity.
+TEST(WildLengths, BeyondThePageTableAreCutToIt) {
   cases::Case c;
   c.name = "beyond";
   c.lens = {{1, 64}, {2, 64}};
@@ -186,7 +189,7 @@ TEST(WildLengths, BeyondTheTableCountAsWhatItHolds) {
   c.causal = true;
   for (const uint64_t seed : {1, 3, 7}) {
     cases::Problem problem(c);
-    constexpr int32_t capacity = 64;  // as many pages as the sequences fill
+    constexpr int32_t capacity = 64;  // exactly the pages that the sequences fill
     problem.params.num_page_slots = capacity / problem.params.page_size;
     auto *used = const_cast<int32_t *>(problem.params.seqused_k);
     used[0] = used[1] = capacity;

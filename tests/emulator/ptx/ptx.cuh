@@ -1,5 +1,5 @@
-// kernels/ptx/ptx.cuh for the host: the same names, types and macros, run by the emulator. See there for what each
-// function does; a last, defaulted argument tells the emulator the kernel's line.
+// The host counterpart of kernels/ptx/ptx.cuh: the same names, types and macros, executed by the emulator. Each
+// function is documented there; the defaulted last argument passes the kernel's source line to the emulator.
 #pragma once
 
 #include <bit>
@@ -11,12 +11,12 @@
 #include "operations.hpp"
 
 #define FLASHSPARK_DEVICE inline
-#define FLASHSPARK_KERNEL(threads, blocks) void
+#define FLASHSPARK_KERNEL(threads, ctas) void
 #define FLASHSPARK_PARAMETER const
 #define FLASHSPARK_UNROLL
 #define FLASHSPARK_NO_UNROLL
 
-// Evaluated where the function is called, since it stands in a default argument.
+// Evaluated at the call site, since it is a default argument.
 #define FLASHSPARK_CALLER ::flashspark::emulator::Site site = {__builtin_LINE(), __builtin_FILE()}
 
 namespace flashspark::ptx {
@@ -33,7 +33,7 @@ struct E4m3 {
 
 using SharedAddress = uint32_t;
 
-// Kernels of a test run one after the other.
+// Kernels run one after another, so there is nothing to wait for.
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
 
@@ -42,7 +42,7 @@ struct alignas(16) Vector16 {
 
   Vector16() = default;
   Vector16(const Vector16 &) = default;
-  // Not the compiler's own: of this one UBSan asks whether the address that is assigned to is aligned.
+  // User-defined, because UBSan checks the alignment of the destination in the implicit one.
   Vector16 &operator=(const Vector16 &other) {
     for (int n = 0; n < 4; ++n) word[n] = other.word[n];
     return *this;
@@ -59,13 +59,13 @@ inline int32_t warp() {
   return static_cast<int32_t>(thread_index() / 32);
 }
 inline uint32_t cta_x() {
-  return emulator::position.block[0];
+  return emulator::position.cta[0];
 }
 inline uint32_t cta_y() {
-  return emulator::position.block[1];
+  return emulator::position.cta[1];
 }
 inline uint32_t cta_z() {
-  return emulator::position.block[2];
+  return emulator::position.cta[2];
 }
 
 inline void cta_barrier(FLASHSPARK_CALLER) {
@@ -79,7 +79,7 @@ inline SharedAddress shared_memory() {
   return emulator::kSharedBase;
 }
 
-inline void prefetch(const void *) {}  // without a fault wherever it leads
+inline void prefetch(const void *) {}  // may be given any address, like the instruction
 inline int32_t load_of_device(const int32_t *from) {
   return *from;
 }
@@ -107,7 +107,7 @@ inline void ldmatrix_x4_trans(uint32_t (&part)[4], SharedAddress row, FLASHSPARK
   emulator::load_matrices(emulator::Operation::ldmatrix_trans, part, row, site);
 }
 
-// Of two matrices: lanes 16 to 31, whose addresses the device does not look at, name the same rows here.
+// For the .x2 forms the device ignores the addresses of lanes 16 to 31; here they name the same rows again.
 inline void ldmatrix_x2(uint32_t (&part)[2], SharedAddress row, FLASHSPARK_CALLER) {
   uint32_t both[4];
   emulator::load_matrices(emulator::Operation::ldmatrix, both, row, site);
@@ -162,7 +162,7 @@ inline void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_
 }
 
 namespace detail {
-// Round to nearest even; every NaN becomes the one that the conversion gives.
+// Round to nearest even. Every NaN becomes the canonical NaN of the conversion instruction.
 inline uint32_t round_bfloat16(float x) {
   if (x != x) return 0x7fff;
   const uint32_t word = std::bit_cast<uint32_t>(x);
@@ -173,11 +173,12 @@ inline uint32_t round_float16(float x) {
   const uint32_t word = std::bit_cast<uint32_t>(x);
   const uint32_t sign = word >> 16 & 0x8000;
   const uint32_t magnitude = word & 0x7fffffff;
-  // 2^-14 is the smallest normal number; below it the adder rounds for us: 0.5 has steps of 2^-24 above it.
+  // Below 2^-14, the smallest normal fp16, adding 0.5 rounds to the step of subnormals: floats in [0.5, 1) are 2^-24
+  // apart.
   if (magnitude < 0x38800000) {
     return sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000);
   }
-  if (magnitude >= 0x47800000) return sign | 0x7c00;  // 2^16 and more
+  if (magnitude >= 0x47800000) return sign | 0x7c00;  // 2^16 and above overflow
   return sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 }  // namespace detail
@@ -203,12 +204,12 @@ inline float to_float<Float16>(Float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // The bits in their places of a float stand for the number times 2^-112, subnormals too.
+  // The fp16 bits, shifted into a float's fields, represent the value times 2^-112; this holds for subnormals too.
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f));
 }
 
 namespace detail {
-// .ftz: a subnormal is a zero of its sign.
+// .ftz: subnormals become zeros of the same sign.
 inline float flush(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
@@ -231,7 +232,7 @@ inline void convert_e4m3x4_to_f16x4(uint32_t &first, uint32_t &second, uint32_t 
   }
 }
 
-// Looks for the nearest of all numbers, the even one of two as near.
+// Exhaustive search for the nearest e4m3 value; of two equally near, the even code.
 inline uint32_t convert_f32x2_to_e4m3x2(float low, float high) {
   const auto round = [](float x) -> uint32_t {
     const uint32_t sign = std::signbit(x) ? 0x80 : 0;
@@ -284,7 +285,7 @@ inline int32_t reduce_max(int32_t x, FLASHSPARK_CALLER) {
 inline uint32_t reduce_add(uint32_t x, FLASHSPARK_CALLER) {
   return emulator::exchange(emulator::Operation::reduce_add, x, 0, site);
 }
-// A lane that holds another value is a fault of the kernel.
+// Faults if the lanes hold different values.
 inline int32_t uniform(int32_t x, FLASHSPARK_CALLER) {
   return static_cast<int32_t>(emulator::exchange(emulator::Operation::uniform, static_cast<uint32_t>(x), 0, site));
 }

@@ -25,5 +25,5 @@ def platform() -> str | None:
         from flashspark.vllm import takeover
 
         takeover.NO_KERNELS = "no explanation says this"
-        takeover.ARCHITECTURES = {12: "cpu-engine"}  # every explanation says this
+        takeover.ARCHITECTURES = {9: "cpu-engine", 12: "cpu-engine"}  # every explanation says this
     return "fake_cuda_platform.FakeCuda"

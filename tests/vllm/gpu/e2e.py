@@ -95,9 +95,9 @@ class Lines:
 def forbid_waiting() -> None:
     """Every attention call of flashspark's fails if it makes the host wait for the device."""
     import torch
-    from flashspark.vllm import calls
+    from flashspark.vllm import attention
 
-    attend = calls._attend
+    attend = attention._attend
 
     def strict(*args: Any, **kwargs: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -106,7 +106,7 @@ def forbid_waiting() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    calls._attend = strict
+    attention._attend = strict
 
 
 def run(case: str, out: str, model: str, tp: int) -> None:

@@ -1,4 +1,4 @@
-"""get_scheduler_metadata where there is no GPU: nothing to schedule, and errors that name their argument."""
+"""get_scheduler_metadata without a GPU: the result is empty, and errors name their argument."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_bad_arguments_are_named(changes, kind, name):
 
 
 def test_calls_take_it(normal, rng):
-    """The result does not depend on it, whatever it holds."""
+    """The result of attention does not depend on scheduler_metadata, whatever it holds."""
     ks, vs = ([normal(n, 2, 64) for n in LENGTHS] for _ in range(2))
     k, v, table = pages(rng, ks, vs, 16)
     q, cu = normal(3, 8, 64), offsets([1, 1, 1])

@@ -1,4 +1,4 @@
-"""Work distribution of decoding, found once for the layers of a model."""
+"""get_scheduler_metadata: how decoding is spread over the GPU, found once for all layers of a model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 from . import _core
 from ._call import call
 from ._kinds import pair, settled
-from ._layout import MOST, padded
+from ._layout import MAX_HEAD_DIM, padded
 from ._signature import REQUIRED, SCHEDULE
-from ._tensors import Array, array, bump, empty_like, is_torch
+from ._tensors import DTYPE_CODES, Array, array, bump, empty_like, is_torch
 
-# flashspark_dtype of the types that the kernels take.
-_TYPES = {"float16": 2, "bfloat16": 3, "float8_e4m3fn": 4}
+_TYPES = ("float16", "bfloat16", "float8_e4m3fn")  # that the kernels take
 
 
 def get_scheduler_metadata(
@@ -48,22 +47,22 @@ def get_scheduler_metadata(
     deterministic: bool = False,
     out: Array | None = None,
 ) -> Array:
-    """What calls over a KV cache may be given as `scheduler_metadata`, made from the lengths as they are now.
+    """scheduler_metadata for calls over a KV cache, made from the current lengths.
 
-    The arguments are FlashAttention 3's and mean what they mean to the calls: bounds, heads, head sizes,
-    cache_seqlens int32 (batch_size,) with the new keys among them, cu_seqlens_q int32 (batch_size + 1,) where q is laid
-    end to end, the mask, attention_chunk. qkv_dtype: of the cache; None: bfloat16. page_size, cu_seqlens_k_new,
-    max_seqlen_k_new, pack_gqa and sm_margin do not matter here. out: int32 (size,), at least as large as the result:
-    written in place, so that captured graphs find it; the result is its beginning.
+    The arguments are FlashAttention 3's and mean the same as in the calls: bounds, heads, head sizes, cache_seqlens
+    int32 (batch_size,) including new keys, cu_seqlens_q int32 (batch_size + 1,) if q is packed end to end, the mask,
+    attention_chunk. qkv_dtype: the cache's type; None: bfloat16. page_size, cu_seqlens_k_new, max_seqlen_k_new,
+    pack_gqa and sm_margin are ignored. out: int32 (size,), at least as large as the result, written in place so that
+    captured graphs find it; the result is a slice from its start.
 
-    It saves each decoding call on a GPU 1 us (H100), and never changes what the call computes: where lengths have
-    changed meanwhile, or it was made for another problem, calls do without. Has no elements where there is nothing to
-    gain: prefill, num_splits other than 0, deterministic, biased or capped scores, the CPU.
+    It spares each decoding call on a GPU the search for its work, and never changes a result: a call whose lengths have
+    changed since, or for which it was not made, ignores it. The result is empty where nothing can be gained: prefill,
+    num_splits other than 0, deterministic, biased or capped scores, the CPU.
     """
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
-    if type(headdim) is int and 0 < headdim < MOST:  # as the calls compute with it
+    if type(headdim) is int and 0 < headdim < MAX_HEAD_DIM:  # padded as in the calls
         headdim = padded(headdim, 8)
-    if type(headdim_v) is int and 0 < headdim_v < MOST:
+    if type(headdim_v) is int and 0 < headdim_v < MAX_HEAD_DIM:
         headdim_v = padded(headdim_v, 8)
     # fmt: off
     args = (
@@ -84,28 +83,28 @@ def get_scheduler_metadata(
 
 
 def _run(values: tuple[Any, ...]) -> int:
-    """Elements of the schedule; written, too, where there is memory for it."""
+    """The number of elements. They are written as well if `out` is given."""
     for name, value, fallback in zip(SCHEDULE.words[0], values, SCHEDULE.fallbacks):
         if value is None and fallback is REQUIRED:
             raise TypeError(f"{name} = None: must be an int")
     if is_torch(values[SCHEDULE.index("cache_seqlens")]):
         try:
             return int(_core.attention_schedule(*values))
-        except Exception:  # noqa: BLE001, S110 - below, arguments are looked at one by one
+        except Exception:  # noqa: BLE001, S110 - converted or reported below
             pass
     return int(call(_core.attention_schedule, SCHEDULE, tuple(settled(SCHEDULE, 0, values))))
 
 
 def _type(dtype: Any) -> int:
     if dtype is None:
-        return _TYPES["bfloat16"]
+        return DTYPE_CODES["bfloat16"]
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dtype, torch.dtype):
         name = str(dtype).removeprefix("torch.")
     else:
         name = type(dtype).__name__
-        with suppress(Exception):  # what is no type at all is named below
+        with suppress(Exception):  # anything that is no dtype is reported below
             name = str(np.dtype(dtype))
     if name not in _TYPES:
         raise TypeError(f"qkv_dtype = {name}: must be one of {', '.join(_TYPES)}")
-    return _TYPES[name]
+    return DTYPE_CODES[name]

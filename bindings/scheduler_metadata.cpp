@@ -1,4 +1,4 @@
-// get_scheduler_metadata from Python. The arguments are signature.def's.
+// get_scheduler_metadata from Python. The arguments are those of signature.def.
 #include "exports.hpp"
 #include "names.hpp"
 
@@ -12,7 +12,7 @@ void require_ok(flashspark_status status) {
 
 }  // namespace
 
-void read_schedule(const Tensor &metadata, flashspark_attention_params &p) {
+void read_scheduler_metadata(const Tensor &metadata, flashspark_attention_params &p) {
   if (!metadata) return;
   metadata.require_ndim({1}, "of one dimension");
   metadata.require_unit_stride();
@@ -24,7 +24,7 @@ int64_t attention_schedule(Reader &args) {
   using A = schedule::Argument;
   flashspark_attention_params p;
   flashspark_attention_params_init(&p);
-  args.call_them(schedule::kNames);
+  args.set_names(schedule::kNames);
   const Tensor metadata = args.optional_tensor(A::out);
   p.num_seqs = args.integer(A::batch_size, 0);
   p.max_seqlen_q = args.integer(A::max_seqlen_q, 0);
@@ -35,8 +35,8 @@ int64_t attention_schedule(Reader &args) {
   p.head_dim_v = args.integer(A::headdim_v, p.head_dim);
   p.k.dtype = p.v.dtype = args.integer32(A::qkv_dtype, FLASHSPARK_BFLOAT16);
   p.q.dtype = p.out.dtype = p.k.dtype == FLASHSPARK_FLOAT8_E4M3 ? FLASHSPARK_BFLOAT16 : p.k.dtype;
-  const auto each = [&](int32_t place, int64_t more = 0) {
-    return args.optional_tensor(place).int32_vector(p.num_seqs + more, more == 0 ? "batch_size" : "batch_size + 1");
+  const auto each = [&](int32_t index, int64_t more = 0) {
+    return args.optional_tensor(index).int32_vector(p.num_seqs + more, more == 0 ? "batch_size" : "batch_size + 1");
   };
   p.seqused_k = each(A::cache_seqlens);
   p.cu_seqlens_q = each(A::cu_seqlens_q, 1);
@@ -51,10 +51,10 @@ int64_t attention_schedule(Reader &args) {
   p.softcap = args.flag(A::has_softcap, 0) != 0 ? 1.0f : 0.0f;
   p.num_splits = args.integer32(A::num_splits, 0);
   p.deterministic = args.flag(A::deterministic, 0);
-  if (p.cu_seqlens_q != nullptr) p.total_q = p.num_seqs * p.max_seqlen_q;  // a bound
+  if (p.cu_seqlens_q != nullptr) p.total_q = p.num_seqs * p.max_seqlen_q;  // an upper bound
   p.num_kv_seqs = p.num_seqs;
-  args.place(p);
-  read_schedule(metadata, p);
+  args.set_device(p);
+  read_scheduler_metadata(metadata, p);
   int64_t size = 0;
   require_ok(flashspark_attention_schedule_size(&p, &size));
   if (metadata && size > 0) require_ok(flashspark_attention_schedule(&p));
