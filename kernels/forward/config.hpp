@@ -36,7 +36,16 @@ struct Tile {
   constexpr int32_t stages() const { return buffering == Buffering::single_buffer ? 1 : 2; }
 };
 
+// A line of instances.def by its name; the value is its place in kInstances.
+enum class InstanceIndex : int32_t {
+  none = -1,  // of kernels that have no instances
+#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, tiling, score_mod, tile_90, tile_120f) name,
+#include "forward/instances.def"
+#undef FLASHSPARK_INSTANCE
+};
+
 struct Instance {
+  InstanceIndex index;
   const char *name;
   int32_t head_dim, head_dim_v;
   Tiling tiling;
@@ -47,19 +56,13 @@ struct Instance {
 };
 
 #define FLASHSPARK_TILE(warps, rows, keys, score_keys, key_groups, buffering, queries, min_ctas) \
-  { warps, rows, keys, score_keys, key_groups, Buffering::buffering, QueryStorage::queries, min_ctas }
+  {warps, rows, keys, score_keys, key_groups, Buffering::buffering, QueryStorage::queries, min_ctas}
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, tiling, score_mod, tile_90, tile_120f) \
-  {#name, head_dim, head_dim_v, Tiling::tiling, ScoreMod::score_mod, tile_90, tile_120f},
+  {InstanceIndex::name, #name, head_dim, head_dim_v, Tiling::tiling, ScoreMod::score_mod, tile_90, tile_120f},
 inline constexpr Instance kInstances[] = {
 #include "forward/instances.def"
 };
 #undef FLASHSPARK_INSTANCE
-
-enum class InstanceIndex : int32_t {
-#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, tiling, score_mod, tile_90, tile_120f) name,
-#include "forward/instances.def"
-#undef FLASHSPARK_INSTANCE
-};
 #undef FLASHSPARK_TILE
 
 // Of the shared memory that results pass through, what a warp has: its rows, or with key groups first what the warps of

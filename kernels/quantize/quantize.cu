@@ -1,6 +1,10 @@
+#include "operations.hpp"
 #include "quantize/quantize.cuh"
 
-FLASHSPARK_KERNEL(flashspark::kQuantizeWarps * 32, 8)
-flashspark_attention_forward_quantize(FLASHSPARK_PARAMETER flashspark::QuantizeArguments arguments) {
+constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::attention_forward_quantize);
+static_assert(kOperation.threads == flashspark::kQuantizeWarps * 32);
+
+FLASHSPARK_KERNEL(kOperation.threads, kOperation.min_ctas)
+FLASHSPARK_ENTRY(FLASHSPARK_PARAMETER flashspark::QuantizeArguments arguments) {
   flashspark::quantize(arguments);
 }

@@ -5,7 +5,7 @@
 namespace flashspark::cuda {
 namespace {
 
-constexpr int64_t kThreads = 128, kRows = 32;  // kQuantizeWarps, kQuantizeRows in quantize.cuh
+constexpr int64_t kRows = 32;  // kQuantizeRows in quantize.cuh
 
 // q's type, or fp16 where that is e4m3: of the two the one with more bits.
 int32_t wide_dtype(const Params &p) {
@@ -42,7 +42,8 @@ QuantizePlan make_quantize_plan(const Params &p, const Params &wide) {
   plan.arguments.out = p.out.data;
   plan.arguments.out_strides = strides_of(p.out);
   plan.arguments.output_scale = p.output_scale;
-  plan.launch = {{static_cast<uint32_t>(int64_t{a.num_m_blocks} * a.num_heads_times_batch), 1, 1}, kThreads, 0};
+  const uint32_t threads = traits_of(Operation::attention_forward_quantize).threads;
+  plan.launch = {{static_cast<uint32_t>(int64_t{a.num_m_blocks} * a.num_heads_times_batch), 1, 1}, threads, 0};
   return plan;
 }
 

@@ -86,7 +86,6 @@ class GpuSession {
   cuda::Event start_ = nullptr, end_ = nullptr;
   std::optional<DeviceMemory> flush_;
   size_t flush_bytes_ = 0;
-  cuda::Kernel multiply_ = nullptr;
   double round_seconds_ = 0, issue_seconds_ = 1e-4;  // a round of multiply(), and what the last time() issued
   std::optional<Limits> limits_;
 };
