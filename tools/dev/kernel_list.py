@@ -7,6 +7,7 @@ import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,8 @@ class Kernel:
     score_mod: str = ""
 
 
-def kernel_list() -> list[Kernel]:
+@cache
+def kernel_list() -> tuple[Kernel, ...]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "kernels_json"
         includes = ["-I", str(ROOT / "kernels"), "-I", str(ROOT / "src")]
@@ -53,7 +55,7 @@ def kernel_list() -> list[Kernel]:
         subprocess.run([compiler, "-std=c++20", *includes, source, "-o", str(program)], check=True)
         rows = json.loads(subprocess.check_output([str(program)], text=True))
     changed = ("macros", "sm_90", "sm_120f")
-    return [
+    return tuple(
         Kernel(
             macros=tuple(row["macros"]),
             sm_90=Launch(**row["sm_90"]),
@@ -61,4 +63,4 @@ def kernel_list() -> list[Kernel]:
             **{key: value for key, value in row.items() if key not in changed},
         )
         for row in rows
-    ]
+    )
