@@ -1,8 +1,9 @@
-# The CUDA kernels: one fatbin for each line of kernels/forward/instances.def and each number type, all of them embedded
-# in the library by one assembly file. Only nvcc is needed, no CUDA language of CMake: nothing here links CUDA.
+# The CUDA kernels: one fatbin for each line of kernels.json (cmake/Kernels.cmake), all of them embedded in the library by
+# one assembly file. Only nvcc is needed, no CUDA language of CMake: nothing here links CUDA.
 #
 # flashspark_add_kernels(<target>) adds the fatbins and their table (src/cuda/fatbins.hpp) to an object library; without
 # nvcc the table is empty, and the library serves the CPU alone. Sets FLASHSPARK_KERNELS to the fatbins' names.
+include(${CMAKE_CURRENT_LIST_DIR}/Kernels.cmake)
 set(FLASHSPARK_CUDA "AUTO" CACHE STRING "Build the CUDA kernels: ON, OFF, or AUTO: where nvcc 12.9 or newer is found")
 set_property(CACHE FLASHSPARK_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(FLASHSPARK_CUDA_ARCHITECTURES "80;90;120f" CACHE STRING "Architectures of the CUDA kernels")
@@ -35,11 +36,13 @@ function(flashspark_find_nvcc)
   message(STATUS "CUDA kernels: not built, ${why}")
 endfunction()
 
-# Adds the commands that compile `source` to ${FLASHSPARK_FATBIN_FOLDER}/<name>.fatbin.
+# Adds the commands that compile `source` with macros to ${FLASHSPARK_FATBIN_FOLDER}/<name>.fatbin.
 function(flashspark_add_fatbin name source)
   set(object ${FLASHSPARK_FATBIN_FOLDER}/${name}.o)
   set(fatbin ${FLASHSPARK_FATBIN_FOLDER}/${name}.fatbin)
-  set(flags -DFLASHSPARK_ENTRY=flashspark_${name} -std=c++20 -O3 --compress-mode=size -I ${PROJECT_SOURCE_DIR}/kernels ${ARGN})
+  set(flags ${ARGN})
+  list(TRANSFORM flags PREPEND -D)
+  list(APPEND flags -std=c++20 -O3 --compress-mode=size -I ${PROJECT_SOURCE_DIR}/kernels)
   if(FLASHSPARK_TILES STREQUAL "sm_120f")
     list(APPEND flags -DFLASHSPARK_TILES_SM120F)
   endif()
@@ -71,37 +74,17 @@ function(flashspark_add_kernels target)
 
   set(names)
   if(FLASHSPARK_NVCC)
-    set(definitions ${PROJECT_SOURCE_DIR}/kernels/forward/instances.def)
-    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${definitions})
-    file(STRINGS ${definitions} lines REGEX "^FLASHSPARK_INSTANCE\\(")
-    set(numbers Bfloat16 Float16)
-    set(suffixes bf16 fp16)
-    foreach(number suffix IN ZIP_LISTS numbers suffixes)
-      foreach(line IN LISTS lines)
-        string(REGEX MATCH "^FLASHSPARK_INSTANCE\\(([a-z0-9_]+)" instance "${line}")
-        flashspark_add_fatbin(attention_forward_${CMAKE_MATCH_1}_${suffix} ${PROJECT_SOURCE_DIR}/kernels/forward/forward.cu
-          -DFLASHSPARK_NAME=${CMAKE_MATCH_1} -DFLASHSPARK_ELEMENT=${number})
-        list(APPEND names attention_forward_${CMAKE_MATCH_1}_${suffix})
-      endforeach()
-      flashspark_add_fatbin(attention_forward_combine_${suffix} ${PROJECT_SOURCE_DIR}/kernels/forward/combine.cu
-        -DFLASHSPARK_ELEMENT=${number})
-      list(APPEND names attention_forward_combine_${suffix})
+    flashspark_list_kernels(kernels)
+    string(JSON count LENGTH "${kernels}")
+    math(EXPR last "${count} - 1")
+    foreach(n RANGE ${last})
+      string(JSON kernel GET "${kernels}" ${n})
+      string(JSON name GET "${kernel}" name)
+      string(JSON source GET "${kernel}" source)
+      flashspark_json_list(macros "${kernel}" macros)
+      flashspark_add_fatbin(${name} ${PROJECT_SOURCE_DIR}/kernels/${source} ${macros})
+      list(APPEND names ${name})
     endforeach()
-    # Keys and values in e4m3, computed with in fp16.
-    foreach(line IN LISTS lines)
-      string(REGEX MATCH "^FLASHSPARK_INSTANCE\\(([a-z0-9_]+)," instance "${line}")
-      flashspark_add_fatbin(attention_forward_${CMAKE_MATCH_1}_e4m3 ${PROJECT_SOURCE_DIR}/kernels/forward/forward.cu
-        -DFLASHSPARK_NAME=${CMAKE_MATCH_1} -DFLASHSPARK_ELEMENT=Float16 -DFLASHSPARK_ELEMENT_KV=E4m3)
-      list(APPEND names attention_forward_${CMAKE_MATCH_1}_e4m3)
-    endforeach()
-    flashspark_add_fatbin(attention_forward_quantize ${PROJECT_SOURCE_DIR}/kernels/forward/quantize.cu)
-    list(APPEND names attention_forward_quantize)
-    flashspark_add_fatbin(attention_schedule ${PROJECT_SOURCE_DIR}/kernels/forward/scheduler/metadata.cu)
-    list(APPEND names attention_schedule)
-    flashspark_add_fatbin(append_kv ${PROJECT_SOURCE_DIR}/kernels/append/append.cu)
-    list(APPEND names append_kv)
-    flashspark_add_fatbin(mma_peak ${PROJECT_SOURCE_DIR}/kernels/peak.cu)
-    list(APPEND names mma_peak)
   endif()
 
   set(FLASHSPARK_KERNELS ${names} PARENT_SCOPE)

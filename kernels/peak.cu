@@ -1,12 +1,15 @@
 // The mma.sync peak: chains of products that never leave the registers, what attention's arithmetic is measured
 // against.
+#include "peak.hpp"
+
+#include "kernels.hpp"
 #include "ptx/ptx.cuh"
 
-constexpr uint32_t kPeakThreads = 256;
-constexpr int32_t kPeakChains = 8;  // products in flight a warp; with 16 warps an SM more do not help
+constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::mma_peak);
 
 // `rounds` x kPeakChains products m16n8k16 a warp. Nobody reads `out`, but the compiler cannot know.
-FLASHSPARK_KERNEL(kPeakThreads, 2) flashspark_mma_peak(float *out, int32_t rounds) {
+FLASHSPARK_KERNEL(kOperation.threads, kOperation.min_ctas)
+FLASHSPARK_ENTRY(float *out, int32_t rounds) {
   using namespace flashspark;
   const uint32_t word = ptx::pack<ptx::Bfloat16>(static_cast<float>(ptx::thread_index()) * 0x1p-12f, 0x1p-6f);
   const uint32_t a[4] = {word, word + 1, word + 2, word + 3};

@@ -1,8 +1,13 @@
 // One type of out a translation unit: -DFLASHSPARK_ELEMENT=Bfloat16 or Float16. The build passes the entry point's name
 // as FLASHSPARK_ENTRY.
 #include "forward/combine.cuh"
+#include "kernels.hpp"
 
-FLASHSPARK_KERNEL(flashspark::kCombineWarps * 32, 3)
+constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::attention_forward_combine);
+static_assert(kOperation.threads == flashspark::kCombineWarps * 32);
+static_assert(kOperation.shared_bytes == flashspark::kCombineWarps * flashspark::kCombineWarpBytes);
+
+FLASHSPARK_KERNEL(kOperation.threads, kOperation.min_ctas)
 FLASHSPARK_ENTRY(FLASHSPARK_PARAMETER flashspark::CombineArguments arguments) {
   flashspark::combine<flashspark::ptx::FLASHSPARK_ELEMENT>(arguments);
 }

@@ -18,16 +18,16 @@ enum class Architecture : uint8_t { sm_80, sm_90, sm_120f };
 
 struct Tile {
   int32_t warps, warp_rows, keys;
-  int32_t score_keys;  // of the keys, those whose scores a warp holds at once
-  int32_t key_groups;  // groups of warps that share the keys of every tile among them; joined at the end
+  int32_t score_keys;  // keys whose scores a warp holds at once
+  int32_t key_groups;  // groups of warps that split the keys of every tile; the epilogue adds up their results
   Buffering buffering;
   QueryStorage queries;
-  int32_t min_ctas;  // resident blocks an SM that the registers must allow
+  int32_t min_ctas;  // resident CTAs an SM that the registers must allow
 
   bool operator==(const Tile &) const = default;
   constexpr int32_t rows() const { return warps / key_groups * warp_rows; }
-  // Tiles of four warps that share keys in pairs may as well go side by side, which ForwardArguments::key_groups says.
-  // Where registers are so few that Q stays in shared memory, the choice would cost some that are not there.
+  // Whether the host chooses, by ForwardArguments::key_groups, if four warps split keys in pairs or have rows of their
+  // own. Where Q stays in shared memory for want of registers, the choice would cost more of them.
   constexpr bool runtime_key_groups() const {
     return key_groups == 2 && warps * warp_rows <= 64 && queries != QueryStorage::shared;
   }
@@ -36,7 +36,16 @@ struct Tile {
   constexpr int32_t stages() const { return buffering == Buffering::single_buffer ? 1 : 2; }
 };
 
+// A line of instances.def by its name; the value is its place in kInstances.
+enum class InstanceIndex : int32_t {
+  none = -1,  // of kernels that have no instances
+#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, tiling, score_mod, tile_90, tile_120f) name,
+#include "forward/instances.def"
+#undef FLASHSPARK_INSTANCE
+};
+
 struct Instance {
+  InstanceIndex index;
   const char *name;
   int32_t head_dim, head_dim_v;
   Tiling tiling;
@@ -47,19 +56,13 @@ struct Instance {
 };
 
 #define FLASHSPARK_TILE(warps, rows, keys, score_keys, key_groups, buffering, queries, min_ctas) \
-  { warps, rows, keys, score_keys, key_groups, Buffering::buffering, QueryStorage::queries, min_ctas }
+  {warps, rows, keys, score_keys, key_groups, Buffering::buffering, QueryStorage::queries, min_ctas}
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, tiling, score_mod, tile_90, tile_120f) \
-  {#name, head_dim, head_dim_v, Tiling::tiling, ScoreMod::score_mod, tile_90, tile_120f},
+  {InstanceIndex::name, #name, head_dim, head_dim_v, Tiling::tiling, ScoreMod::score_mod, tile_90, tile_120f},
 inline constexpr Instance kInstances[] = {
 #include "forward/instances.def"
 };
 #undef FLASHSPARK_INSTANCE
-
-enum class InstanceIndex : int32_t {
-#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, tiling, score_mod, tile_90, tile_120f) name,
-#include "forward/instances.def"
-#undef FLASHSPARK_INSTANCE
-};
 #undef FLASHSPARK_TILE
 
 // Whether CTAs may take Stream-K ranges of all work (forward/scheduler/stream_k.cuh).

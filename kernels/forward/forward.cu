@@ -1,7 +1,7 @@
-// One instance a translation unit: -DFLASHSPARK_NAME=d128_prefill -DFLASHSPARK_ELEMENT=Bfloat16, or for keys
-// and values in e4m3 -DFLASHSPARK_ELEMENT=Float16 -DFLASHSPARK_ELEMENT_KV=E4m3. The build passes the entry point's name
-// as FLASHSPARK_ENTRY. -DFLASHSPARK_TILES_SM120F gives every architecture the tiles of sm_120f, to time them on a
-// stand-in.
+// One kernel a translation unit; kernels.json has the macros of each: -DFLASHSPARK_NAME=d128_prefill
+// -DFLASHSPARK_ELEMENT=Bfloat16, or for keys and values in e4m3 -DFLASHSPARK_ELEMENT=Float16
+// -DFLASHSPARK_ELEMENT_KV=E4m3, and the entry point's name as FLASHSPARK_ENTRY. -DFLASHSPARK_TILES_SM120F gives every
+// architecture the tiles of sm_120f, to time them on a stand-in.
 #include "forward/kernel.cuh"
 
 namespace flashspark {

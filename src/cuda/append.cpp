@@ -15,7 +15,7 @@ void append_kv(const AppendParams &p) {
   const AppendPlan plan = make_append_plan(p);
   if (plan.launch.grid[0] == 0) return;  // no new rows
   const CurrentDevice current(p.device_index);
-  launch(append_kernel(p.device_index), plan.launch, &plan.arguments, static_cast<Stream>(p.stream),
+  launch(get({Operation::append_kv}, p.device_index), plan.launch, &plan.arguments, static_cast<Stream>(p.stream),
          device_facts(p.device_index).machine.arch);
 }
 

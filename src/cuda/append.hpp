@@ -9,7 +9,7 @@ namespace flashspark::cuda {
 
 // What the kernel gets, and how many blocks; p has passed validate(). Pure arithmetic.
 struct AppendPlan {
-  Launch launch;  // fatbin "append", function flashspark_append
+  Launch launch;  // of Operation::append_kv
   AppendArguments arguments{};
 };
 AppendPlan make_append_plan(const AppendParams &p);

@@ -4,11 +4,6 @@
 #include "cuda/arguments.hpp"
 
 namespace flashspark::cuda {
-namespace {
-
-constexpr uint32_t kThreads = 128;  // kAppendWarps in append.cuh
-
-}  // namespace
 
 AppendPlan make_append_plan(const AppendParams &p) {
   AppendPlan plan;
@@ -71,7 +66,7 @@ AppendPlan make_append_plan(const AppendParams &p) {
   a.new_rows = static_cast<int32_t>(new_rows);
   plan.launch.grid[0] = static_cast<uint32_t>(new_rows + q_rows);
   plan.launch.grid[1] = plan.launch.grid[2] = 1;
-  plan.launch.threads = kThreads;
+  plan.launch.threads = traits_of(Operation::append_kv).threads;
   return plan;
 }
 

@@ -56,9 +56,9 @@ void forward_16_bit(const Params &p) {
   }
   const CurrentDevice current(p.device_index);
   const auto stream = static_cast<Stream>(p.stream);
-  const Kernel kernel = forward_kernel(*plan.instance, plan.dtype, p.device_index, plan.forward.shared_bytes);
+  const Kernel kernel = get(plan.forward_key(), p.device_index, plan.forward.shared_bytes);
   const bool combines = plan.combine.grid[0] > 0;
-  const Kernel combine = combines ? combine_kernel(plan.out_dtype, p.device_index) : nullptr;
+  const Kernel combine = combines ? get(plan.combine_key(), p.device_index) : nullptr;
   const Workspace memory(p, plan.workspace);
   if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
   const Architecture arch = device.machine.arch;
@@ -79,8 +79,8 @@ void forward_quantized(const Params &p) {
   forward_16_bit(wide);
   const QuantizePlan plan = make_quantize_plan(p, wide);
   if (plan.launch.grid[0] == 0) return;
-  launch(quantize_kernel(p.device_index), plan.launch, &plan.arguments, static_cast<Stream>(p.stream),
-         device_facts(p.device_index).machine.arch);
+  launch(get({Operation::attention_forward_quantize}, p.device_index), plan.launch, &plan.arguments,
+         static_cast<Stream>(p.stream), device_facts(p.device_index).machine.arch);
 }
 
 }  // namespace
@@ -122,8 +122,8 @@ void schedule(const Params &p) {
   if (p.scheduler_metadata_size < size)
     fail("scheduler_metadata_size", p.scheduler_metadata_size, "must be at least " + std::to_string(size));
   const CurrentDevice current(p.device_index);
-  launch(schedule_kernel(p.device_index), plan.schedule(), &plan.arguments, static_cast<Stream>(p.stream),
-         device_facts(p.device_index).machine.arch);
+  launch(get({Operation::attention_schedule}, p.device_index), plan.schedule(), &plan.arguments,
+         static_cast<Stream>(p.stream), device_facts(p.device_index).machine.arch);
 }
 
 std::string detail(const Params &p) {

@@ -1,7 +1,6 @@
 #include "cuda/module.hpp"
 
 #include <atomic>
-#include <cstring>
 #include <mutex>
 
 #include "cuda/fatbins.hpp"
@@ -16,10 +15,8 @@ struct Slot {
   Kernel kernel = nullptr;
   std::atomic<uint64_t> ready{0};
 };
-constexpr size_t kNumInstances = std::size(kInstances);
-constexpr const char *kSuffix[] = {"_bf16", "_fp16", "_e4m3"};  // by KernelDType
-Slot slots[kNumInstances + 1][std::size(kSuffix)];              // the last row is the combine kernel's
-Slot schedule_slot, quantize_slot, append_slot;
+// By key: its instance and dtype may be none.
+Slot slots[std::size(operations::kTable)][std::size(kInstances) + 1][kNumKernelDTypes];
 std::mutex loading;
 
 // Loading allocates, which a captured stream's thread may do only after it has said that it means it.
@@ -53,13 +50,21 @@ void load_now(Kernel kernel) {
   FLASHSPARK_CUDA_CALL(driver(), cuKernelGetFunction, &unused, kernel);
 }
 
-Kernel kernel_of(Slot &slot, const std::string &name, int index, uint32_t shared_bytes) {
+Slot &slot_of(const KernelKey &key) {
+  return slots[static_cast<int32_t>(key.operation)][static_cast<int32_t>(key.instance) + 1]
+              [static_cast<int32_t>(key.dtype)];
+}
+
+}  // namespace
+
+Kernel get(const KernelKey &key, int index, uint32_t shared_bytes) {
+  Slot &slot = slot_of(key);
   const uint64_t bit = uint64_t{1} << index;
   if (slot.ready.load(std::memory_order_acquire) & bit) return slot.kernel;
   const std::lock_guard lock(loading);
   if (slot.ready.load(std::memory_order_relaxed) & bit) return slot.kernel;
   const RelaxedCapture relaxed;
-  if (slot.kernel == nullptr) slot.kernel = load(name);
+  if (slot.kernel == nullptr) slot.kernel = load(key.name());
   constexpr uint32_t kAlwaysAllowed = 48 << 10;
   if (shared_bytes > kAlwaysAllowed) {
     Device device = 0;
@@ -70,40 +75,6 @@ Kernel kernel_of(Slot &slot, const std::string &name, int index, uint32_t shared
   load_now(slot.kernel);
   slot.ready.fetch_or(bit, std::memory_order_release);
   return slot.kernel;
-}
-
-}  // namespace
-
-Kernel forward_kernel(const Instance &instance, KernelDType dtype, int index, uint32_t shared_bytes) {
-  // By name: the instance may come from another translation unit's copy of the table.
-  size_t place = 0;
-  while (std::strcmp(kInstances[place].name, instance.name) != 0) ++place;
-  const auto n = static_cast<size_t>(dtype);
-  return kernel_of(slots[place][n], "attention_forward_" + (instance.name + std::string(kSuffix[n])), index,
-                   shared_bytes);
-}
-
-Kernel combine_kernel(KernelDType dtype, int index) {
-  const auto n = static_cast<size_t>(dtype);
-  return kernel_of(slots[kNumInstances][n], std::string("attention_forward_combine") + kSuffix[n], index, 0);
-}
-
-Kernel schedule_kernel(int index) {
-  return kernel_of(schedule_slot, "attention_schedule", index, 0);
-}
-
-Kernel quantize_kernel(int index) {
-  return kernel_of(quantize_slot, "attention_forward_quantize", index, 0);
-}
-
-Kernel append_kernel(int index) {
-  return kernel_of(append_slot, "append_kv", index, 0);
-}
-
-Kernel named_kernel(const char *name) {
-  const Kernel kernel = load(name);
-  load_now(kernel);
-  return kernel;
 }
 
 }  // namespace flashspark::cuda

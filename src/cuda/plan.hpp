@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/arguments.hpp"
+#include "cuda/kernel_key.hpp"
 #include "forward/arguments.hpp"
 #include "forward/smem_plan.hpp"
 #include "problem.hpp"
@@ -26,20 +27,20 @@ struct Launch {
   uint32_t shared_bytes = 0;
 };
 
-// Of a kernel: what q, k, v and out are; e4m3: k and v alone, and the kernel computes in fp16.
-enum class KernelDType : uint8_t { bf16, fp16, e4m3 };
-
 struct Plan {
-  const Instance *instance = nullptr;  // kernel attention_forward_<name>_<dtype>
-  KernelDType dtype{}, out_dtype{};    // out: what the forward and combine kernels write
+  const Instance *instance = nullptr;
+  KernelDType dtype{}, out_dtype{};  // out: what the forward and combine kernels write
   Launch forward;
   ForwardArguments arguments{};  // of both kernels
-  Launch combine;                // kernel attention_forward_combine_<out_dtype>
-  size_t workspace = 0;          // bytes that arguments.partial_out and partial_lse lie in
+  Launch combine;
+  size_t workspace = 0;  // bytes that arguments.partial_out and partial_lse lie in
+
+  KernelKey forward_key() const { return {Operation::attention_forward, dtype, instance->index}; }
+  KernelKey combine_key() const { return {Operation::attention_forward_combine, out_dtype}; }
 
   // Elements of params.scheduler_metadata, a line a block; 0: blocks find no shares that could be from_metadata.
   int64_t schedule_size() const { return arguments.stream_k.ctas > 0 ? int64_t{forward.grid[0]} * kRecordWords : 0; }
-  Launch schedule() const { return {{forward.grid[0], 1, 1}, 32, 0}; }  // kernel attention_schedule
+  Launch schedule() const { return {{forward.grid[0], 1, 1}, traits_of(Operation::attention_schedule).threads, 0}; }
 };
 
 // Whether an instance can run the problem at all; make_plan() chooses among those that do.

@@ -5,7 +5,7 @@
 namespace flashspark::cuda {
 namespace {
 
-constexpr int64_t kThreads = 128, kRows = 32;  // kQuantizeWarps, kQuantizeRows in quantize.cuh
+constexpr OperationTraits kQuantize = traits_of(Operation::attention_forward_quantize);
 
 // q's type, or fp16 where that is e4m3: of the two the one with more bits.
 int32_t wide_dtype(const Params &p) {
@@ -37,12 +37,13 @@ QuantizePlan make_quantize_plan(const Params &p, const Params &wide) {
   if (sizes.tokens == 0 || p.num_seqs == 0) return plan;
   ForwardArguments &a = plan.arguments.forward = arguments_of(wide, sizes, ScoreMod::none);
   a.out_dtype = dtype_of(wide.out.dtype);
-  a.num_m_blocks = static_cast<int32_t>(tiles_per_unit(p, sizes, kRows));
+  a.num_m_blocks = static_cast<int32_t>(tiles_per_unit(p, sizes, kQuantize.rows));
   a.num_heads_times_batch = a.l2_section_heads = static_cast<int32_t>(sizes.units);
   plan.arguments.out = p.out.data;
   plan.arguments.out_strides = strides_of(p.out);
   plan.arguments.output_scale = p.output_scale;
-  plan.launch = {{static_cast<uint32_t>(int64_t{a.num_m_blocks} * a.num_heads_times_batch), 1, 1}, kThreads, 0};
+  plan.launch = {
+      {static_cast<uint32_t>(int64_t{a.num_m_blocks} * a.num_heads_times_batch), 1, 1}, kQuantize.threads, 0};
   return plan;
 }
 

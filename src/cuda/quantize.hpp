@@ -14,7 +14,7 @@ size_t wide_out_bytes(const Params &p);
 Params with_wide_out(const Params &p, void *memory);
 
 struct QuantizePlan {
-  Launch launch;  // fatbin and function "quantize"; grid[0] == 0: no rows
+  Launch launch;  // of Operation::attention_forward_quantize; grid[0] == 0: no rows
   QuantizeArguments arguments{};
 };
 QuantizePlan make_quantize_plan(const Params &p, const Params &wide);

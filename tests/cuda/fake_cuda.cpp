@@ -252,6 +252,10 @@ int fake_cuda::current_device() {
   return contexts.empty() ? -1 : contexts.back()->device;
 }
 
+std::string fake_cuda::function_of(Kernel kernel) {
+  return kernel->function;
+}
+
 void fake_cuda::set_current_device(int n) {
   contexts.clear();
   if (n >= 0) contexts.push_back(context_of(n));

@@ -26,8 +26,8 @@ struct Launch {
   unsigned grid[3] = {}, threads = 0, shared_bytes = 0;
   void *stream = nullptr;
   flashspark::ForwardArguments arguments{};
-  flashspark::AppendArguments append{};  // of flashspark_append
-  bool early = false;                    // launched with programmatic dependent launch
+  flashspark::AppendArguments append{};  // of flashspark_append_kv
+  bool early = false;                    // programmatic dependent launch
 };
 
 struct State {
@@ -46,5 +46,6 @@ struct State {
 State &state();
 int current_device();            // of this thread; -1 if it has no context
 void set_current_device(int n);  // -1 clears it
+std::string function_of(flashspark::cuda::Kernel kernel);
 
 }  // namespace fake_cuda

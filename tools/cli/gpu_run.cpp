@@ -11,13 +11,14 @@
 
 #include "cuda/module.hpp"
 #include "error.hpp"
+#include "peak.hpp"
 
 namespace flashspark::cli {
 namespace {
 
 using cuda::driver;
 
-constexpr unsigned kMultiplyThreads = 256;  // must match kernels/peak.cu, like the counts in peak_flops()
+constexpr OperationTraits kMultiply = traits_of(Operation::mma_peak);
 
 template <class T>
 T *at(cuda::Address address) {
@@ -165,22 +166,21 @@ double GpuSession::time(const std::function<void()> &issue) {
 }
 
 void GpuSession::multiply(unsigned blocks, int32_t rounds) {
-  if (multiply_ == nullptr) multiply_ = cuda::named_kernel("mma_peak");
+  const cuda::Kernel kernel = cuda::get({Operation::mma_peak}, 0);
   cuda::Address nowhere = flush_->address();
   void *parameters[] = {&nowhere, &rounds};
-  FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernel, reinterpret_cast<cuda::Function>(multiply_), blocks, 1, 1,
-                       kMultiplyThreads, 1, 1, 0, nullptr, parameters, nullptr);
+  FLASHSPARK_CUDA_CALL(driver(), cuLaunchKernel, reinterpret_cast<cuda::Function>(kernel), blocks, 1, 1,
+                       kMultiply.threads, 1, 1, 0, nullptr, parameters, nullptr);
 }
 
 double GpuSession::peak_flops() {
-  constexpr unsigned kBlocksPerSm = 2;
-  constexpr double kChains = 8, kFlopsPerProduct = 2 * 16 * 8 * 16;
+  constexpr double kFlopsPerProduct = 2 * 16 * 8 * 16;
   constexpr int32_t kRounds = 1 << 13;
-  const unsigned blocks = kBlocksPerSm * facts().machine.sm_count;
+  const unsigned blocks = kMultiply.min_ctas * facts().machine.sm_count;
   const auto run = [&] { multiply(blocks, kRounds); };
   float best = elapsed(run);
   for (int n = 0; n < 20; ++n) best = std::min(best, elapsed(run));
-  return blocks * (kMultiplyThreads / 32) * kRounds * kChains * kFlopsPerProduct / (1e-3 * best);
+  return blocks * (kMultiply.threads / 32.0) * kRounds * kPeakChains * kFlopsPerProduct / (1e-3 * best);
 }
 
 double GpuSession::copy_bytes_per_second() {

@@ -87,7 +87,6 @@ class GpuSession {
   cuda::Event start_ = nullptr, end_ = nullptr;
   std::optional<DeviceMemory> flush_;
   size_t flush_bytes_ = 0;
-  cuda::Kernel multiply_ = nullptr;
   // seconds of a round of multiply(), and of the last issue() in time()
   double round_seconds_ = 0, issue_seconds_ = 1e-4;
   std::optional<Limits> limits_;

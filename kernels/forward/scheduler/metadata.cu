@@ -1,6 +1,10 @@
 #include "forward/scheduler/metadata.cuh"
+#include "kernels.hpp"
 
-FLASHSPARK_KERNEL(32, 1)
-flashspark_attention_schedule(FLASHSPARK_PARAMETER flashspark::ScheduleArguments arguments) {
+constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::attention_schedule);
+static_assert(kOperation.threads == 32, "one warp writes a record");
+
+FLASHSPARK_KERNEL(kOperation.threads, kOperation.min_ctas)
+FLASHSPARK_ENTRY(FLASHSPARK_PARAMETER flashspark::ScheduleArguments arguments) {
   flashspark::write_scheduler_metadata(arguments);
 }
