@@ -6,6 +6,10 @@
 
 namespace flashspark {
 
+FLASHSPARK_DEVICE int32_t bytes_of(DType dtype) {
+  return dtype == DType::float32 ? 4 : (dtype == DType::e4m3 ? 1 : 2);
+}
+
 // Element n as a float, exactly. Not for e4m3.
 FLASHSPARK_DEVICE float load_as_float(const void *from, int64_t n, DType dtype) {
   if (dtype == DType::float32) return static_cast<const float *>(from)[n];
