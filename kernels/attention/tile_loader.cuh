@@ -141,12 +141,6 @@ struct TileLoader {
     }
   }
 
-  // Moves data on by `tiles` tiles of contiguous keys; pages are counted from where they began. A pointer of its own
-  // for the loop over full tiles would take registers that the inner loop needs (docs/experiments.md E11).
-  FLASHSPARK_DEVICE void step(const Copy &rows, int32_t tiles) {
-    if (rows.pages == nullptr) data += tiles * (T::kKeys * strides().token);
-  }
-
  private:
   // Whether there is something for the thread's n-th copy of a row: rows may end with chunks that nobody reads.
   static FLASHSPARK_DEVICE bool exists(int32_t n) {

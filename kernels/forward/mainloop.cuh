@@ -60,10 +60,12 @@ struct Mainloop {
     look_up(n + 1);
   }
 
-  // From the pointers of one contiguous tile to those of another.
+  // Moves the pointers on by `by` tiles of contiguous keys; pages are counted from where they began. Pointers of its
+  // own for the unmasked loop would take registers that it needs (docs/experiments.md E11).
   FLASHSPARK_DEVICE void step_pointers(int32_t by) {
-    k.step(tile_copy, by);
-    v.step(tile_copy, by);
+    if (tile_copy.pages != nullptr) return;
+    k.data += by * (T::kKeys * a.k_strides.token);
+    v.data += by * (T::kKeys * a.v_strides.token);
   }
 
   // A warp goes through its key group's part of a tile in subtiles of kScoreKeys keys.
