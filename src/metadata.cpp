@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "append.hpp"
+#include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
 #include "validate.hpp"

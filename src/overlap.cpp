@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <numeric>
 
+#include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
-#include "validate.hpp"
 
 namespace flashspark::check {
 namespace {

@@ -35,11 +35,11 @@
  * that lie between each other are allowed where they keep apart within a stride that both have in common, as slices of
  * one projection do. What is read may overlap as it likes.
  *
- * The environment. FLASHSPARK_CPU_TARGET (a SIMD target that this CPU runs), FLASHSPARK_NUM_THREADS (0, all, to 1024)
- * and FLASHSPARK_CHECK (0 or 1) are read once a process, FLASHSPARK_FORCE_IMPLEMENTATION (a name that
- * flashspark_implementation_name() gives) at every call whose params name none. Empty is as if not set; with any other
- * value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT (flashspark_attention_validate() chooses no
- * implementation, and does not look at the last switch).
+ * The environment. FLASHSPARK_FORCE_IMPLEMENTATION (a name that flashspark_implementation_name() gives, for attention
+ * whose params name none), FLASHSPARK_CPU_TARGET (a SIMD target that this CPU runs), FLASHSPARK_NUM_THREADS (0, all, to
+ * 1024) and FLASHSPARK_CHECK (0 or 1) are read once a process, at the first call. Empty is as if not set; with any
+ * other value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT. To compare implementations within
+ * one process, name them in params->implementation.
  */
 #ifndef FLASHSPARK_FLASHSPARK_H_
 #define FLASHSPARK_FLASHSPARK_H_
@@ -288,6 +288,17 @@ FLASHSPARK_API void flashspark_append_params_init(flashspark_append_params *para
 
 /* Computes out (and lse). On the CPU it returns when done; on a GPU when the work is on the stream. */
 FLASHSPARK_API flashspark_status flashspark_attention_forward(const flashspark_attention_params *params);
+
+/* The same for a caller with an allocator of its own: where the call needs scratch memory and params->workspace is
+ * NULL, it takes all of it from allocate(context, bytes), once, instead of from the driver. It checks and plans once,
+ * where flashspark_attention_workspace_size() before flashspark_attention_forward() does both twice. What `allocate`
+ * returns is aligned to 16 bytes and lies on the device; the caller keeps it until the work on the stream is done, or
+ * gives it back in the stream's order. NULL makes the call fail with FLASHSPARK_OUT_OF_MEMORY, before any launch.
+ * `allocate` may be NULL, and is not called for a problem of the CPU. */
+typedef void *(*flashspark_allocator)(void *context, size_t bytes);
+FLASHSPARK_API flashspark_status flashspark_attention_forward_with_allocator(const flashspark_attention_params *params,
+                                                                             flashspark_allocator allocate,
+                                                                             void *context);
 
 /* Bytes of workspace that flashspark_attention_forward() needs for these params (0 on the CPU). */
 FLASHSPARK_API flashspark_status flashspark_attention_workspace_size(const flashspark_attention_params *params,

@@ -222,7 +222,7 @@ void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequ
   float largest = -std::numeric_limits<float>::infinity();
   for (int32_t n = 0; n < piece.splits; ++n) largest = std::fmax(largest, plan.partial_ml[2 * partial(n)]);
 
-  float row[512] = {};
+  float row[kMaxHeadDim] = {};
   float sum = 0;
   for (int32_t n = 0; n < piece.splits; ++n) {
     const float row_max = plan.partial_ml[2 * partial(n)];

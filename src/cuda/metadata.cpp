@@ -22,7 +22,7 @@ class HostCopies {
     int status = 0;
     FLASHSPARK_CUDA_CALL(driver(), cuStreamIsCapturing, s, &status);
     if (status != 0) {
-      fail("check_device", std::string("1"),
+      fail("check_device", "1",
            "must be 0 (and FLASHSPARK_CHECK unset) while the stream is captured: the check reads the device");
     }
     FLASHSPARK_CUDA_CALL(driver(), cuStreamSynchronize, s);
