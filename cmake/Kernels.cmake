@@ -1,11 +1,11 @@
-# kernels.json in the build folder: every kernel that there is. kernels/operations.def and kernels/forward/instances.def
+# kernels.json in the build folder: every kernel that there is. kernels/kernels.def and kernels/forward/instances.def
 # say so, and cmake/kernels_json.cpp, a program for this machine, prints what they say.
 #
 # flashspark_list_kernels(<variable>) makes it and reads it. Call it only where kernels are compiled: whoever builds the
 # library for the CPU needs no second compiler.
 function(flashspark_list_kernels variable)
   set(program ${PROJECT_SOURCE_DIR}/cmake/kernels_json.cpp)
-  set(data operations.def operations.hpp forward/instances.def forward/config.hpp)
+  set(data kernels.def kernels.hpp forward/instances.def forward/config.hpp)
   list(TRANSFORM data PREPEND ${PROJECT_SOURCE_DIR}/kernels/)
   set_property(DIRECTORY ${PROJECT_SOURCE_DIR} APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     ${program} ${PROJECT_SOURCE_DIR}/src/cuda/kernel_key.hpp ${data})

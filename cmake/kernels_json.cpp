@@ -1,4 +1,4 @@
-// Prints kernels.json: every kernel of operations.def and instances.def, one line each, with all that a build, a test
+// Prints kernels.json: every kernel of kernels.def and instances.def, one line each, with all that a build, a test
 // or a tool has to know of it. Needs the headers in kernels/ and src/ alone.
 #include <cstdio>
 #include <stdexcept>

@@ -2,7 +2,7 @@
 // against.
 #include "peak.hpp"
 
-#include "operations.hpp"
+#include "kernels.hpp"
 #include "ptx/ptx.cuh"
 
 constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::mma_peak);

@@ -84,7 +84,7 @@ int main(int argc, char **argv) {
   constexpr Tile t = Kernel::kTile;
   std::printf("%s %dx%dx%d %d/%d s%d q%d b%d | %d reg %zu spill %d blocks |", Kernel::kInstance.name, t.warps,
               t.warp_rows, t.keys, t.score_keys, t.key_groups, static_cast<int>(t.buffering),
-              static_cast<int>(t.queries), t.blocks, attributes.numRegs, attributes.localSizeBytes, resident);
+              static_cast<int>(t.queries), t.min_ctas, attributes.numRegs, attributes.localSizeBytes, resident);
 
   const struct {
     int64_t batch, heads_q, heads_kv, q, k;

@@ -1,6 +1,6 @@
 // One kernel for every type: what it does beside moving bytes is little.
 #include "append/append.cuh"
-#include "operations.hpp"
+#include "kernels.hpp"
 
 constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::append_kv);
 static_assert(kOperation.threads == flashspark::kAppendWarps * 32);

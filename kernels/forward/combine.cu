@@ -1,6 +1,6 @@
 // -DFLASHSPARK_ELEMENT=Bfloat16 or Float16.
 #include "forward/combine.cuh"
-#include "operations.hpp"
+#include "kernels.hpp"
 
 constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::attention_forward_combine);
 static_assert(kOperation.threads == flashspark::kCombineWarps * 32);

@@ -1,5 +1,5 @@
 #include "forward/scheduler_metadata.cuh"
-#include "operations.hpp"
+#include "kernels.hpp"
 
 constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::attention_schedule);
 static_assert(kOperation.threads == 32, "one warp writes a record");

@@ -1,4 +1,4 @@
-#include "operations.hpp"
+#include "kernels.hpp"
 #include "quantize/quantize.cuh"
 
 constexpr flashspark::OperationTraits kOperation = traits_of(flashspark::Operation::attention_forward_quantize);

@@ -1,11 +1,12 @@
 // The identity of a kernel: what it is found by, and named after.
 #pragma once
 
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include "forward/config.hpp"
-#include "operations.hpp"
+#include "kernels.hpp"
 
 namespace flashspark::cuda {
 
@@ -40,19 +41,18 @@ inline std::string KernelKey::name() const {
   return text;
 }
 
-// Every kernel there is, in the order of operations.def and instances.def.
+// Every kernel there is: operations and instances in the order of their data, each in all its types.
 inline std::vector<KernelKey> all_kernels() {
   std::vector<KernelKey> keys;
   for (const OperationTraits &traits : operations::kTable) {
     const auto operation = static_cast<Operation>(&traits - operations::kTable);
-    for (const KernelDType &dtype : traits.dtypes) {
-      if (dtype == KernelDType::none && &dtype != traits.dtypes) break;
-      if (traits.instances) {
-        for (const Instance &instance : kInstances) keys.push_back({operation, dtype, instance.index});
-      } else {
-        keys.push_back({operation, dtype});
-      }
-    }
+    const auto add = [&](InstanceIndex instance) {
+      keys.push_back({operation, traits.dtypes[0], instance});
+      for (size_t n = 1; n < std::size(traits.dtypes) && traits.dtypes[n] != KernelDType::none; ++n)
+        keys.push_back({operation, traits.dtypes[n], instance});
+    };
+    if (!traits.instances) add(InstanceIndex::none);
+    for (size_t n = 0; traits.instances && n < std::size(kInstances); ++n) add(kInstances[n].index);
   }
   return keys;
 }

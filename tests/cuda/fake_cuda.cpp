@@ -252,6 +252,10 @@ int fake_cuda::current_device() {
   return contexts.empty() ? -1 : contexts.back()->device;
 }
 
+std::string fake_cuda::function_of(Kernel kernel) {
+  return kernel->function;
+}
+
 void fake_cuda::set_current_device(int n) {
   contexts.clear();
   if (n >= 0) contexts.push_back(context_of(n));
@@ -259,8 +263,7 @@ void fake_cuda::set_current_device(int n) {
 
 extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char *symbol, void **address, int,
                                                                           uint64_t, int *) {
-#define FAKE(name) \
-  { "cu" #name, reinterpret_cast<void *>(fake##name) }
+#define FAKE(name) {"cu" #name, reinterpret_cast<void *>(fake##name)}
   static const std::map<std::string, void *> table{FAKE(Init),
                                                    FAKE(DriverGetVersion),
                                                    FAKE(DeviceGetCount),

@@ -26,7 +26,7 @@ struct Launch {
   unsigned grid[3] = {}, threads = 0, shared_bytes = 0;
   void *stream = nullptr;
   flashspark::ForwardArguments arguments{};
-  flashspark::AppendArguments append{};  // of flashspark_append
+  flashspark::AppendArguments append{};  // of flashspark_append_kv
   bool early = false;                    // programmatic dependent launch
 };
 
@@ -46,5 +46,6 @@ struct State {
 State &state();
 int current_device();            // of this thread; -1: no context
 void set_current_device(int n);  // -1: none
+std::string function_of(flashspark::cuda::Kernel kernel);
 
 }  // namespace fake_cuda

@@ -5,13 +5,16 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <set>
 #include <thread>
 #include <vector>
 
 #include "cuda/device.hpp"
 #include "cuda/fake_cuda.hpp"
 #include "cuda/fatbins.hpp"
+#include "cuda/module.hpp"
 #include "cuda/plan.hpp"
+#include "error.hpp"
 #include "flashspark/flashspark.h"
 
 namespace flashspark::cuda {
@@ -86,20 +89,10 @@ class Cuda : public testing::Test {
 };
 using CudaDeath = Cuda;  // tests that start a process of their own
 
-TEST(Fatbins, EveryInstanceIsThere) {
-  std::vector<std::string> expected;
-  for (const char *suffix : {"_bf16", "_fp16"}) {
-    for (const Instance &instance : kInstances)
-      expected.push_back("attention_forward_" + (instance.name + std::string(suffix)));
-    expected.push_back(std::string("attention_forward_combine") + suffix);
-  }
-  for (const Instance &instance : kInstances)
-    expected.push_back("attention_forward_" + (instance.name + std::string("_e4m3")));
-  expected.push_back("attention_forward_quantize");
-  expected.push_back("attention_schedule");
-  expected.push_back("append_kv");
-  expected.push_back("mma_peak");
-  std::vector<std::string> found;
+// The build makes the fatbins from kernels.json, the loader finds them by key: both follow the same data.
+TEST(Fatbins, EveryKernelIsThere) {
+  std::vector<std::string> expected, found;
+  for (const KernelKey &key : all_kernels()) expected.push_back(key.name());
   for (const Fatbin &fatbin : fatbins()) {
     found.push_back(fatbin.name);
     ASSERT_GT(fatbin.end - fatbin.begin, 1000) << fatbin.name;
@@ -120,9 +113,11 @@ TEST_F(Cuda, LaunchesWhatThePlanSays) {
     const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
     ASSERT_EQ(fake.launches.size(), 1u);
     const fake_cuda::Launch &launch = fake.launches[0];
-    EXPECT_EQ(name_of(launch.image),
-              plan.instance->name + std::string(dtype == FLASHSPARK_BFLOAT16 ? "_bf16" : "_fp16"));
-    EXPECT_EQ(launch.function, "flashspark_forward");
+    const std::string name =
+        dtype == FLASHSPARK_BFLOAT16 ? "attention_forward_d128_decode_bf16" : "attention_forward_d128_decode_fp16";
+    EXPECT_EQ(plan.forward_key().name(), name);
+    EXPECT_EQ(name_of(launch.image), name);
+    EXPECT_EQ(launch.function, "flashspark_" + name);
     for (int n = 0; n < 3; ++n) EXPECT_EQ(launch.grid[n], plan.forward.grid[n]);
     EXPECT_EQ(launch.threads, plan.forward.threads);
     EXPECT_EQ(launch.shared_bytes, plan.forward.shared_bytes);
@@ -156,7 +151,7 @@ TEST_F(Cuda, KeysInE4m3) {
   p.k_descale = {scale, 0, 1};
   p.q_descale = {scale, 0, 0};  // not read: q is no e4m3
   run(p);
-  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_decode_e4m3");
+  EXPECT_STREQ(name_of(fake.launches[0].image), "attention_forward_d128_decode_e4m3");
   const ForwardArguments &a = fake.launches[0].arguments;
   EXPECT_EQ(a.k_descale.data, scale);
   EXPECT_EQ(a.k_descale.head_stride, 1);
@@ -184,8 +179,8 @@ TEST_F(Cuda, ResultsInE4m3) {
   p.output_scale = static_cast<const float *>(address(8));
   run(p);
   ASSERT_EQ(fake.launches.size(), 2u);
-  EXPECT_STREQ(name_of(fake.launches[0].image), "d128_decode_bf16");
-  EXPECT_STREQ(name_of(fake.launches[1].image), "quantize");
+  EXPECT_STREQ(name_of(fake.launches[0].image), "attention_forward_d128_decode_bf16");
+  EXPECT_STREQ(name_of(fake.launches[1].image), "attention_forward_quantize");
   EXPECT_EQ(fake.order.front(), "alloc " + std::to_string(4 * 16 * 128 * 2));
   EXPECT_NE(fake.launches[0].arguments.out, p.out.data);
   EXPECT_EQ(fake.launches[0].arguments.out_strides.token, 16 * 128);
@@ -239,7 +234,7 @@ TEST_F(Cuda, AppendIsOneLaunch) {
   p.v_cache = {address(3), 16 * 128, 128, 64, FLASHSPARK_BFLOAT16, 0};
   ASSERT_EQ(flashspark_append_kv(&p), FLASHSPARK_OK) << flashspark_last_error();
   ASSERT_EQ(fake.launches.size(), 1u);
-  EXPECT_STREQ(name_of(fake.launches[0].image), "append");
+  EXPECT_STREQ(name_of(fake.launches[0].image), "append_kv");
   EXPECT_EQ(fake.launches[0].grid[0], 15u);
   EXPECT_EQ(fake.launches[0].append.capacity, 64);
   EXPECT_EQ(fake.launches[0].append.k_descale.data, nullptr);
@@ -304,7 +299,8 @@ TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
   p.workspace = address(7);
   p.workspace_size = bytes;
   run(p);
-  ASSERT_EQ(fake.order, (std::vector<std::string>{"flashspark_forward", "flashspark_merge"}));
+  ASSERT_EQ(fake.order, (std::vector<std::string>{"flashspark_attention_forward_d128_decode_bf16",
+                                                  "flashspark_attention_forward_combine_bf16"}));
   EXPECT_STREQ(name_of(fake.launches[1].image), "attention_forward_combine_bf16");
   for (const fake_cuda::Launch &launch : fake.launches) {
     EXPECT_EQ(launch.arguments.partial_out, p.workspace);
@@ -378,8 +374,8 @@ TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
   asked.scheduler_metadata_size = size;
   ASSERT_EQ(flashspark_attention_schedule(&asked), FLASHSPARK_OK) << flashspark_last_error();
   ASSERT_EQ(fake.launches.size(), 1u);
-  EXPECT_STREQ(name_of(fake.launches[0].image), "schedule");
-  EXPECT_EQ(fake.launches[0].function, "flashspark_schedule");
+  EXPECT_STREQ(name_of(fake.launches[0].image), "attention_schedule");
+  EXPECT_EQ(fake.launches[0].function, "flashspark_attention_schedule");
   EXPECT_EQ(fake.launches[0].grid[0], plan.forward.grid[0]);
   EXPECT_EQ(fake.launches[0].threads, 32u);
   EXPECT_EQ(fake.launches[0].stream, p.stream);
@@ -463,8 +459,9 @@ TEST_F(Cuda, SplitsTakeMemoryOfTheStreamWhereNoneIsGiven) {
   run(p);
   const size_t bytes = make_plan(p, device_facts(0).machine, nullptr).workspace;
   ASSERT_GE(bytes, 3u * 4 * 16 * (128 + 1) * sizeof(float));
-  ASSERT_EQ(fake.order, (std::vector<std::string>{"alloc " + std::to_string(bytes), "flashspark_forward",
-                                                  "flashspark_merge", "free"}));
+  ASSERT_EQ(fake.order,
+            (std::vector<std::string>{"alloc " + std::to_string(bytes), "flashspark_attention_forward_d128_decode_bf16",
+                                      "flashspark_attention_forward_combine_bf16", "free"}));
   for (const fake_cuda::Launch &launch : fake.launches)
     EXPECT_EQ(reinterpret_cast<uintptr_t>(launch.arguments.partial_out), 0x70000000u);
   fake.order.clear();
@@ -612,6 +609,21 @@ TEST_F(CudaDeath, WhatTheDriverSaysAtFirstIsReported) {
   EXPECT_EXIT(first_call_with(999, "cuInit: CUDA_ERROR_UNKNOWN (999)"), testing::ExitedWithCode(0), "");
   EXPECT_EXIT(first_call_with(3, "CUDA_ERROR_NOT_INITIALIZED (3): was CUDA initialised before fork()?"),
               testing::ExitedWithCode(0), "");
+}
+
+using CudaLast = Cuda;  // loads what other tests count the loads of
+
+TEST_F(CudaLast, EveryKeyHasAKernelOfItsOwn) {
+  const CurrentDevice current(0);
+  std::set<Kernel> kernels;
+  for (const KernelKey &key : all_kernels()) {
+    const Kernel kernel = get(key, 0);
+    EXPECT_TRUE(kernels.insert(kernel).second) << key.name();
+    EXPECT_EQ(fake_cuda::function_of(kernel), "flashspark_" + key.name());
+    EXPECT_EQ(get(key, 0), kernel);
+  }
+  const KernelKey none{Operation::attention_forward};
+  EXPECT_THROW(get(none, 0), Error) << "a key of no kernel";
 }
 
 }  // namespace

@@ -47,9 +47,6 @@ DETECTORS = [
 ]
 
 
-ELEMENTS = {"bf16": "Bfloat16", "fp16": "Float16", "e4m3": "E4m3"}
-
-
 FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
 
 
@@ -136,15 +133,10 @@ class Build:
     def make(self, folder: Path, kernels: Path, names: list[str], program: str) -> Path:
         objects = []
         for name in names:
-            instance, number, tiles = re.fullmatch(r"(\w+)_(bf16|fp16|e4m3)_(sm_\w+)", name).groups()
-            source = folder / f"{name}.cpp"
-            source.write_text(
-                f"#define KERNEL_NAME {instance}\n"
-                f"#define KERNEL_ELEMENT {ELEMENTS[number]}\n"
-                f"#define KERNEL_ARCHITECTURE {tiles}\n"
-                '#include "attention/kernel.cpp"\n'
-            )
-            objects.append(self.compile(source, kernels, source.with_suffix(".o")))
+            source = self.folder / f"tests/emulator/{name}.cpp"  # written by CMake
+            if not source.exists():
+                raise Broken(f"{name}: the emulator has no such kernel (tests/emulator/CMakeLists.txt)")
+            objects.append(self.compile(source, kernels, folder / f"{name}.o"))
         # The combine kernel is part of the harness.
         objects.append(self.compile(HERE / "attention/harness.cpp", kernels, folder / "harness.o"))
         self.link(program, objects, folder / program)

@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitizer_cases.py [NAME ...]
 
-Names are those of kernels/forward/instances.def; combine stands for split keys. With PYTORCH_NO_CUDA_MEMORY_CACHING=1
+Names are those of the kernels (kernels.json), and of what else there is to see. With PYTORCH_NO_CUDA_MEMORY_CACHING=1
 every tensor is an allocation of its own, so that memcheck sees what lies outside it.
 """
 
@@ -14,33 +14,47 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import flashspark
 import numpy as np
 import torch
 from oracle import failures, poison_unseen
 from problem import Problem, Spec, build, wild
 
-INSTANCES = Path(__file__).resolve().parents[2] / "kernels/forward/instances.def"
-PATTERN = re.compile(r"^FLASHSPARK_INSTANCE\((\w+), (\d+), (\d+), (\w+), (\w+),", re.M)
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools/dev"))
+from kernel_list import Kernel, kernel_list
 
 PREFILL = Spec([200, 65, 0, 300] * 12, [330, 65, 9, 300] * 12, (8, 4))  # rows enough to fill the largest GPU's SMs
 SHORT_Q = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
 DECODE = Spec([1, 5, 0, 8], [200, 70, 9, 300], (4, 2))
 WILD = ("contiguous", "combine", "shares", "scheduled", "pages of 5", "table by index", "rswa", "dense")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCORE_MODS = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
 
 
-def cases() -> dict[str, Spec]:
+# Kernels without a case of their name: the one that runs them, or why none does.
+RUN_BY = {"attention_forward_quantize": "e4m3 result", "attention_schedule": "scheduled"}
+NEVER_RUN = {"mma_peak": "writes nothing, and the `flashspark` command alone launches it"}
+
+
+def spec_of(kernel: Kernel) -> Spec:
     """The tiling of a kernel decides what makes the host choose it: many rows, few, or features that need it."""
+    native = kernel.score_mod == "native"
+    shape = SHORT_Q if native else {"prefill": PREFILL, "decode": DECODE}.get(kernel.tiling, SHORT_Q)
+    spec = replace(shape, dims=(kernel.head_dim, kernel.head_dim_v), num_splits=1, **(SCORE_MODS if native else {}))
+    return replace(spec, fp8="kv") if kernel.dtype == "e4m3" else replace(spec, dtype=DTYPES[kernel.dtype])
+
+
+def cases() -> dict[str, Spec]:
     found: dict[str, Spec] = {}
-    for name, dim, dim_v, tiling, score_mod in PATTERN.findall(INSTANCES.read_text(encoding="utf-8")):
-        shape = SHORT_Q if score_mod == "native" else {"prefill": PREFILL, "decode": DECODE}.get(tiling, SHORT_Q)
-        spec = replace(shape, dims=(int(dim), int(dim_v)), num_splits=1)
-        if score_mod == "native":
-            spec = replace(spec, **SCORE_MODS)
-        found[name] = spec
-        if int(dim) <= 256:
-            found[f"{name}_e4m3"] = replace(spec, fp8="kv")
-    found["combine"] = replace(SHORT_Q, dims=(128, 128), num_splits=3, k_lens=[700, 300, 9, 400])
+    for kernel in kernel_list():
+        if kernel.operation == "attention_forward":
+            found[kernel.name] = spec_of(kernel)
+        elif kernel.operation == "attention_forward_combine":
+            lengths = [700, 300, 9, 400]
+            found[kernel.name] = replace(
+                SHORT_Q, dims=(128, 128), num_splits=3, k_lens=lengths, dtype=DTYPES[kernel.dtype]
+            )
+    combine = found["attention_forward_combine_bf16"]
     # Blocks that go through several row tiles, and row tiles that several blocks meet in.
     found["shares"] = replace(DECODE, q_lens=[1, 0, 2] * 30, k_lens=[150, 7, 900] * 30, dims=(128, 128), num_splits=0)
     found["scheduled"] = replace(found["shares"], schedule="fresh")
@@ -53,10 +67,10 @@ def cases() -> dict[str, Spec]:
     found["pages of 5, decode"] = replace(found["shares"], page_size=5)
     found["table by index"] = replace(SHORT_Q, batch_index=True, whole_table=True, page_size=20)
     found["e4m3 result"] = replace(SHORT_Q, e4m3_out=True, dims=(128, 128))
-    found["e4m3 result, combine"] = replace(found["combine"], e4m3_out=True, fp8="kv")
+    found["e4m3 result, combine"] = replace(combine, e4m3_out=True, fp8="kv")
     found["checked"] = replace(SHORT_Q, check=True, leftpad=True)
     for name in WILD:
-        found[f"wild {name}"] = found[name]
+        found[f"wild {name}"] = combine if name == "combine" else found[name]
     return found
 
 
@@ -75,6 +89,28 @@ def run_wild(problem: Problem, device: torch.device) -> None:
                 raise
 
 
+def run_append(device: torch.device) -> list[str]:
+    """append_kv with rotary embedding into pages, of 16 bits and of e4m3, beside the CPU's."""
+    wrong = []
+    for cache_type, step in ((torch.bfloat16, 0.008), (torch.float8_e4m3fn, 0.13)):
+        torch.manual_seed(3)
+        k, v, q = (torch.randn(3, 5, heads, 64).to(torch.bfloat16) for heads in (2, 2, 4))
+        k_cache, v_cache = (torch.randn(12, 16, 2, 64).to(cache_type) for _ in range(2))
+        lists = {
+            "cache_seqlens": torch.tensor([0, 30, 17], dtype=torch.int32),
+            "block_table": torch.randperm(12).int().view(3, 4),
+            **{name: torch.randn(64, 16) for name in ("rotary_cos", "rotary_sin")},
+        }
+        ours = [x.to(device, copy=True) for x in (k, v, k_cache, v_cache, q)]
+        flashspark.append_kv(k, v, k_cache, v_cache, q=q, **lists)
+        flashspark.append_kv(*ours[:4], q=ours[4], **{name: x.to(device) for name, x in lists.items()})
+        for name, got, want in zip(("k", "v", "q"), ours[2:], (k_cache, v_cache, q)):
+            # Two products and a sum, rounded in another order: a step of the type at most.
+            if not torch.allclose(got.cpu().float(), want.float(), rtol=0.008 if name == "q" else step, atol=1e-5):
+                wrong.append(f"{name} of a {cache_type} cache")
+    return wrong
+
+
 def to_device(problem: Problem, device: torch.device) -> Problem:
     """The same problem on the GPU, by copies alone: none of torch's kernels runs under the sanitizer."""
 
@@ -90,18 +126,32 @@ def to_device(problem: Problem, device: torch.device) -> Problem:
     return moved
 
 
+def names_kernel(chosen: str, kernel: Kernel) -> bool:
+    """Whether explain's line, which names the instance, "d128_decode" or "d128_decode_e4m3", may mean this kernel."""
+    if not kernel.instance:
+        return "splits" in chosen
+    suffix = "_e4m3" if kernel.dtype == "e4m3" else ""
+    return re.search(rf"\b{kernel.instance}{suffix}\b", chosen) is not None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    table = cases()
+    table, kernels = cases(), {kernel.name: kernel for kernel in kernel_list()}
+    names = args.names or [*table, "append_kv"]
     if args.list:
-        print("\n".join(table))
+        print("\n".join(names))
         return 0
     wrong = 0
-    for name in args.names or table:
+    for name in names:
+        if name == "append_kv":
+            found = run_append(torch.device(args.device))
+            wrong += bool(found)
+            print(f"{name:14} {'wrong: ' + str(found) if found else 'right'}", flush=True)
+            continue
         spec = table[name]
         problem = build(spec, 1, "cpu")
         poison_unseen(problem)
@@ -115,7 +165,7 @@ def main() -> int:
         moved.run(*on_device)
         found = failures(problem, *(x.cpu() for x in on_device))
         chosen = " ".join(line for line in moved.explain().splitlines() if "chosen" in line)
-        if args.device == "cuda" and re.match(r"d\d", name) and not re.search(rf"\b{name}\b", chosen):
+        if args.device == "cuda" and name in kernels and not names_kernel(chosen, kernels[name]):
             found = [*found, "another kernel ran"]
         wrong += bool(found)
         print(f"{name:14} {'wrong: ' + str(found) if found else 'right'}", flush=True)

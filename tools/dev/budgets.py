@@ -1,8 +1,9 @@
 """Compile budgets of the sm_120f kernels: registers, spills, shared memory and the instructions of the inner loop.
 
 usage: budgets.py --check             against tests/budgets.json; what grows fails
-       budgets.py --update [--only INSTANCE ...] [--reason TEXT]
-                                      writes new values; those that grow need the reason. A kernel that spills fails
+       budgets.py --update [--only NAME ...] [--reason TEXT]
+                                      writes new values, of the kernels of these instances, operations or names; those
+                                      that grow need the reason. A kernel that spills fails
                                       the check until its line has a "spill_reason", written by hand
        budgets.py --table             writes bench/results/budgets-sm120f.md
 
@@ -20,94 +21,19 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import sass
 from budgets_table import table
+from kernel_list import Kernel, kernel_list
+from measured_kernel import SHARED_OF_CTA, Measured, hmma_of_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = ROOT / "tests/budgets.json"
 TABLE = ROOT / "bench/results/budgets-sm120f.md"
 CACHE = ROOT / "build/budgets"
-DTYPES = {  # e4m3: of K and V
-    "bf16": ("-DFLASHSPARK_ELEMENT=Bfloat16",),
-    "fp16": ("-DFLASHSPARK_ELEMENT=Float16",),
-    "e4m3": ("-DFLASHSPARK_ELEMENT=Float16", "-DFLASHSPARK_ELEMENT_KV=E4m3"),
-}
-SHARED_OF_BLOCK = 99 * 1024
-SHARED_OF_SM, SHARED_RESERVED = 100 * 1024, 1024
-REGISTERS_OF_SM, REGISTERS_OF_THREAD, WARPS_OF_SM = 65536, 255, 48
-COMBINE_THREADS, COMBINE_BLOCKS = 256, 3  # launch bounds of combine.cu
 
 USED: set[Path] = set()  # of the cache, by this run
-
-# Prints kInstances with the tiles of sm_120f.
-FACTS = r"""
-#include "forward/config.hpp"
-#include <cstdio>
-using namespace flashspark;
-int main() {
-  for (const Instance &i : kInstances) {
-    const Tile &t = i.tile(Architecture::sm_120f);
-    std::printf("%s %d %d %d %d %d %d %d", i.name, i.head_dim, i.head_dim_v, t.warps, t.warp_rows, t.keys, t.score_keys,
-                t.key_groups);
-    std::printf(" %d %d %d %d %d\n", t.buffering == Buffering::single_buffer, t.queries == QueryStorage::shared, t.min_ctas,
-                shared_bytes(i, t), shared_bytes(i, t, true));
-  }
-}
-"""
-
-
-@dataclass(frozen=True)
-class Instance:
-    name: str
-    head_dim: int
-    head_dim_v: int
-    warps: int
-    warp_rows: int
-    keys: int
-    score_keys: int
-    key_groups: int
-    single: int
-    queries_shared: int
-    blocks: int
-    shared_bytes: int
-    shared_bytes_e4m3: int
-
-    def shared(self, dtype: str) -> int:
-        return self.shared_bytes_e4m3 if dtype == "e4m3" else self.shared_bytes
-
-    @property
-    def hmma_of_turn(self) -> int:
-        """One warp's products with the keys that it takes at once: S = Q K^T and O += P V."""
-        scores = self.score_keys // 8 * (self.head_dim // 16)
-        output = self.score_keys // 16 * (self.head_dim_v // 8)
-        return self.warp_rows // 16 * (scores + output)
-
-    def resident(self, registers: int, dtype: str) -> int:
-        """Blocks an SM holds."""
-        by_registers = REGISTERS_OF_SM // (self.warps * 32 * (-(-registers // 8) * 8))
-        by_shared = SHARED_OF_SM // (self.shared(dtype) + SHARED_RESERVED)
-        return min(by_registers, by_shared, WARPS_OF_SM // self.warps)
-
-
-@dataclass
-class Measured:
-    instance: Instance | None  # None: combine
-    dtype: str
-    values: dict[str, int | float]
-    loop: sass.Loop | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.instance.name if self.instance else 'combine'} {self.dtype}"
-
-    @property
-    def allowed_registers(self) -> int:
-        threads = self.instance.warps * 32 if self.instance else COMBINE_THREADS
-        blocks = self.instance.blocks if self.instance else COMBINE_BLOCKS
-        return min(REGISTERS_OF_THREAD, REGISTERS_OF_SM // (threads * blocks) // 8 * 8)
 
 
 def find_nvcc() -> tuple[Path, str] | None:
@@ -136,8 +62,8 @@ def find_nvdisasm() -> Path:
 
 
 def sources() -> bytes:
-    files = sorted(p for folder in ("forward", "ptx") for p in (ROOT / "kernels" / folder).iterdir())
-    return b"".join(p.name.encode() + b"\0" + p.read_bytes() for p in files)
+    files = sorted(p for p in (ROOT / "kernels").rglob("*") if p.is_file())
+    return b"".join(str(p.relative_to(ROOT)).encode() + b"\0" + p.read_bytes() for p in files)
 
 
 def cached(command: list[str], contents: bytes, suffix: str, to_stdout: bool = False) -> tuple[Path, str]:
@@ -159,25 +85,12 @@ def cached(command: list[str], contents: bytes, suffix: str, to_stdout: bool = F
     return result, said.read_text()
 
 
-def instances() -> list[Instance]:
-    program = CACHE / "facts.cpp"
-    USED.add(program)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    program.write_text(FACTS)
-    command = ["c++", "-std=c++20", "-I", str(ROOT / "kernels"), str(program)]
-    executable, _ = cached(command, sources() + FACTS.encode(), "facts")
-    lines = subprocess.check_output([executable], text=True).splitlines()
-    return [Instance(name, *map(int, rest)) for name, *rest in map(str.split, lines)]
-
-
-def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, dtype: str) -> Measured:
-    name = [f"-DFLASHSPARK_NAME={instance.name}"] if instance else []
-    source = ROOT / "kernels/forward" / ("forward.cu" if instance else "combine.cu")
+def measure(nvcc: tuple[Path, str], nvdisasm: Path, kernel: Kernel) -> Measured:
+    """The kernel as the build makes it, the entry point's name included: ptxas takes other choices for another."""
     command = [
         str(nvcc[0]),
         "-cubin",
         "-arch=sm_120f",
-        "-DFLASHSPARK_ENTRY=kernel",
         "-std=c++20",
         "-O3",
         "-Xptxas",
@@ -185,7 +98,7 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, d
         "-I",
         str(ROOT / "kernels"),
     ]
-    command += [*name, *DTYPES[dtype], str(source)]
+    command += [*(f"-D{macro}" for macro in kernel.macros), str(ROOT / "kernels" / kernel.source)]
     cubin, said = cached(command, sources() + nvcc[1].encode(), "cubin")
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
@@ -195,22 +108,20 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, d
     values: dict[str, int | float] = {
         "registers": int(registers[1]),
         "spill_bytes": max(int(spills[1]), int(spills[2])),
-        "shared_bytes": (instance.shared(dtype) if instance else 0) + (int(static[1]) if static else 0),
+        "shared_bytes": kernel.sm_120f.shared_bytes + (int(static[1]) if static else 0),
     }
     listing, _ = cached([str(nvdisasm), "-c", "-hex", str(cubin)], b"", "sass", to_stdout=True)
     code = sass.read(listing.read_text())
-    if not instance:
+    if not kernel.instance:
         values["code"] = len(code)
-        return Measured(None, dtype, values, None)
+        return Measured(kernel, values, None)
     try:
         loop = sass.hot_loop(code)
     except sass.NotUnderstood as error:
-        sys.exit(f"{instance.name} {dtype}: {error}")
-    tiles, rest = divmod(loop.count("HMMA"), instance.hmma_of_turn)
+        sys.exit(f"{kernel.name}: {error}")
+    tiles, rest = divmod(loop.count("HMMA"), hmma_of_turn(kernel))
     if rest or not tiles:
-        sys.exit(
-            f"{instance.name}: {loop.count('HMMA')} HMMA in a turn, but {instance.hmma_of_turn} for the keys of one"
-        )
+        sys.exit(f"{kernel.name}: {loop.count('HMMA')} HMMA in a turn, but {hmma_of_turn(kernel)} for the keys of one")
     counted = {"hmma": ["HMMA"], "ldsm": ["LDSM"], "mufu": ["MUFU"], "ldgsts": ["LDGSTS"]}
     per_turn = {key: loop.count(*names) for key, names in counted.items()}
     per_turn["other"] = len(loop.path) - sum(per_turn.values())
@@ -219,19 +130,18 @@ def measure(nvcc: tuple[Path, str], nvdisasm: Path, instance: Instance | None, d
         key: count // tiles if count % tiles == 0 else round(count / tiles, 2) for key, count in per_turn.items()
     }
     values["loop_spills"] = loop.spills
-    return Measured(instance, dtype, values, loop)
+    return Measured(kernel, values, loop)
 
 
 def measure_all(nvcc: tuple[Path, str], only: list[str] | None = None) -> list[Measured]:
     nvdisasm = find_nvdisasm()
-    wanted = [i for i in [*instances(), None] if not only or (i.name if i else "combine") in only]
-    if only and len(wanted) != len(set(only)):
-        sys.exit(f"--only: not all of {' '.join(only)} are instances")
+    kernels = kernel_list()
+    known = {word for kernel in kernels for word in (kernel.name, kernel.instance, kernel.operation)}
+    if unknown := [word for word in only or [] if word not in known]:
+        sys.exit(f"--only: neither a kernel nor an instance or operation: {' '.join(unknown)}")
+    wanted = [k for k in kernels if not only or {k.name, k.instance, k.operation} & set(only)]
     with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(measure, nvcc, nvdisasm, i, dtype) for i in wanted for dtype in DTYPES if dtype != "e4m3" or i
-        ]
-        measured = [job.result() for job in jobs]
+        measured = list(pool.map(lambda kernel: measure(nvcc, nvdisasm, kernel), wanted))
     if not only:
         for stale in set(CACHE.iterdir()) - USED:
             stale.unlink()
@@ -275,11 +185,9 @@ def check(nvcc: tuple[Path, str]) -> int:
             values["registers"] <= kernel.allowed_registers,
             f"{name}: {values['registers']} registers, the plan allows {kernel.allowed_registers}",
         )
-        expect(values["shared_bytes"] <= SHARED_OF_BLOCK, f"{name}: {values['shared_bytes']} bytes of shared memory")
-        if kernel.instance:
-            resident = kernel.instance.resident(int(values["registers"]), kernel.dtype)
-            blocks = kernel.instance.blocks
-            expect(resident >= blocks, f"{name}: an SM holds {resident} blocks, not {blocks}")
+        expect(values["shared_bytes"] <= SHARED_OF_CTA, f"{name}: {values['shared_bytes']} bytes of shared memory")
+        ctas = kernel.launch.min_ctas
+        expect(kernel.resident >= ctas, f"{name}: an SM holds {kernel.resident} CTAs, not {ctas}")
         if same_compiler and name in kernels:
             grown = growth(values, limit)
             expect(not grown, f"{name}: grew: {', '.join(grown)}")
@@ -325,7 +233,7 @@ def main() -> int:
     what.add_argument("--check", action="store_true")
     what.add_argument("--update", action="store_true")
     what.add_argument("--table", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="INSTANCE")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--reason")
     arguments = parser.parse_args()
     nvcc = find_nvcc()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from measured_kernel import Measured
 from sass_clock import FULL_RATE, GEFORCE, LATENCY, OTHER_LATENCY, tensor_share, units
-
-if TYPE_CHECKING:
-    from budgets import Measured
 
 TEXT = """# Compile budgets of the sm_120f kernels, and what they predict
 
@@ -20,13 +16,13 @@ measurements: none of this ran on an SM12x GPU.**
 
 - *tile*: warps x rows a warp x keys, of which two key groups (g2) take half each, in pieces of so many keys (/16)
   where a warp does not hold all scores at once; 1 or 2 buffers of K and V; Q in registers (r) or shared memory (s).
-- *blocks*: resident on an SM, by registers, shared memory (100 KB, 1 KB of it reserved a block) and 48 warps.
+- *CTAs*: resident on an SM, by registers, shared memory (100 KB, 1 KB of it reserved a block) and 48 warps.
 - *HMMA ... other*: instructions of one warp for the keys that it takes at once, on the way that most tiles take:
-  contiguous keys that need no mask, running maximum unmoved, options of `changed` off. *loop* counts the ways not taken
+  contiguous keys that need no mask, running maximum unmoved, score modifications off. *loop* counts the ways not taken
   as well. Of a tile in pieces it is the loop over the pieces, without the tile's barrier and copies: its share is
   flattered.
 - *next unit*: the busiest unit beside the tensor pipe on a full-rate part; its time as a share of the tensor pipe's.
-- *full rate*, *GeForce*: predicted share of time in which the tensor pipe works, in the inner loop, with these blocks.
+- *full rate*, *GeForce*: predicted share of time in which the tensor pipe works, in the inner loop, with these CTAs.
 
 ## The model
 
@@ -58,38 +54,39 @@ Assumed:
 """
 
 
-def row(kernel: Measured) -> list[str]:
-    values, instance = kernel.values, kernel.instance
-    if not instance or not kernel.loop:
-        registers = f"{values['registers']} / {kernel.allowed_registers}"
-        return ["combine", "", "", registers, str(values["spill_bytes"]), "0", *[""] * 9]
-    way = kernel.loop.path
-    blocks = instance.resident(int(values["registers"]), kernel.number)
+def row(measured: Measured) -> list[str]:
+    values, kernel, tile = measured.values, measured.kernel, measured.launch
+    registers = f"{values['registers']} / {measured.allowed_registers}"
+    if not measured.loop:
+        shared = f"{values['shared_bytes'] / 1024:.0f}"
+        return [measured.name, "", "", registers, str(values["spill_bytes"]), shared, *[""] * 9]
+    way = measured.loop.path
     unit, share = units(way, FULL_RATE).busiest_beside_tensor()
-    groups = f" g{instance.key_groups}" if instance.key_groups > 1 else ""
-    pieces = f"/{instance.score_keys}" if instance.score_keys * instance.key_groups < instance.keys else ""
-    tile = f"{instance.warps}x{instance.warp_rows}x{instance.keys}{pieces}{groups}, {1 if instance.single else 2}"
+    groups = f" g{tile.key_groups}" if tile.key_groups > 1 else ""
+    pieces = f"/{tile.score_keys}" if tile.score_keys * tile.key_groups < tile.keys else ""
+    buffers = 1 if tile.buffering == "single_buffer" else 2
+    queries = "s" if tile.queries == "shared" else "r"
     return [
-        instance.name + (" e4m3" if kernel.number == "e4m3" else ""),
-        tile + (" s" if instance.queries_shared else " r"),
-        str(blocks),
-        f"{values['registers']} / {kernel.allowed_registers}",
+        kernel.instance + (" e4m3" if kernel.dtype == "e4m3" else ""),
+        f"{tile.warps}x{tile.warp_rows}x{tile.keys}{pieces}{groups}, {buffers} {queries}",
+        str(measured.resident),
+        registers,
         str(values["spill_bytes"]),
         f"{values['shared_bytes'] / 1024:.0f}",
         *[str(values[key]) for key in ("hmma", "ldsm", "mufu", "ldgsts", "other", "loop")],
         f"{unit} {share:.0%}",
-        *[f"{tensor_share(way, part, blocks, instance.warps // 4)[1]:.0%}" for part in (FULL_RATE, GEFORCE)],
+        *[f"{tensor_share(way, part, measured.resident, tile.warps // 4)[1]:.0%}" for part in (FULL_RATE, GEFORCE)],
     ]
 
 
 def table(kernels: list[Measured], nvcc: str) -> str:
-    head = ["instance", "tile", "blocks", "registers / allowed", "spilled bytes", "shared KB", "HMMA", "LDSM", "MUFU"]
+    head = ["instance", "tile", "CTAs", "registers / allowed", "spilled bytes", "shared KB", "HMMA", "LDSM", "MUFU"]
     head += ["LDGSTS", "other", "loop", "next unit", "full rate", "GeForce"]
-    shown = [k for k in kernels if k.number != "fp16"]
+    shown = [k for k in kernels if k.kernel.dtype != "fp16"]
     lines = [head, ["---"] * len(head), *map(row, shown)]
-    pairs = zip((k for k in kernels if k.number == "bf16"), (k for k in kernels if k.number == "fp16"), strict=True)
-    unlike = [a.instance.name if a.instance else "combine" for a, b in pairs if a.values != b.values]
-    loops = [k for k in shown if k.instance and k.loop]
+    bf16, fp16 = ([k for k in kernels if k.kernel.dtype == dtype] for dtype in ("bf16", "fp16"))
+    unlike = [a.kernel.instance or a.name for a, b in zip(bf16, fp16, strict=True) if a.values != b.values]
+    loops = [k for k in shown if k.loop]
     bounds = {k.name: tensor_share(k.loop.path, FULL_RATE, 1, 1)[0] for k in loops if k.loop}
     below = [f"{name} {bound:.0%}" for name, bound in bounds.items() if bound < 1]
     return TEXT.format(

@@ -1,4 +1,4 @@
-// operations.def as a table for host and device.
+// kernels.def as a table for host and device.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int32_t kNumKernelDTypes = 4;
 // The value is its place in operations::kTable.
 enum class Operation : int32_t {
 #define FLASHSPARK_OPERATION(operation, ...) operation,
-#include "operations.def"
+#include "kernels.def"
 #undef FLASHSPARK_OPERATION
 };
 
@@ -29,7 +29,7 @@ struct OperationTraits {
 namespace operations {
 using enum KernelDType;
 inline constexpr OperationTraits kTable[] = {
-#include "operations.def"
+#include "kernels.def"
 };
 }  // namespace operations
 #undef FLASHSPARK_OPERATION

@@ -1,0 +1,47 @@
+"""What a compiled kernel takes of an SM12x: what budgets.py measures, and budgets_table.py shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sass
+from kernel_list import Kernel, Launch
+
+SHARED_OF_CTA = 99 * 1024
+SHARED_OF_SM, SHARED_RESERVED = 100 * 1024, 1024
+REGISTERS_OF_SM, REGISTERS_OF_THREAD, WARPS_OF_SM = 65536, 255, 48
+
+
+def hmma_of_turn(kernel: Kernel) -> int:
+    """One warp's products with the keys that it takes at once: S = Q K^T and O += P V."""
+    tile = kernel.sm_120f
+    scores = tile.score_keys // 8 * (kernel.head_dim // 16)
+    output = tile.score_keys // 16 * (kernel.head_dim_v // 8)
+    return tile.warp_rows // 16 * (scores + output)
+
+
+@dataclass
+class Measured:
+    kernel: Kernel
+    values: dict[str, int | float]
+    loop: sass.Loop | None  # of the attention kernels
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    @property
+    def launch(self) -> Launch:
+        return self.kernel.sm_120f
+
+    @property
+    def allowed_registers(self) -> int:
+        threads = self.launch.threads * self.launch.min_ctas
+        return min(REGISTERS_OF_THREAD, REGISTERS_OF_SM // threads // 8 * 8)
+
+    @property
+    def resident(self) -> int:
+        """CTAs an SM holds."""
+        by_registers = REGISTERS_OF_SM // (self.launch.threads * (-(-int(self.values["registers"]) // 8) * 8))
+        by_shared = SHARED_OF_SM // (int(self.values["shared_bytes"]) + SHARED_RESERVED)
+        return min(by_registers, by_shared, WARPS_OF_SM * 32 // self.launch.threads)
