@@ -1,4 +1,4 @@
-// Errors inside the library are exceptions; api.cpp turns them into a status and a text, so none crosses the C ABI.
+// Errors inside the library are exceptions. api.cpp turns them into a status and a text; none crosses the C ABI.
 #pragma once
 
 #include <cstdint>

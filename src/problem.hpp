@@ -1,5 +1,5 @@
-// How the fields of flashspark_attention_params turn into rows and addresses. Host-side implementations share this; it
-// holds no arithmetic of attention itself.
+// How the fields of flashspark_attention_params become rows and addresses, for all code of the host. No arithmetic of
+// attention is here.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ inline int64_t num_kv_seqs(const Params &p) {
   return p.kv_batch_index != nullptr && p.num_kv_seqs > 0 ? p.num_kv_seqs : p.num_seqs;
 }
 
-// One sequence of the batch. Rows are those in use (seqused_q, seqused_k applied, leftpad_k taken off).
+// One sequence of the batch: its rows in use, with seqused_q and seqused_k applied and without leftpad_k.
 struct Sequence {
   int64_t index;     // b
   int64_t seqlen_q;  // Tq

@@ -113,8 +113,8 @@ void check_tensors(const Params &p) {
   check::tensor("v", p.v, e.kv_batch, e.kv_tokens, p.num_heads_kv);
 }
 
-// Nothing that is read may be written, but for rows of q by the results in their place: whoever writes one has read it
-// and nobody else reads it. On a GPU blocks that share values wider than 256 among them all read it.
+// Nothing that is read may be written, except that out may be q: whoever writes a row has read it, and nobody else
+// reads it. On a GPU several CTAs compute a value wider than kMostInPlaceOnGpu, and all of them read the row.
 constexpr int64_t kMostInPlaceOnGpu = 256;
 
 void check_overlap(const Params &p) {
@@ -192,7 +192,7 @@ void check_mask(const Params &p) {
   }
 }
 
-// What does not ask for tensors.
+// The rules that look at no tensor.
 void check_problem(const Params &p) {
   check::version(p.struct_size, sizeof(Params), p.abi_version, "flashspark_attention_params");
   check::device(p.device, p.device_index);

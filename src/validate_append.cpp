@@ -65,7 +65,7 @@ void check_slots(const AppendParams &p) {
   }
 }
 
-// q has rows of its own, which are those of k_new only with slot_mapping.
+// q has as many rows as k_new only with slot_mapping.
 void check_queries(const AppendParams &p) {
   if (p.q.data == nullptr) {
     check::absent("cu_seqlens_q", p.cu_seqlens_q, "must be NULL without q");
@@ -82,7 +82,7 @@ void check_queries(const AppendParams &p) {
   check::dtype("q.dtype", p.q.dtype, false);
 }
 
-// The caches are written and the new rows read; q is both. k_cache and v_cache may interleave as they like.
+// The caches are written, the new rows are read, q is both. k_cache and v_cache may interleave in any way.
 void check_tensors(const AppendParams &p) {
   const bool slots = p.slot_mapping != nullptr, varlen = p.cu_seqlens_new != nullptr || slots;
   const bool varlen_q = p.cu_seqlens_q != nullptr || slots, paged = p.page_table != nullptr || slots;

@@ -67,7 +67,7 @@ void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
     const int64_t k_at = cache_offset(p, p.k_cache, s, i, h);
     if (p.rotary_cos == nullptr) {
       copy_row(p.k_new, new_offset(p, p.k_new, s, i, h), p.k_cache, k_at, p.head_dim, k_descale);
-    } else if (quantize) {  // turn in float first: rounding to e4m3 comes last
+    } else if (quantize) {  // turned in float, so that a number is rounded to e4m3 once
       float row[kMaxHeadDim];
       const int64_t from = new_offset(p, p.k_new, s, i, h);
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] = load_as_float(p.k_new.data, from + d, p.k_new.dtype);

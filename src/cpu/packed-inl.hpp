@@ -1,5 +1,5 @@
-// The kernel for many rows (prefill): each block of K and V is widened into panels once, then two register-blocked
-// matrix products run over them, six rows by one panel at a time, with the softmax between.
+// The kernel for many rows (prefill). Each block of K and V is widened into panels once; two register-blocked matrix
+// products run over the panels, six rows by one panel at a time, with the softmax between them.
 #if defined(FLASHSPARK_CPU_PACKED_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_PACKED_INL_HPP_
 #undef FLASHSPARK_CPU_PACKED_INL_HPP_
@@ -16,8 +16,8 @@ using DN = hn::ScalableTag<float>;
 using VN = hn::Vec<DN>;
 constexpr int kLanes = HWY_MAX_BYTES / sizeof(float);
 
-// A panel is as wide as lets 6 rows x panel accumulators, a row of the panel and one broadcast fill the registers: 16
-// on AVX2 (15 of 16 registers) and NEON (29 of 32), 32 on AVX-512.
+// A panel is so wide that the accumulators of 6 rows, a row of the panel and one broadcast fill the registers: 16
+// floats on AVX2 (15 of 16 registers) and NEON (29 of 32), 32 on AVX-512.
 constexpr int kPanelVecs = kLanes >= 8 ? 2 : 4;
 constexpr int kPanel = kPanelVecs * kLanes;
 static_assert(kPackedKeys % kPanel == 0 && kPackedPad % kPanel == 0);
@@ -161,7 +161,7 @@ struct PackedTile {
   float *q;                               // (rows, head_dim)
   float row_max[kMaxTileRows], row_sum[kMaxTileRows];
   RowMask masks[kMaxTileRows];
-  GroupRange ranges[kMaxTileRows / kRowGroup];  // of the block at hand
+  GroupRange ranges[kMaxTileRows / kRowGroup];  // of the current block
 };
 
 inline HWY_ATTR void start_packed(const Tile &t, PackedTile &w) {

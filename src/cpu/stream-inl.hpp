@@ -1,7 +1,8 @@
-// The kernel for few rows (decode, draft verification): K and V are read once, in place, widened in registers.
+// The kernel for few rows (decode, draft verification): K and V are read once, where they lie, and widened in
+// registers.
 //
-// Rows go four at a time. Scores of a block are kept as (keys, 4): a vector then holds whole rows of four, and the
-// weight of (key, row) is one broadcast away for PV.
+// Rows go four at a time. Scores of a block are stored as (keys, 4): a vector then holds four rows of a key, and PV
+// broadcasts the weight of one (key, row).
 #if defined(FLASHSPARK_CPU_STREAM_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_STREAM_INL_HPP_
 #undef FLASHSPARK_CPU_STREAM_INL_HPP_
@@ -22,7 +23,7 @@ using D4 = hn::FixedTag<float, 4>;
 
 // Three keys by four rows fill 12 of AVX2's 16 registers with sums.
 constexpr int kKeysAtOnce = 3;
-// Keys between two looks at the prefetcher in PV: about as long as three keys of QK^T.
+// Keys between two calls of the prefetcher in PV: they take about as long as kKeysAtOnce keys of QK^T.
 constexpr int kValuesAtOnce = 16;
 
 // The sum of a vector's blocks of four.

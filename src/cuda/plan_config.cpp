@@ -20,11 +20,11 @@ constexpr int32_t widest_value() {
   return widest;
 }
 
-// The narrowest instance of a kind; NULL: none is wide enough.
+// The narrowest instance for the problem; NULL: none is wide enough.
 const Instance *find(const Shape &shape, Tiling tiling, ScoreMod score_mod = ScoreMod::none) {
   for (const Instance &instance : kInstances) {
     if (instance.tiling != tiling || instance.score_mod != score_mod || instance.head_dim < shape.head_dim) continue;
-    // A wider value takes several CTAs, each with scores of its own: an instance that holds it in one is less work.
+    // A wider value takes several CTAs, each with scores of its own: an instance that holds it in one does less work.
     if (instance.head_dim_v < shape.head_dim_v && instance.head_dim_v < widest_value()) continue;
     return &instance;
   }
@@ -41,8 +41,8 @@ double cost_of_row(const Tile &tile, const Heuristics &h) {
          (tile.rows() <= 32 ? h.cost_of_small_ctas : 1.0);
 }
 
-// What a choice costs, in rows times keys that an SM with all its CTAs works on: the longest CTA, which shares its SM
-// with others, or all of them over all SMs.
+// What a choice costs, in rows times keys that a whole SM computes: the larger of one CTA's cost, which has a part of
+// an SM, and of all CTAs' cost over all SMs.
 double cost_of(const Shape &shape, const Config &config, const Machine &machine) {
   const Tile &tile = *config.tile;
   const auto splits = static_cast<double>(choose_splits(shape, config, machine));
