@@ -5,8 +5,8 @@
 # library for the CPU needs no second compiler.
 function(flashspark_list_kernels variable)
   set(program ${PROJECT_SOURCE_DIR}/cmake/kernels_json.cpp)
-  set(data kernels.def kernels.hpp forward/instances.def forward/config.hpp)
-  list(TRANSFORM data PREPEND ${PROJECT_SOURCE_DIR}/kernels/)
+  set(folder ${PROJECT_SOURCE_DIR}/kernels)
+  file(GLOB data ${folder}/*.def ${folder}/*.hpp ${folder}/*/*.def ${folder}/*/*.hpp)
   set_property(DIRECTORY ${PROJECT_SOURCE_DIR} APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     ${program} ${PROJECT_SOURCE_DIR}/src/cuda/kernel_key.hpp ${data})
   set(compiler ${CMAKE_CXX_COMPILER})

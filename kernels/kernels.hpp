@@ -22,7 +22,7 @@ struct OperationTraits {
   const char *source;
   bool instances = false;
   KernelDType dtypes[kNumKernelDTypes - 1] = {};  // ends with the first `none`
-  uint32_t threads = 0, min_ctas = 0, shared_bytes = 0;
+  uint32_t threads = 0, min_ctas = 0, shared_bytes = 0, rows = 0;
 };
 
 #define FLASHSPARK_OPERATION(operation, ...) {.name = #operation, __VA_ARGS__},

@@ -40,11 +40,12 @@ void set_scratch(const Grid &grid, Plan &plan) {
 }
 
 void set_combine(const CombineGrid &grid, Plan &plan) {
+  constexpr OperationTraits kCombine = traits_of(Operation::attention_forward_combine);
   plan.arguments.combine_tiles = static_cast<int32_t>(grid.row_tiles);
   plan.arguments.combine_ctas_per_tile = static_cast<int32_t>(grid.y);
   plan.combine = {.grid = {static_cast<uint32_t>(grid.x), static_cast<uint32_t>(grid.y), static_cast<uint32_t>(grid.z)},
-                  .threads = kCombineWarps * 32,
-                  .shared_bytes = kCombineWarps * kCombineWarpBytes};
+                  .threads = kCombine.threads,
+                  .shared_bytes = kCombine.shared_bytes};
 }
 
 }  // namespace

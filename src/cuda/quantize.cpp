@@ -5,7 +5,7 @@
 namespace flashspark::cuda {
 namespace {
 
-constexpr int64_t kRows = 32;  // kQuantizeRows in quantize.cuh
+constexpr OperationTraits kQuantize = traits_of(Operation::attention_forward_quantize);
 
 // q's type, or fp16 where q is e4m3: fp16 has more mantissa bits than bf16.
 int32_t wide_dtype(const Params &p) {
@@ -38,13 +38,13 @@ QuantizePlan make_quantize_plan(const Params &p, const Params &wide) {
   if (shape.is_empty()) return plan;
   ForwardArguments &a = plan.arguments.forward = arguments_of(wide, shape, ScoreMod::none);
   a.out_dtype = dtype_of(wide.out.dtype);
-  a.num_m_blocks = static_cast<int32_t>(shape.num_m_blocks(kRows));
+  a.num_m_blocks = static_cast<int32_t>(shape.num_m_blocks(kQuantize.rows));
   a.num_heads_times_batch = a.l2_section_heads = static_cast<int32_t>(shape.grid_heads);
   plan.arguments.out = p.out.data;
   plan.arguments.out_strides = strides_of(p.out);
   plan.arguments.output_scale = p.output_scale;
-  const uint32_t threads = traits_of(Operation::attention_forward_quantize).threads;
-  plan.launch = {{static_cast<uint32_t>(int64_t{a.num_m_blocks} * a.num_heads_times_batch), 1, 1}, threads, 0};
+  plan.launch = {
+      {static_cast<uint32_t>(int64_t{a.num_m_blocks} * a.num_heads_times_batch), 1, 1}, kQuantize.threads, 0};
   return plan;
 }
 
