@@ -4,11 +4,8 @@
 #include <limits>
 #include <new>
 
-#include "append.hpp"
 #include "cpu/engine.hpp"
 #include "cpu/thread_pool.hpp"
-#include "cuda/append.hpp"
-#include "cuda/forward.hpp"
 #include "dispatch.hpp"
 #include "dtype.hpp"
 #include "environment.hpp"
@@ -40,16 +37,17 @@ flashspark_status guarded(F &&f) noexcept {
 }
 
 template <class T>
-const T &given(const T *params) {
-  if (params == nullptr) fs::fail("params", std::string("NULL"), "must point to the problem");
+const T &checked(const T *params, void (*validate)(const T &) = fs::validate) {
+  fs::check_environment();
+  if (params == nullptr) fs::fail("params", "NULL", "must point to the problem");
+  validate(*params);
   return *params;
 }
 
 template <class T>
-const T &checked(const T *params) {
-  fs::check_environment();
-  fs::validate(given(params));
-  return *params;
+T &result(T *size) {
+  if (size == nullptr) fs::fail("size", "NULL", "must point to the result");
+  return *size;
 }
 
 }  // namespace
@@ -70,34 +68,35 @@ void flashspark_append_params_init(flashspark_append_params *params) {
 }
 
 flashspark_status flashspark_attention_forward(const flashspark_attention_params *params) {
+  return flashspark_attention_forward_with_allocator(params, nullptr, nullptr);
+}
+
+flashspark_status flashspark_attention_forward_with_allocator(const flashspark_attention_params *params,
+                                                              flashspark_allocator allocate, void *context) {
   return guarded([&] {
     const fs::Params &p = checked(params);
-    fs::choose(p).forward(p);
+    fs::choose(p).forward(p, {allocate, context});
   });
 }
 
 flashspark_status flashspark_attention_workspace_size(const flashspark_attention_params *params, size_t *size) {
   return guarded([&] {
     const fs::Params &p = checked(params);
-    if (size == nullptr) fs::fail("size", std::string("NULL"), "must point to the result");
-    *size = fs::choose(p).workspace(p);
+    result(size) = fs::choose(p).workspace(p);
   });
 }
 
 flashspark_status flashspark_attention_schedule(const flashspark_attention_params *params) {
   return guarded([&] {
-    fs::check_environment();
-    fs::validate_schedule(given(params));
-    if (params->device == FLASHSPARK_CUDA) fs::cuda::schedule(*params);
+    const fs::Params &p = checked(params, fs::validate_schedule);
+    fs::choose_schedule(p).schedule(p);
   });
 }
 
 flashspark_status flashspark_attention_schedule_size(const flashspark_attention_params *params, int64_t *size) {
   return guarded([&] {
-    fs::check_environment();
-    fs::validate_schedule(given(params));
-    if (size == nullptr) fs::fail("size", std::string("NULL"), "must point to the result");
-    *size = params->device == FLASHSPARK_CUDA ? fs::cuda::schedule_size(*params) : 0;
+    const fs::Params &p = checked(params, fs::validate_schedule);
+    result(size) = fs::choose_schedule(p).schedule_size(p);
   });
 }
 
@@ -122,7 +121,7 @@ flashspark_status flashspark_attention_explain(const flashspark_attention_params
 flashspark_status flashspark_append_kv(const flashspark_append_params *params) {
   return guarded([&] {
     const fs::AppendParams &p = checked(params);
-    p.device == FLASHSPARK_CPU ? fs::append_kv(p) : fs::cuda::append_kv(p);
+    fs::choose_append(p).append(p);
   });
 }
 

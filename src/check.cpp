@@ -1,18 +1,36 @@
-// The rules that attention and append share.
+#include "check.hpp"
+
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <utility>
 
 #include "dtype.hpp"
 #include "error.hpp"
-#include "validate.hpp"
+#include "problem.hpp"
 
 namespace flashspark::check {
+namespace {
 
 // Every byte offset of a tensor must fit in an int64 with room for sums of three terms.
 constexpr int64_t kMaxOffset = int64_t{1} << 58;
+
+// `field` is "" or ".data". No text is made, nor memory taken, for a pointer that is aligned: every call of a GPU
+// kernel comes here (docs/experiments.md E62).
+void aligned(const char *argument, const char *field, const void *pointer, size_t size) {
+  if (reinterpret_cast<uintptr_t>(pointer) % size == 0) return;
+  char text[32];
+  std::snprintf(text, sizeof text, "%p", pointer);
+  fail(std::string(argument) + field, text, "must be aligned to " + std::to_string(size) + " bytes");
+}
+
+template <class T>
+void each_aligned(Arrays<T> arrays) {
+  for (const auto &[argument, pointer] : arrays) aligned(argument, "", pointer, sizeof(T));
+}
+
+}  // namespace
 
 std::string at(const char *name, int64_t index) {
   return std::string(name) + "[" + std::to_string(index) + "]";
@@ -50,7 +68,8 @@ void heads(int64_t num_heads_q, int64_t num_heads_kv) {
 }
 
 void width(const char *argument, int64_t value) {
-  if (value < 8 || value > 512 || value % 8 != 0) fail(argument, value, "must be a multiple of 8 from 8 to 512");
+  if (value < 8 || value > kMaxHeadDim || value % 8 != 0)
+    fail(argument, value, "must be a multiple of 8 from 8 to " + std::to_string(kMaxHeadDim));
 }
 
 void dtype(const char *argument, int32_t value, bool allow_fp8) {
@@ -61,18 +80,31 @@ void dtype(const char *argument, int32_t value, bool allow_fp8) {
        FLASHSPARK_INVALID_TYPE);
 }
 
-// `field` is "" or ".data". Nothing is put together, nor memory taken, for a pointer that is right: this runs at every
-// call of a GPU kernel.
-static void aligned(const char *argument, const char *field, const void *pointer, size_t size) {
-  if (reinterpret_cast<uintptr_t>(pointer) % size == 0) return;
-  char text[32];
-  std::snprintf(text, sizeof text, "%p", pointer);
-  fail(std::string(argument) + field, std::string(text), "must be aligned to " + std::to_string(size) + " bytes");
+void same_dtype(const char *argument, int32_t dtype, const char *other, int32_t wanted) {
+  if (dtype == wanted) return;
+  fail(argument, dtype_name(dtype), std::string("must be ") + other + "'s: " + dtype_name(wanted),
+       FLASHSPARK_INVALID_TYPE);
+}
+
+void absent(const char *argument, const void *pointer, const char *rule) {
+  if (pointer != nullptr) fail(argument, "given", rule);
+}
+
+void present(const char *argument, const void *pointer, const char *rule) {
+  if (pointer == nullptr) fail(argument, "NULL", rule);
+}
+
+void aligned_arrays(Arrays<int32_t> arrays) {
+  each_aligned(arrays);
+}
+
+void aligned_arrays(Arrays<int64_t> arrays) {
+  each_aligned(arrays);
 }
 
 void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads) {
   if (batch == 0 || tokens == 0 || heads == 0) return;
-  if (t.data == nullptr) fail(std::string(argument) + ".data", std::string("NULL"), "must point to the tensor");
+  if (t.data == nullptr) fail(std::string(argument) + ".data", "NULL", "must point to the tensor");
   aligned(argument, ".data", t.data, dtype_size(t.dtype));
   const std::pair<const char *, std::pair<int64_t, int64_t>> dims[] = {{".batch_stride", {t.batch_stride, batch}},
                                                                        {".token_stride", {t.token_stride, tokens}},
@@ -117,14 +149,6 @@ void scale(const char *argument, const flashspark_scale &s) {
     fail(std::string(argument) + ".batch_stride", s.batch_stride, "is too large");
   if (s.head_stride < -kLimit || s.head_stride > kLimit)
     fail(std::string(argument) + ".head_stride", s.head_stride, "is too large");
-}
-
-void int32_pointer(const char *argument, const int32_t *pointer) {
-  aligned(argument, "", pointer, sizeof(int32_t));
-}
-
-void int64_pointer(const char *argument, const int64_t *pointer) {
-  aligned(argument, "", pointer, sizeof(int64_t));
 }
 
 void paging(int64_t num_pages, int64_t page_size, int64_t num_page_slots, int64_t page_table_stride, int64_t num_rows) {

@@ -1,16 +1,22 @@
 #include "dispatch.hpp"
 
+#include <algorithm>
 #include <bit>
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <string_view>
 
+#include "cpu/append.hpp"
 #include "cpu/engine.hpp"
 #include "cpu/reference.hpp"
 #include "cpu/thread_pool.hpp"
+#include "cuda/append.hpp"
+#include "cuda/arguments.hpp"
+#include "cuda/device.hpp"
 #include "cuda/forward.hpp"
+#include "cuda/schedule.hpp"
 #include "dtype.hpp"
+#include "environment.hpp"
 #include "error.hpp"
 
 namespace flashspark {
@@ -20,7 +26,7 @@ bool uses(const Params &p, int32_t dtype) {
   return p.q.dtype == dtype || p.k.dtype == dtype || p.out.dtype == dtype;
 }
 
-// One line a feature: its name in messages, and when a problem asks for it. A feature's bit is its place here.
+// One line a feature: its name in messages, and when a problem asks for it. The index of a line is the feature's bit.
 struct Feature {
   const char *name;
   bool (*required)(const Params &p);
@@ -100,45 +106,93 @@ std::string reference_detail(const Params &) {
 size_t no_workspace(const Params &) {
   return 0;
 }
-std::string always_available(const Params &) {
-  return {};
+// The CPU looks at the lengths themselves at every call.
+void no_schedule(const Params &) {}
+int64_t no_schedule_size(const Params &) {
+  return 0;
+}
+template <void (*kForward)(const Params &)>
+void without_scratch(const Params &p, const ScratchSource &) {
+  kForward(p);
 }
 
 constexpr Implementation kImplementations[] = {
-    {"cuda", "mma.sync FlashAttention kernels, built ahead of time", FLASHSPARK_CUDA, kCudaFeatures, 512, cuda::detail,
-     cuda::forward, cuda::workspace, cuda::unavailable},
-    {"cpu-engine", "tiled online softmax in SIMD on all cores", FLASHSPARK_CPU, kAllFeatures, 512, engine_detail,
-     cpu::engine_forward, no_workspace, always_available},
-    {"cpu-reference", "the oracle: the formula, one score at a time", FLASHSPARK_CPU, kAllFeatures, 512,
-     reference_detail, cpu::reference_forward, no_workspace, always_available},
+    {.name = "cuda",
+     .description = "mma.sync FlashAttention kernels, built ahead of time",
+     .device = FLASHSPARK_CUDA,
+     .features = kCudaFeatures,
+     .max_head_dim = kMaxHeadDim,
+     .detail = cuda::detail,
+     .plan = cuda::plan_text,
+     .unavailable = cuda::device_unavailable_reason,
+     .unsupported = cuda::unsupported,
+     .forward = cuda::forward,
+     .workspace = cuda::workspace,
+     .backward = nullptr,
+     .append = cuda::append_kv,
+     .schedule = cuda::schedule,
+     .schedule_size = cuda::schedule_size},
+    {.name = "cpu-engine",
+     .description = "tiled online softmax in SIMD on all cores",
+     .device = FLASHSPARK_CPU,
+     .features = kAllFeatures,
+     .max_head_dim = kMaxHeadDim,
+     .detail = engine_detail,
+     .plan = nullptr,
+     .unavailable = nullptr,
+     .unsupported = nullptr,
+     .forward = without_scratch<cpu::engine_forward>,
+     .workspace = no_workspace,
+     .backward = nullptr,
+     .append = cpu::append_kv,
+     .schedule = no_schedule,
+     .schedule_size = no_schedule_size},
+    {.name = "cpu-reference",
+     .description = "the oracle: the formula, one score at a time",
+     .device = FLASHSPARK_CPU,
+     .features = kAllFeatures,
+     .max_head_dim = kMaxHeadDim,
+     .detail = reference_detail,
+     .plan = nullptr,
+     .unavailable = nullptr,
+     .unsupported = nullptr,
+     .forward = without_scratch<cpu::reference_forward>,
+     .workspace = no_workspace,
+     .backward = nullptr,
+     .append = cpu::append_kv,
+     .schedule = no_schedule,
+     .schedule_size = no_schedule_size},
 };
 
-// What keeps an implementation from a problem; empty if nothing.
-std::string lacks(const Implementation &candidate, const Params &p) {
+[[noreturn]] void refuse(const std::string &why) {
+  throw Error(FLASHSPARK_UNSUPPORTED, why);
+}
+
+// What keeps an implementation from a problem that requires these features; empty if nothing.
+std::string obstacles(const Implementation &candidate, const Params &p, FeatureSet required) {
   std::string text;
   const auto add = [&](const std::string &what) { text += (text.empty() ? "" : "; ") + what; };
   if (candidate.device != p.device)
     add(candidate.device == FLASHSPARK_CPU ? "runs on the CPU only" : "runs on CUDA only");
-  if (const FeatureSet missing = required_features(p) & ~candidate.features) add("lacks " + names(missing));
+  if (const FeatureSet missing = required & ~candidate.features) add("lacks " + names(missing));
   const int64_t widest = std::max(p.head_dim, p.head_dim_v);
   if (widest > candidate.max_head_dim)
     add("head_dim " + std::to_string(widest) + " > " + std::to_string(candidate.max_head_dim));
-  if (candidate.device == p.device) {
-    if (const std::string why = candidate.unavailable(p); !why.empty()) add(why);
-  }
+  if (candidate.device != p.device) return text;
+  std::string why = candidate.unavailable != nullptr ? candidate.unavailable(p.device_index) : "";
+  if (why.empty() && candidate.unsupported != nullptr) why = candidate.unsupported(p);
+  if (!why.empty()) add(why);
   return text;
 }
 
-// The name that the caller, or else the environment, asks for. Read at every call, unlike the other switches: a program
-// may set it between two calls, to compare implementations.
-constexpr const char *kForce = "FLASHSPARK_FORCE_IMPLEMENTATION";
+// The name that the caller, or else the environment, asks for; NULL: none.
 const char *forced_name(const Params &p) {
   if (p.implementation != nullptr) return p.implementation;
-  const char *name = std::getenv(kForce);
-  return name != nullptr && *name != '\0' ? name : nullptr;
+  const std::string &name = environment().force_implementation;
+  return name.empty() ? nullptr : name.c_str();
 }
 
-std::string problem_text(const Params &p) {
+std::string problem_text(const Params &p, FeatureSet required) {
   std::string text = "problem: " + device_name(p) + ", q " + dtype_name(p.q.dtype) + ", kv " + dtype_name(p.k.dtype) +
                      ", out " + dtype_name(p.out.dtype) + ", num_seqs " + std::to_string(p.num_seqs) + ", heads " +
                      std::to_string(p.num_heads_q) + "/" + std::to_string(p.num_heads_kv) + ", head_dim " +
@@ -146,24 +200,43 @@ std::string problem_text(const Params &p) {
   if (p.head_dim_v != p.head_dim) text += "/" + std::to_string(p.head_dim_v);
   text += ", max_seqlen " + std::to_string(p.max_seqlen_q) + "/" + std::to_string(p.max_seqlen_k);
   if (is_paged(p)) text += ", page_size " + std::to_string(p.page_size);
-  return text + "\nrequired: " + names(required_features(p)) + "\n";
+  return text + "\nrequired: " + names(required) + "\n";
 }
 
-const Implementation *find(const Params &p) {
+const Implementation *find(const Params &p, FeatureSet required) {
   const char *forced = forced_name(p);
   bool known = forced == nullptr;
   for (const Implementation &candidate : kImplementations) {
     if (forced != nullptr && std::strcmp(forced, candidate.name) != 0) continue;
     known = true;
-    if (lacks(candidate, p).empty()) return &candidate;
+    if (obstacles(candidate, p, required).empty()) return &candidate;
   }
-  if (!known) {
-    std::string all;
-    for (const Implementation &candidate : kImplementations)
-      all += (all.empty() ? "" : ", ") + std::string(candidate.name);
-    fail(p.implementation != nullptr ? "implementation" : kForce, std::string(forced), "must be one of " + all);
-  }
+  // The environment's name is a known one: check_environment().
+  if (!known) fail("implementation", forced, "must be one of " + implementation_names());
   return nullptr;
+}
+
+// The first row with an operation that needs no features.
+template <class Operation>
+const Implementation &first_with(Operation Implementation::*operation, const char *name, int32_t device,
+                                 int32_t device_index) {
+  std::string why;
+  for (const Implementation &candidate : kImplementations) {
+    if (candidate.*operation == nullptr || candidate.device != device) continue;
+    const std::string reason = candidate.unavailable != nullptr ? candidate.unavailable(device_index) : "";
+    if (reason.empty()) return candidate;
+    why += (why.empty() ? "" : "; ") + std::string(candidate.name) + ": " + reason;
+  }
+  refuse(std::string(name) + ": no implementation fits: " + why);
+}
+
+std::string indented(const std::string &lines) {
+  std::string text;
+  for (size_t begin = 0, end; begin < lines.size(); begin = end) {
+    end = std::min(lines.find('\n', begin), lines.size() - 1) + 1;
+    text += "  " + lines.substr(begin, end - begin);
+  }
+  return text;
 }
 
 }  // namespace
@@ -172,18 +245,26 @@ std::span<const Implementation> implementations() {
   return kImplementations;
 }
 
+std::string implementation_names() {
+  std::string text;
+  for (const Implementation &each : kImplementations) text += (text.empty() ? "" : ", ") + std::string(each.name);
+  return text;
+}
+
 std::string explain(const Params &p) {
-  const Implementation *chosen = find(p);
-  const char *forced = forced_name(p);
-  std::string text = problem_text(p);
+  const FeatureSet required = required_features(p);
+  const Implementation *chosen = find(p, required);
+  const bool forced = forced_name(p) != nullptr;
+  std::string text = problem_text(p, required);
   for (const Implementation &candidate : kImplementations) {
-    const std::string missing = lacks(candidate, p);
+    const std::string why_not = obstacles(candidate, p, required);
     text += std::string(candidate.name) + " (" + candidate.detail(p) + "): ";
     if (&candidate == chosen) {
       text += forced ? "chosen, as asked for\n" : "chosen\n";
+      if (candidate.plan != nullptr) text += indented(candidate.plan(p));
     } else {
-      text += missing.empty() ? (forced ? "fits, but another was asked for\n" : "fits, comes later in the table\n")
-                              : missing + "\n";
+      text += why_not.empty() ? (forced ? "fits, but another was asked for\n" : "fits, comes later in the table\n")
+                              : why_not + "\n";
     }
   }
   if (chosen == nullptr) text += "no implementation fits\n";
@@ -191,8 +272,16 @@ std::string explain(const Params &p) {
 }
 
 const Implementation &choose(const Params &p) {
-  if (const Implementation *chosen = find(p)) return *chosen;
-  throw Error(FLASHSPARK_UNSUPPORTED, "no implementation fits\n" + explain(p));
+  if (const Implementation *chosen = find(p, required_features(p))) return *chosen;
+  refuse("no implementation fits\n" + explain(p));
+}
+
+const Implementation &choose_append(const AppendParams &p) {
+  return first_with(&Implementation::append, "append", p.device, p.device_index);
+}
+
+const Implementation &choose_schedule(const Params &p) {
+  return first_with(&Implementation::schedule, "schedule", p.device, p.device_index);
 }
 
 }  // namespace flashspark

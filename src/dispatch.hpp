@@ -1,11 +1,12 @@
-// Which implementation runs a problem. Each one declares its features; a problem asks for features; the first in the
-// table that has them all runs. The choice, and every refusal, prints itself.
+// One table of implementations and operations. A problem asks for features, and the first implementation in the table
+// that has them all runs it. The choice, and every refusal, prints itself.
 #pragma once
 
 #include <span>
 #include <string>
 
 #include "problem.hpp"
+#include "scratch.hpp"
 
 namespace flashspark {
 
@@ -17,19 +18,36 @@ struct Implementation {
   flashspark_device device;
   FeatureSet features;
   int64_t max_head_dim;
-  std::string (*detail)(const Params &p);       // what it runs on here: "AVX2, 2 threads"
-  void (*forward)(const Params &p);             // params have passed validate()
-  size_t (*workspace)(const Params &p);         // bytes
-  std::string (*unavailable)(const Params &p);  // what this machine or build lacks, of a problem of its own device
+  std::string (*detail)(const Params &p);  // what it runs on here: "AVX2, 2 threads"
+  std::string (*plan)(const Params &p);    // what it would launch, in lines; NULL: nothing to tell
+  // Why this machine or build cannot run it on this device, and what of a problem on its own device it cannot take
+  // although it has the features; empty: nothing. NULL: never anything.
+  std::string (*unavailable)(int32_t device_index);
+  std::string (*unsupported)(const Params &p);
+
+  // The operations, for params that their validate() has passed. NULL: the implementation lacks it.
+  void (*forward)(const Params &p, const ScratchSource &scratch);
+  size_t (*workspace)(const Params &p);  // bytes that forward() needs
+  void (*backward)(const Params &p);
+  void (*append)(const AppendParams &p);
+  void (*schedule)(const Params &p);
+  int64_t (*schedule_size)(const Params &p);  // elements that schedule() writes
 };
 
 // Best first.
 std::span<const Implementation> implementations();
+std::string implementation_names();  // "cuda, cpu-engine, cpu-reference"
 
-// Throws Error (UNSUPPORTED) with what was required, what each candidate lacks, and the device.
+// The implementation whose forward() runs the problem: the one that params or FLASHSPARK_FORCE_IMPLEMENTATION name, or
+// the best. Throws Error (UNSUPPORTED) with what is required, what each candidate lacks, and the device.
 const Implementation &choose(const Params &p);
 
-// The choice as text, one line an implementation; never throws for an unsupported problem.
+// The best with the operation on the problem's device: any name asks for attention, not for these.
+const Implementation &choose_append(const AppendParams &p);
+const Implementation &choose_schedule(const Params &p);
+
+// The choice of choose() as text: one line an implementation, and the plan of the chosen one. Never throws for an
+// unsupported problem.
 std::string explain(const Params &p);
 
 }  // namespace flashspark

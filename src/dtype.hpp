@@ -1,4 +1,4 @@
-// Storage formats and their conversions to and from float: round to nearest even, NaN stays NaN.
+// Storage formats: names, sizes, and conversions to and from float, which round to nearest even and keep NaN.
 #pragma once
 
 #include <bit>
@@ -53,8 +53,8 @@ inline uint16_t float_to_bf16(float x) {
 }
 
 namespace detail {
-// A small float with `mantissa_bits` and exponent bias `bias`, given without its sign bit, as a float. No special
-// codes.
+// The value of a small float, given without its sign bit, that has so many mantissa bits and this exponent bias.
+// Special codes are the caller's.
 inline float small_to_float(uint32_t magnitude, int mantissa_bits, int bias) {
   const uint32_t exponent = magnitude >> mantissa_bits;
   const uint32_t mantissa = magnitude & ((1u << mantissa_bits) - 1);
@@ -62,8 +62,7 @@ inline float small_to_float(uint32_t magnitude, int mantissa_bits, int bias) {
   return std::bit_cast<float>(((exponent - bias + 127) << 23) | (mantissa << (23 - mantissa_bits)));
 }
 
-// The nearest such code to a finite x >= 0, ties to even; may exceed the format's largest code, which the caller
-// clamps.
+// The nearest such code to a finite x >= 0, ties to even. It may exceed the format's largest code: the caller clamps.
 inline uint32_t float_to_small(float x, int mantissa_bits, int bias) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   const int exponent = static_cast<int>(u >> 23) - 127 + bias;

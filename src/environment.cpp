@@ -5,12 +5,13 @@
 #include <cstring>
 
 #include "cpu/tile.hpp"
+#include "dispatch.hpp"
 #include "error.hpp"
 
 namespace flashspark {
 namespace {
 
-constexpr int32_t kMostThreads = 1024;
+constexpr int32_t kMaxThreads = 1024;
 
 bool is_set(const char *value) {
   return value != nullptr && *value != '\0';
@@ -18,11 +19,19 @@ bool is_set(const char *value) {
 
 }  // namespace
 
-Environment read_environment(const char *cpu_target, const char *num_threads, const char *check) {
+Environment read_environment(const Switches &switches) {
+  const auto &[force_implementation, cpu_target, num_threads, check] = switches;
   Environment e;
   const auto wrong = [&](const char *name, const char *value, const std::string &rule) {
     if (e.error.empty()) e.error = std::string(name) + " = " + value + ": must be " + rule;
   };
+  if (is_set(force_implementation)) {
+    for (const Implementation &each : implementations()) {
+      if (std::strcmp(each.name, force_implementation) == 0) e.force_implementation = force_implementation;
+    }
+    if (e.force_implementation.empty())
+      wrong("FLASHSPARK_FORCE_IMPLEMENTATION", force_implementation, "one of " + implementation_names());
+  }
   if (is_set(cpu_target)) {
     std::string known;
     for (const cpu::Kernels *kernels : cpu::all_kernels()) {
@@ -35,10 +44,10 @@ Environment read_environment(const char *cpu_target, const char *num_threads, co
     const char *end = num_threads + std::strlen(num_threads);
     int32_t value = 0;
     const auto [stop, failure] = std::from_chars(num_threads, end, value);
-    if (failure == std::errc() && stop == end && value >= 0 && value <= kMostThreads) {
+    if (failure == std::errc() && stop == end && value >= 0 && value <= kMaxThreads) {
       e.num_threads = value;
     } else {
-      wrong("FLASHSPARK_NUM_THREADS", num_threads, "a number from 0 (all CPUs) to " + std::to_string(kMostThreads));
+      wrong("FLASHSPARK_NUM_THREADS", num_threads, "a number from 0 (all CPUs) to " + std::to_string(kMaxThreads));
     }
   }
   if (is_set(check)) {
@@ -49,8 +58,11 @@ Environment read_environment(const char *cpu_target, const char *num_threads, co
 }
 
 const Environment &environment() {
-  static const Environment read = read_environment(
-      std::getenv("FLASHSPARK_CPU_TARGET"), std::getenv("FLASHSPARK_NUM_THREADS"), std::getenv("FLASHSPARK_CHECK"));
+  static const Environment read =
+      read_environment({.force_implementation = std::getenv("FLASHSPARK_FORCE_IMPLEMENTATION"),
+                        .cpu_target = std::getenv("FLASHSPARK_CPU_TARGET"),
+                        .num_threads = std::getenv("FLASHSPARK_NUM_THREADS"),
+                        .check = std::getenv("FLASHSPARK_CHECK")});
   return read;
 }
 

@@ -14,6 +14,10 @@ void fail(const std::string &argument, const std::string &value, const std::stri
   throw Error(status, argument + " = " + value + ": " + rule);
 }
 
+void fail(const std::string &argument, const char *value, const std::string &rule, flashspark_status status) {
+  fail(argument, std::string(value), rule, status);
+}
+
 void fail(const std::string &argument, int64_t value, const std::string &rule) {
   fail(argument, std::to_string(value), rule);
 }
@@ -21,7 +25,7 @@ void fail(const std::string &argument, int64_t value, const std::string &rule) {
 void fail(const std::string &argument, double value, const std::string &rule) {
   char text[32];
   std::snprintf(text, sizeof text, "%.9g", value);
-  fail(argument, std::string(text), rule);
+  fail(argument, text, rule);
 }
 
 void set_last_error(const char *text) noexcept {

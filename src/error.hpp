@@ -1,4 +1,4 @@
-// Errors inside the library are exceptions; api.cpp turns them into a status and a text, so none crosses the C ABI.
+// Errors inside the library are exceptions. api.cpp turns them into a status and a text; none crosses the C ABI.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,8 @@ class Error : public std::runtime_error {
 
 // "page_size = 24: must be a multiple of 16"
 [[noreturn]] void fail(const std::string &argument, const std::string &value, const std::string &rule,
+                       flashspark_status status = FLASHSPARK_INVALID_ARGUMENT);
+[[noreturn]] void fail(const std::string &argument, const char *value, const std::string &rule,
                        flashspark_status status = FLASHSPARK_INVALID_ARGUMENT);
 [[noreturn]] void fail(const std::string &argument, int64_t value, const std::string &rule);
 [[noreturn]] void fail(const std::string &argument, double value, const std::string &rule);

@@ -1,10 +1,11 @@
-// The numbers that validated params point to, entry by entry: what makes an address or a result that is none.
+// Checks the numbers that validated params point to, entry by entry, so that no address leaves its tensor and no result
+// is undefined.
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
 
-#include "append.hpp"
+#include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
 #include "validate.hpp"
@@ -12,7 +13,7 @@
 namespace flashspark {
 namespace {
 
-// Offsets that do not fall and end within the tensor.
+// Offsets must not decrease, and must end within the tensor.
 void check_offsets(const char *name, const int32_t *offsets, int64_t num_seqs, int64_t total, int64_t longest) {
   if (offsets == nullptr) return;
   if (offsets[0] < 0) fail(check::at(name, 0), int64_t{offsets[0]}, "must not be negative");
@@ -30,7 +31,7 @@ void check_offsets(const char *name, const int32_t *offsets, int64_t num_seqs, i
   }
 }
 
-// `seqused_q` of a sequence that has `rows` rows.
+// `rows`: those that the sequence has.
 void check_used_rows(const int32_t *seqused_q, int64_t b, int64_t rows) {
   if (seqused_q == nullptr || (seqused_q[b] >= 0 && seqused_q[b] <= rows)) return;
   fail(check::at("seqused_q", b), int64_t{seqused_q[b]},
@@ -56,7 +57,7 @@ void check_pages(const P &p, int64_t row, int64_t first, int64_t last) {
   }
 }
 
-// Factors of a tensor of `dtype`; those of other types than e4m3 are not read.
+// `dtype` is the tensor's: factors of other types than e4m3 are not read.
 void check_scale(const char *name, const flashspark_scale &s, int32_t dtype, int64_t batch, int64_t heads) {
   if (s.data == nullptr || dtype != FLASHSPARK_FLOAT8_E4M3) return;
   for (int64_t b = 0; b < (s.batch_stride == 0 ? std::min<int64_t>(batch, 1) : batch); ++b) {
@@ -89,7 +90,7 @@ void check_scores(const Params &p) {
   }
 }
 
-// Lengths and pages of one sequence, whose offsets are right.
+// Lengths and pages of a sequence whose offsets have been checked.
 void check_sequence(const Params &p, int64_t b) {
   check_used_rows(p.seqused_q, b, is_varlen_q(p) ? int64_t{p.cu_seqlens_q[b + 1]} - p.cu_seqlens_q[b] : p.max_seqlen_q);
   if (p.causal_per_seq != nullptr && (p.causal_per_seq[b] < 0 || p.causal_per_seq[b] > 1)) {
@@ -129,7 +130,7 @@ void check_slot_numbers(const AppendParams &p) {
   }
 }
 
-// The positions by which `rows` rows of a sequence turn lie in cos and sin.
+// The positions of `rows` rows of a sequence must lie within cos and sin.
 void check_positions(const AppendParams &p, const AppendSequence &s, int64_t rows) {
   if (rows == 0 || (s.position0 >= 0 && s.position0 + rows <= p.seqlen_rotary)) return;
   if (p.rotary_seqlens != nullptr) {
@@ -161,9 +162,9 @@ void check_sequence(const AppendParams &p, int64_t b) {
   check_positions(p, s, std::max(s.rows, q_positions));
 }
 
-// Rows of the cache that one sequence, or one row of k_new, writes in one stretch.
+// Consecutive rows of the cache that one sequence, or one row of k_new, writes.
 struct Target {
-  int64_t begin, end;  // rows of the cache, all pages or sequences one behind the other
+  int64_t begin, end;  // counted through all pages or sequences of the cache
   int64_t from;        // sequence, or row of k_new
 };
 
@@ -186,7 +187,7 @@ std::vector<Target> targets_of(const AppendParams &p) {
   return targets;
 }
 
-// No two rows go to one place.
+// No two new rows may go to the same row of the cache.
 void check_targets(const AppendParams &p) {
   std::vector<Target> targets = targets_of(p);
   const auto before = [](const Target &a, const Target &b) {

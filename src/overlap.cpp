@@ -1,10 +1,10 @@
-// Whether two tensors share memory: called for every problem, so the usual answer, spans apart, comes first.
+// Whether two tensors share memory. Every problem asks, so the usual answer, that their spans do not meet, comes first.
 #include <algorithm>
 #include <numeric>
 
+#include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
-#include "validate.hpp"
 
 namespace flashspark::check {
 namespace {
@@ -13,7 +13,7 @@ struct Dim {
   int64_t stride, extent;  // bytes
 };
 
-// Bytes [low, high) from address 0, and how to get from row to row.
+// The addresses [low, high) that a tensor reaches, and its dimensions in bytes.
 struct Span {
   int64_t low, high;
   Dim dims[3];
@@ -34,7 +34,7 @@ Span span_of(const View &view) {
   return s;
 }
 
-// The bytes of a tensor modulo `period`: [begin, begin + length), which may run past the period and begin again at 0.
+// The addresses of a tensor modulo `period`: [begin, begin + length), which may wrap around.
 struct Residues {
   int64_t begin, length;
 };
@@ -51,8 +51,8 @@ Residues residues_of(const Span &span, const View &view, int64_t period) {
   return {low % period, length};
 }
 
-// A proof that interleaved tensors share no byte: modulo one of their strides, or what two of them have in common, they
-// lie side by side.
+// True if interleaved tensors certainly share no byte: modulo one of their strides, or the greatest common divisor of
+// two, they lie side by side.
 bool interleave(const Span &a, const View &view_a, const Span &b, const View &view_b) {
   int64_t strides[6];
   int count = 0;

@@ -1,5 +1,5 @@
-// How the fields of flashspark_attention_params turn into rows and addresses. Host-side implementations share this; it
-// holds no arithmetic of attention itself.
+// How the fields of flashspark_attention_params become rows and addresses, for all code of the host. No arithmetic of
+// attention is here.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,8 @@ namespace flashspark {
 
 using Params = flashspark_attention_params;
 using AppendParams = flashspark_append_params;
+
+constexpr int64_t kMaxHeadDim = 512;  // of head_dim and head_dim_v
 
 // Elements from one position of rotary_cos to the next.
 inline int64_t rotary_stride(const AppendParams &p) {
@@ -31,7 +33,7 @@ inline int64_t num_kv_seqs(const Params &p) {
   return p.kv_batch_index != nullptr && p.num_kv_seqs > 0 ? p.num_kv_seqs : p.num_seqs;
 }
 
-// One sequence of the batch. Rows are those in use (seqused_q, seqused_k applied, leftpad_k taken off).
+// One sequence of the batch: its rows in use, with seqused_q and seqused_k applied and without leftpad_k.
 struct Sequence {
   int64_t index;     // b
   int64_t seqlen_q;  // Tq
@@ -67,6 +69,40 @@ inline Sequence sequence(const Params &p, int64_t b) {
     s.seqlen_k = std::max<int64_t>(0, s.seqlen_k - p.leftpad_k[b]);
   }
   s.causal = p.causal_per_seq != nullptr ? p.causal_per_seq[b] != 0 : p.causal != 0;
+  return s;
+}
+
+// One sequence's part of an append: its new rows, and its rows of q in use.
+struct AppendSequence {
+  int64_t b;
+  int64_t rows, new_row;  // new rows, and the first of them in k_new and v_new
+  int64_t q_rows, q_row;  // the same of q; 0 without q
+  int64_t before;         // keys in the cache before
+  int64_t cache_index;    // sequence of a dense cache, or row of page_table
+  int64_t position0;      // position by which row 0 is turned
+};
+
+inline AppendSequence append_sequence(const AppendParams &p, int64_t b) {
+  AppendSequence s{};
+  s.b = b;
+  s.rows = p.seqlen_new;
+  if (p.cu_seqlens_new != nullptr) {
+    s.new_row = p.cu_seqlens_new[b];
+    s.rows = p.cu_seqlens_new[b + 1] - s.new_row;
+  } else if (p.slot_mapping != nullptr) {
+    s.rows = p.total_new;
+  }
+  if (p.q.data != nullptr) {
+    s.q_rows = p.slot_mapping != nullptr ? p.total_q : p.seqlen_q;
+    if (p.cu_seqlens_q != nullptr) {
+      s.q_row = p.cu_seqlens_q[b];
+      s.q_rows = p.cu_seqlens_q[b + 1] - s.q_row;
+    }
+    if (p.seqused_q != nullptr) s.q_rows = p.seqused_q[b];
+  }
+  if (p.seqlens != nullptr) s.before = p.seqlens[b];
+  s.cache_index = p.kv_batch_index != nullptr ? p.kv_batch_index[b] : b;
+  s.position0 = p.rotary_seqlens != nullptr ? p.rotary_seqlens[b] : s.before;
   return s;
 }
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
 
@@ -31,7 +32,7 @@ void check_sizes(const Params &p) {
 
 void check_layout(const Params &p) {
   if (is_paged(p)) {
-    if (is_varlen_k(p)) fail("cu_seqlens_k", std::string("given"), "must be NULL when page_table is given");
+    check::absent("cu_seqlens_k", p.cu_seqlens_k, "must be NULL when page_table is given");
     check::paging(p.num_pages, p.page_size, p.num_page_slots, p.page_table_stride, num_kv_seqs(p));
     if (p.seqused_k == nullptr && p.num_seqs > 0 && p.max_seqlen_k > p.num_page_slots * p.page_size) {
       fail("max_seqlen_k", p.max_seqlen_k,
@@ -42,20 +43,20 @@ void check_layout(const Params &p) {
     fail("page_size", p.page_size, "page_size and num_pages must be 0 without page_table");
   }
   if (is_varlen_k(p)) {
-    if (p.kv_batch_index) fail("kv_batch_index", std::string("given"), "must be NULL when cu_seqlens_k is given");
-    if (p.leftpad_k) fail("leftpad_k", std::string("given"), "must be NULL when cu_seqlens_k is given");
+    check::absent("kv_batch_index", p.kv_batch_index, "must be NULL when cu_seqlens_k is given");
+    check::absent("leftpad_k", p.leftpad_k, "must be NULL when cu_seqlens_k is given");
   }
-  check::int32_pointer("cu_seqlens_q", p.cu_seqlens_q);
-  check::int32_pointer("cu_seqlens_k", p.cu_seqlens_k);
-  check::int32_pointer("seqused_q", p.seqused_q);
-  check::int32_pointer("seqused_k", p.seqused_k);
-  check::int32_pointer("leftpad_k", p.leftpad_k);
-  check::int32_pointer("kv_batch_index", p.kv_batch_index);
-  check::int32_pointer("page_table", p.page_table);
-  check::int32_pointer("causal_per_seq", p.causal_per_seq);
-  check::int32_pointer("prefix_ranges", p.prefix_ranges);
-  check::int32_pointer("rswa_prefix_lens", p.rswa_prefix_lens);
-  check::int32_pointer("scheduler_metadata", p.scheduler_metadata);
+  check::aligned_arrays({{"cu_seqlens_q", p.cu_seqlens_q},
+                         {"cu_seqlens_k", p.cu_seqlens_k},
+                         {"seqused_q", p.seqused_q},
+                         {"seqused_k", p.seqused_k},
+                         {"leftpad_k", p.leftpad_k},
+                         {"kv_batch_index", p.kv_batch_index},
+                         {"page_table", p.page_table},
+                         {"causal_per_seq", p.causal_per_seq},
+                         {"prefix_ranges", p.prefix_ranges},
+                         {"rswa_prefix_lens", p.rswa_prefix_lens},
+                         {"scheduler_metadata", p.scheduler_metadata}});
   check::in_range("scheduler_metadata_size", p.scheduler_metadata_size, 0, INT64_MAX);
 }
 
@@ -64,12 +65,10 @@ void check_types(const Params &p) {
   check::dtype("k.dtype", p.k.dtype, true);
   check::dtype("v.dtype", p.v.dtype, true);
   check::dtype("out.dtype", p.out.dtype, true);
-  const auto type_error = [](const char *argument, int32_t dtype, const std::string &rule) {
-    fail(argument, std::string(dtype_name(dtype)), rule, FLASHSPARK_INVALID_TYPE);
-  };
-  if (p.v.dtype != p.k.dtype) type_error("v.dtype", p.v.dtype, std::string("must be k's: ") + dtype_name(p.k.dtype));
+  check::same_dtype("v.dtype", p.v.dtype, "k", p.k.dtype);
   if (p.k.dtype != p.q.dtype && p.k.dtype != FLASHSPARK_FLOAT8_E4M3) {
-    type_error("k.dtype", p.k.dtype, std::string("must be q's (") + dtype_name(p.q.dtype) + ") or float8_e4m3");
+    fail("k.dtype", dtype_name(p.k.dtype), std::string("must be q's (") + dtype_name(p.q.dtype) + ") or float8_e4m3",
+         FLASHSPARK_INVALID_TYPE);
   }
 }
 
@@ -114,8 +113,8 @@ void check_tensors(const Params &p) {
   check::tensor("v", p.v, e.kv_batch, e.kv_tokens, p.num_heads_kv);
 }
 
-// Nothing that is read may be written, but for rows of q by the results in their place: whoever writes one has read it
-// and nobody else reads it. On a GPU blocks that share values wider than 256 among them all read it.
+// Nothing that is read may be written, except that out may be q: whoever writes a row has read it, and nobody else
+// reads it. On a GPU several CTAs compute a value wider than kMostInPlaceOnGpu, and all of them read the row.
 constexpr int64_t kMostInPlaceOnGpu = 256;
 
 void check_overlap(const Params &p) {
@@ -149,13 +148,12 @@ void check_scores(const Params &p) {
   check::scale("q_descale", p.q_descale);
   check::scale("k_descale", p.k_descale);
   check::scale("v_descale", p.v_descale);
-  if (p.output_scale != nullptr && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) {
-    fail("output_scale", std::string("given"), "must be NULL unless out is float8_e4m3");
-  }
+  if (p.out.dtype != FLASHSPARK_FLOAT8_E4M3)
+    check::absent("output_scale", p.output_scale, "must be NULL unless out is float8_e4m3");
   if (p.sinks != nullptr) {
     check::dtype("sinks_dtype", p.sinks_dtype, false);
     if (reinterpret_cast<uintptr_t>(p.sinks) % dtype_size(p.sinks_dtype) != 0) {
-      fail("sinks", std::string("misaligned"), "must be aligned to its elements");
+      fail("sinks", "misaligned", "must be aligned to its elements");
     }
   }
   if (p.rel_logits != nullptr) {
@@ -165,7 +163,7 @@ void check_scores(const Params &p) {
   }
   if (p.alibi_slopes != nullptr) {
     if (reinterpret_cast<uintptr_t>(p.alibi_slopes) % 4 != 0)
-      fail("alibi_slopes", std::string("misaligned"), "must be aligned to 4 bytes");
+      fail("alibi_slopes", "misaligned", "must be aligned to 4 bytes");
     check::in_range("alibi_batch_stride", p.alibi_batch_stride, 0, int64_t{1} << 30);
   }
 }
@@ -182,22 +180,19 @@ void check_mask(const Params &p) {
     check::in_range("num_prefix_ranges", p.num_prefix_ranges, 0, 1 << 24);
     const int64_t tokens = is_varlen_q(p) ? p.total_q : p.max_seqlen_q;
     const int64_t ranges = p.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN ? tokens : p.num_prefix_ranges;
-    const bool used = p.num_seqs > 0 && ranges > 0;
-    if (used && p.prefix_ranges == nullptr)
-      fail("prefix_ranges", std::string("NULL"), "must be given with prefix_mode");
+    if (p.num_seqs > 0 && ranges > 0)
+      check::present("prefix_ranges", p.prefix_ranges, "must be given with prefix_mode");
     if (p.rswa_window > 0) fail("rswa_window", int64_t{p.rswa_window}, "must be 0 with prefix_mode");
   }
   if (p.rswa_window > 0) {
-    if (p.rswa_prefix_lens == nullptr && p.num_seqs > 0) {
-      fail("rswa_prefix_lens", std::string("NULL"), "must be given with rswa_window");
-    }
+    if (p.num_seqs > 0) check::present("rswa_prefix_lens", p.rswa_prefix_lens, "must be given with rswa_window");
     if (p.window_left >= 0) fail("window_left", p.window_left, "must be -1 with rswa_window");
     if (p.window_right >= 0) fail("window_right", p.window_right, "must be -1 with rswa_window");
     if (p.attention_chunk > 0) fail("attention_chunk", p.attention_chunk, "must be 0 with rswa_window");
   }
 }
 
-// What does not ask for tensors.
+// The rules that look at no tensor.
 void check_problem(const Params &p) {
   check::version(p.struct_size, sizeof(Params), p.abi_version, "flashspark_attention_params");
   check::device(p.device, p.device_index);

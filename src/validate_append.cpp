@@ -1,6 +1,8 @@
+#include "validate.hpp"
+
+#include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
-#include "validate.hpp"
 
 namespace flashspark {
 namespace {
@@ -8,30 +10,24 @@ namespace {
 void check_dtypes(const AppendParams &p) {
   check::dtype("k_new.dtype", p.k_new.dtype, true);
   check::dtype("k_cache.dtype", p.k_cache.dtype, true);
-  const auto same = [](const char *argument, int32_t dtype, const char *other, int32_t wanted) {
-    if (dtype == wanted) return;
-    fail(argument, std::string(dtype_name(dtype)), std::string("must be ") + other + "'s: " + dtype_name(wanted),
-         FLASHSPARK_INVALID_TYPE);
-  };
-  same("v_new.dtype", p.v_new.dtype, "k_new", p.k_new.dtype);
-  same("v_cache.dtype", p.v_cache.dtype, "k_cache", p.k_cache.dtype);
-  if (p.k_cache.dtype != FLASHSPARK_FLOAT8_E4M3) same("k_new.dtype", p.k_new.dtype, "k_cache", p.k_cache.dtype);
+  check::same_dtype("v_new.dtype", p.v_new.dtype, "k_new", p.k_new.dtype);
+  check::same_dtype("v_cache.dtype", p.v_cache.dtype, "k_cache", p.k_cache.dtype);
+  if (p.k_cache.dtype != FLASHSPARK_FLOAT8_E4M3)
+    check::same_dtype("k_new.dtype", p.k_new.dtype, "k_cache", p.k_cache.dtype);
 }
 
 void check_rotary(const AppendParams &p) {
   if ((p.rotary_cos == nullptr) != (p.rotary_sin == nullptr)) {
-    fail(p.rotary_cos == nullptr ? "rotary_cos" : "rotary_sin", std::string("NULL"), "cos and sin go together");
+    fail(p.rotary_cos == nullptr ? "rotary_cos" : "rotary_sin", "NULL", "cos and sin go together");
   }
-  if (p.q.data != nullptr && p.rotary_cos == nullptr) {
-    fail("q", std::string("given"), "must be NULL without rotary_cos: nothing would be done to it");
-  }
+  if (p.rotary_cos == nullptr)
+    check::absent("q", p.q.data, "must be NULL without rotary_cos: nothing would be done to it");
   const bool turns_slots = p.slot_mapping != nullptr && p.rotary_cos != nullptr;
-  if (turns_slots && p.rotary_positions == nullptr) {
-    fail("rotary_positions", std::string("NULL"),
-         "must be given with slot_mapping and rotary_cos: slots tell no positions");
-  }
-  if (!turns_slots && p.rotary_positions != nullptr) {
-    fail("rotary_positions", std::string("given"), "must be NULL without slot_mapping and rotary_cos");
+  if (turns_slots) {
+    check::present("rotary_positions", p.rotary_positions,
+                   "must be given with slot_mapping and rotary_cos: slots tell no positions");
+  } else {
+    check::absent("rotary_positions", p.rotary_positions, "must be NULL without slot_mapping and rotary_cos");
   }
   if (p.rotary_cos == nullptr) return;
   check::dtype("rotary_dtype", p.rotary_dtype, false);
@@ -46,22 +42,19 @@ void check_rotary(const AppendParams &p) {
          "must be 0 or at least rotary_dim / 2 = " + std::to_string(p.rotary_dim / 2));
   }
   if (p.k_new.dtype == FLASHSPARK_FLOAT8_E4M3) {
-    fail("k_new.dtype", std::string("float8_e4m3"), "rotary embedding takes 16- or 32-bit rows",
-         FLASHSPARK_INVALID_TYPE);
+    fail("k_new.dtype", "float8_e4m3", "rotary embedding takes 16- or 32-bit rows", FLASHSPARK_INVALID_TYPE);
   }
 }
 
 void check_slots(const AppendParams &p) {
-  const auto absent = [](const char *argument, const void *pointer) {
-    if (pointer != nullptr) fail(argument, std::string("given"), "must be NULL when slot_mapping is given");
-  };
-  absent("seqlens", p.seqlens);
-  absent("cu_seqlens_new", p.cu_seqlens_new);
-  absent("cu_seqlens_q", p.cu_seqlens_q);
-  absent("seqused_q", p.seqused_q);
-  absent("kv_batch_index", p.kv_batch_index);
-  absent("rotary_seqlens", p.rotary_seqlens);
-  absent("page_table", p.page_table);
+  constexpr const char *kRule = "must be NULL when slot_mapping is given";
+  check::absent("seqlens", p.seqlens, kRule);
+  check::absent("cu_seqlens_new", p.cu_seqlens_new, kRule);
+  check::absent("cu_seqlens_q", p.cu_seqlens_q, kRule);
+  check::absent("seqused_q", p.seqused_q, kRule);
+  check::absent("kv_batch_index", p.kv_batch_index, kRule);
+  check::absent("rotary_seqlens", p.rotary_seqlens, kRule);
+  check::absent("page_table", p.page_table, kRule);
   if (p.num_seqs != 1) fail("num_seqs", p.num_seqs, "must be 1 when slot_mapping is given");
   check::in_range("num_pages", p.num_pages, 0, INT32_MAX);
   check::in_range("page_size", p.page_size, 1, INT32_MAX);
@@ -72,14 +65,13 @@ void check_slots(const AppendParams &p) {
   }
 }
 
-// q has rows of its own, which are those of k_new only with slot_mapping.
+// q has as many rows as k_new only with slot_mapping.
 void check_queries(const AppendParams &p) {
-  const auto needs = [](const char *argument, const void *pointer, bool met, const char *rule) {
-    if (pointer != nullptr && !met) fail(argument, std::string("given"), rule);
-  };
-  needs("cu_seqlens_q", p.cu_seqlens_q, p.q.data != nullptr, "must be NULL without q");
-  needs("seqused_q", p.seqused_q, p.q.data != nullptr, "must be NULL without q");
-  needs("rotary_seqlens", p.rotary_seqlens, p.rotary_cos != nullptr, "must be NULL without rotary_cos");
+  if (p.q.data == nullptr) {
+    check::absent("cu_seqlens_q", p.cu_seqlens_q, "must be NULL without q");
+    check::absent("seqused_q", p.seqused_q, "must be NULL without q");
+  }
+  if (p.rotary_cos == nullptr) check::absent("rotary_seqlens", p.rotary_seqlens, "must be NULL without rotary_cos");
   if (p.q.data == nullptr) return;
   check::in_range("seqlen_q", p.seqlen_q, 0, INT32_MAX);
   check::in_range("total_q", p.total_q, 0, INT32_MAX);
@@ -90,7 +82,7 @@ void check_queries(const AppendParams &p) {
   check::dtype("q.dtype", p.q.dtype, false);
 }
 
-// The caches are written and the new rows read; q is both. k_cache and v_cache may interleave as they like.
+// The caches are written, the new rows are read, q is both. k_cache and v_cache may interleave in any way.
 void check_tensors(const AppendParams &p) {
   const bool slots = p.slot_mapping != nullptr, varlen = p.cu_seqlens_new != nullptr || slots;
   const bool varlen_q = p.cu_seqlens_q != nullptr || slots, paged = p.page_table != nullptr || slots;
@@ -125,8 +117,8 @@ void validate(const AppendParams &p) {
   check::in_range("check_device", p.check_device, 0, 1);
   check::in_range("num_seqs", p.num_seqs, 0, INT32_MAX - 1);
   check::in_range("num_heads_kv", p.num_heads_kv, 1, 1 << 16);
-  check::in_range("head_dim", p.head_dim, 1, 512);  // rows are copied, whatever their width
-  check::in_range("head_dim_v", p.head_dim_v, 1, 512);
+  check::in_range("head_dim", p.head_dim, 1, kMaxHeadDim);  // rows are copied, whatever their width
+  check::in_range("head_dim_v", p.head_dim_v, 1, kMaxHeadDim);
   check::in_range("seqlen_new", p.seqlen_new, 0, INT32_MAX);
   check::in_range("total_new", p.total_new, 0, INT32_MAX);
   check::in_range("seqlen_cache", p.seqlen_cache, 0, INT32_MAX);
@@ -142,15 +134,14 @@ void validate(const AppendParams &p) {
   } else if (p.kv_batch_index == nullptr && p.num_cache_rows < p.num_seqs) {
     fail("num_cache_rows", p.num_cache_rows, "must be at least num_seqs = " + std::to_string(p.num_seqs));
   }
-  check::int32_pointer("seqlens", p.seqlens);
-  check::int32_pointer("cu_seqlens_new", p.cu_seqlens_new);
-  check::int32_pointer("cu_seqlens_q", p.cu_seqlens_q);
-  check::int32_pointer("seqused_q", p.seqused_q);
-  check::int32_pointer("kv_batch_index", p.kv_batch_index);
-  check::int32_pointer("rotary_seqlens", p.rotary_seqlens);
-  check::int32_pointer("page_table", p.page_table);
-  check::int64_pointer("slot_mapping", p.slot_mapping);
-  check::int64_pointer("rotary_positions", p.rotary_positions);
+  check::aligned_arrays({{"seqlens", p.seqlens},
+                         {"cu_seqlens_new", p.cu_seqlens_new},
+                         {"cu_seqlens_q", p.cu_seqlens_q},
+                         {"seqused_q", p.seqused_q},
+                         {"kv_batch_index", p.kv_batch_index},
+                         {"rotary_seqlens", p.rotary_seqlens},
+                         {"page_table", p.page_table}});
+  check::aligned_arrays({{"slot_mapping", p.slot_mapping}, {"rotary_positions", p.rotary_positions}});
 
   check_queries(p);
   check_tensors(p);

@@ -111,7 +111,7 @@ int main(int argc, char **argv) {
     p.out = {o, x.q * x.heads_q * dim_v, x.heads_q * dim_v, dim_v, FLASHSPARK_BFLOAT16, 0};
     p.softmax_scale = 1 / std::sqrt(static_cast<float>(dim)), p.causal = x.causal;
     p.window_left = p.window_right = -1, p.num_splits = 1;
-    cuda::Plan plan = cuda::make_plan(p, machine, nullptr, &Kernel::kInstance);
+    cuda::Plan plan = cuda::make_plan(p, machine, &Kernel::kInstance);
     ForwardArguments a = plan.arguments;
     const int64_t rows = x.q * (x.heads_q / x.heads_kv);
     a.num_m_blocks = static_cast<int32_t>((rows + Kernel::kRows - 1) / Kernel::kRows);

@@ -22,24 +22,25 @@
  *
  * A row whose keys are all masked gives out = 0 and lse = -inf (lse = sink if there are sinks).
  *
- * NaN and infinity. In q, k, v and biases of a kept key they go through the formula. Of a key that a row's mask drops:
- *   k      never reaches the row, on any implementation.
- *   v      never reaches it in cpu-reference. cpu-engine and cuda multiply it by p = 0, so it may make NaN of the row's
- *          columns where v is not finite, if some row of the same sequence keeps that key or keys on both sides of it;
- *          lse and the other columns stay right.
+ * NaN and infinity. In q, and in k, v and biases of a key that the row keeps, they go through the formula. A key that
+ * the row's mask drops has
+ *   k      that never reaches the row, on any implementation;
+ *   v      that never reaches it in cpu-reference. cpu-engine and cuda multiply v by p = 0: where v is not finite, the
+ *          row's column may become NaN, if some row of the sequence keeps this key or keys on both sides of it. lse and
+ *          the other columns stay right.
  * Keys before the first and behind the last that the rows of a sequence keep (outside every window, unused rows, tail
- * of the last page, unused pages) are read by none and may hold anything.
+ * of the last page, unused pages) are not read and may hold anything.
  *
- * Memory. out and lse share no element with q, k, v, rel_logits or each other, but for out that is q: the same data,
- * strides, dtype and width (head_dim_v == head_dim; on CUDA at most 256), which is right on every implementation. Views
- * that lie between each other are allowed where they keep apart within a stride that both have in common, as slices of
- * one projection do. What is read may overlap as it likes.
+ * Memory. out and lse share no element with q, k, v, rel_logits or each other. The one exception is out that is q: the
+ * same data, strides, dtype and width (head_dim_v == head_dim; on CUDA at most 256), on every implementation.
+ * Interleaved views are allowed if they stay apart within a stride that both have in common, as slices of one
+ * projection do. Tensors that are only read may overlap in any way.
  *
- * The environment. FLASHSPARK_CPU_TARGET (a SIMD target that this CPU runs), FLASHSPARK_NUM_THREADS (0, all, to 1024)
- * and FLASHSPARK_CHECK (0 or 1) are read once a process, FLASHSPARK_FORCE_IMPLEMENTATION (a name that
- * flashspark_implementation_name() gives) at every call whose params name none. Empty is as if not set; with any other
- * value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT (flashspark_attention_validate() chooses no
- * implementation, and does not look at the last switch).
+ * The environment. FLASHSPARK_FORCE_IMPLEMENTATION (a name that flashspark_implementation_name() gives, for attention
+ * whose params name none), FLASHSPARK_CPU_TARGET (a SIMD target that this CPU runs), FLASHSPARK_NUM_THREADS (0, all, to
+ * 1024) and FLASHSPARK_CHECK (0 or 1) are read once a process, at the first call. Empty is as if not set; with any
+ * other value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT. To compare implementations within
+ * one process, name them in params->implementation.
  */
 #ifndef FLASHSPARK_FLASHSPARK_H_
 #define FLASHSPARK_FLASHSPARK_H_
@@ -120,12 +121,12 @@ typedef struct flashspark_attention_params {
   int32_t num_threads;        /* CPU threads; 0: all */
   int32_t num_splits;         /* KV splits: 0 chooses, 1 forbids splitting, n asks for n (within 1 GiB of scratch) */
   int32_t deterministic;      /* 1: a sequence's results are the same to the last bit on every run, whatever its
-                               * neighbours and the number of threads. On CUDA a row's bits depend on its own
-                               * query and keys alone, so that a prompt may also be cut into chunks; on the CPU chunks may
-                               * differ in the last bits of float32 (other tiles add in another order) */
-  int32_t check_device;       /* 1: on CUDA, read the metadata back, check it as on the CPU and fail as there. Waits for
-                               * the stream, and fails while that is being captured. FLASHSPARK_CHECK=1 asks it of
-                               * every call */
+                               * neighbours and the number of threads. On CUDA a row's bits depend on its own query
+                               * and keys alone, so that a prompt may also be cut into chunks; on the CPU chunks may
+                               * differ in the last bits of float32, since other tiles add in another order */
+  int32_t check_device;       /* 1: on CUDA, read the metadata back and check it with the rules and errors of the CPU.
+                               * Waits for the stream, and fails while that is being captured. FLASHSPARK_CHECK=1
+                               * does so for every call */
 
   /* Sizes. */
   int64_t num_seqs;       /* B >= 0 */
@@ -152,16 +153,16 @@ typedef struct flashspark_attention_params {
   /* Lengths and pages: contiguous int32 on the device. NULL where absent.
    *
    * The CPU checks every entry and refuses what is out of range. A GPU call does not look at them on the host: whatever
-   * they hold, its kernels read and write nothing outside the tensors. Offsets are cut to [0, total_q] and [0,
+   * they hold, its kernels read and write nothing outside the tensors. They clamp offsets to [0, total_q] and [0,
    * total_k], lengths to what the offsets, the tensor or the page table have room for, leftpad_k to the sequence's
-   * length, and a page number or batch index that names none stands for the last one. Which numbers come out is then
-   * nobody's promise. check_device finds such entries. */
+   * length, and page numbers and batch indices to those that exist. The results are then undefined. check_device finds
+   * such entries. */
   const int32_t *cu_seqlens_q; /* (B + 1) row offsets into q and out; NULL: q is dense */
   const int32_t *cu_seqlens_k; /* (B + 1) row offsets into k and v; not with page_table */
   const int32_t *seqused_q;    /* (B) query rows in use; the rest of the sequence's rows are left untouched */
   const int32_t *seqused_k;    /* (B) keys in use */
   const int32_t *leftpad_k;    /* (B) keys to skip at the start of a dense or paged sequence; they count in its length.
-                                * As many as the length or more: the sequence has no keys */
+                                * With as many as the length or more the sequence has no keys */
   const int32_t *kv_batch_index; /* (B) the batch row of dense k, v, or the row of page_table, of this sequence */
   const int32_t *page_table;     /* (B, num_page_slots), or with kv_batch_index (num_kv_seqs, num_page_slots): page
                                   * numbers; entries past a sequence's end are never read */
@@ -205,8 +206,8 @@ typedef struct flashspark_attention_params {
   int64_t lse_head_stride;
   int64_t lse_token_stride;
 
-  /* What flashspark_attention_schedule() has written for a problem like this one, or NULL. Never changes the result:
-   * where it is too small, or was made of other lengths or for another problem, it is not used. */
+  /* What flashspark_attention_schedule() has written for a problem like this one, or NULL. It never changes the result:
+   * metadata that is too small, or that was made from other lengths or for another problem, is not used. */
   int32_t *scheduler_metadata;
   int64_t scheduler_metadata_size; /* elements */
 
@@ -217,14 +218,14 @@ typedef struct flashspark_attention_params {
 
 /* Writes new keys and values into a dense or paged cache, turning the new keys (and q, in place) by rotary embedding
  * when cos and sin are given. Row i of sequence b goes to row seqlens[b] + i of its cache, or, with slot_mapping, row t
- * to the slot of the cache that slot_mapping[t] says. It turns by position seqlens[b] + i, left padding included, or
+ * to slot slot_mapping[t] of the cache. It turns by position seqlens[b] + i, left padding included, or
  * rotary_seqlens[b] + i. Sizes as above.
  *
  * k_new, v_new and q share no element with the caches, nor q with k_new and v_new (slices of one projection may lie
- * between each other, as above); v_cache may lie inside k_cache's rows. No two rows may go to one place: the CPU
- * refuses them, on a GPU it is undefined which one stays. The CPU checks every length, page and slot and refuses what
- * is out of range before it writes; a GPU leaves out rows that have no place in the cache, or no position in cos and
- * sin. */
+ * between each other, as above); v_cache may lie inside k_cache's rows. No two rows may go to the same row of the
+ * cache: the CPU refuses them, on a GPU it is undefined which one stays. The CPU checks every length, page and slot and
+ * refuses what is out of range before it writes; a GPU leaves out rows that the cache has no room for, or whose
+ * position is not in cos and sin. */
 typedef struct flashspark_append_params {
   uint32_t struct_size; /* sizeof(flashspark_append_params) */
   uint32_t abi_version;
@@ -256,7 +257,7 @@ typedef struct flashspark_append_params {
   const int32_t *cu_seqlens_q;   /* (B + 1) or NULL: row offsets into q. NULL without q */
   const int32_t *seqused_q;      /* (B) or NULL: rows of q in use; the others are not turned. NULL without q */
   const int32_t *kv_batch_index; /* (B) or NULL: the sequence of a dense cache, or the row of page_table */
-  const int32_t *rotary_seqlens; /* (B) or NULL: take the place of seqlens in rotary positions. NULL without cos, sin */
+  const int32_t *rotary_seqlens; /* (B) or NULL: replace seqlens in rotary positions. NULL without cos, sin */
   const int32_t *page_table;     /* (B or num_cache_rows, num_page_slots) */
   int64_t page_table_stride;
   flashspark_scale k_descale, v_descale; /* of an e4m3 cache */
@@ -270,13 +271,13 @@ typedef struct flashspark_append_params {
   int32_t reserved1;
 
   /* (total_new) contiguous, on the device: row t goes to row slot_mapping[t] % page_size of page slot_mapping[t] /
-   * page_size; rows of negative entries are left out, no two others are equal. num_seqs is 1 then, which is the
-   * sequence of the scales; page_size may be any number, num_pages * page_size below 2^31. NULL: not so. Not with
-   * seqlens, cu_seqlens_new, cu_seqlens_q, seqused_q, kv_batch_index, rotary_seqlens or page_table; q has total_new
+   * page_size; rows of negative entries are left out, no two others are equal. num_seqs is 1, the sequence of the
+   * scales; page_size may be any number, and num_pages * page_size is below 2^31. NULL: no slots. Not with seqlens,
+   * cu_seqlens_new, cu_seqlens_q, seqused_q, kv_batch_index, rotary_seqlens or page_table; q has total_new
    * rows (total_q is total_new). */
   const int64_t *slot_mapping;
   /* (total_new) contiguous, on the device; with slot_mapping and rotary_cos, else NULL: row t of k_new and of q turns
-   * by position rotary_positions[t], which is from 0 to seqlen_rotary - 1. q's row turns where no slot takes k's, too.
+   * by position rotary_positions[t], which is from 0 to seqlen_rotary - 1. q's row also turns where no slot takes k's.
    */
   const int64_t *rotary_positions;
   int64_t rotary_stride; /* elements between positions of rotary_cos, and of rotary_sin; 0: rotary_dim / 2 */
@@ -289,15 +290,26 @@ FLASHSPARK_API void flashspark_append_params_init(flashspark_append_params *para
 /* Computes out (and lse). On the CPU it returns when done; on a GPU when the work is on the stream. */
 FLASHSPARK_API flashspark_status flashspark_attention_forward(const flashspark_attention_params *params);
 
+/* The same for a caller with an allocator of its own: where the call needs scratch memory and params->workspace is
+ * NULL, it takes all of it from allocate(context, bytes), once, instead of from the driver. It checks and plans once,
+ * where flashspark_attention_workspace_size() before flashspark_attention_forward() does both twice. What `allocate`
+ * returns is aligned to 16 bytes and lies on the device; the caller keeps it until the work on the stream is done, or
+ * gives it back in the stream's order. NULL makes the call fail with FLASHSPARK_OUT_OF_MEMORY, before any launch.
+ * `allocate` may be NULL, and is not called for a problem of the CPU. */
+typedef void *(*flashspark_allocator)(void *context, size_t bytes);
+FLASHSPARK_API flashspark_status flashspark_attention_forward_with_allocator(const flashspark_attention_params *params,
+                                                                             flashspark_allocator allocate,
+                                                                             void *context);
+
 /* Bytes of workspace that flashspark_attention_forward() needs for these params (0 on the CPU). */
 FLASHSPARK_API flashspark_status flashspark_attention_workspace_size(const flashspark_attention_params *params,
                                                                      size_t *size);
 
 /* Work distribution of decoding, found once for many calls: layers of a model that attend to sequences of the same
  * lengths, or replays of a graph. Writes params->scheduler_metadata on the stream, from the lengths on the device at
- * that time; calls behind it that are given it start sooner (by 1 us on an H100). Needed of the params: device,
- * stream, sizes, dtypes, lengths, mask, num_splits and deterministic as the calls will have them; tensors' addresses
- * and strides and page_table are not looked at. Where the problem is none that a schedule serves, nothing is written.
+ * that time; later calls that are given it start sooner (docs/experiments.md E40). The params have device, stream,
+ * sizes, dtypes, lengths, mask, num_splits and deterministic as the calls will have them; addresses and strides of
+ * tensors, and page_table, are not looked at. For a problem that needs no schedule nothing is written.
  */
 FLASHSPARK_API flashspark_status flashspark_attention_schedule(const flashspark_attention_params *params);
 
@@ -308,8 +320,9 @@ FLASHSPARK_API flashspark_status flashspark_attention_schedule_size(const flashs
 /* Checks the params as flashspark_attention_forward() does; computes nothing. */
 FLASHSPARK_API flashspark_status flashspark_attention_validate(const flashspark_attention_params *params);
 
-/* Writes which implementation would run and why, or what each one lacks, as text; returns the status that
- * flashspark_attention_forward() would give. `buffer` may be NULL; it is always terminated when size > 0. */
+/* Writes as text which implementation would run and why, or what each one lacks, and on a GPU every launch: kernel,
+ * grid, tile, splits or Stream-K, scratch memory. Returns the status that flashspark_attention_forward() would give.
+ * `buffer` may be NULL; it is always terminated when size > 0. */
 FLASHSPARK_API flashspark_status flashspark_attention_explain(const flashspark_attention_params *params, char *buffer,
                                                               size_t size);
 
@@ -324,8 +337,8 @@ FLASHSPARK_API const char *flashspark_implementation_description(int32_t index);
 
 FLASHSPARK_API const char *flashspark_version(void); /* "0.1.0" */
 
-/* The SIMD target in use ("AVX2", "NEON", ...), and the threads used when num_threads == 0. They cannot fail: where a
- * switch of the environment has a wrong value, they give what holds without it. */
+/* The SIMD target in use ("AVX2", "NEON", ...), and the threads of num_threads == 0. They cannot fail: if a switch of
+ * the environment has a wrong value, they return what holds without it. */
 FLASHSPARK_API const char *flashspark_cpu_target(void);
 FLASHSPARK_API int32_t flashspark_cpu_threads(void);
 FLASHSPARK_API const char *flashspark_status_name(flashspark_status status);

@@ -32,7 +32,7 @@ class [[nodiscard]] Result {
   std::string error_;
 };
 
-// 16- and 8-bit elements are stored as these; only the tag matters here, conversions are the caller's.
+// Storage types of 16- and 8-bit elements. Conversions are the caller's.
 enum class bfloat16 : uint16_t {};
 enum class float16 : uint16_t {};
 enum class float8_e4m3 : uint8_t {};
@@ -70,10 +70,10 @@ Tensor strided(T *data, int64_t batch, int64_t tokens, int64_t heads, int64_t wi
   return {{pointer, batch_stride, token_stride, head_stride, dtype_of<T>(), 0}, batch, tokens, heads, width};
 }
 
-// A forward problem: tensors here, everything else straight in `params` (see flashspark.h). forward() and explain()
-// copy the tensors' extents into params first: dense by default, varlen with cu_seqlens_q / cu_seqlens_k, paged with
-// page_table (also set num_page_slots and page_table_stride, num_kv_seqs with kv_batch_index, and max_seqlen_k, which
-// is the whole table unless set).
+// A forward problem: tensors here, everything else in `params` (see flashspark.h). forward() and explain() first copy
+// the tensors' extents into params: dense by default, varlen with cu_seqlens_q / cu_seqlens_k, paged with page_table
+// (then also set num_page_slots and page_table_stride, num_kv_seqs with kv_batch_index, and max_seqlen_k, which is the
+// whole table unless set).
 class Attention {
  public:
   Attention() {

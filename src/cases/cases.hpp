@@ -183,7 +183,15 @@ class Problem {
   void allocate_cache();
   int64_t index_cache_rows(Random &random);
   void set_scores();  // scale, mask, bias, descale
-  void fill();        // q, k, v
+  void set_sinks(Random &random);
+  void set_prefix_ranges();
+  void set_rel_logits();
+  void set_alibi();
+  void set_factors(Random &random);
+  int64_t num_tokens() const;  // rows of the per-token tables
+  void fill_page_table(Random &random, int64_t pages);
+  int64_t shape_cache(flashspark_tensor &t, int64_t blocks, int64_t tokens, int64_t width) const;  // gives its bytes
+  void fill();                                                                                     // q, k, v
   friend Result reference(Problem &problem);
 
   Case spec_;

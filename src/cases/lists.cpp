@@ -1,4 +1,5 @@
 // The guide checks, the benchmark, and the names of what a Case uses.
+#include <functional>
 #include <iterator>
 
 #include "cases/cases.hpp"
@@ -143,11 +144,11 @@ std::vector<Case> decode_cases(DecodeGrid grid) {
   }
 }
 
-std::vector<std::string> features(const Case &c) {
-  std::vector<std::string> names;
-  const auto when = [&](bool used, const char *name) {
-    if (used) names.push_back(name);
-  };
+namespace {
+
+using When = const std::function<void(bool used, const char *name)> &;
+
+void type_features(const Case &c, When when) {
   const auto typed = [&](int32_t q, int32_t kv, int32_t out) {
     return c.q_dtype == q && c.kv_dtype == kv && c.out_dtype == out;
   };
@@ -160,6 +161,9 @@ std::vector<std::string> features(const Case &c) {
   when(c.kv_dtype == fp8 && c.q_dtype == fp8, "fp8 q and kv");
   when(c.out_dtype == fp8, "fp8 out");
   when(c.out_dtype == f32 && c.q_dtype != f32, "f32 out");
+}
+
+void layout_features(const Case &c, When when) {
   when(c.q_layout == Layout::kDense, "dense q");
   when(c.q_layout == Layout::kVarlen, "varlen q");
   when(c.kv_layout == Layout::kDense, "dense kv");
@@ -182,6 +186,10 @@ std::vector<std::string> features(const Case &c) {
   when(c.head_dim > 256, "head_dim > 256");
   when(c.head_dim % 16 != 0, "head_dim % 16 = 8");
   when(c.head_dim_v != 0 && c.head_dim_v != c.head_dim, "head_dim_v other than head_dim");
+}
+
+void score_features(const Case &c, When when) {
+  constexpr int32_t fp8 = FLASHSPARK_FLOAT8_E4M3;
   when(c.causal && !c.causal_per_seq, "causal");
   when(c.causal_per_seq, "causal_per_seq");
   when(c.window_left >= 0, "window_left");
@@ -201,10 +209,9 @@ std::vector<std::string> features(const Case &c) {
   when(c.kv_dtype == fp8 && any(Descale::kPerHead), "descale per head");
   when(c.kv_dtype == fp8 && any(Descale::kFull), "descale per sequence and head");
   when(c.kv_dtype != fp8 && any(Descale::kPerTensor), "descale ignored without fp8");
-  when(c.output_scale > 0, "output_scale");
-  when(c.num_splits > 1, "num_splits");
-  when(c.lse, "lse");
-  when(c.input == Input::kPeaked, "peaked scores");
+}
+
+void length_features(const Case &c, When when) {
   bool empty = c.lens.empty(), decode = !c.lens.empty(), masked = false;
   for (const SeqLen &len : c.lens) {
     empty |= len.q == 0 || len.k == 0;
@@ -214,6 +221,23 @@ std::vector<std::string> features(const Case &c) {
   when(empty, "empty sequences");
   when(masked, "fully masked rows");
   when(decode, "decode");
+}
+
+}  // namespace
+
+std::vector<std::string> features(const Case &c) {
+  std::vector<std::string> names;
+  const auto when = [&](bool used, const char *name) {
+    if (used) names.push_back(name);
+  };
+  type_features(c, when);
+  layout_features(c, when);
+  score_features(c, when);
+  when(c.output_scale > 0, "output_scale");
+  when(c.num_splits > 1, "num_splits");
+  when(c.lse, "lse");
+  when(c.input == Input::kPeaked, "peaked scores");
+  length_features(c, when);
   return names;
 }
 

@@ -167,7 +167,7 @@ void add_head_dims(List &list) {
   list.add("head-dim", "d40-fp8", kPrefill, [](Case &c) { c.head_dim = 40, set_types(c, kFp8, kFp8, kBf16); });
 }
 
-void add_layouts(List &list) {
+void add_pages(List &list) {
   for (const int64_t page_size : {16, 32, 48, 64, 256, 784}) {
     for (const auto order : {CacheOrder::kPageTokenHead, CacheOrder::kPageHeadToken}) {
       for (const bool packed : {false, true}) {
@@ -210,7 +210,9 @@ void add_layouts(List &list) {
   list.add("page", "strided", kPrefill, [](Case &c) { make_paged(c, 48), c.strided = true, c.heads_kv = 2; });
   list.add("page", "dense-q-leftpad", {{9, 120}, {9, 64}, {9, 9}},
            [](Case &c) { make_paged(c, 16), c.q_layout = Layout::kDense, c.leftpad = 7, c.causal = true; });
+}
 
+void add_layouts(List &list) {
   const auto dense = [](Case &c) { c.q_layout = c.kv_layout = Layout::kDense, c.causal = true; };
   const std::vector<SeqLen> equal = {{60, 190}, {60, 190}, {60, 190}}, unequal = {{60, 190}, {7, 33}, {23, 120}};
   list.add("layout", "dense", equal, dense);
@@ -313,6 +315,7 @@ std::vector<Case> feature_matrix() {
   add_masks(list);
   add_types(list);
   add_head_dims(list);
+  add_pages(list);
   add_layouts(list);
   add_decode(list);
   add_edges(list);

@@ -41,6 +41,10 @@ std::vector<int32_t> lengths(const std::vector<SeqLen> &lens, int64_t SeqLen::*f
   return used;
 }
 
+int64_t pages_of(const SeqLen &len, int64_t page_size) {
+  return (len.k + page_size - 1) / page_size;
+}
+
 // Elements from the first to one past the last of a tensor of `blocks` x `tokens` x `heads` rows of `width`.
 int64_t extent(const flashspark_tensor &t, int64_t blocks, int64_t tokens, int64_t heads, int64_t width) {
   if (blocks == 0 || tokens == 0) return 0;
@@ -136,6 +140,34 @@ int64_t Problem::index_cache_rows(Random &random) {
   return rows;
 }
 
+// Every sequence's pages, in a random order, among garbage.
+void Problem::fill_page_table(Random &random, int64_t pages) {
+  std::vector<int32_t> order(pages);
+  std::iota(order.begin(), order.end(), 0);
+  random.shuffle(order);
+  page_table_.reserve(1);  // never NULL, also without sequences
+  page_table_.resize(index_cache_rows(random) * params.page_table_stride);
+  for (int32_t &entry : page_table_) entry = static_cast<int32_t>(random.bits());  // garbage past every end
+  auto next = order.begin();
+  for (int64_t b = 0; b < params.num_seqs; ++b) {
+    const int64_t n = pages_of(spec_.lens[b], spec_.page_size);
+    std::copy(next, next + n, page_table_.begin() + batch_index_[b] * params.page_table_stride);
+    next += n;
+  }
+  params.page_table = page_table_.data();
+}
+
+// Strides of k or v, whose rows are `width` wide.
+int64_t Problem::shape_cache(flashspark_tensor &t, int64_t blocks, int64_t tokens, int64_t width) const {
+  const int64_t row = width + (spec_.strided ? kGap : 0);
+  const bool head_major = spec_.cache_order == CacheOrder::kPageHeadToken;
+  t.dtype = spec_.kv_dtype;
+  t.token_stride = head_major ? row : spec_.heads_kv * row;
+  t.head_stride = head_major ? tokens * row : row;
+  t.batch_stride = spec_.kv_layout != Layout::kVarlen ? spec_.heads_kv * tokens * row : 0;
+  return extent(t, blocks, tokens, spec_.heads_kv, width) * static_cast<int64_t>(flashspark_dtype_size(t.dtype));
+}
+
 void Problem::allocate_cache() {
   const bool paged = spec_.kv_layout == Layout::kPaged, dense = spec_.kv_layout == Layout::kDense;
   const int64_t spare = spec_.seqused_k && !paged ? kSpareRows : 0;
@@ -144,25 +176,15 @@ void Problem::allocate_cache() {
   int64_t blocks = 1, tokens = 0;  // a block is a page, a sequence of a dense cache, or all rows of a packed batch
   if (paged) {
     tokens = params.page_size = spec_.page_size;
-    const auto pages = [&](const SeqLen &len) { return (len.k + spec_.page_size - 1) / spec_.page_size; };
     int64_t used = 0, most = 0;
-    for (const SeqLen &len : spec_.lens) used += pages(len), most = std::max(most, pages(len));
+    for (const SeqLen &len : spec_.lens) {
+      const int64_t pages = pages_of(len, spec_.page_size);
+      used += pages, most = std::max(most, pages);
+    }
     blocks = params.num_pages = used + kSparePages;
     params.num_page_slots = most + 2;
     params.page_table_stride = params.num_page_slots + 3;
-    std::vector<int32_t> order(blocks);
-    std::iota(order.begin(), order.end(), 0);
-    random.shuffle(order);
-    page_table_.reserve(1);  // never NULL, also without sequences
-    page_table_.resize(index_cache_rows(random) * params.page_table_stride);
-    for (int32_t &entry : page_table_) entry = static_cast<int32_t>(random.bits());  // garbage past every end
-    auto next = order.begin();
-    for (int64_t b = 0; b < params.num_seqs; ++b) {
-      const int64_t n = pages(spec_.lens[b]);
-      std::copy(next, next + n, page_table_.begin() + batch_index_[b] * params.page_table_stride);
-      next += n;
-    }
-    params.page_table = page_table_.data();
+    fill_page_table(random, blocks);
   } else if (dense) {
     tokens = params.max_seqlen_k;
     blocks = index_cache_rows(random);
@@ -179,23 +201,13 @@ void Problem::allocate_cache() {
     for (int64_t b = 0; b < params.num_seqs; ++b) leftpad_.push_back(static_cast<int32_t>(leftpad(b)));
     params.leftpad_k = leftpad_.data();
   }
-
-  const auto shape = [&](flashspark_tensor &t, int64_t width) {
-    const int64_t row = width + (spec_.strided ? kGap : 0);
-    const bool head_major = spec_.cache_order == CacheOrder::kPageHeadToken;
-    t.dtype = spec_.kv_dtype;
-    t.token_stride = head_major ? row : spec_.heads_kv * row;
-    t.head_stride = head_major ? tokens * row : row;
-    t.batch_stride = paged || dense ? spec_.heads_kv * tokens * row : 0;
-    return extent(t, blocks, tokens, spec_.heads_kv, width) * static_cast<int64_t>(flashspark_dtype_size(t.dtype));
-  };
   if (spec_.packed_kv) {
-    k_ = Buffer(shape(params.k, spec_.head_dim + spec_.head_dim_v));
+    k_ = Buffer(shape_cache(params.k, blocks, tokens, spec_.head_dim + spec_.head_dim_v));
     params.v = params.k;
     params.v.data = k_.data() + spec_.head_dim * flashspark_dtype_size(spec_.kv_dtype);
   } else {
-    k_ = Buffer(shape(params.k, spec_.head_dim));
-    v_ = Buffer(shape(params.v, spec_.head_dim_v));
+    k_ = Buffer(shape_cache(params.k, blocks, tokens, spec_.head_dim));
+    v_ = Buffer(shape_cache(params.v, blocks, tokens, spec_.head_dim_v));
     params.v.data = v_.data();
   }
   params.k.data = k_.data();

@@ -34,16 +34,29 @@ void Problem::set_scores() {
   params.window_left = spec_.window_left;
   params.window_right = spec_.window_right;
   params.attention_chunk = spec_.attention_chunk;
-  if (spec_.sinks) {
-    sinks_ = Buffer(spec_.heads_q * flashspark_dtype_size(spec_.sinks_dtype));
-    for (int64_t h = 0; h < spec_.heads_q; ++h) {
-      store(spec_.sinks_dtype, sinks_.data(), h, static_cast<float>(2 * random.normal()));
-    }
-    params.sinks = sinks_.data();
-    params.sinks_dtype = spec_.sinks_dtype;
+  if (spec_.sinks) set_sinks(random);
+  set_prefix_ranges();
+  if (spec_.rswa_window > 0) {
+    params.rswa_window = spec_.rswa_window;
+    for (int64_t b = 0; b < num_seqs; ++b) rswa_prefix_.push_back(static_cast<int32_t>(seqlen_k(b) / 4 + b));
+    params.rswa_prefix_lens = rswa_prefix_.data();
   }
+  if (spec_.rel_extent > 0) set_rel_logits();
+  if (spec_.alibi) set_alibi();
+  set_factors(random);
+}
 
-  const int64_t tokens = spec_.q_layout == Layout::kDense ? num_seqs * params.max_seqlen_q : params.total_q;
+void Problem::set_sinks(Random &random) {
+  sinks_ = Buffer(spec_.heads_q * flashspark_dtype_size(spec_.sinks_dtype));
+  for (int64_t h = 0; h < spec_.heads_q; ++h) {
+    store(spec_.sinks_dtype, sinks_.data(), h, static_cast<float>(2 * random.normal()));
+  }
+  params.sinks = sinks_.data();
+  params.sinks_dtype = spec_.sinks_dtype;
+}
+
+void Problem::set_prefix_ranges() {
+  const int64_t num_seqs = params.num_seqs;
   params.prefix_mode = spec_.prefix_mode;
   params.prefix_clamp_window = spec_.prefix_clamp ? 1 : 0;
   // Two ranges a sequence, each about a quarter of the keys.
@@ -60,7 +73,7 @@ void Problem::set_scores() {
     }
     params.prefix_ranges = prefix_.data();
   } else if (spec_.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN) {
-    prefix_.assign(2 * tokens, -1);
+    prefix_.assign(2 * num_tokens(), -1);
     for (int64_t b = 0; b < num_seqs; ++b) {
       for (int64_t i = 0; i < seqlen_q(b); ++i) {
         const int64_t pos = i + seqlen_k(b) - seqlen_q(b);
@@ -74,54 +87,53 @@ void Problem::set_scores() {
     }
     params.prefix_ranges = prefix_.data();
   }
-  if (spec_.rswa_window > 0) {
-    params.rswa_window = spec_.rswa_window;
-    for (int64_t b = 0; b < num_seqs; ++b) rswa_prefix_.push_back(static_cast<int32_t>(seqlen_k(b) / 4 + b));
-    params.rswa_prefix_lens = rswa_prefix_.data();
-  }
+}
 
-  if (spec_.rel_extent > 0) {
-    params.rel_dtype = spec_.rel_dtype;
-    params.rel_extent = spec_.rel_extent;
-    params.rel_head_stride = spec_.rel_extent + (spec_.strided ? 8 : 0);
-    params.rel_token_stride = spec_.heads_q * params.rel_head_stride;
-    const int64_t size = tokens == 0 ? 0
-                                     : (tokens - 1) * params.rel_token_stride +
-                                           (spec_.heads_q - 1) * params.rel_head_stride + spec_.rel_extent;
-    rel_ = Buffer(size * flashspark_dtype_size(spec_.rel_dtype));
-    params.rel_logits = rel_.data();
-    for (int64_t b = 0; b < num_seqs; ++b) {
-      for (int64_t i = 0; i < seqlen_q(b); ++i) {
-        for (int64_t h = 0; h < spec_.heads_q; ++h) {
-          Random row(spec_.seed, 'r', b, i, h);
-          const int64_t at = token_row(b, i) * params.rel_token_stride + h * params.rel_head_stride;
-          for (int64_t d = 0; d < spec_.rel_extent; ++d) {
-            const double value = row.normal();
-            store(spec_.rel_dtype, rel_.data(), at + d, static_cast<float>(value));
-            largest_rel_ = std::max(largest_rel_, std::fabs(value));
-          }
+void Problem::set_rel_logits() {
+  params.rel_dtype = spec_.rel_dtype;
+  params.rel_extent = spec_.rel_extent;
+  params.rel_head_stride = spec_.rel_extent + (spec_.strided ? 8 : 0);
+  params.rel_token_stride = spec_.heads_q * params.rel_head_stride;
+  const int64_t tokens = num_tokens();
+  const int64_t size = tokens == 0 ? 0
+                                   : (tokens - 1) * params.rel_token_stride +
+                                         (spec_.heads_q - 1) * params.rel_head_stride + spec_.rel_extent;
+  rel_ = Buffer(size * flashspark_dtype_size(spec_.rel_dtype));
+  params.rel_logits = rel_.data();
+  for (int64_t b = 0; b < params.num_seqs; ++b) {
+    for (int64_t i = 0; i < seqlen_q(b); ++i) {
+      for (int64_t h = 0; h < spec_.heads_q; ++h) {
+        Random row(spec_.seed, 'r', b, i, h);
+        const int64_t at = token_row(b, i) * params.rel_token_stride + h * params.rel_head_stride;
+        for (int64_t d = 0; d < spec_.rel_extent; ++d) {
+          const double value = row.normal();
+          store(spec_.rel_dtype, rel_.data(), at + d, static_cast<float>(value));
+          largest_rel_ = std::max(largest_rel_, std::fabs(value));
         }
       }
     }
   }
-  if (spec_.alibi) {
-    const int64_t sets = spec_.alibi_per_batch ? num_seqs : 1;
-    for (int64_t b = 0; b < sets; ++b) {
-      for (int64_t h = 0; h < spec_.heads_q; ++h) {
-        alibi_.push_back(static_cast<float>(std::exp2(-8.0 * (h + 1) / spec_.heads_q) * (1 + 0.1 * b)));
-      }
-    }
-    params.alibi_slopes = alibi_.data();
-    params.alibi_batch_stride = spec_.alibi_per_batch ? spec_.heads_q : 0;
-  }
+}
 
+void Problem::set_alibi() {
+  const int64_t sets = spec_.alibi_per_batch ? params.num_seqs : 1;
+  for (int64_t b = 0; b < sets; ++b) {
+    for (int64_t h = 0; h < spec_.heads_q; ++h) {
+      alibi_.push_back(static_cast<float>(std::exp2(-8.0 * (h + 1) / spec_.heads_q) * (1 + 0.1 * b)));
+    }
+  }
+  params.alibi_slopes = alibi_.data();
+  params.alibi_batch_stride = spec_.alibi_per_batch ? spec_.heads_q : 0;
+}
+
+void Problem::set_factors(Random &random) {
   const auto descale = [&](Descale kind, int32_t type, std::vector<float> &storage, flashspark_scale &scale) {
     if (kind == Descale::kNone) return;
     scale.batch_stride = kind == Descale::kFull ? spec_.heads_kv : 0;
     scale.head_stride = kind == Descale::kPerTensor ? 0 : 1;
     storage.resize(kind == Descale::kPerTensor ? 1
                    : kind == Descale::kPerHead ? spec_.heads_kv
-                                               : spec_.heads_kv * num_seqs);
+                                               : spec_.heads_kv * params.num_seqs);
     for (float &factor : storage) {
       factor = type == FLASHSPARK_FLOAT8_E4M3 ? static_cast<float>(0.5 + random.uniform()) : 3.0f;
     }
@@ -134,6 +146,10 @@ void Problem::set_scores() {
     output_scale_ = {spec_.output_scale};
     params.output_scale = output_scale_.data();
   }
+}
+
+int64_t Problem::num_tokens() const {
+  return spec_.q_layout == Layout::kDense ? params.num_seqs * params.max_seqlen_q : params.total_q;
 }
 
 void Problem::fill() {

@@ -1,4 +1,4 @@
-// Plans the work of one problem: cuts it into tiles, long tiles into splits over the keys, and merges the splits.
+// Plans the work of one problem: cuts the rows into tiles, the keys of long tiles into splits, and combines the splits.
 #include "cpu/engine.hpp"
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace flashspark::cpu {
 namespace {
 
-// A split shorter than this costs more in its merge than it gains.
+// A shorter split costs more when it is combined than it gains.
 constexpr int64_t kMinSplitKeys = 256;
 
 // Below this many multiply-adds (some 10 us on one core) waking another thread costs more than it does.
@@ -30,7 +30,7 @@ struct FreeDeleter {
   void operator()(void *pointer) const { std::free(pointer); }
 };
 
-// Memory of one thread, kept between calls.
+// Scratch memory of the calling thread, kept between calls.
 float *thread_scratch(size_t floats) {
   thread_local std::unique_ptr<float, FreeDeleter> memory;
   thread_local size_t size = 0;
@@ -44,8 +44,8 @@ float *thread_scratch(size_t floats) {
   return memory.get();
 }
 
-// One tile of query rows, and how its keys are cut.
-struct Piece {
+// A tile of query rows, and into how many splits its keys are cut.
+struct RowTile {
   int64_t b, h_kv, row0;
   int32_t rows, heads;
   int32_t splits;
@@ -56,19 +56,19 @@ struct Piece {
 };
 
 struct Job {
-  int64_t piece;
+  int64_t row_tile;
   int32_t split;
 };
 
 struct Plan {
-  std::vector<Piece> pieces;
+  std::vector<RowTile> row_tiles;
   std::vector<Job> jobs;
   std::vector<float> partial_o, partial_ml;
   int64_t partial_rows = 0;  // rows of the largest split tile
   int64_t work = 0;          // multiply-adds, about
 };
 
-// The masks of a tile's tokens, and the union of what they keep, clipped to [begin, end).
+// The masks of a tile's tokens, and the union of the keys that they keep, or a part of it.
 struct TileMask {
   std::vector<RowMask> masks;
   std::vector<Interval> spans;
@@ -100,7 +100,7 @@ struct TileMask {
     return sum;
   }
 
-  // Leaves keys number [begin, end) of the union.
+  // Reduces the union to its keys number [begin, end).
   void clip(int64_t begin, int64_t end) {
     int64_t seen = 0;
     size_t kept = 0;
@@ -120,7 +120,7 @@ TileMask &thread_mask() {
   return mask;
 }
 
-void cut_into_pieces(const Params &p, Plan &plan) {
+void cut_into_row_tiles(const Params &p, Plan &plan) {
   const int64_t group = p.num_heads_q / p.num_heads_kv;
   TileMask &mask = thread_mask();
   for (int64_t b = 0; b < p.num_seqs; ++b) {
@@ -129,110 +129,111 @@ void cut_into_pieces(const Params &p, Plan &plan) {
     if (packed == 0) continue;
     const int32_t rows = tile_rows(p.head_dim, p.head_dim_v, packed);
     for (int64_t row0 = 0; row0 < packed; row0 += rows) {
-      Piece piece{b, 0, row0, static_cast<int32_t>(std::min<int64_t>(rows, packed - row0)), 1, 1, -1, 0};
-      mask.set_tokens(p, s, row0 / group, (row0 + piece.rows - 1) / group);
-      piece.keys = mask.num_keys();
-      plan.work += p.num_heads_kv * piece.rows * piece.keys * (p.head_dim + p.head_dim_v);
-      const int32_t heads = tile_heads(p, piece.rows);
-      for (piece.h_kv = 0; piece.h_kv < p.num_heads_kv; piece.h_kv += heads) {
-        piece.heads = static_cast<int32_t>(std::min<int64_t>(heads, p.num_heads_kv - piece.h_kv));
-        plan.pieces.push_back(piece);
+      RowTile row_tile{b, 0, row0, static_cast<int32_t>(std::min<int64_t>(rows, packed - row0)), 1, 1, -1, 0};
+      mask.set_tokens(p, s, row0 / group, (row0 + row_tile.rows - 1) / group);
+      row_tile.keys = mask.num_keys();
+      plan.work += p.num_heads_kv * row_tile.rows * row_tile.keys * (p.head_dim + p.head_dim_v);
+      const int32_t heads = tile_heads(p, row_tile.rows);
+      for (row_tile.h_kv = 0; row_tile.h_kv < p.num_heads_kv; row_tile.h_kv += heads) {
+        row_tile.heads = static_cast<int32_t>(std::min<int64_t>(heads, p.num_heads_kv - row_tile.h_kv));
+        plan.row_tiles.push_back(row_tile);
       }
     }
   }
 }
 
-// num_splits = 0: a tile larger than its fair share is cut until the threads can share it. deterministic: a row's
-// result must not depend on its neighbours or the threads, so only an explicit number cuts.
+// num_splits = 0: a tile that costs more than a quarter of what a thread has to do is cut. deterministic: a row's
+// result must not depend on its neighbours or on the number of threads, so only an explicit number cuts.
 void choose_splits(const Params &p, Plan &plan, int32_t threads) {
   int64_t total = 0;
-  for (const Piece &piece : plan.pieces) total += piece.cost();
+  for (const RowTile &row_tile : plan.row_tiles) total += row_tile.cost();
   const int64_t fair = std::max<int64_t>(1, total / (4 * threads));
   int64_t partials = 0;
-  for (Piece &piece : plan.pieces) {
-    const int64_t most = std::max<int64_t>(1, piece.keys / kMinSplitKeys);
+  for (RowTile &row_tile : plan.row_tiles) {
+    const int64_t most = std::max<int64_t>(1, row_tile.keys / kMinSplitKeys);
     if (p.num_splits > 0) {
-      piece.splits = static_cast<int32_t>(std::clamp<int64_t>(piece.keys, 1, p.num_splits));
-    } else if (!p.deterministic && threads > 1 && plan.pieces.size() < 4 * static_cast<size_t>(threads)) {
-      piece.splits = static_cast<int32_t>(std::clamp<int64_t>((piece.cost() + fair - 1) / fair, 1, most));
+      row_tile.splits = static_cast<int32_t>(std::clamp<int64_t>(row_tile.keys, 1, p.num_splits));
+    } else if (!p.deterministic && threads > 1 && plan.row_tiles.size() < 4 * static_cast<size_t>(threads)) {
+      row_tile.splits = static_cast<int32_t>(std::clamp<int64_t>((row_tile.cost() + fair - 1) / fair, 1, most));
     }
-    if (piece.splits == 1) continue;
-    piece.first_partial = partials;
-    partials += piece.splits;
-    plan.partial_rows = std::max<int64_t>(plan.partial_rows, piece.rows * piece.heads);
+    if (row_tile.splits == 1) continue;
+    row_tile.first_partial = partials;
+    partials += row_tile.splits;
+    plan.partial_rows = std::max<int64_t>(plan.partial_rows, row_tile.rows * row_tile.heads);
   }
   plan.partial_o.resize(partials * plan.partial_rows * p.head_dim_v);
   plan.partial_ml.resize(partials * plan.partial_rows * 2);
 }
 
-// Longest first, so that the last jobs to end are short ones.
+// Longest first, so that the last jobs to end are short.
 void order_jobs(Plan &plan) {
-  for (size_t n = 0; n < plan.pieces.size(); ++n) {
-    for (int32_t split = 0; split < plan.pieces[n].splits; ++split)
+  for (size_t n = 0; n < plan.row_tiles.size(); ++n) {
+    for (int32_t split = 0; split < plan.row_tiles[n].splits; ++split)
       plan.jobs.push_back({static_cast<int64_t>(n), split});
   }
   const auto cost = [&](const Job &job) {
-    const Piece &piece = plan.pieces[job.piece];
-    return piece.cost() / piece.splits;
+    const RowTile &row_tile = plan.row_tiles[job.row_tile];
+    return row_tile.cost() / row_tile.splits;
   };
   std::sort(plan.jobs.begin(), plan.jobs.end(), [&](const Job &a, const Job &b) {
     const int64_t first = cost(a), second = cost(b);
-    return first != second ? first > second : a.piece != b.piece ? a.piece < b.piece : a.split < b.split;
+    return first != second ? first > second : a.row_tile != b.row_tile ? a.row_tile < b.row_tile : a.split < b.split;
   });
 }
 
 void run_job(const Params &p, Plan &plan, const Job &job) {
-  const Piece &piece = plan.pieces[job.piece];
+  const RowTile &row_tile = plan.row_tiles[job.row_tile];
   const int64_t group = p.num_heads_q / p.num_heads_kv;
-  const Sequence s = sequence(p, piece.b);
+  const Sequence s = sequence(p, row_tile.b);
   TileMask &mask = thread_mask();
-  mask.set_tokens(p, s, piece.row0 / group, (piece.row0 + piece.rows - 1) / group);
-  if (piece.splits > 1) {
-    const int64_t share = (piece.keys + piece.splits - 1) / piece.splits;
-    mask.clip(job.split * share, (job.split + 1) * share);
+  mask.set_tokens(p, s, row_tile.row0 / group, (row_tile.row0 + row_tile.rows - 1) / group);
+  if (row_tile.splits > 1) {
+    const int64_t keys = (row_tile.keys + row_tile.splits - 1) / row_tile.splits;
+    mask.clip(job.split * keys, (job.split + 1) * keys);
   }
   Tile tile{};
   tile.p = &p;
   tile.s = s;
-  tile.h_kv = piece.h_kv;
-  tile.num_heads = piece.heads;
+  tile.h_kv = row_tile.h_kv;
+  tile.num_heads = row_tile.heads;
   tile.group = group;
-  tile.row0 = piece.row0;
-  tile.rows = piece.rows;
+  tile.row0 = row_tile.row0;
+  tile.rows = row_tile.rows;
   tile.masks = mask.masks.data();
   tile.spans = mask.spans.data();
   tile.num_spans = static_cast<int32_t>(mask.spans.size());
   tile.with_sink = job.split == 0;
-  if (piece.splits > 1) {
-    const int64_t at = (piece.first_partial + job.split) * plan.partial_rows;
+  if (row_tile.splits > 1) {
+    const int64_t at = (row_tile.first_partial + job.split) * plan.partial_rows;
     tile.partial_o = plan.partial_o.data() + at * p.head_dim_v;
     tile.partial_ml = plan.partial_ml.data() + at * 2;
   }
-  tile.scratch = thread_scratch(scratch_floats(p.head_dim, p.head_dim_v, piece.rows, piece.heads));
+  tile.scratch = thread_scratch(scratch_floats(p.head_dim, p.head_dim_v, row_tile.rows, row_tile.heads));
   kernels().run(tile);
 }
 
-// Row r of KV head number `head` of a piece from its partial rows: weights 2^(m - max m), as in the softmax itself.
-void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequence &s, int64_t head, int64_t r) {
+// Row r of KV head number `head` of a tile from its partial rows, with weights 2^(m - max m) as in the softmax.
+void combine_row(const Params &p, const Plan &plan, const RowTile &row_tile, const Sequence &s, int64_t head,
+                 int64_t r) {
   const int64_t group = p.num_heads_q / p.num_heads_kv;
-  const int64_t i = (piece.row0 + r) / group, h = (piece.h_kv + head) * group + (piece.row0 + r) % group;
+  const int64_t i = (row_tile.row0 + r) / group, h = (row_tile.h_kv + head) * group + (row_tile.row0 + r) % group;
   const auto partial = [&](int32_t split) {
-    return (piece.first_partial + split) * plan.partial_rows + head * piece.rows + r;
+    return (row_tile.first_partial + split) * plan.partial_rows + head * row_tile.rows + r;
   };
   float largest = -std::numeric_limits<float>::infinity();
-  for (int32_t n = 0; n < piece.splits; ++n) largest = std::fmax(largest, plan.partial_ml[2 * partial(n)]);
+  for (int32_t n = 0; n < row_tile.splits; ++n) largest = std::fmax(largest, plan.partial_ml[2 * partial(n)]);
 
-  float row[512] = {};
+  float row[kMaxHeadDim] = {};
   float sum = 0;
-  for (int32_t n = 0; n < piece.splits; ++n) {
+  for (int32_t n = 0; n < row_tile.splits; ++n) {
     const float row_max = plan.partial_ml[2 * partial(n)];
-    // A split without a kept key adds nothing; one whose scores are NaN must add its NaN.
+    // A split without a key that the row keeps adds nothing; one whose scores are NaN must add its NaN.
     const float weight = row_max == largest ? 1.0f : std::exp2(row_max - largest);
     sum += weight * plan.partial_ml[2 * partial(n) + 1];
     const float *o = plan.partial_o.data() + partial(n) * p.head_dim_v;
     for (int64_t x = 0; x < p.head_dim_v; ++x) row[x] += weight * o[x];
   }
-  float factor = sum == 0 ? 0.0f : scale_at(p.v_descale, piece.b, piece.h_kv + head, p.v.dtype) / sum;
+  float factor = sum == 0 ? 0.0f : scale_at(p.v_descale, row_tile.b, row_tile.h_kv + head, p.v.dtype) / sum;
   if (p.output_scale != nullptr) factor /= *p.output_scale;
   const int64_t at = q_offset(p, p.out, s, i, h);
   for (int64_t x = 0; x < p.head_dim_v; ++x) store_from_float(p.out.data, at + x, p.out.dtype, row[x] * factor);
@@ -243,11 +244,11 @@ void merge_row(const Params &p, const Plan &plan, const Piece &piece, const Sequ
   }
 }
 
-void merge_piece(const Params &p, const Plan &plan, const Piece &piece) {
-  if (piece.splits == 1) return;
-  const Sequence s = sequence(p, piece.b);
-  for (int64_t head = 0; head < piece.heads; ++head) {
-    for (int64_t r = 0; r < piece.rows; ++r) merge_row(p, plan, piece, s, head, r);
+void combine_row_tile(const Params &p, const Plan &plan, const RowTile &row_tile) {
+  if (row_tile.splits == 1) return;
+  const Sequence s = sequence(p, row_tile.b);
+  for (int64_t head = 0; head < row_tile.heads; ++head) {
+    for (int64_t r = 0; r < row_tile.rows; ++r) combine_row(p, plan, row_tile, s, head, r);
   }
 }
 
@@ -267,7 +268,7 @@ int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows) {
 
 int32_t tile_heads(const Params &p, int32_t rows) {
   if (rows > kStreamRows) return 1;
-  // Only heads that follow each other within a token gain; packed caches hold V's row between two of K's.
+  // Only heads that lie side by side within a token gain. Packed caches hold V's row between two of K's.
   const auto side_by_side = [](const flashspark_tensor &t, int64_t width) {
     return t.head_stride >= width && t.head_stride <= 2 * width &&
            (t.token_stride > t.head_stride || t.token_stride < -t.head_stride);
@@ -284,22 +285,22 @@ size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows, int32_
     const int64_t padded = round_up(rows, kRowGroup);
     return kPackedKeys * (head_dim + width) + padded * (width + kPackedKeys + head_dim);
   }
-  // Four rows at a time; the scores end in one vector of padding.
+  // Rows go four at a time, and one vector of padding follows the scores.
   return round_up(rows, 4) * (num_heads * (head_dim + head_dim_v) + kBlockKeys) + 16;
 }
 
 void engine_forward(const Params &p) {
   Plan plan;
-  cut_into_pieces(p, plan);
-  if (plan.pieces.empty()) return;
+  cut_into_row_tiles(p, plan);
+  if (plan.row_tiles.empty()) return;
   const int32_t wanted = p.num_threads > 0 ? p.num_threads : default_threads();
   const int32_t threads = plan.work < kSerialWork ? 1 : wanted;
   choose_splits(p, plan, threads);
   order_jobs(plan);
   parallel_for(threads, static_cast<int64_t>(plan.jobs.size()), [&](int64_t n) { run_job(p, plan, plan.jobs[n]); });
   if (!plan.partial_ml.empty()) {
-    parallel_for(threads, static_cast<int64_t>(plan.pieces.size()),
-                 [&](int64_t n) { merge_piece(p, plan, plan.pieces[n]); });
+    parallel_for(threads, static_cast<int64_t>(plan.row_tiles.size()),
+                 [&](int64_t n) { combine_row_tile(p, plan, plan.row_tiles[n]); });
   }
 }
 

@@ -2,8 +2,8 @@
 // choice is ours, so that no libhwy is linked.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/kernels.cpp"
-// Left: SSE4 (this file is compiled for x86-64-v2), AVX2 and AVX-512 on x86-64; NEON on Arm (SVE's vectors have no
-// fixed length).
+// What remains: SSE4 (this file is compiled for x86-64-v2), AVX2 and AVX-512 on x86-64; NEON on Arm (the length of
+// SVE's vectors is not known to the compiler).
 #define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #include <hwy/foreach_target.h>
 // Highway's own include guards need it after foreach_target.h.

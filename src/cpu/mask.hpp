@@ -1,6 +1,5 @@
-// Every mask of the problem as intervals of keys. A query row keeps at most two of them: what causality, window and
-// chunk leave, and one more that a prefix range or R-SWA adds. (Several ranges that hold the same query overlap at that
-// query, so their union is one interval.)
+// Every mask as intervals of keys. A query row keeps at most two: what causality, window and chunk leave, and one that
+// prefix ranges or R-SWA add. (Ranges that hold the same query overlap there, so their union is one interval.)
 #pragma once
 
 #include "problem.hpp"
@@ -12,7 +11,7 @@ struct Interval {
   bool empty() const { return begin >= end; }
 };
 
-// Disjoint, in order; `second` is empty when one interval says it all.
+// Disjoint and in order; `second` is empty where one interval is enough.
 struct RowMask {
   Interval first, second;
 

@@ -1,5 +1,5 @@
-// The kernel for many rows (prefill): each block of K and V is widened into panels once, then two register-blocked
-// matrix products run over them, six rows by one panel at a time, with the softmax between.
+// The kernel for many rows (prefill). Each block of K and V is widened into panels once; two register-blocked matrix
+// products run over the panels, six rows by one panel at a time, with the softmax between them.
 #if defined(FLASHSPARK_CPU_PACKED_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_PACKED_INL_HPP_
 #undef FLASHSPARK_CPU_PACKED_INL_HPP_
@@ -16,8 +16,8 @@ using DN = hn::ScalableTag<float>;
 using VN = hn::Vec<DN>;
 constexpr int kLanes = HWY_MAX_BYTES / sizeof(float);
 
-// A panel is as wide as lets 6 rows x panel accumulators, a row of the panel and one broadcast fill the registers: 16
-// on AVX2 (15 of 16 registers) and NEON (29 of 32), 32 on AVX-512.
+// A panel is so wide that the accumulators of 6 rows, a row of the panel and one broadcast fill the registers: 16
+// floats on AVX2 (15 of 16 registers) and NEON (29 of 32), 32 on AVX-512.
 constexpr int kPanelVecs = kLanes >= 8 ? 2 : 4;
 constexpr int kPanel = kPanelVecs * kLanes;
 static_assert(kPackedKeys % kPanel == 0 && kPackedPad % kPanel == 0);
@@ -151,79 +151,109 @@ inline HWY_ATTR GroupRange group_range(const RowMask *masks, int64_t key, int64_
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
-inline HWY_ATTR void run_packed(const Tile &t) {
-  const Params &p = *t.p;
-  const int64_t head_dim = p.head_dim, width = (p.head_dim_v + kPackedPad - 1) / kPackedPad * kPackedPad;
-  const int64_t groups = (t.rows + kRowGroup - 1) / kRowGroup, rows = groups * kRowGroup;
-  float *key_panels = t.scratch;                              // (kPackedKeys / kPanel, head_dim, kPanel)
-  float *value_panels = key_panels + kPackedKeys * head_dim;  // (width / kPanel, kPackedKeys, kPanel)
-  float *o = value_panels + kPackedKeys * width;              // (rows, width)
-  float *scores = o + rows * width;                           // (rows, kPackedKeys)
-  float *q = scores + rows * kPackedKeys;                     // (rows, head_dim)
+// A tile's scratch memory, and what is known of its rows.
+struct PackedTile {
+  int64_t head_dim, width, groups, rows;  // width: of V and of the results, padded; rows: whole groups
+  float *key_panels;                      // (kPackedKeys / kPanel, head_dim, kPanel)
+  float *value_panels;                    // (width / kPanel, kPackedKeys, kPanel)
+  float *o;                               // (rows, width)
+  float *scores;                          // (rows, kPackedKeys)
+  float *q;                               // (rows, head_dim)
   float row_max[kMaxTileRows], row_sum[kMaxTileRows];
   RowMask masks[kMaxTileRows];
-  GroupRange ranges[kMaxTileRows / kRowGroup];
+  GroupRange ranges[kMaxTileRows / kRowGroup];  // of the current block
+};
 
+inline HWY_ATTR void start_packed(const Tile &t, PackedTile &w) {
+  const Params &p = *t.p;
+  w.head_dim = p.head_dim;
+  w.width = (p.head_dim_v + kPackedPad - 1) / kPackedPad * kPackedPad;
+  w.groups = (t.rows + kRowGroup - 1) / kRowGroup;
+  w.rows = w.groups * kRowGroup;
+  w.key_panels = t.scratch;
+  w.value_panels = w.key_panels + kPackedKeys * w.head_dim;
+  w.o = w.value_panels + kPackedKeys * w.width;
+  w.scores = w.o + w.rows * w.width;
+  w.q = w.scores + w.rows * kPackedKeys;
   const float scale = query_scale(t);
-  for (int64_t n = 0; n < rows * width; ++n) o[n] = 0;
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t n = 0; n < w.rows * w.width; ++n) w.o[n] = 0;
+  for (int64_t r = 0; r < w.rows; ++r) {
     // Rows past the last are computed like the last one and thrown away.
     const int64_t real = r < t.rows ? r : t.rows - 1;
-    masks[r] = t.mask(real);
-    prefetch_row<false>(t, p.q, head_dim, r + kRowsAhead);
-    load_query(t, real, scale, q + r * head_dim);
-    start_row(t, real, &row_max[r], &row_sum[r]);
+    w.masks[r] = t.mask(real);
+    prefetch_row<false>(t, p.q, w.head_dim, r + kRowsAhead);
+    load_query(t, real, scale, w.q + r * w.head_dim);
+    start_row(t, real, &w.row_max[r], &w.row_sum[r]);
   }
+}
 
+// Scores of the `count` keys in key_panels. Panel outside, rows inside: the panel stays in L1 while Q streams past it.
+inline HWY_ATTR void multiply_keys(const PackedTile &w, int64_t count, Prefetcher &prefetcher) {
+  for (int64_t n = 0; n < count; n += kPanel) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      if (w.ranges[g].begin >= n + kPanel || w.ranges[g].end <= n) continue;
+      prefetcher.advance();
+      multiply<false>(w.q + g * kRowGroup * w.head_dim, w.head_dim, w.key_panels + n * w.head_dim, w.head_dim,
+                      w.scores + g * kRowGroup * kPackedKeys + n, kPackedKeys);
+    }
+  }
+}
+
+// Scores of keys [key, key + count) become weights.
+inline HWY_ATTR void softmax_packed(const Tile &t, PackedTile &w, int64_t key, int64_t count) {
+  for (int64_t r = 0; r < w.rows; ++r) {
+    const GroupRange range = w.ranges[r / kRowGroup];
+    if (range.begin >= range.end) continue;
+    const int64_t begin = range.begin / kPanel * kPanel, end = (range.end + kPanel - 1) / kPanel * kPanel;
+    const int64_t last = end < count ? end : count;
+    float *s = w.scores + r * kPackedKeys + begin;
+    if (has_score_terms(*t.p)) add_score_terms(t, r < t.rows ? r : t.rows - 1, key + begin, last - begin, s, 1);
+    if (!w.masks[r].covers(key + begin, key + last)) apply_mask(w.masks[r], key + begin, last - begin, s, 1);
+    for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
+    softmax_row(s, end - begin, &w.row_max[r], &w.row_sum[r], w.o + r * w.width, w.width);
+  }
+}
+
+// o += weights times the values in value_panels.
+inline HWY_ATTR void multiply_values(const PackedTile &w, int64_t head_dim_v, Prefetcher &prefetcher) {
+  for (int64_t x = 0; x < head_dim_v; x += kPanel) {
+    const float *panel = w.value_panels + x * kPackedKeys;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const GroupRange range = w.ranges[g];
+      if (range.begin >= range.end) continue;
+      prefetcher.advance();
+      multiply<true>(w.scores + g * kRowGroup * kPackedKeys + range.begin, kPackedKeys, panel + range.begin * kPanel,
+                     range.end - range.begin, w.o + g * kRowGroup * w.width + x, w.width);
+    }
+  }
+}
+
+inline HWY_ATTR void run_packed(const Tile &t) {
+  const Params &p = *t.p;
+  PackedTile w;
+  start_packed(t, w);
   const char *keys[kPackedKeys], *values[kPackedKeys];
   BlockCursor block(t, kPackedKeys);
   key_addresses(t, p.k, block, keys);
   key_addresses(t, p.v, block, values);
   while (block.count > 0) {
     const int64_t key = block.key, count = block.count;
-    pack_block(t, count, keys, values, key_panels, value_panels);
-    for (int64_t g = 0; g < groups; ++g) ranges[g] = group_range(masks + g * kRowGroup, key, count);
+    pack_block(t, count, keys, values, w.key_panels, w.value_panels);
+    for (int64_t g = 0; g < w.groups; ++g) w.ranges[g] = group_range(w.masks + g * kRowGroup, key, count);
 
     block.next();
     key_addresses(t, p.k, block, keys);
     key_addresses(t, p.v, block, values);
     Prefetcher prefetcher;
-    prefetcher.start(t, keys, values, block.count, groups * (count + width) / kPanel);
+    prefetcher.start(t, keys, values, block.count, w.groups * (count + w.width) / kPanel);
 
-    // Panel outside, rows inside: the panel stays in L1 while Q streams past it.
-    for (int64_t n = 0; n < count; n += kPanel) {
-      for (int64_t g = 0; g < groups; ++g) {
-        if (ranges[g].begin >= n + kPanel || ranges[g].end <= n) continue;
-        prefetcher.advance();
-        multiply<false>(q + g * kRowGroup * head_dim, head_dim, key_panels + n * head_dim, head_dim,
-                        scores + g * kRowGroup * kPackedKeys + n, kPackedKeys);
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const GroupRange range = ranges[r / kRowGroup];
-      if (range.begin >= range.end) continue;
-      const int64_t begin = range.begin / kPanel * kPanel, end = (range.end + kPanel - 1) / kPanel * kPanel;
-      const int64_t last = end < count ? end : count;
-      float *s = scores + r * kPackedKeys + begin;
-      if (has_score_terms(p)) add_score_terms(t, r < t.rows ? r : t.rows - 1, key + begin, last - begin, s, 1);
-      if (!masks[r].covers(key + begin, key + last)) apply_mask(masks[r], key + begin, last - begin, s, 1);
-      for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
-      softmax_row(s, end - begin, &row_max[r], &row_sum[r], o + r * width, width);
-    }
-    for (int64_t x = 0; x < p.head_dim_v; x += kPanel) {
-      const float *panel = value_panels + x * kPackedKeys;
-      for (int64_t g = 0; g < groups; ++g) {
-        const GroupRange range = ranges[g];
-        if (range.begin >= range.end) continue;
-        prefetcher.advance();
-        multiply<true>(scores + g * kRowGroup * kPackedKeys + range.begin, kPackedKeys, panel + range.begin * kPanel,
-                       range.end - range.begin, o + g * kRowGroup * width + x, width);
-      }
-    }
+    multiply_keys(w, count, prefetcher);
+    softmax_packed(t, w, key, count);
+    multiply_values(w, p.head_dim_v, prefetcher);
   }
   for (int64_t r = 0; r < t.rows; ++r) {
     if (t.partial_o == nullptr) prefetch_row<true>(t, p.out, p.head_dim_v, r + kRowsAhead);
-    finish_row(t, r, o + r * width, row_max[r], row_sum[r]);
+    finish_row(t, r, w.o + r * w.width, w.row_max[r], w.row_sum[r]);
   }
 }
 

@@ -1,5 +1,5 @@
-// The oracle. It reads like the formula in flashspark.h and shares no arithmetic with the engine or the kernels, so
-// that an error cannot hide in both. Rows run in parallel; each row is computed by one thread in a fixed order.
+// The oracle. It reads like the formula in flashspark.h and has no arithmetic in common with the engine or the kernels,
+// so that an error cannot hide in both. Rows run in parallel; one thread computes a row, in a fixed order.
 #include "cpu/reference.hpp"
 
 #include <cmath>
@@ -14,14 +14,14 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// May query row i see key j? pos is the query's place on the key axis.
+// Whether query row i keeps key j. pos is the query's position on the key axis.
 bool keep(const Params &p, const Sequence &s, int64_t i, int64_t j) {
   const int64_t pos = s.pos(i);
   if (p.rswa_window > 0) return j <= pos && (j < p.rswa_prefix_lens[s.index] || pos - j < p.rswa_window);
 
   const bool in_left_window = p.window_left < 0 || pos - j <= p.window_left;
   const bool in_right_window = p.window_right < 0 || j - pos <= p.window_right;
-  const auto chunk = [&](int64_t place) { return std::floor(double(place) / double(p.attention_chunk)); };
+  const auto chunk = [&](int64_t at) { return std::floor(double(at) / double(p.attention_chunk)); };
   const bool in_chunk = p.attention_chunk == 0 || chunk(j) == chunk(pos);
   const bool visible = (!s.causal || j <= pos) && in_left_window && in_right_window && in_chunk;
   if (visible || p.prefix_mode == FLASHSPARK_PREFIX_NONE) return visible;

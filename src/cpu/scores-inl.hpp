@@ -1,4 +1,4 @@
-// What happens to raw scores between QK^T and the softmax, and how a row ends. Shared by both kernels of a target.
+// What happens to scores between QK^T and the softmax, and how a row starts and ends: for both kernels of a target.
 #if defined(FLASHSPARK_CPU_SCORES_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_SCORES_INL_HPP_
 #undef FLASHSPARK_CPU_SCORES_INL_HPP_
@@ -16,7 +16,7 @@ namespace flashspark::cpu::HWY_NAMESPACE {
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Scores stay in natural units while something must be added to them; else log2(e) is folded into Q.
+// Scores stay in natural units while something has to be added to them; otherwise log2(e) is folded into Q.
 inline HWY_ATTR bool has_score_terms(const Params &p) {
   return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr;
 }
@@ -28,7 +28,7 @@ inline HWY_ATTR float query_scale(const Tile &t) {
   return has_score_terms(p) ? scale : scale * kLog2e;
 }
 
-// Row r of q or out into the cache, `rows_ahead` of its use: consecutive rows of one head lie pages apart.
+// Prefetches row r of q or out, kRowsAhead rows before its use: consecutive rows of one head may lie pages apart.
 constexpr int64_t kRowsAhead = 8;
 template <bool kWrite>
 HWY_ATTR void prefetch_row(const Tile &t, const flashspark_tensor &tensor, int64_t width, int64_t r) {
@@ -102,7 +102,7 @@ inline HWY_ATTR void apply_mask(const RowMask &mask, int64_t key, int64_t count,
   hide(mask.second.end, key + count);
 }
 
-// Row maximum and sum before any key: the sink alone, or nothing.
+// Row maximum and sum before any key: of the sink, or of nothing.
 inline HWY_ATTR void start_row(const Tile &t, int64_t r, float *row_max, float *row_sum) {
   *row_max = kMinusInfinity;
   *row_sum = 0;
@@ -111,7 +111,7 @@ inline HWY_ATTR void start_row(const Tile &t, int64_t r, float *row_max, float *
   *row_sum = *row_max == kMinusInfinity ? 0.0f : 1.0f;
 }
 
-// Ends row r: a partial row for the merge, or out and lse.
+// Ends row r: writes a partial row that is still to be combined, or out and lse.
 inline HWY_ATTR void finish_row(const Tile &t, int64_t r, const float *o, float row_max, float row_sum) {
   const Params &p = *t.p;
   if (t.partial_o != nullptr) {
@@ -156,7 +156,8 @@ struct BlockCursor {
   }
 };
 
-// Addresses of a block's rows in k or v, for the tile's first KV head. Walks page by page: no division a key.
+// Addresses of a block's rows in k or v, for the tile's first KV head. It goes page by page, without a division for
+// each key.
 inline HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tensor, const BlockCursor &block,
                                    const char **to) {
   const Params &p = *t.p;
@@ -169,18 +170,17 @@ inline HWY_ATTR void key_addresses(const Tile &t, const flashspark_tensor &tenso
       if (left < run) run = left;
     }
     const char *row = static_cast<const char *>(tensor.data) + kv_offset(p, tensor, t.s, key, t.h_kv) * size;
-    // Multiplied by 0 only, the stride of a single row may be any number at all.
+    // The stride of a single row may be any number: it is multiplied by 0.
     for (int64_t m = 0; m < run; ++m) to[n + m] = row + m * tensor.token_stride * size;
     n += run;
   }
 }
 
-// Brings the K and V rows of the next block into the cache a few lines at a time while this block is worked on: the
-// pages of a sequence lie anywhere, which no hardware prefetcher follows, and a burst would stall the loads that
-// compute.
+// Brings the K and V rows of the next block into the cache, a few lines at a time, while this block is worked on. The
+// pages of a sequence lie anywhere, so no hardware prefetcher finds them, and a burst would stall other loads.
 class Prefetcher {
  public:
-  // The first head's rows of a block; `calls` is how often advance() will be called while they are wanted.
+  // Rows of a block for the tile's first KV head. `calls`: how often advance() will be called until they are needed.
   HWY_ATTR void start(const Tile &t, const char *const *keys, const char *const *values, int64_t count, int64_t calls) {
     const int64_t size = static_cast<int64_t>(dtype_size(t.p->k.dtype));
     rows_[0] = keys;

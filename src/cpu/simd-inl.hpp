@@ -17,7 +17,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// Storage types: they only choose the widening load.
+// Storage types: they choose the widening load.
 struct F32 {
   using Element = float;
 };
@@ -47,8 +47,8 @@ HWY_INLINE void with_type(int32_t dtype, F &&f) {
 }
 
 #if HWY_TARGET == HWY_SSE4
-// Without F16C. Highway's own way there takes infinities and NaN for numbers, and cuts instead of rounding. No step
-// takes or gives a subnormal float, so a flush-to-zero mode of the caller changes nothing.
+// For CPUs without F16C. Highway's own conversion there takes infinities and NaN for numbers, and truncates. No step
+// takes or gives a subnormal float, so that a flush-to-zero mode of the caller changes nothing.
 template <class D>
 HWY_INLINE hn::Vec<D> floats_of_halves(D d, hn::Vec<hn::Rebind<uint16_t, D>> halves) {
   const hn::RebindToSigned<D> di;

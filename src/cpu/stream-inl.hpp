@@ -1,7 +1,8 @@
-// The kernel for few rows (decode, draft verification): K and V are read once, in place, widened in registers.
+// The kernel for few rows (decode, draft verification): K and V are read once, where they lie, and widened in
+// registers.
 //
-// Rows go four at a time. Scores of a block are kept as (keys, 4): a vector then holds whole rows of four, and the
-// weight of (key, row) is one broadcast away for PV.
+// Rows go four at a time. Scores of a block are stored as (keys, 4): a vector then holds four rows of a key, and PV
+// broadcasts the weight of one (key, row).
 #if defined(FLASHSPARK_CPU_STREAM_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_STREAM_INL_HPP_
 #undef FLASHSPARK_CPU_STREAM_INL_HPP_
@@ -14,15 +15,15 @@
 HWY_BEFORE_NAMESPACE();
 namespace flashspark::cpu::HWY_NAMESPACE {
 
-// head_dim is a multiple of 8, so eight lanes never need a tail; sixteen (AVX-512) go where 16 divides both widths, and
-// bring a bf16 decode from 24 to 34 GB/s on two cores of Zen 5.
+// head_dim is a multiple of 8, so eight lanes never need a tail. Sixteen (AVX-512) serve where 16 divides both widths,
+// and are faster there (docs/experiments.md E4).
 using Lanes8 = hn::CappedTag<float, 8>;
 using Lanes16 = hn::CappedTag<float, 16>;
 using D4 = hn::FixedTag<float, 4>;
 
 // Three keys by four rows fill 12 of AVX2's 16 registers with sums.
 constexpr int kKeysAtOnce = 3;
-// Keys between two looks at the prefetcher in PV: about as long as three keys of QK^T.
+// Keys between two calls of the prefetcher in PV: they take about as long as kKeysAtOnce keys of QK^T.
 constexpr int kValuesAtOnce = 16;
 
 // The sum of a vector's blocks of four.
@@ -201,19 +202,12 @@ HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const char
   }
 }
 
-template <class D, class Type>
-HWY_ATTR void stream_tile(const Tile &t) {
-  const Params &p = *t.p;
-  const int64_t head_dim = p.head_dim, width = p.head_dim_v, step = static_cast<int64_t>(hn::Lanes(D()));
-  const int groups = (t.rows + 3) / 4, padded = groups * 4;
-
-  float *q = t.scratch;                              // (num_heads, padded, head_dim)
-  float *o = q + t.num_heads * padded * head_dim;    // (num_heads, padded, width)
-  float *scores = o + t.num_heads * padded * width;  // (groups, kBlockKeys, 4) and a vector of padding
-  float row_max[kMaxStreamHeads][kStreamRows], row_sum[kMaxStreamHeads][kStreamRows];
-  // Rows past the last stay zero, and so do their sums.
+// The tile of each KV head, its rows as floats and their sums before any key. `q` has rows past the last, which stay
+// zero, and `o`, which begins as zero, lies behind it.
+inline HWY_ATTR void start_heads(const Tile &t, int64_t padded, float *q, Tile *heads, float (*row_max)[kStreamRows],
+                                 float (*row_sum)[kStreamRows]) {
+  const int64_t head_dim = t.p->head_dim, width = t.p->head_dim_v;
   for (int64_t n = 0; n < t.num_heads * padded * (head_dim + width); ++n) q[n] = 0;
-  Tile heads[kMaxStreamHeads];
   for (int h = 0; h < t.num_heads; ++h) {
     Tile &head = heads[h] = t;
     head.h_kv += h;
@@ -230,6 +224,20 @@ HWY_ATTR void stream_tile(const Tile &t) {
       start_row(head, r, &row_max[h][r], &row_sum[h][r]);
     }
   }
+}
+
+template <class D, class Type>
+HWY_ATTR void stream_tile(const Tile &t) {
+  const Params &p = *t.p;
+  const int64_t head_dim = p.head_dim, width = p.head_dim_v, step = static_cast<int64_t>(hn::Lanes(D()));
+  const int groups = (t.rows + 3) / 4, padded = groups * 4;
+
+  float *q = t.scratch;                              // (num_heads, padded, head_dim)
+  float *o = q + t.num_heads * padded * head_dim;    // (num_heads, padded, width)
+  float *scores = o + t.num_heads * padded * width;  // (groups, kBlockKeys, 4) and a vector of padding
+  float row_max[kMaxStreamHeads][kStreamRows], row_sum[kMaxStreamHeads][kStreamRows];
+  Tile heads[kMaxStreamHeads];
+  start_heads(t, padded, q, heads, row_max, row_sum);
 
   // Rows of this block and of the next one, for the first head.
   const char *addresses[2][2][kBlockKeys];

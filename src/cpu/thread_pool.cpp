@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
-// Rounds of polling before a worker sleeps: some 20 us, the distance between the calls of one model step. Sleeping and
-// waking through the kernel costs more than a small problem takes.
+// Rounds of polling before a worker sleeps, about the time between two calls of one model step: to sleep and wake costs
+// more than a small problem takes.
 constexpr int kSpinRounds = 2000;
 
 thread_local bool inside_task = false;
@@ -69,7 +69,7 @@ class Pool {
     }
     for (int n = 0; n < helpers; ++n) wake_.notify_one();
     job.run();
-    // All work is handed out. A worker that has not taken its ticket by now is not waited for.
+    // All work has been taken. A worker that has no ticket by now is not waited for.
     std::unique_lock lock(mutex_);
     tickets_.store(0, std::memory_order_relaxed);
     done_.wait(lock, [this] { return running_ == 0; });
@@ -84,7 +84,7 @@ class Pool {
         // Detached: the pool is never destroyed, so a process may exit at any time without joining.
         std::thread([this] { work(); }).detach();
       } catch (const std::system_error &) {
-        break;  // no more threads to be had: fewer do the work
+        break;  // the system has no more threads: fewer do the work
       }
       ++size_;
     }

@@ -1,5 +1,5 @@
-// A kept pool of threads. Not OpenMP: libgomp and libiomp settings of a host process (torch) must not reach us, nor
-// ours them.
+// A pool of threads that lives as long as the process. Not OpenMP: settings of libgomp and libiomp in a host process
+// (torch) must not reach this library, nor the other way round.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 
 namespace flashspark::cpu {
 
-// Threads that num_threads == 0 means: the CPUs this process may run on, or FLASHSPARK_NUM_THREADS.
+// The threads of num_threads == 0: FLASHSPARK_NUM_THREADS, or one for each CPU that this process may run on.
 int32_t default_threads();
 
-// Calls task(context, n) for every n in [0, count), in any order, from up to num_threads threads (0: default_threads(),
-// the caller is one of them), and returns when all are done. The first exception thrown is thrown again here.
-// Calls from several threads take turns; a call from inside a task, or while another call runs, runs on its own thread.
+// Calls task(context, n) for every n in [0, count), in any order, from up to num_threads threads (0:
+// default_threads()), of which the caller is one, and returns when all calls are done. The first exception is thrown
+// again here. A call from inside a task, or while another thread's call runs, does all its work on its own thread.
 void parallel_for(int32_t num_threads, int64_t count, void (*task)(void *context, int64_t n), void *context);
 
 template <class F>

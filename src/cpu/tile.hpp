@@ -12,14 +12,14 @@ namespace flashspark::cpu {
 // Keys in one step of the online softmax of the streaming kernel: a multiple of 3 and of 16 (its steps over keys).
 constexpr int kBlockKeys = 48;
 
-// The streaming kernel takes several KV heads that lie side by side, up to so many bytes of a token: reading every
-// other half kilobyte got 8 GB/s where whole rows got 15. K and V of two blocks of 48 such tokens are 384 KB: they fit
-// in L2.
+// The streaming kernel takes several KV heads that lie side by side, up to so many bytes of a token, since memory is
+// faster in longer stretches (docs/experiments.md E1). K and V of two blocks of such tokens are 384 KB, which fit in L2
+// (E3).
 constexpr int64_t kStreamBytes = 2048;
 constexpr int kMaxStreamHeads = 16;
 
-// The same for the packed kernel. More keys a block mean fewer visits to O; 128 keys x (K + V) x 128 floats take 128
-// KB.
+// Keys in one step of the packed kernel. More would mean fewer passes over O, but 128 keys x (K + V) x 128 floats
+// already take 128 KB of L2.
 constexpr int kPackedKeys = 128;
 
 // Rows that the packed kernel multiplies at once, and the widest panel of any target (AVX-512), to which V's width is
@@ -28,8 +28,8 @@ constexpr int kRowGroup = 6;
 constexpr int kPackedPad = 32;
 constexpr int kMaxTileRows = 192;
 
-// Tiles of at most so many rows stream K and V straight from memory; larger ones copy each block into panels first,
-// which pays once enough rows share the copy.
+// Tiles of at most so many rows stream K and V from memory; larger ones first copy each block into panels, which pays
+// when enough rows use the copy.
 constexpr int kStreamRows = 16;
 
 struct Tile {
@@ -43,7 +43,7 @@ struct Tile {
   const RowMask *masks;   // of the tokens row0 / group ..
   const Interval *spans;  // the keys that any row keeps, disjoint and in order: nothing else is read
   int32_t num_spans;
-  bool with_sink;     // the sink's share enters here (once for all splits of a row)
+  bool with_sink;     // adds the sink to the sums of its rows: one split of a row does
   float *partial_o;   // (num_heads, rows, head_dim_v) sums not yet divided, or NULL: write out and lse
   float *partial_ml;  // (num_heads, rows, 2) row maximum in units of log2, row sum
   float *scratch;     // scratch_floats() of this tile's shape, 64-byte aligned
@@ -64,14 +64,14 @@ struct Kernels {
   void (*narrow)(const float *from, int64_t count, int32_t dtype, void *to);
 };
 
-// What this CPU runs, best first.
+// Those that this CPU can run, best first.
 std::span<const Kernels *const> all_kernels();
 // The best of them, or the one that FLASHSPARK_CPU_TARGET names.
 const Kernels &kernels();
-// For tests: takes these instead from now on; nullptr: the choice again.
+// For tests: kernels() returns these from now on; nullptr: its own choice again.
 void use_kernels(const Kernels *kernels);
 
-// Rows in a tile for this problem: what keeps Q, S and O of a tile in L2.
+// Rows in a tile, so that its Q, scores and O stay in L2.
 int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows);
 // KV heads in a tile of so many rows.
 int32_t tile_heads(const Params &p, int32_t rows);

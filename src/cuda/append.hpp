@@ -1,13 +1,12 @@
-// Appending to a cache on a GPU.
+// append_kv on a GPU.
 #pragma once
 
 #include "append/arguments.hpp"
 #include "cuda/plan.hpp"
-#include "validate.hpp"
 
 namespace flashspark::cuda {
 
-// What the kernel gets, and how many blocks; p has passed validate(). Pure arithmetic.
+// What the kernel gets, and how many CTAs. p has passed validate(). Pure arithmetic.
 struct AppendPlan {
   Launch launch;  // of Operation::append_kv
   AppendArguments arguments{};

@@ -52,7 +52,7 @@ DeviceFacts ask(int index) {
   return facts;
 }
 
-// The primary context, retained for good: it outlives every call that could still use it.
+// The primary context, never released: it outlives every call that could still use it.
 Context primary_context(int index) {
   static std::array<std::once_flag, kMostDevices> once;
   static std::array<Context, kMostDevices> contexts{};

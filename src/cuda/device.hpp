@@ -1,4 +1,4 @@
-// What is known of a GPU, and the context in which a call runs on it.
+// Facts about a GPU, and the context in which a call runs on it.
 #pragma once
 
 #include <string>
@@ -16,18 +16,18 @@ struct DeviceFacts {
   std::string unavailable_reason;  // why the kernels of this build do not run there, in words; empty: they do
 };
 
-// Asked once; `index` must be a device of the driver.
+// The driver is asked once. `index` must be a device of the driver.
 const DeviceFacts &device_facts(int index);
 
-// Which kernels run on compute capability major.minor: a cubin runs on later minors of its major. False: none.
+// The kernels that run on compute capability major.minor: a cubin also runs on later minors of its major. False: none.
 bool architecture_of(int major, int minor, Architecture &arch);
 const char *architecture_name(Architecture arch);  // "sm_120f"
 
 // Why CUDA device `index` cannot be used, in words; empty: it can. Loads the driver.
 std::string device_unavailable_reason(int index);
 
-// A context of the device is current as long as this lives: the caller's, if it has one of this device current, else
-// the device's primary context, the one that CUDA's runtime, torch and all others use.
+// While this lives, a context of the device is current: the caller's, if it has one of this device current, or the
+// device's primary context, which CUDA's runtime and torch use too.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index);

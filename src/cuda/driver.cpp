@@ -55,7 +55,7 @@ void load(Driver &d) {
     return;
   }
   d.unavailable_reason = error_text(d, "cuInit", result);
-  // What the driver says in a child whose parent had used it, through torch for instance.
+  // What the driver says in a forked child whose parent has used it, for instance through torch.
   if (result == kNotInitialized)
     d.unavailable_reason += ": was CUDA initialised before fork()? Then start processes by spawn";
 }

@@ -1,5 +1,5 @@
-// The CUDA driver API, taken from libcuda.so.1 when it is first needed: the library is built and loaded on machines
-// that have none. The few declarations used are written out here, so building needs no toolkit either.
+// The CUDA driver API, loaded from libcuda.so.1 when it is first needed, since this library is built and loaded on
+// machines without it. The few declarations that it uses are written out here, so building needs no toolkit either.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,7 @@
 
 namespace flashspark::cuda {
 
-// CUresult, CUdevice and the enums are ints; handles are pointers to what only the driver knows; CUdeviceptr is an
-// address.
+// CUresult, CUdevice and the enums are ints; handles are pointers to types of the driver; CUdeviceptr is an address.
 using Result = int;
 using Device = int;
 using Context = struct ContextObject *;
@@ -31,7 +30,7 @@ constexpr int kProgrammaticStreamSerialization = 6;
 // CUstreamCaptureMode.
 constexpr int kCaptureRelaxed = 2;
 
-// CUlaunchAttribute: the values are a union of 64 bytes, which begins with the number that we set.
+// CUlaunchAttribute: the value is a union of 64 bytes; the member that is set here is an int.
 struct alignas(8) LaunchAttribute {
   int id;
   int padding;
@@ -45,8 +44,7 @@ struct LaunchConfig {
   unsigned num_attributes;
 };
 
-// One line a function: its name, and its prototype. cuGetProcAddress gives the newest version not above
-// kDriverVersion, which these prototypes are of.
+// Names and prototypes, of the newest versions up to kDriverVersion, which are those that cuGetProcAddress gives.
 constexpr int kDriverVersion = 12000;
 #define FLASHSPARK_DRIVER_FUNCTIONS(F)                                                                                \
   F(cuInit, Result(unsigned))                                                                                         \

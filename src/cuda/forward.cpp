@@ -1,6 +1,7 @@
 #include "cuda/forward.hpp"
 
 #include <bit>
+#include <optional>
 
 #include "cuda/arguments.hpp"
 #include "cuda/device.hpp"
@@ -14,22 +15,47 @@
 namespace flashspark::cuda {
 namespace {
 
+// The launches of one call, and its scratch memory: 16-bit results that are still to be quantized, then partial
+// results.
+struct CallPlan {
+  Plan attention;
+  std::optional<QuantizePlan> quantize;
+  size_t wide_out = 0;  // bytes
+
+  size_t workspace() const { return wide_out + attention.workspace; }
+  void bind(void *memory) {
+    if (quantize) attention.arguments.out = quantize->arguments.forward.out = memory;
+    attention.bind(static_cast<char *>(memory) + wide_out);
+  }
+};
+
+CallPlan plan_call(const Params &p) {
+  const Machine &machine = device_facts(p.device_index).machine;
+  if (!is_quantized(p)) return {.attention = make_plan(p, machine), .quantize = {}};
+  const Params wide = with_wide_out(p, nullptr);
+  return {
+      .attention = make_plan(wide, machine), .quantize = make_quantize_plan(p, wide), .wide_out = wide_out_bytes(p)};
+}
+
 // Scratch memory of one call: the caller's, or taken and given back in the order of the stream.
 class Workspace {
  public:
-  Workspace(const Params &p, size_t bytes) : stream_(static_cast<Stream>(p.stream)) {
+  Workspace(const Params &p, const ScratchSource &source, size_t bytes) : stream_(static_cast<Stream>(p.stream)) {
     if (bytes == 0) return;
     if (p.workspace != nullptr) {
       if (p.workspace_size < bytes)
         fail("workspace_size", std::to_string(p.workspace_size),
              "must be at least " + std::to_string(bytes) + " bytes for this problem, or workspace NULL");
-      if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0)
-        fail("workspace", std::string("misaligned"), "must be aligned to 16 bytes");
       data_ = p.workspace;
-      return;
+    } else if (source.allocate != nullptr) {
+      data_ = source.allocate(source.context, bytes);
+      if (data_ == nullptr)
+        throw Error(FLASHSPARK_OUT_OF_MEMORY, "the allocator has no " + std::to_string(bytes) + " bytes");
+    } else {
+      FLASHSPARK_CUDA_CALL(driver(), cuMemAllocAsync, &own_, bytes, stream_);
+      data_ = std::bit_cast<void *>(own_);
     }
-    FLASHSPARK_CUDA_CALL(driver(), cuMemAllocAsync, &own_, bytes, stream_);
-    data_ = std::bit_cast<void *>(own_);
+    if (reinterpret_cast<uintptr_t>(data_) % 16 != 0) fail("workspace", "misaligned", "must be aligned to 16 bytes");
   }
   ~Workspace() {
     if (own_ != 0) driver().cuMemFreeAsync(own_, stream_);
@@ -45,104 +71,65 @@ class Workspace {
   void *data_ = nullptr;
 };
 
-void forward_16_bit(const Params &p) {
-  const DeviceFacts &device = device_facts(p.device_index);
-  Plan plan = make_plan(p, device.machine, p.workspace);
-  if (plan.forward.grid[0] == 0) return;  // nothing to compute
-  if (plan.forward.shared_bytes > device.shared_bytes_per_block) {
-    throw Error(FLASHSPARK_UNSUPPORTED, std::string("kernel ") + plan.instance->name + " needs " +
-                                            std::to_string(plan.forward.shared_bytes) + " bytes of shared memory, " +
-                                            device.name + " has " + std::to_string(device.shared_bytes_per_block));
-  }
-  const CurrentDevice current(p.device_index);
-  const auto stream = static_cast<Stream>(p.stream);
-  const Kernel kernel = get(plan.forward_key(), p.device_index, plan.forward.shared_bytes);
-  const bool combines = plan.combine.grid[0] > 0;
-  const Kernel combine = combines ? get(plan.combine_key(), p.device_index) : nullptr;
-  const Workspace memory(p, plan.workspace);
-  if (plan.workspace > 0 && p.workspace == nullptr) plan = make_plan(p, device.machine, memory.data(), plan.instance);
-  const Architecture arch = device.machine.arch;
-  launch(kernel, plan.forward, &plan.arguments, stream, arch);
-  if (combines) launch(combine, plan.combine, &plan.arguments, stream, arch);
-}
-
-// Results in e4m3: the kernels write 16-bit numbers to scratch memory, which one more launch divides and rounds.
-void forward_quantized(const Params &p) {
-  const size_t bytes = wide_out_bytes(p);
-  const CurrentDevice current(p.device_index);
-  const Workspace memory(p, p.workspace != nullptr ? workspace(p) : bytes);
-  Params wide = with_wide_out(p, memory.data());
-  if (p.workspace != nullptr) {
-    wide.workspace = static_cast<char *>(p.workspace) + bytes;
-    wide.workspace_size = p.workspace_size - bytes;
-  }
-  forward_16_bit(wide);
-  const QuantizePlan plan = make_quantize_plan(p, wide);
-  if (plan.launch.grid[0] == 0) return;
-  launch(get({Operation::attention_forward_quantize}, p.device_index), plan.launch, &plan.arguments,
-         static_cast<Stream>(p.stream), device_facts(p.device_index).machine.arch);
+void require_shared_memory(const Plan &plan, const DeviceFacts &device) {
+  if (plan.forward.shared_bytes <= device.shared_bytes_per_block) return;
+  throw Error(FLASHSPARK_UNSUPPORTED, std::string("kernel ") + plan.instance->name + " needs " +
+                                          std::to_string(plan.forward.shared_bytes) + " bytes of shared memory, " +
+                                          device.name + " has " + std::to_string(device.shared_bytes_per_block));
 }
 
 }  // namespace
 
-void forward(const Params &p) {
+void forward(const Params &p, const ScratchSource &scratch) {
   check_if_asked(p);
-  is_quantized(p) ? forward_quantized(p) : forward_16_bit(p);
+  const DeviceFacts &device = device_facts(p.device_index);
+  CallPlan plan = plan_call(p);
+  const Plan &attention = plan.attention;
+  if (attention.forward.grid[0] == 0) return;  // nothing to compute
+  require_shared_memory(attention, device);
+  const CurrentDevice current(p.device_index);
+  // Kernels before memory: loading one may fail.
+  const Kernel kernel = get(attention.forward_key(), p.device_index, attention.forward.shared_bytes);
+  const bool combines = attention.combine.grid[0] > 0;
+  const Kernel combine = combines ? get(attention.combine_key(), p.device_index) : nullptr;
+  const Kernel quantize = plan.quantize ? get({Operation::attention_forward_quantize}, p.device_index) : nullptr;
+  const Workspace memory(p, scratch, plan.workspace());
+  plan.bind(memory.data());
+  const auto put = [&](Kernel each, const Launch &shape, const void *arguments) {
+    launch(each, shape, arguments, static_cast<Stream>(p.stream), device.machine.arch);
+  };
+  put(kernel, attention.forward, &attention.arguments);
+  if (combines) put(combine, attention.combine, &attention.arguments);
+  if (plan.quantize) put(quantize, plan.quantize->launch, &plan.quantize->arguments);
 }
 
 size_t workspace(const Params &p) {
-  const Machine &machine = device_facts(p.device_index).machine;
-  if (!is_quantized(p)) return make_plan(p, machine, nullptr).workspace;
-  return wide_out_bytes(p) + make_plan(with_wide_out(p, nullptr), machine, nullptr).workspace;
-}
-
-namespace {
-Plan schedule_plan(const Params &p) {
-  if (const std::string reason = device_unavailable_reason(p.device_index); !reason.empty())
-    throw Error(FLASHSPARK_UNSUPPORTED, "schedule: no implementation fits: cuda: " + reason);
-  Plan plan = make_plan(p, device_facts(p.device_index).machine, nullptr);
-  // What the calls will have room for is not known here, only that positions have 32 bits: the calls cut what they
-  // read.
-  plan.arguments.key_rows = max_key_rows(p, plan.arguments);
-  plan.arguments.last_batch = INT32_MAX;
-  return plan;
-}
-}  // namespace
-
-int64_t schedule_size(const Params &p) {
-  return schedule_plan(p).schedule_size();
-}
-
-void schedule(const Params &p) {
-  const Plan plan = schedule_plan(p);
-  const int64_t size = plan.schedule_size();
-  if (size == 0) return;
-  if (p.scheduler_metadata == nullptr)
-    fail("scheduler_metadata", std::string("NULL"), "must point to " + std::to_string(size) + " elements");
-  if (p.scheduler_metadata_size < size)
-    fail("scheduler_metadata_size", p.scheduler_metadata_size, "must be at least " + std::to_string(size));
-  const CurrentDevice current(p.device_index);
-  launch(get({Operation::attention_schedule}, p.device_index), plan.schedule(), &plan.arguments,
-         static_cast<Stream>(p.stream), device_facts(p.device_index).machine.arch);
+  return plan_call(p).workspace();
 }
 
 std::string detail(const Params &p) {
   if (fatbins().empty()) return "built without CUDA kernels";
   if (p.device != FLASHSPARK_CUDA) return std::string("kernels for ") + fatbin_architectures();
-  if (const std::string reason = device_unavailable_reason(p.device_index); !reason.empty()) return "not here";
+  if (!device_unavailable_reason(p.device_index).empty()) return "not here";
   const DeviceFacts &device = device_facts(p.device_index);
   std::string text = device.name + ", " + architecture_name(device.machine.arch) + " kernels";
   if (!unsupported(p).empty()) return text;
-  const Plan plan = make_plan(is_quantized(p) ? with_wide_out(p, nullptr) : p, device.machine, nullptr);
+  const Plan plan = plan_call(p).attention;
   if (plan.instance == nullptr) return text;  // no rows
   text += std::string(", ") + plan.instance->name + (plan.dtype == KernelDType::e4m3 ? "_e4m3" : "");
   if (plan.forward.grid[1] > 1) text += ", " + std::to_string(plan.forward.grid[1]) + " splits";
   return text;
 }
 
-std::string unavailable(const Params &p) {
-  std::string reason = device_unavailable_reason(p.device_index);
-  return reason.empty() ? unsupported(p) : reason;
+std::string plan_text(const Params &p) {
+  if (!device_unavailable_reason(p.device_index).empty() || !unsupported(p).empty()) return {};
+  const CallPlan plan = plan_call(p);
+  std::string text = to_string(plan.attention);
+  if (plan.quantize && plan.quantize->launch.grid[0] > 0) {
+    text += "16-bit results: " + std::to_string(plan.wide_out) + " bytes of scratch memory\n" +
+            to_string({Operation::attention_forward_quantize}, plan.quantize->launch) + "\n";
+  }
+  return text;
 }
 
 }  // namespace flashspark::cuda

@@ -1,4 +1,4 @@
-// Kernels onto a stream.
+// Puts a kernel on a stream.
 #pragma once
 
 #include "cuda/driver.hpp"
@@ -6,7 +6,7 @@
 
 namespace flashspark::cuda {
 
-// `arguments`: the kernel's one parameter, copied by the driver. The context of the stream's device is current.
+// `arguments`: the kernel's only parameter, which the driver copies. A context of the stream's device must be current.
 void launch(Kernel kernel, const Launch &shape, const void *arguments, Stream stream, Architecture arch);
 
 }  // namespace flashspark::cuda

@@ -14,7 +14,7 @@
 namespace flashspark::cuda {
 namespace {
 
-// Copies on the host, alive as long as this.
+// Copies of device memory, which live as long as this.
 class HostCopies {
  public:
   HostCopies(int32_t device_index, void *stream) : device_(device_index) {
@@ -22,7 +22,7 @@ class HostCopies {
     int status = 0;
     FLASHSPARK_CUDA_CALL(driver(), cuStreamIsCapturing, s, &status);
     if (status != 0) {
-      fail("check_device", std::string("1"),
+      fail("check_device", "1",
            "must be 0 (and FLASHSPARK_CHECK unset) while the stream is captured: the check reads the device");
     }
     FLASHSPARK_CUDA_CALL(driver(), cuStreamSynchronize, s);
@@ -34,14 +34,14 @@ class HostCopies {
     pointer = static_cast<const T *>(copy(pointer, count * static_cast<int64_t>(sizeof(T))));
   }
   void take_bytes(const void *&pointer, int64_t bytes) { pointer = copy(pointer, bytes); }
-  // Rows of which each begins `stride` elements after the one before.
+  // Rows `stride` elements apart.
   template <class T>
   void take_rows(const T *&pointer, int64_t rows, int64_t columns, int64_t stride) {
     take(pointer, rows == 0 || columns == 0 ? 0 : (rows - 1) * stride + columns);
   }
   void take(flashspark_scale &scale, int64_t batch, int64_t heads) {
     if (scale.data == nullptr || batch == 0) return;
-    // Of what any strides reach, negative ones included, the lowest address comes first.
+    // Strides may be negative: the copy begins at the lowest address that they reach.
     const int64_t over_batch = (batch - 1) * scale.batch_stride, over_heads = (heads - 1) * scale.head_stride;
     const int64_t below = std::min<int64_t>(over_batch, 0) + std::min<int64_t>(over_heads, 0);
     const int64_t above = std::max<int64_t>(over_batch, 0) + std::max<int64_t>(over_heads, 0);
@@ -53,7 +53,7 @@ class HostCopies {
  private:
   const void *copy(const void *from, int64_t bytes) {
     if (from == nullptr) return nullptr;
-    // Words, so that every type finds its alignment; one more, so that an empty array is not NULL.
+    // Words, so that every type is aligned; one more, so that an empty array is not NULL.
     auto &memory = copies_.emplace_back(std::make_unique<uint64_t[]>(static_cast<size_t>(bytes) / 8 + 1));
     if (bytes > 0) {
       FLASHSPARK_CUDA_CALL(driver(), cuMemcpyDtoH, memory.get(), std::bit_cast<Address>(from),

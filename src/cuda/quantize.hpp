@@ -1,5 +1,6 @@
-// Results in e4m3, by way of 16-bit numbers in scratch memory: what few calls ask for costs the forward kernels no
-// instruction, and short sequences feel each.
+// Results in e4m3, by way of 16-bit results in scratch memory and a launch of their own: few calls ask for them, and
+// they must not cost the forward kernels an instruction, which short sequences would feel (docs/experiments.md E59,
+// E60).
 #pragma once
 
 #include "cuda/plan.hpp"
@@ -9,7 +10,7 @@ namespace flashspark::cuda {
 
 bool is_quantized(const Params &p);
 
-// Scratch memory for the 16-bit numbers, a multiple of 16 bytes; and the problem whose out it is.
+// Scratch memory for the 16-bit results, a multiple of 16 bytes, and the problem whose out they are.
 size_t wide_out_bytes(const Params &p);
 Params with_wide_out(const Params &p, void *memory);
 

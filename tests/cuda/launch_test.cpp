@@ -110,7 +110,7 @@ TEST_F(Cuda, LaunchesWhatThePlanSays) {
     p.q.dtype = p.k.dtype = p.v.dtype = p.out.dtype = dtype;
     fake.launches.clear();
     run(p);
-    const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+    const Plan plan = make_plan(p, device_facts(0).machine);
     ASSERT_EQ(fake.launches.size(), 1u);
     const fake_cuda::Launch &launch = fake.launches[0];
     const std::string name =
@@ -268,7 +268,7 @@ TEST_F(Cuda, TheChoiceOfKernelFollowsTheGrid) {
   p.page_table = nullptr, p.seqused_k = nullptr, p.num_pages = p.page_size = p.num_page_slots = 0;
   const auto kind_of = [&](int64_t num_seqs, int64_t rows) {
     p.num_seqs = num_seqs, p.max_seqlen_q = p.max_seqlen_k = rows;
-    return make_plan(p, machine, nullptr).instance->tiling;
+    return make_plan(p, machine).instance->tiling;
   };
   EXPECT_EQ(kind_of(1, 1), Tiling::decode);
   EXPECT_EQ(kind_of(1, 16), Tiling::short_q);
@@ -291,7 +291,7 @@ TEST_F(Cuda, SplitsAreMergedInTheCallersMemory) {
   Params p = split(4);
   size_t bytes = 0;
   ASSERT_EQ(flashspark_attention_workspace_size(&p, &bytes), FLASHSPARK_OK) << flashspark_last_error();
-  const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+  const Plan plan = make_plan(p, device_facts(0).machine);
   // A place for each piece of each row tile.
   const size_t rows = size_t{4} * plan.forward.grid[0] * static_cast<size_t>(plan.arguments.tile_rows);
   ASSERT_GE(rows, 4u * 4 * 16);
@@ -325,7 +325,7 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
   for (const int64_t num_seqs : {1, 4, 300}) {
     Params p = decode(4096);
     p.num_splits = 0, p.num_seqs = num_seqs;
-    const Plan plan = make_plan(p, machine, nullptr);
+    const Plan plan = make_plan(p, machine);
     const auto shares = static_cast<int64_t>(plan.arguments.stream_k.ctas);
     EXPECT_EQ(plan.instance->tiling, Tiling::decode);
     EXPECT_GE(shares, machine.sm_count);
@@ -338,20 +338,20 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
     if (bytes == 0) bytes = plan.workspace;
     EXPECT_EQ(plan.workspace, bytes) << num_seqs;
     p.deterministic = 1;
-    EXPECT_EQ(make_plan(p, machine, nullptr).workspace, 0u) << "a sequence must not depend on its neighbours";
+    EXPECT_EQ(make_plan(p, machine).workspace, 0u) << "a sequence must not depend on its neighbours";
     p.deterministic = 0, p.num_splits = 1;
-    EXPECT_EQ(make_plan(p, machine, nullptr).workspace, 0u);
+    EXPECT_EQ(make_plan(p, machine).workspace, 0u);
   }
   // Several row tiles of a sequence, where the L2 holds what they all read.
   Params p = decode(4096);
   p.num_splits = 0, p.num_seqs = 1, p.max_seqlen_q = 40;
-  EXPECT_GT(make_plan(p, machine, nullptr).arguments.stream_k.ctas, 0);
-  EXPECT_EQ(make_plan(p, machine, nullptr).instance->tiling, Tiling::short_q);
+  EXPECT_GT(make_plan(p, machine).arguments.stream_k.ctas, 0);
+  EXPECT_EQ(make_plan(p, machine).instance->tiling, Tiling::short_q);
   Params one_head = p;
   one_head.num_heads_q /= one_head.num_heads_kv, one_head.num_heads_kv = 1;
-  EXPECT_GT(make_plan(one_head, machine, nullptr).arguments.combine_tiles, 1);
+  EXPECT_GT(make_plan(one_head, machine).arguments.combine_tiles, 1);
   p.num_seqs = 300;
-  EXPECT_EQ(make_plan(p, machine, nullptr).arguments.stream_k.ctas, 0);
+  EXPECT_EQ(make_plan(p, machine).arguments.stream_k.ctas, 0);
 }
 
 TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
@@ -362,7 +362,7 @@ TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
   asked.page_size = asked.num_pages = asked.num_page_slots = asked.page_table_stride = 0;
   int64_t size = 0;
   ASSERT_EQ(flashspark_attention_schedule_size(&asked, &size), FLASHSPARK_OK) << flashspark_last_error();
-  const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+  const Plan plan = make_plan(p, device_facts(0).machine);
   ASSERT_EQ(size, 32 * int64_t{plan.forward.grid[0]});
   EXPECT_EQ(flashspark_attention_schedule(&asked), FLASHSPARK_INVALID_ARGUMENT);
   EXPECT_TRUE(contains(flashspark_last_error(), "scheduler_metadata = NULL")) << flashspark_last_error();
@@ -398,7 +398,7 @@ TEST_F(Cuda, AScheduleIsWrittenOnceAndGivenToTheCalls) {
 // Whatever moves a share makes another key; what does not, does not: a graph keeps the bounds it was captured with.
 TEST_F(Cuda, AScheduleIsOfOneProblem) {
   const auto key = [](const Params &p) {
-    const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+    const Plan plan = make_plan(p, device_facts(0).machine);
     EXPECT_GT(plan.schedule_size(), 0);
     return plan.arguments.metadata_fingerprint;
   };
@@ -446,10 +446,10 @@ TEST_F(Cuda, AScheduleIsOfOneProblem) {
 
 TEST_F(Cuda, SplitsThatWouldTakeTheMemoryOfTheGpuAreCut) {
   Params p = split(7);
-  EXPECT_EQ(make_plan(p, device_facts(0).machine, nullptr).arguments.num_splits, 7);
+  EXPECT_EQ(make_plan(p, device_facts(0).machine).arguments.num_splits, 7);
   p.max_seqlen_q = p.max_seqlen_k = 1 << 14;
   p.num_seqs = 200;
-  const Plan plan = make_plan(p, device_facts(0).machine, nullptr);
+  const Plan plan = make_plan(p, device_facts(0).machine);
   EXPECT_LT(plan.arguments.num_splits, 7);
   EXPECT_LE(plan.workspace, size_t{1} << 31);
 }
@@ -457,7 +457,7 @@ TEST_F(Cuda, SplitsThatWouldTakeTheMemoryOfTheGpuAreCut) {
 TEST_F(Cuda, SplitsTakeMemoryOfTheStreamWhereNoneIsGiven) {
   const Params p = split(3);
   run(p);
-  const size_t bytes = make_plan(p, device_facts(0).machine, nullptr).workspace;
+  const size_t bytes = make_plan(p, device_facts(0).machine).workspace;
   ASSERT_GE(bytes, 3u * 4 * 16 * (128 + 1) * sizeof(float));
   ASSERT_EQ(fake.order,
             (std::vector<std::string>{"alloc " + std::to_string(bytes), "flashspark_attention_forward_d128_decode_bf16",
@@ -473,11 +473,59 @@ TEST_F(Cuda, SplitsTakeMemoryOfTheStreamWhereNoneIsGiven) {
   EXPECT_STREQ(flashspark_last_error(), "cuMemAllocAsync: CUDA_ERROR_OUT_OF_MEMORY (2)");
 }
 
+// One check and one plan a call, for callers with an allocator of their own.
+TEST_F(Cuda, SplitsTakeTheCallersAllocator) {
+  struct Allocator {
+    std::vector<size_t> asked;
+    void *memory = address(11);
+  } allocator;
+  const auto allocate = [](void *context, size_t bytes) {
+    static_cast<Allocator *>(context)->asked.push_back(bytes);
+    return static_cast<Allocator *>(context)->memory;
+  };
+  const auto call = [&](const Params &p) {
+    allocator.asked.clear(), fake.launches.clear(), fake.order.clear();
+    return flashspark_attention_forward_with_allocator(&p, allocate, &allocator);
+  };
+  Params p = split(3);
+  size_t bytes = 0;
+  ASSERT_EQ(flashspark_attention_workspace_size(&p, &bytes), FLASHSPARK_OK);
+  ASSERT_EQ(call(p), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_EQ(allocator.asked, std::vector<size_t>{bytes});
+  EXPECT_EQ(fake.order.size(), 2u) << "the driver is asked for no memory";
+  for (const fake_cuda::Launch &launch : fake.launches) EXPECT_EQ(launch.arguments.partial_out, allocator.memory);
+  p.out.dtype = FLASHSPARK_FLOAT8_E4M3;  // 16-bit results and partial results, in one piece
+  ASSERT_EQ(flashspark_attention_workspace_size(&p, &bytes), FLASHSPARK_OK);
+  ASSERT_EQ(call(p), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_EQ(allocator.asked, std::vector<size_t>{bytes});
+  EXPECT_EQ(fake.launches[0].arguments.out, allocator.memory);
+  EXPECT_EQ(fake.launches[1].arguments.partial_out,
+            reinterpret_cast<float *>(static_cast<char *>(allocator.memory) + 4 * 16 * 128 * 2));
+  p.workspace = address(7), p.workspace_size = bytes;
+  ASSERT_EQ(call(p), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_TRUE(allocator.asked.empty()) << "the caller's workspace comes first";
+  ASSERT_EQ(call(decode()), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_TRUE(allocator.asked.empty()) << "no scratch memory is needed";
+  for (void *const memory : {static_cast<void *>(nullptr), static_cast<void *>(static_cast<char *>(address(1)) + 8)}) {
+    allocator.memory = memory;
+    EXPECT_EQ(call(split(3)), memory == nullptr ? FLASHSPARK_OUT_OF_MEMORY : FLASHSPARK_INVALID_ARGUMENT);
+    EXPECT_TRUE(fake.launches.empty());
+  }
+  Params bad = split(3);
+  bad.window_left = -5;
+  EXPECT_EQ(call(bad), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(allocator.asked.empty());
+}
+
 TEST_F(Cuda, NothingToComputeLaunchesNothing) {
   Params p = decode();
   p.num_seqs = 0;
   run(p);
+  p = split(4);  // max_seqlen_q bounds the rows of a sequence, whatever total_q and the offsets say
+  p.cu_seqlens_q = static_cast<int32_t *>(address(8)), p.total_q = 4, p.max_seqlen_q = 0;
+  run(p);
   EXPECT_TRUE(fake.launches.empty());
+  EXPECT_TRUE(fake.order.empty());
 }
 
 TEST_F(Cuda, TheFirstCallMayBeCaptured) {
@@ -531,6 +579,21 @@ TEST_F(Cuda, ExplainNamesTheGpuTheKernelsAndTheSplits) {
   EXPECT_TRUE(contains(text, "cuda (NVIDIA Imagined, sm_120f kernels, d128_decode, 4 splits): chosen")) << text;
   EXPECT_TRUE(contains(text, "cpu-engine (")) << text;
   EXPECT_TRUE(fake.launches.empty());
+}
+
+// All that the call would launch, below the line of the implementation that is chosen.
+TEST_F(Cuda, ExplainPrintsThePlan) {
+  Params p = split(4);
+  std::string plan = "chosen\n  " + to_string(make_plan(p, device_facts(0).machine));
+  for (size_t at = plan.find("\n", 8); at + 1 < plan.size(); at = plan.find("\n", at + 1)) plan.insert(at + 1, "  ");
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), plan)) << plan << explain(p, FLASHSPARK_OK);
+  EXPECT_FALSE(contains(explain(p, FLASHSPARK_OK), "quantize"));
+  p.out.dtype = FLASHSPARK_FLOAT8_E4M3;
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK),
+                       "16-bit results: 16384 bytes of scratch memory\n"
+                       "  attention_forward_quantize: grid "));
+  p.num_seqs = 0;
+  EXPECT_FALSE(contains(explain(p, FLASHSPARK_OK), "grid"));
 }
 
 TEST_F(Cuda, AnotherGpuTakesItsOwnKernelsIfTheyAreBuilt) {

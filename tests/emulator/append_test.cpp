@@ -7,8 +7,8 @@
 #include <random>
 #include <vector>
 
-#include "append.hpp"
 #include "append/append.cuh"
+#include "cpu/append.hpp"
 #include "cuda/append.hpp"
 #include "dtype.hpp"
 #include "emulator.hpp"
@@ -173,7 +173,7 @@ void expect_near(const std::vector<uint8_t> &got, const std::vector<uint8_t> &wa
 
 void compare(const Spec &spec, uint32_t seed) {
   Problem expected(spec, seed), got(spec, seed);
-  append_kv(expected.p);
+  cpu::append_kv(expected.p);
   ASSERT_NO_THROW(run(got.p, seed));
   if (spec.rotary_dim == 0) {
     EXPECT_EQ(got.k_cache, expected.k_cache) << seed;

@@ -1,13 +1,15 @@
 // The choice of an implementation, and how it explains itself.
+#include "dispatch.hpp"
+
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "error.hpp"
 #include "flashspark/flashspark.h"
 
 namespace flashspark {
@@ -41,16 +43,6 @@ bool contains(const std::string &text, const std::string &part) {
   return text.find(part) != std::string::npos;
 }
 
-// Sets an environment variable for one test.
-class Environment {
- public:
-  Environment(const char *name, const char *value) : name_(name) { setenv(name, value, 1); }
-  ~Environment() { unsetenv(name_); }
-
- private:
-  const char *name_;
-};
-
 TEST(Dispatch, TheEngineIsTheFirstChoice) {
   const std::string text = Tiny().explain(FLASHSPARK_OK);
   EXPECT_TRUE(contains(line_of(text, "cpu-engine"), "chosen")) << text;
@@ -81,14 +73,6 @@ TEST(Dispatch, ForcedByName) {
   EXPECT_EQ(t.out[0], 1.0f);
 }
 
-TEST(Dispatch, ForcedByEnvironmentUnlessTheCallSaysOtherwise) {
-  const Environment force("FLASHSPARK_FORCE_IMPLEMENTATION", "cpu-reference");
-  Tiny t;
-  EXPECT_TRUE(contains(line_of(t.explain(FLASHSPARK_OK), "cpu-reference"), "chosen"));
-  t.p.implementation = "cpu-engine";
-  EXPECT_TRUE(contains(line_of(t.explain(FLASHSPARK_OK), "cpu-engine"), "chosen"));
-}
-
 TEST(Dispatch, UnknownNamesListTheKnownOnes) {
   Tiny t;
   t.p.implementation = "gpu-wishful";
@@ -96,13 +80,6 @@ TEST(Dispatch, UnknownNamesListTheKnownOnes) {
   const std::string text = flashspark_last_error();
   for (const char *part : {"gpu-wishful", "cpu-engine", "cpu-reference"}) EXPECT_TRUE(contains(text, part)) << text;
   EXPECT_EQ(t.out[0], 0.0f);
-}
-
-TEST(Dispatch, UnknownNameInTheEnvironmentIsNoSilentFallback) {
-  const Environment force("FLASHSPARK_FORCE_IMPLEMENTATION", "nonsense");
-  Tiny t;
-  EXPECT_EQ(flashspark_attention_forward(&t.p), FLASHSPARK_INVALID_ARGUMENT);
-  EXPECT_TRUE(contains(flashspark_last_error(), "nonsense")) << flashspark_last_error();
 }
 
 TEST(Dispatch, CudaProblemsSayWhatEachImplementationLacks) {
@@ -130,6 +107,39 @@ TEST(Dispatch, WithoutAGpuTheCudaLineSaysWhatIsMissing) {
   EXPECT_TRUE(std::any_of(std::begin(reasons), std::end(reasons), [&](const char *r) { return contains(line, r); }))
       << line;
   EXPECT_FALSE(contains(line, "lacks")) << line;
+}
+
+// Every operation comes from one table, and its refusals too.
+TEST(Dispatch, EveryRowHasItsOperations) {
+  for (const Implementation &each : implementations()) {
+    EXPECT_NE(each.forward, nullptr) << each.name;
+    EXPECT_NE(each.workspace, nullptr) << each.name;
+    EXPECT_EQ(each.backward, nullptr) << each.name;
+    EXPECT_NE(each.append, nullptr) << each.name;
+    EXPECT_EQ(each.schedule == nullptr, each.schedule_size == nullptr) << each.name;
+  }
+  AppendParams append{};
+  EXPECT_STREQ(choose_append(append).name, "cpu-engine");
+  EXPECT_STREQ(choose_schedule(Tiny().p).name, "cpu-engine");
+}
+
+TEST(Dispatch, OperationsWithoutAnImplementationAreRefused) {
+  AppendParams append{};
+  Params schedule = Tiny().p;
+  append.device = schedule.device = FLASHSPARK_CUDA;
+  append.device_index = schedule.device_index = 1000;  // nobody has as many
+  const auto refusal = [](auto &&choice) -> std::string {
+    try {
+      choice();
+    } catch (const Error &error) {
+      EXPECT_EQ(error.status(), FLASHSPARK_UNSUPPORTED);
+      return error.what();
+    }
+    return {};
+  };
+  EXPECT_EQ(refusal([&] { choose_append(append); }).rfind("append: no implementation fits: cuda: ", 0), 0u);
+  EXPECT_EQ(refusal([&] { choose_schedule(schedule); }).rfind("schedule: no implementation fits: cuda: ", 0), 0u);
+  EXPECT_EQ(refusal([&] { choose(schedule); }).rfind("no implementation fits\nproblem: ", 0), 0u);
 }
 
 TEST(Dispatch, CpuProblemsHearOfTheKernelsWithoutLoadingTheDriver) {

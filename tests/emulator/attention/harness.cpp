@@ -95,7 +95,7 @@ enum class MetadataOf : uint64_t { nothing, these_lengths, other_lengths, other_
 // Runs the metadata kernel. Empty if the plan does not use scheduler metadata.
 Guarded<int32_t> make_scheduler_metadata(const Params &p, const cuda::Machine &machine, const Instance *instance,
                                          MetadataOf of, uint64_t seed, Counters &counters) {
-  auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, nullptr, instance));
+  auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, instance));
   if (of == MetadataOf::nothing || plan->schedule_size() == 0) return {};
   Guarded<int32_t> metadata(static_cast<size_t>(plan->schedule_size()));
   std::fill(metadata.begin(), metadata.end(), -1);
@@ -172,7 +172,7 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
       kernel != nullptr ? kernel->tiles : (seed % 2 != 0 ? Architecture::sm_120f : Architecture::sm_90),
       static_cast<int32_t>(1 + seed % 7), static_cast<int64_t>(1024) << seed % 12, 100 * 1024};
   const Instance *instance = kernel != nullptr ? kernel->instance : nullptr;
-  const size_t bytes = cuda::make_plan(p, machine, nullptr, instance).workspace;
+  const size_t bytes = cuda::make_plan(p, machine, instance).workspace;
   Guarded<float> workspace(bytes / sizeof(float));
   std::fill(workspace.begin(), workspace.end(), std::numeric_limits<float>::quiet_NaN());
   Run result;
@@ -182,7 +182,8 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
   p.scheduler_metadata = metadata.data();
   p.scheduler_metadata_size = static_cast<int64_t>(metadata.size());
   // On the heap: all threads share one copy, like the constant bank of a GPU.
-  const auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, workspace.data(), instance));
+  const auto plan = std::make_unique<cuda::Plan>(cuda::make_plan(p, machine, instance));
+  plan->bind(workspace.data());
   if (plan->forward.grid[0] > 0) {
     const Kernel &chosen = kernel != nullptr ? *kernel : find(*plan->instance, p.k.dtype, machine.arch);
     if (kernel == nullptr && chosen.tiles != machine.arch)

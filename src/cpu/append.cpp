@@ -1,11 +1,11 @@
-#include "append.hpp"
+#include "cpu/append.hpp"
 
 #include <cstring>
 
 #include "cpu/thread_pool.hpp"
 #include "dtype.hpp"
 
-namespace flashspark {
+namespace flashspark::cpu {
 namespace {
 
 // Rotary embedding (Su et al., RoFormer, 2021) of the first rotary_dim elements of `row`, read and written in `dtype`.
@@ -67,8 +67,8 @@ void append_head(const AppendParams &p, const AppendSequence &s, int64_t h) {
     const int64_t k_at = cache_offset(p, p.k_cache, s, i, h);
     if (p.rotary_cos == nullptr) {
       copy_row(p.k_new, new_offset(p, p.k_new, s, i, h), p.k_cache, k_at, p.head_dim, k_descale);
-    } else if (quantize) {  // turn in float first: rounding to e4m3 comes last
-      float row[512];
+    } else if (quantize) {  // turned in float, so that a number is rounded to e4m3 once
+      float row[kMaxHeadDim];
       const int64_t from = new_offset(p, p.k_new, s, i, h);
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] = load_as_float(p.k_new.data, from + d, p.k_new.dtype);
       rotate(p, row, 0, FLASHSPARK_FLOAT32, position_of(p, s, i));
@@ -94,40 +94,16 @@ void rotate_query(const AppendParams &p, const AppendSequence &s, int64_t h) {
 
 }  // namespace
 
-AppendSequence append_sequence(const AppendParams &p, int64_t b) {
-  AppendSequence s{};
-  s.b = b;
-  s.rows = p.seqlen_new;
-  if (p.cu_seqlens_new != nullptr) {
-    s.new_row = p.cu_seqlens_new[b];
-    s.rows = p.cu_seqlens_new[b + 1] - s.new_row;
-  } else if (p.slot_mapping != nullptr) {
-    s.rows = p.total_new;
-  }
-  if (p.q.data != nullptr) {
-    s.q_rows = p.slot_mapping != nullptr ? p.total_q : p.seqlen_q;
-    if (p.cu_seqlens_q != nullptr) {
-      s.q_row = p.cu_seqlens_q[b];
-      s.q_rows = p.cu_seqlens_q[b + 1] - s.q_row;
-    }
-    if (p.seqused_q != nullptr) s.q_rows = p.seqused_q[b];
-  }
-  if (p.seqlens != nullptr) s.before = p.seqlens[b];
-  s.cache_index = p.kv_batch_index != nullptr ? p.kv_batch_index[b] : b;
-  s.position0 = p.rotary_seqlens != nullptr ? p.rotary_seqlens[b] : s.before;
-  return s;
-}
-
 void append_kv(const AppendParams &p) {
   // A decode step appends a few rows: threads would cost more than the copy.
   const int64_t rows = p.slot_mapping != nullptr ? p.total_new : p.num_seqs * p.seqlen_new;
   const int64_t elements = rows * p.num_heads_kv * (p.head_dim + p.head_dim_v);
   const int32_t threads = elements < (1 << 16) ? 1 : 0;
-  cpu::parallel_for(threads, p.num_seqs * p.num_heads_kv,
-                    [&](int64_t n) { append_head(p, append_sequence(p, n / p.num_heads_kv), n % p.num_heads_kv); });
+  parallel_for(threads, p.num_seqs * p.num_heads_kv,
+               [&](int64_t n) { append_head(p, append_sequence(p, n / p.num_heads_kv), n % p.num_heads_kv); });
   if (p.q.data == nullptr) return;
-  cpu::parallel_for(threads, p.num_seqs * p.num_heads_q,
-                    [&](int64_t n) { rotate_query(p, append_sequence(p, n / p.num_heads_q), n % p.num_heads_q); });
+  parallel_for(threads, p.num_seqs * p.num_heads_q,
+               [&](int64_t n) { rotate_query(p, append_sequence(p, n / p.num_heads_q), n % p.num_heads_q); });
 }
 
-}  // namespace flashspark
+}  // namespace flashspark::cpu

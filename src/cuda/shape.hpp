@@ -1,0 +1,47 @@
+// The facts of a problem that plans and arguments are made of, worked out once a call and handed on.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.hpp"
+
+namespace flashspark::cuda {
+
+// Rows and keys are counted in 32 bits on the device. Windows that reach further than any sequence are open.
+inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
+
+// Neighbouring rows of a tile that look up one page (TileLoader).
+inline constexpr int64_t kGroupRows = 16;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+struct Shape {
+  int64_t num_seqs, num_heads_kv, head_dim, head_dim_v, max_seqlen_q, max_seqlen_k;
+  int64_t group;            // query heads a KV head
+  int64_t rows;             // of the longest sequence; a row is one (query token, query head of the group)
+  int64_t tokens;           // query tokens of all sequences
+  int64_t seq_heads;        // (sequence, KV head) pairs
+  int64_t grid_heads;       // the same, or KV heads alone with cu_seqlens_q, where row tiles count all sequences
+  int64_t key_rows;         // rows of k that there are: of all sequences with cu_seqlens_k, else of each
+  int64_t key_bytes;        // K and V of one key of one KV head
+  int64_t partial_columns;  // of one row of a partial result: head_dim_v up to a multiple of 16
+  int64_t window_left, window_right, attention_chunk;  // as in Params
+  int32_t num_splits;
+  bool varlen_q, causal, prefix, deterministic;
+  bool dequantizes_kv;   // k and v are e4m3, which the kernels turn into fp16
+  bool needs_score_mod;  // only the instances with ScoreMod::native can run it
+
+  bool is_empty() const { return num_seqs == 0 || tokens == 0 || rows == 0; }
+
+  // The most row tiles that a grid has for each of grid_heads.
+  int64_t num_m_blocks(int64_t tile_rows) const;
+
+  // The most keys that a row tile of so many query tokens can visit.
+  int64_t visible_keys(int64_t tile_tokens) const;
+};
+
+Shape shape_of(const Params &p);
+
+}  // namespace flashspark::cuda
