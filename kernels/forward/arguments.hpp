@@ -47,10 +47,14 @@ struct PartialArguments {
 
 struct ForwardArguments : AttentionArguments, TileSchedulerArguments, PartialArguments {
   int32_t key_groups;  // 1 or 2, of tiles that let the host choose (Tile::runtime_key_groups)
-  // The combine kernel's grid: CTAs of y, and row tiles of a sequence and KV head where CTA x is for row tile x; 0: for
-  // Stream-K range x.
-  int32_t combine_ctas_per_tile, combine_tiles;
 };
+
+struct CombineArguments : AttentionArguments, TileSchedulerArguments, PartialArguments {
+  int32_t ctas_per_tile;  // CTAs of y
+  int32_t row_tiles;      // of a sequence and KV head, where CTA x is for row tile x; 0: CTA x is for Stream-K range x
+};
+
+struct ScheduleArguments : SequenceArguments, TileSchedulerArguments {};
 
 struct QuantizeArguments {
   ForwardArguments forward;  // which rows exist; its out holds them in 16 bits, of type out_dtype
@@ -58,8 +62,5 @@ struct QuantizeArguments {
   Strides out_strides;
   const float *output_scale;  // out is divided by it; NULL: 1
 };
-
-using CombineArguments = ForwardArguments;
-using ScheduleArguments = ForwardArguments;
 
 }  // namespace flashspark

@@ -43,7 +43,7 @@ struct CombineTile {
 // The position that leads to the CTA's row tile where x counts row tiles; -1: there is none.
 FLASHSPARK_DEVICE int32_t position_of_row_tile(const CombineArguments &a, const Decomposition &all, SequenceWork w) {
   const auto cta = static_cast<int32_t>(ptx::cta_x());
-  const int32_t tiles = a.combine_tiles * a.num_heads_kv, seq = quotient(cta, tiles), inside = cta - seq * tiles;
+  const int32_t tiles = a.row_tiles * a.num_heads_kv, seq = quotient(cta, tiles), inside = cta - seq * tiles;
   const int32_t lane = seq % 32;
   int32_t before = 0;
   for (int32_t first_seq = 32; first_seq <= seq; first_seq += 32) {
@@ -51,7 +51,7 @@ FLASHSPARK_DEVICE int32_t position_of_row_tile(const CombineArguments &a, const 
     w = sequence_work<true>(a, a.tile_rows, a.tile_keys, first_seq);
   }
   const int32_t row_tiles = ptx::shuffle(w.row_tiles, lane), each = ptx::shuffle(w.tiles, lane) + all.tile_start_cost;
-  const int32_t head = quotient(inside, a.combine_tiles), row_tile = inside - head * a.combine_tiles;
+  const int32_t head = quotient(inside, a.row_tiles), row_tile = inside - head * a.row_tiles;
   if (row_tile >= row_tiles) return -1;
   return before + ptx::shuffle(w.tiles_through + all.tile_start_cost * w.row_tiles_through, lane) -
          ((a.num_heads_kv - head) * row_tiles - row_tile) * each;
@@ -75,7 +75,7 @@ FLASHSPARK_DEVICE CombineTile find_combine_tile(const CombineArguments &a) {
   // CTAs that come in while many SMs are still busy end up unevenly spread (docs/experiments.md E42).
   tile.launches_next_early = a.tile_rows == 16 && all.total < a.stream_k.small_problem_tiles;
   int32_t position;
-  if (a.combine_tiles > 0) {
+  if (a.row_tiles > 0) {
     position = position_of_row_tile(a, all, w);
     if (position < 0) return tile;
   } else {  // the row tile in which the CTA's range ends; CTAs without a range come first and make room for others
@@ -89,7 +89,7 @@ FLASHSPARK_DEVICE CombineTile find_combine_tile(const CombineArguments &a) {
   const PositionedRowTile found =
       row_tile_at<true>(a, a.tile_rows, a.tile_keys, position, all.tile_start_cost, w, prefix);
   const Contributors contributors = contributors_of(all, found.begin, found.count);
-  if (a.combine_tiles == 0) {
+  if (a.row_tiles == 0) {
     const int32_t worker = cta - contributors.first_cta, workers = contributors.count - 1;
     if (worker == workers) return tile;  // the last contributor's range may end in a later row tile, which it combines
     tile.worker = worker;
@@ -221,8 +221,8 @@ FLASHSPARK_DEVICE void combine(const CombineArguments &a) {
   const int32_t warp = ptx::warp(), lane = ptx::lane();
   // The CTA's rows, and the warps of each: as many as there is room for and partials to load.
   const int32_t rows = max_of(0, min_of(a.tile_rows, tile.rows.end_row - tile.rows.first_row));
-  const int32_t ctas = tile.workers * a.combine_ctas_per_tile;
-  const int32_t cta = tile.worker * a.combine_ctas_per_tile + static_cast<int32_t>(ptx::cta_y());
+  const int32_t ctas = tile.workers * a.ctas_per_tile;
+  const int32_t cta = tile.worker * a.ctas_per_tile + static_cast<int32_t>(ptx::cta_y());
   const int32_t each = quotient(rows + ctas - 1, ctas);
   int32_t shift = 0;
   while ((each << shift) * 2 <= kCombineWarps && kCombinePartials << shift < tile.count) ++shift;

@@ -99,7 +99,10 @@ void forward(const Params &p, const ScratchSource &scratch) {
     launch(each, shape, arguments, static_cast<Stream>(p.stream), device.machine.arch);
   };
   put(kernel, attention.forward, &attention.arguments);
-  if (combines) put(combine, attention.combine, &attention.arguments);
+  if (combines) {
+    const CombineArguments arguments = attention.combine_arguments();
+    put(combine, attention.combine, &arguments);
+  }
   if (plan.quantize) put(quantize, plan.quantize->launch, &plan.quantize->arguments);
 }
 

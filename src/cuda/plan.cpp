@@ -41,8 +41,7 @@ void set_scratch(const Grid &grid, Plan &plan) {
 
 void set_combine(const CombineGrid &grid, Plan &plan) {
   constexpr OperationTraits kCombine = traits_of(Operation::attention_forward_combine);
-  plan.arguments.combine_tiles = static_cast<int32_t>(grid.row_tiles);
-  plan.arguments.combine_ctas_per_tile = static_cast<int32_t>(grid.y);
+  plan.combine_row_tiles = static_cast<int32_t>(grid.row_tiles);
   plan.combine = {.grid = {static_cast<uint32_t>(grid.x), static_cast<uint32_t>(grid.y), static_cast<uint32_t>(grid.z)},
                   .threads = kCombine.threads,
                   .shared_bytes = kCombine.shared_bytes};
@@ -55,6 +54,14 @@ void Plan::bind(void *memory) {
   arguments.partial_out = static_cast<float *>(memory);
   arguments.partial_lse =
       arguments.partial_out + partial_slots * arguments.tile_rows * int64_t{arguments.partial_columns};
+}
+
+CombineArguments Plan::combine_arguments() const {
+  return {arguments, arguments, arguments, static_cast<int32_t>(combine.grid[1]), combine_row_tiles};
+}
+
+ScheduleArguments Plan::schedule_arguments() const {
+  return {arguments, arguments};
 }
 
 bool fits(const Instance &instance, const Params &p) {

@@ -35,10 +35,11 @@ struct Plan {
   const Tile *tile = nullptr;        // the instance's, on this GPU
   KernelDType dtype{}, out_dtype{};  // out: what the forward and combine kernels write
   Launch forward;
-  ForwardArguments arguments{};  // of both kernels
+  ForwardArguments arguments{};
   Launch combine;
-  int64_t partial_slots = 0;  // partial results of split row tiles
-  size_t workspace = 0;       // bytes of scratch memory for them, which bind() takes
+  int32_t combine_row_tiles = 0;  // CombineArguments::row_tiles
+  int64_t partial_slots = 0;      // partial results of split row tiles
+  size_t workspace = 0;           // bytes of scratch memory for them, which bind() takes
 
   KernelKey forward_key() const { return {Operation::attention_forward, dtype, instance->index}; }
   KernelKey combine_key() const { return {Operation::attention_forward_combine, out_dtype}; }
@@ -46,6 +47,10 @@ struct Plan {
   // Lays the partial results into `workspace` bytes at `memory`, aligned to 16 bytes: what is launched with the
   // arguments has been bound.
   void bind(void *memory);
+
+  // Of the other kernels, once the plan is bound.
+  CombineArguments combine_arguments() const;
+  ScheduleArguments schedule_arguments() const;
 
   // Elements of params.scheduler_metadata, a record for each CTA; 0: no Stream-K, nothing to find once for many calls.
   int64_t schedule_size() const { return arguments.stream_k.ctas > 0 ? int64_t{forward.grid[0]} * kRecordWords : 0; }

@@ -14,7 +14,7 @@ int64_t schedule_size(const Params &p) {
 
 void schedule(const Params &p) {
   const Machine &machine = device_facts(p.device_index).machine;
-  Plan plan = make_plan(p, machine);
+  const Plan plan = make_plan(p, machine);
   const int64_t size = plan.schedule_size();
   if (size == 0) return;
   if (p.scheduler_metadata == nullptr)
@@ -22,10 +22,12 @@ void schedule(const Params &p) {
   if (p.scheduler_metadata_size < size)
     fail("scheduler_metadata_size", p.scheduler_metadata_size, "must be at least " + std::to_string(size));
   // The tensors of the calls are not known here, only that positions have 32 bits: the calls clamp what they read.
-  plan.arguments.key_rows = max_key_rows(shape_of(p), plan.arguments);
-  plan.arguments.last_batch = INT32_MAX;
+  ScheduleArguments arguments = plan.schedule_arguments();
+  arguments.scheduler_metadata = p.scheduler_metadata;
+  arguments.key_rows = max_key_rows(shape_of(p), plan.arguments);
+  arguments.last_batch = INT32_MAX;
   const CurrentDevice current(p.device_index);
-  launch(get({Operation::attention_schedule}, p.device_index), plan.schedule(), &plan.arguments,
+  launch(get({Operation::attention_schedule}, p.device_index), plan.schedule(), &arguments,
          static_cast<Stream>(p.stream), machine.arch);
 }
 

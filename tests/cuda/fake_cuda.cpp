@@ -147,6 +147,15 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
                            shared_bytes,  stream,           {},     {},        false};
   if (kernel->function == "flashspark_append_kv") {
     std::memcpy(&launch.append, parameters[0], sizeof launch.append);
+  } else if (kernel->function == "flashspark_attention_schedule") {
+    const auto &arguments = *static_cast<const flashspark::ScheduleArguments *>(parameters[0]);
+    static_cast<flashspark::SequenceArguments &>(launch.arguments) = arguments;
+    static_cast<flashspark::TileSchedulerArguments &>(launch.arguments) = arguments;
+  } else if (kernel->function.starts_with("flashspark_attention_forward_combine")) {
+    const auto &arguments = *static_cast<const flashspark::CombineArguments *>(parameters[0]);
+    static_cast<flashspark::AttentionArguments &>(launch.arguments) = arguments;
+    static_cast<flashspark::TileSchedulerArguments &>(launch.arguments) = arguments;
+    static_cast<flashspark::PartialArguments &>(launch.arguments) = arguments;
   } else if (kernel->function != "flashspark_mma_peak") {
     std::memcpy(&launch.arguments, parameters[0], sizeof launch.arguments);
   }
@@ -263,7 +272,8 @@ void fake_cuda::set_current_device(int n) {
 
 extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char *symbol, void **address, int,
                                                                           uint64_t, int *) {
-#define FAKE(name) {"cu" #name, reinterpret_cast<void *>(fake##name)}
+#define FAKE(name) \
+  { "cu" #name, reinterpret_cast<void *>(fake##name) }
   static const std::map<std::string, void *> table{FAKE(Init),
                                                    FAKE(DriverGetVersion),
                                                    FAKE(DeviceGetCount),

@@ -25,9 +25,9 @@ struct Launch {
   int device = -1;
   unsigned grid[3] = {}, threads = 0, shared_bytes = 0;
   void *stream = nullptr;
-  flashspark::ForwardArguments arguments{};
-  flashspark::AppendArguments append{};  // of flashspark_append_kv
-  bool early = false;                    // programmatic dependent launch
+  flashspark::ForwardArguments arguments{};  // or the part of them that the kernel takes
+  flashspark::AppendArguments append{};      // of flashspark_append_kv
+  bool early = false;                        // programmatic dependent launch
 };
 
 struct State {

@@ -334,7 +334,7 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
     EXPECT_EQ(plan.forward.grid[1], 1u);
     // Where the mean row tile is in few pieces, all shares that meet in one join it.
     EXPECT_EQ(plan.combine.grid[0], num_seqs == 1 ? p.num_heads_kv : shares);
-    EXPECT_EQ(plan.arguments.combine_tiles, num_seqs == 1 ? 1 : 0);
+    EXPECT_EQ(plan.combine_row_tiles, num_seqs == 1 ? 1 : 0);
     if (bytes == 0) bytes = plan.workspace;
     EXPECT_EQ(plan.workspace, bytes) << num_seqs;
     p.deterministic = 1;
@@ -349,7 +349,7 @@ TEST_F(Cuda, DecodeTakesEvenShares) {
   EXPECT_EQ(make_plan(p, machine).instance->tiling, Tiling::short_q);
   Params one_head = p;
   one_head.num_heads_q /= one_head.num_heads_kv, one_head.num_heads_kv = 1;
-  EXPECT_GT(make_plan(one_head, machine).arguments.combine_tiles, 1);
+  EXPECT_GT(make_plan(one_head, machine).combine_row_tiles, 1);
   p.num_seqs = 300;
   EXPECT_EQ(make_plan(p, machine).arguments.stream_k.ctas, 0);
 }

@@ -109,7 +109,8 @@ Guarded<int32_t> make_scheduler_metadata(const Params &p, const cuda::Machine &m
   std::vector<int32_t> used(p.seqused_k, p.seqused_k + (p.seqused_k != nullptr ? p.num_seqs : 0));
   for (int32_t &keys : used) keys /= 2;
   if (of == MetadataOf::other_lengths && p.seqused_k != nullptr) plan->arguments.seqused_k = used.data();
-  add(counters, launch_one(plan->schedule(), seed, [&plan] { write_scheduler_metadata(plan->arguments); }));
+  const auto arguments = std::make_unique<ScheduleArguments>(plan->schedule_arguments());
+  add(counters, launch_one(plan->schedule(), seed, [&arguments] { write_scheduler_metadata(*arguments); }));
   if (of == MetadataOf::other_lengths && p.seqused_k == nullptr) {
     for (size_t n = kLengthsChecksum; n < metadata.size(); n += kRecordWords) metadata[n] += 1;
   }
@@ -193,8 +194,9 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
     add(result.counters, launch_one(plan->forward, seed, [&plan, &chosen] { chosen.run(plan->arguments); }));
     if (plan->combine.grid[0] > 0) {
       const bool bf16 = plan->out_dtype == cuda::KernelDType::bf16;
-      add(result.counters, launch_one(plan->combine, seed + 1, [&plan, bf16] {
-            bf16 ? combine<ptx::Bfloat16>(plan->arguments) : combine<ptx::Float16>(plan->arguments);
+      const auto arguments = std::make_unique<CombineArguments>(plan->combine_arguments());
+      add(result.counters, launch_one(plan->combine, seed + 1, [&arguments, bf16] {
+            bf16 ? combine<ptx::Bfloat16>(*arguments) : combine<ptx::Float16>(*arguments);
           }));
     }
   }
