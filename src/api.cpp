@@ -174,3 +174,7 @@ const char *flashspark_status_name(flashspark_status status) {
 size_t flashspark_dtype_size(int32_t dtype) {
   return fs::dtype_size(dtype);
 }
+
+const char *flashspark_dtype_name(int32_t dtype) {
+  return fs::dtype_name(dtype);
+}

@@ -342,7 +342,8 @@ FLASHSPARK_API const char *flashspark_version(void); /* "0.1.0" */
 FLASHSPARK_API const char *flashspark_cpu_target(void);
 FLASHSPARK_API int32_t flashspark_cpu_threads(void);
 FLASHSPARK_API const char *flashspark_status_name(flashspark_status status);
-FLASHSPARK_API size_t flashspark_dtype_size(int32_t dtype); /* bytes; 0 for an unknown dtype */
+FLASHSPARK_API size_t flashspark_dtype_size(int32_t dtype);      /* bytes; 0 for an unknown dtype */
+FLASHSPARK_API const char *flashspark_dtype_name(int32_t dtype); /* "bfloat16"; "unknown" for an unknown dtype */
 
 #ifdef __cplusplus
 }

@@ -67,7 +67,7 @@ inline constexpr Instance kInstances[] = {
 
 // Whether CTAs may take Stream-K ranges of all work (forward/scheduler/stream_k.cuh).
 constexpr bool supports_stream_k(const Instance &instance) {
-  return instance.tiling != Tiling::prefill && instance.score_mod == ScoreMod::none;
+  return instance.tiling != Tiling::prefill;
 }
 
 }  // namespace flashspark

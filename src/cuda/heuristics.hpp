@@ -9,24 +9,24 @@
 namespace flashspark::cuda {
 
 struct Heuristics {
-  // What a row costs in each kind of tile, beside one of a prefill tile of 32 rows a warp. The factors multiply.
+  // Cost of a row, relative to one in a tile of 32 rows a warp without key groups. The factors multiply.
   double cost_of_16_row_warps, cost_of_key_groups, cost_of_small_ctas;
 
-  int64_t min_split_keys;      // of a split, and of all keys of a row tile that is split
-  int64_t l2_section_percent;  // of the L2: K and V of the heads whose row tiles run side by side
+  int64_t min_split_keys;      // keys in a split, about; a row tile with no more (times its key groups) is not split
+  int64_t l2_section_percent;  // percent of the L2 for K and V of the heads in a section
 
-  // Stream-K: whether it is used,
+  // When Stream-K is used.
   int64_t stream_k_keys_per_token;     // keys for each query token, at least
-  int64_t stream_k_max_row_tiles;      // of a sequence and KV head
-  int64_t stream_k_reread_l2_percent;  // of the L2: all keys times their row tiles, where they are read more than once
-  // and into how many ranges of which size it cuts the work.
-  int64_t min_range_keys, min_range_rows;  // so many keys a range for each so many rows
-  int64_t tile_start_cost;                 // of a row tile, in key tiles
-  // A small problem, by its keys an SM, takes one CTA an SM.
-  int64_t small_decode_keys_per_column, max_small_decode_keys;  // tiling decode: by head_dim
-  int64_t small_short_q_tiles, max_small_short_q_keys;          // tiling short_q: by key tiles
+  int64_t stream_k_max_row_tiles;      // row tiles of a sequence and KV head, at most
+  int64_t stream_k_reread_l2_percent;  // percent of the L2 that the keys may fill, times the row tiles that read them
+  // How Stream-K cuts the work.
+  int64_t min_range_keys, min_range_rows;  // keys in a range, at least, for each min_range_rows rows of a tile
+  int64_t tile_start_cost;                 // cost of starting a row tile, in key tiles
+  // With fewer keys an SM a problem is small, and takes one CTA an SM.
+  int64_t small_decode_keys_per_column, max_small_decode_keys;  // tiling decode: times head_dim, at most
+  int64_t small_short_q_tiles, max_small_short_q_keys;          // tiling short_q: in key tiles, at most
 
-  int64_t combine_rows;  // that a CTA of the combine kernel takes of a Stream-K range's row tile, at most
+  int64_t combine_rows;  // rows of a Stream-K range's row tile that one combine CTA takes, at most
 };
 
 inline constexpr Heuristics kMeasuredOnH100{
@@ -54,16 +54,16 @@ inline constexpr Heuristics kMeasuredOnH100{
     .max_small_decode_keys = 640,
     .small_short_q_tiles = 4,
     .max_small_short_q_keys = 256,
-    // With fewer the CTAs are so many that launching them takes longer than their work: E55.
+    // With fewer rows a CTA there are so many CTAs that their launch takes longer than their work: E55.
     .combine_rows = 32,
 };
 
-// Nothing has been measured on SM8x and SM12x yet, where the tiles and the number of SMs make the difference.
+// One table so far: SM8x and SM12x have not been measured yet. What differs there comes from tiles and number of SMs.
 constexpr const Heuristics &heuristics_of(Architecture) {
   return kMeasuredOnH100;
 }
 
-// Limits that follow from no measurement.
+// Limits that hold on every GPU.
 inline constexpr int64_t kMaxSplits = 128;
 // A caller's own number of splits that asks for more scratch memory is taken for a mistake and cut: a dense batch of
 // prompts could ask for all of a GPU. The combine kernel counts on offsets of 32 bits.

@@ -29,7 +29,8 @@ void set_forward(const Shape &shape, const Config &config, const Grid &grid, Pla
 void set_metadata(const Params &p, Plan &plan) {
   ForwardArguments &a = plan.arguments;
   a.metadata_fingerprint = metadata_fingerprint(a);
-  if (p.scheduler_metadata_size >= plan.schedule_size()) a.scheduler_metadata = p.scheduler_metadata;
+  const int64_t size = plan.schedule_size();
+  if (size > 0 && p.scheduler_metadata_size >= size) a.scheduler_metadata = p.scheduler_metadata;
 }
 
 void set_scratch(const Grid &grid, Plan &plan) {
@@ -62,6 +63,11 @@ CombineArguments Plan::combine_arguments() const {
 
 ScheduleArguments Plan::schedule_arguments() const {
   return {arguments, arguments};
+}
+
+int64_t Plan::schedule_size() const {
+  const bool by_lengths = arguments.prefix_mode == PrefixMode::none && arguments.rswa_window == 0;
+  return arguments.stream_k.ctas > 0 && by_lengths ? int64_t{forward.grid[0]} * kRecordWords : 0;
 }
 
 bool fits(const Instance &instance, const Params &p) {

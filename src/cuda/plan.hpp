@@ -44,16 +44,17 @@ struct Plan {
   KernelKey forward_key() const { return {Operation::attention_forward, dtype, instance->index}; }
   KernelKey combine_key() const { return {Operation::attention_forward_combine, out_dtype}; }
 
-  // Lays the partial results into `workspace` bytes at `memory`, aligned to 16 bytes: what is launched with the
-  // arguments has been bound.
+  // Puts the partial results into `workspace` bytes at `memory`, which is aligned to 16 bytes. A plan with workspace >
+  // 0 must be bound before it is launched.
   void bind(void *memory);
 
   // Of the other kernels, once the plan is bound.
   CombineArguments combine_arguments() const;
   ScheduleArguments schedule_arguments() const;
 
-  // Elements of params.scheduler_metadata, a record for each CTA; 0: no Stream-K, nothing to find once for many calls.
-  int64_t schedule_size() const { return arguments.stream_k.ctas > 0 ? int64_t{forward.grid[0]} * kRecordWords : 0; }
+  // Elements of params.scheduler_metadata, which has a record for each CTA; 0 without Stream-K, or where a mask follows
+  // from more on the device than lengths: CTAs with a record find their masks before the previous kernel has ended.
+  int64_t schedule_size() const;
   Launch schedule() const { return {{forward.grid[0], 1, 1}, traits_of(Operation::attention_schedule).threads, 0}; }
 };
 
@@ -66,7 +67,7 @@ Plan make_plan(const Params &p, const Machine &machine, const Instance *instance
 // The most keys of a sequence with which the positions of a Stream-K problem fit in 32 bits.
 int32_t max_key_rows(const Shape &shape, const ForwardArguments &a);
 
-// All of it, a line for each launch and one for the scratch memory; empty for a plan that launches nothing.
+// The whole plan, a line for each launch and one for the scratch memory; empty for a plan that launches nothing.
 std::string to_string(const Plan &plan);
 // "attention_schedule: grid 96 x 1 x 1, 32 threads, 0 bytes of shared memory".
 std::string to_string(const KernelKey &kernel, const Launch &launch);

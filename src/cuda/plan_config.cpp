@@ -81,9 +81,23 @@ Config config_of(const Shape &shape, const Instance &instance, const Machine &ma
           .shared_bytes = static_cast<uint32_t>(shared)};
 }
 
+namespace {
+// The tilings for few rows where their Stream-K pays, which is where they are measured (E64); else many rows a CTA.
+Config choose_config_with_score_mod(const Shape &shape, const Machine &machine) {
+  const Instance &prefill = *find(shape, Tiling::prefill, ScoreMod::native);
+  for (const Tiling tiling : {Tiling::decode, Tiling::short_q}) {
+    const Instance *few_rows = find(shape, tiling, ScoreMod::native);
+    if (few_rows == nullptr || few_rows->head_dim != prefill.head_dim) continue;
+    if (tiling == Tiling::decode && shape.rows > few_rows->tile(tiles_of(machine)).rows()) continue;
+    if (const Config config = config_of(shape, *few_rows, machine); config.stream_k) return config;
+  }
+  return config_of(shape, prefill, machine);
+}
+}  // namespace
+
 Config choose_config(const Shape &shape, const Machine &machine) {
   const auto with = [&](const Instance &instance) { return config_of(shape, instance, machine); };
-  if (shape.needs_score_mod) return with(*find(shape, Tiling::prefill, ScoreMod::native));
+  if (shape.needs_score_mod) return choose_config_with_score_mod(shape, machine);
   const Instance &short_q = *find(shape, Tiling::short_q);
   const Instance *prefill = find(shape, Tiling::prefill);
   if (prefill == nullptr || prefill->head_dim > short_q.head_dim) return with(short_q);

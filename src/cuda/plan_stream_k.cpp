@@ -58,6 +58,7 @@ int32_t metadata_fingerprint(const ForwardArguments &a) {
                           a.stream_k.small_problem_tiles, a.stream_k.tile_start_cost})
     add(n);
   add(a.group.value);
+  add(a.attention_chunk);
   for (const int32_t *lengths :
        {a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_q, a.seqused_k, a.leftpad_k, a.kv_batch_index, a.causal_per_seq})
     add(lengths != nullptr);

@@ -1,4 +1,4 @@
-// Plans as text.
+// Plans as text: what explain prints.
 #include <ostream>
 
 #include "cuda/plan.hpp"

@@ -41,7 +41,7 @@ int32_t metadata_fingerprint(const ForwardArguments &a);
 
 struct CombineGrid {
   int64_t x, y, z;
-  int64_t row_tiles;  // of a sequence and KV head where CTA x is for row tile x; 0: for the range or tile of CTA x
+  int64_t row_tiles;  // Stream-K, if CTA x combines row tile x: row tiles of a sequence and KV head; else 0
 };
 CombineGrid combine_grid(const Shape &shape, const Grid &grid, const Machine &machine);
 

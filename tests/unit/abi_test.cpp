@@ -85,6 +85,13 @@ TEST(Abi, NamesAreStable) {
     EXPECT_EQ(flashspark_implementation_name(beyond), nullptr);
     EXPECT_EQ(flashspark_implementation_description(beyond), nullptr);
   }
+  for (const auto &[dtype, name] : {std::pair{FLASHSPARK_FLOAT32, "float32"},
+                                    {FLASHSPARK_FLOAT16, "float16"},
+                                    {FLASHSPARK_BFLOAT16, "bfloat16"},
+                                    {FLASHSPARK_FLOAT8_E4M3, "float8_e4m3"},
+                                    {FLASHSPARK_DTYPE_NONE, "none"}})
+    EXPECT_STREQ(flashspark_dtype_name(dtype), name);
+  EXPECT_STREQ(flashspark_dtype_name(99), "unknown");
   std::vector<std::string> statuses;
   for (int s = FLASHSPARK_OK; s <= FLASHSPARK_INTERNAL; ++s) {
     const std::string name = flashspark_status_name(static_cast<flashspark_status>(s));
