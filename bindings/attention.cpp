@@ -243,32 +243,30 @@ void require_ok(flashspark_status status, Face face) {
 // and graph captures, and is faster than the driver's, which the library uses otherwise.
 class Scratch {
  public:
-  explicit Scratch(Call &call) {
-    flashspark_attention_params &p = call.params;
-    // Only split problems and e4m3 results need any.
-    if (p.device != FLASHSPARK_CUDA || (p.num_splits == 1 && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) ||
-        TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr)
-      return;
-    size_t bytes = 0;
-    require_ok(flashspark_attention_workspace_size(&p, &bytes), call.face);
-    if (bytes == 0) return;
-    int64_t shape[] = {static_cast<int64_t>(bytes)};
-    DLTensor prototype{};
-    prototype.device = {kDLCUDA, p.device_index};
-    prototype.ndim = 1;
-    prototype.dtype = {kDLUInt, 8, 1};
-    prototype.shape = shape;
-    if (TVMFFIEnvTensorAlloc(&prototype, &tensor_) != 0) throw AlreadyRaised{};
-    p.workspace = TVMFFITensorGetDLTensorPtr(tensor_)->data;
-    p.workspace_size = bytes;
-  }
+  explicit Scratch(int32_t device_index) : device_index_(device_index) {}
   ~Scratch() {
     if (tensor_ != nullptr) TVMFFIObjectDecRef(tensor_);  // the allocator reuses memory in stream order
   }
   Scratch(const Scratch &) = delete;
   Scratch &operator=(const Scratch &) = delete;
 
+  // A flashspark_allocator. An error of the framework's stays raised there (failed()): it must not pass through C.
+  static void *allocate(void *scratch, size_t bytes) {
+    auto &self = *static_cast<Scratch *>(scratch);
+    int64_t shape[] = {static_cast<int64_t>(bytes)};
+    DLTensor prototype{};
+    prototype.device = {kDLCUDA, self.device_index_};
+    prototype.ndim = 1;
+    prototype.dtype = {kDLUInt, 8, 1};
+    prototype.shape = shape;
+    self.failed_ = TVMFFIEnvTensorAlloc(&prototype, &self.tensor_) != 0;
+    return self.failed_ ? nullptr : TVMFFITensorGetDLTensorPtr(self.tensor_)->data;
+  }
+  bool failed() const { return failed_; }
+
  private:
+  int32_t device_index_;
+  bool failed_ = false;
   TVMFFIObjectHandle tensor_ = nullptr;
 };
 
@@ -292,8 +290,12 @@ const char *error_kind(flashspark_status status) {
 void attention_forward(Reader &args) {
   Call call;
   read_call(args, call);
-  const Scratch scratch(call);
-  require_ok(flashspark_attention_forward(&call.params), call.face);
+  Scratch scratch(call.params.device_index);
+  const bool has_allocator = TVMFFIEnvGetDLPackManagedTensorAllocator() != nullptr;
+  const flashspark_status status =
+      flashspark_attention_forward_with_allocator(&call.params, has_allocator ? Scratch::allocate : nullptr, &scratch);
+  if (scratch.failed()) throw AlreadyRaised{};
+  require_ok(status, call.face);
 }
 
 void attention_validate(Reader &args) {

@@ -49,6 +49,7 @@ def grid(kind: str) -> list[Workload]:
     works += [skewed(h, 131072, 64, 512) for h in heads] + [skewed(h, 32768, 16, 1024) for h in heads]
     plane = [w for w in works if w.group == "decode" and (kind == "all" or (w.batch in (1, 8, 32, 128)))]
     works += [replace(w, group="fp8 cache", fp8=True) for w in plane]
+    works += [replace(w, group="softcap", softcap=30.0) for w in plane if w.seqlen_k in (2048, 8192)]
     return [w for w in works if w.bytes <= MOST_BYTES]
 
 

@@ -33,7 +33,9 @@ def ours(x: Inputs, **options: Any) -> Call:
     if w.fp8:
         ones = torch.ones(w.batch, w.heads_kv, device=x.q.device)
         options |= {"k_descale": ones, "v_descale": ones}
-    if w.page_size:
+    if w.softcap:
+        options["softcap"] = w.softcap
+    elif w.page_size:
         options["scheduler_metadata"] = flashspark.get_scheduler_metadata(
             w.batch, w.seqlen_q, w.seqlen_k, w.heads_q, w.heads_kv, w.head_dim, x.seqused_k,
             x.k.dtype, cu_seqlens_q=x.cu_seqlens_q, causal=w.causal,
@@ -46,8 +48,8 @@ def ours(x: Inputs, **options: Any) -> Call:
 
 def torch_fa2(x: Inputs) -> Call:
     w = x.work
-    if w.page_size or w.seqlen_q != w.seqlen_k:
-        raise NotOffered("neither pages nor causal from the bottom right")
+    if w.page_size or w.softcap or w.seqlen_q != w.seqlen_k:
+        raise NotOffered("neither pages nor softcap nor causal from the bottom right")
     q, k, v = (t.view(w.batch, -1, *t.shape[1:]).transpose(1, 2) for t in (x.q, x.k, x.v))
 
     def call() -> torch.Tensor:
@@ -66,7 +68,7 @@ def fa2(x: Inputs) -> Call:
     return lambda: forward(
         x.q, x.k, x.v, x.out, x.cu_seqlens_q, *keys, None, x.page_table, None,  # leftpad_k, alibi_slopes
         w.seqlen_q, w.seqlen_k, 0.0, x.scale, False, w.causal,  # dropout, zero_tensors
-        -1, -1, 0.0, False, 0, None,  # window, softcap, return_softmax, num_splits (its choice), generator
+        -1, -1, w.softcap, False, 0, None,  # window, softcap, return_softmax, num_splits (its choice), generator
     )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def fa3(x: Inputs) -> Call:
         metadata = ops.get_scheduler_metadata(
             w.batch, w.seqlen_q, w.seqlen_k, w.heads_q, w.heads_kv, w.head_dim, w.head_dim, x.q.dtype,
             seqused_k, cu_seqlens_q, None, None, None, None,  # cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k
-            w.page_size, 0, w.causal, -1, -1, False, 0, None, 0,  # max_k_new, window, softcap, splits, pack, margin
+            w.page_size, 0, w.causal, -1, -1, w.softcap > 0, 0, None, 0,  # max_k_new, window, softcap, splits, pack, margin
         )  # fmt: skip
     else:
         q, k, v, out = (t.view(w.batch, -1, *t.shape[1:]) for t in (x.q, x.k, x.v, x.out))
@@ -88,7 +90,7 @@ def fa3(x: Inputs) -> Call:
         q, k, v, None, None, None, out,  # k_new, v_new, q_v
         cu_seqlens_q, None, None, None, seqused_k, w.seqlen_q, w.seqlen_k,
         x.page_table, None, None, None, None, None,  # kv_batch_idx, leftpad_k, rotary cos, sin, seqlens
-        None, None, None, x.scale, w.causal, -1, -1, 0.0,  # descales, window, softcap
+        None, None, None, x.scale, w.causal, -1, -1, w.softcap,  # descales, window, softcap
         True, metadata, 0, None, 0, None, 1, 0, None,  # rotary, splits, pack_gqa, margin, sinks, cp size
     )  # fmt: skip
 
@@ -99,7 +101,13 @@ def flashinfer(x: Inputs) -> Call:
     w = x.work
     if not _workspace:
         _workspace.append(torch.empty(256 << 20, dtype=torch.uint8, device=x.q.device))
-    kinds = {"causal": w.causal, "sm_scale": x.scale, "q_data_type": x.q.dtype, "kv_data_type": x.k.dtype}
+    kinds = {
+        "causal": w.causal,
+        "sm_scale": x.scale,
+        "q_data_type": x.q.dtype,
+        "kv_data_type": x.k.dtype,
+        "logits_soft_cap": w.softcap,
+    }
     if not w.page_size:
         if w not in _ragged:
             ragged = library.BatchPrefillWithRaggedKVCacheWrapper(_workspace[0], "NHD", backend="fa2")

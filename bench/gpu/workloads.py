@@ -24,6 +24,7 @@ class Workload:
     quick: bool = False  # part of --quick
     lengths: tuple[int, ...] = ()  # per sequence; seqlen_k is the longest
     fp8: bool = False  # an e4m3 cache
+    softcap: float = 0.0
 
     @property
     def name(self) -> str:

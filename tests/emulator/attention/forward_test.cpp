@@ -129,6 +129,40 @@ TEST(Forward, DecodeOfUnequalLengths) {
   }
 }
 
+// Every score modification and every mask of the native ones decodes through Stream-K, in tiles for few rows.
+TEST(Forward, DecodeWithScoreModifications) {
+  struct Modification {
+    const char *name;
+    void (*set)(cases::Case &);
+  };
+  const Modification modifications[] = {
+      {"softcap", [](cases::Case &c) { c.softcap = 20; }},
+      {"alibi", [](cases::Case &c) { c.alibi = true; }},
+      {"relative bias", [](cases::Case &c) { c.rel_extent = 90; }},
+      {"chunks", [](cases::Case &c) { c.attention_chunk = 100; }},
+      {"prefix ranges of sequences",
+       [](cases::Case &c) { c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ, c.window_left = 40; }},
+      {"prefix ranges of tokens",
+       [](cases::Case &c) { c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN, c.window_left = 40; }},
+      {"rswa", [](cases::Case &c) { c.rswa_window = 100, c.causal = true; }},
+      {"pages of 5", [](cases::Case &c) { c.page_size = 5; }},
+  };
+  for (const auto &[name, set] : modifications) {
+    for (const int64_t rows : {1, 8}) {
+      cases::Case c = plain({{rows, 1500}, {1, 3}, {1, 0}, {2, 170}, {0, 40}, {1, 1}});
+      c.heads_q = 6, c.heads_kv = 2;
+      c.kv_layout = cases::Layout::kPaged;
+      c.causal = true;
+      set(c);
+      cases::Problem problem(c);
+      const std::string kernel = run(problem, nullptr, 1).kernel;
+      EXPECT_NE(kernel.find(rows == 1 ? "_decode_mod_" : "_short_q_mod_"), std::string::npos) << name << ": " << kernel;
+      for (const uint64_t seed : {1, 3, 5, 7, 11})
+        EXPECT_EQ(check(c, nullptr, seed), "") << name << ", " << rows << " tokens";
+    }
+  }
+}
+
 // Scheduler metadata records where each layout's keys begin and which sequences are causal. Metadata made from other
 // lengths must be rejected.
 TEST(Forward, DecodeWithSchedulerMetadataOfEveryLayout) {
