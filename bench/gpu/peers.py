@@ -35,10 +35,10 @@ def ours(x: Inputs, **options: Any) -> Call:
         options |= {"k_descale": ones, "v_descale": ones}
     if w.softcap:
         options["softcap"] = w.softcap
-    elif w.page_size:
+    if w.page_size:
         options["scheduler_metadata"] = flashspark.get_scheduler_metadata(
             w.batch, w.seqlen_q, w.seqlen_k, w.heads_q, w.heads_kv, w.head_dim, x.seqused_k,
-            x.k.dtype, cu_seqlens_q=x.cu_seqlens_q, causal=w.causal,
+            x.k.dtype, cu_seqlens_q=x.cu_seqlens_q, causal=w.causal, has_softcap=w.softcap > 0,
         )  # fmt: skip
     return lambda: flashspark.flash_attn_varlen_func(
         x.q, x.k, x.v, x.cu_seqlens_q, None if w.page_size else x.cu_seqlens_k, w.seqlen_q, w.seqlen_k,
@@ -81,7 +81,8 @@ def fa3(x: Inputs) -> Call:
         metadata = ops.get_scheduler_metadata(
             w.batch, w.seqlen_q, w.seqlen_k, w.heads_q, w.heads_kv, w.head_dim, w.head_dim, x.q.dtype,
             seqused_k, cu_seqlens_q, None, None, None, None,  # cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k
-            w.page_size, 0, w.causal, -1, -1, w.softcap > 0, 0, None, 0,  # max_k_new, window, softcap, splits, pack, margin
+            w.page_size, 0, w.causal, -1, -1, w.softcap > 0,  # max_seqlen_k_new, window, has_softcap
+            0, None, 0,  # num_splits, pack_gqa, sm_margin
         )  # fmt: skip
     else:
         q, k, v, out = (t.view(w.batch, -1, *t.shape[1:]) for t in (x.q, x.k, x.v, x.out))
