@@ -139,7 +139,7 @@ TEST(Forward, DecodeWithScoreModifications) {
       {"softcap", [](cases::Case &c) { c.softcap = 20; }},
       {"alibi", [](cases::Case &c) { c.alibi = true; }},
       {"relative bias", [](cases::Case &c) { c.rel_extent = 90; }},
-      {"chunks", [](cases::Case &c) { c.attention_chunk = 100; }},
+      {"chunks", [](cases::Case &c) { c.attention_chunk = 300; }},
       {"prefix ranges of sequences",
        [](cases::Case &c) { c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ, c.window_left = 40; }},
       {"prefix ranges of tokens",
