@@ -78,7 +78,7 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, 
   }
   if (begin < end) run(mainloop);
   ptx::cp_async_wait<0>();
-  // Kernels without Stream-K find this and the slot again, instead of keeping both through the loop (E57).
+  // Kernels without Stream-K find this and the slot again, instead of keeping both through the loop.
   const KeyTileRange range = T::kStreamK ? work.keys : even_split(a);
   if (T::kKeyGroups > 1 || range.is_final)
     ptx::cta_barrier();  // all are done with K, V and Q, whose memory the results pass through

@@ -26,6 +26,7 @@ from kernel_list import Kernel, kernel_list
 PREFILL = Spec([200, 65, 0, 300] * 12, [330, 65, 9, 300] * 12, (8, 4))  # rows enough to fill the largest GPU's SMs
 SHORT_Q = Spec([1, 5, 0, 40], [200, 70, 9, 40], (4, 2))
 DECODE = Spec([1, 5, 0, 8], [200, 70, 9, 300], (4, 2))
+VERIFY = Spec([1, 5, 0, 12], [200, 170, 9, 300], (4, 2))  # more rows than a decode tile has
 WILD = ("contiguous", "combine", "shares", "scheduled", "pages of 5", "table by index", "rswa", "dense")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCORE_MODS = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq", "window": (50, 0)}
@@ -37,10 +38,16 @@ NEVER_RUN = {"mma_peak": "writes nothing, and the `flashspark` command alone lau
 
 
 def spec_of(kernel: Kernel) -> Spec:
-    """The tiling of a kernel decides what makes the host choose it: many rows, few, or features that need it."""
-    native = kernel.score_mod == "native"
-    shape = SHORT_Q if native else {"prefill": PREFILL, "decode": DECODE}.get(kernel.tiling, SHORT_Q)
-    spec = replace(shape, dims=(kernel.head_dim, kernel.head_dim_v), num_splits=1, **(SCORE_MODS if native else {}))
+    """What makes the host choose a kernel: many rows or few, and a score modification."""
+    dims = (kernel.head_dim, kernel.head_dim_v)
+    if kernel.score_mod != "native":
+        shape = {"prefill": PREFILL, "decode": DECODE}.get(kernel.tiling, SHORT_Q)
+        spec = replace(shape, dims=dims, num_splits=1)
+    elif kernel.tiling == "prefill":
+        spec = replace(SHORT_Q, dims=dims, num_splits=1, **SCORE_MODS)
+    else:  # only through Stream-K
+        shape = {"decode": DECODE}.get(kernel.tiling, VERIFY)
+        spec = replace(shape, dims=dims, num_splits=0, **SCORE_MODS)
     return replace(spec, fp8="kv") if kernel.dtype == "e4m3" else replace(spec, dtype=DTYPES[kernel.dtype])
 
 
@@ -55,7 +62,7 @@ def cases() -> dict[str, Spec]:
                 SHORT_Q, dims=(128, 128), num_splits=3, k_lens=lengths, dtype=DTYPES[kernel.dtype]
             )
     combine = found["attention_forward_combine_bf16"]
-    # Blocks that go through several row tiles, and row tiles that several blocks meet in.
+    # CTAs that go through several row tiles, and row tiles that several CTAs meet in.
     found["shares"] = replace(DECODE, q_lens=[1, 0, 2] * 30, k_lens=[150, 7, 900] * 30, dims=(128, 128), num_splits=0)
     found["scheduled"] = replace(found["shares"], schedule="fresh")
     found["stale"] = replace(found["shares"], schedule="stale")

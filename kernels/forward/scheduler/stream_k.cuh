@@ -111,7 +111,7 @@ FLASHSPARK_DEVICE SequenceWork sequence_work(const SequenceArguments &a, int32_t
   SequenceWork w{};
   if (seq < a.num_seqs) {
     // All lengths are read before one is used, even where a sequence without rows makes them stale: dependent reads
-    // would cost a round trip each (docs/experiments.md E32).
+    // would cost a round trip each (docs/experiments.md E39).
     const QueryLengths query_lengths = read_query_lengths(a, seq);
     const KeyLengths key_lengths = read_key_lengths(a, seq);
     const SequenceRows queries = queries_of(a, query_lengths);
