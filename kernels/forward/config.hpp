@@ -56,7 +56,7 @@ struct Instance {
 };
 
 #define FLASHSPARK_TILE(warps, rows, keys, score_keys, key_groups, buffering, queries, min_ctas) \
-  { warps, rows, keys, score_keys, key_groups, Buffering::buffering, QueryStorage::queries, min_ctas }
+  {warps, rows, keys, score_keys, key_groups, Buffering::buffering, QueryStorage::queries, min_ctas}
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, tiling, score_mod, tile_90, tile_120f) \
   {InstanceIndex::name, #name, head_dim, head_dim_v, Tiling::tiling, ScoreMod::score_mod, tile_90, tile_120f},
 inline constexpr Instance kInstances[] = {

@@ -272,8 +272,7 @@ void fake_cuda::set_current_device(int n) {
 
 extern "C" __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char *symbol, void **address, int,
                                                                           uint64_t, int *) {
-#define FAKE(name) \
-  { "cu" #name, reinterpret_cast<void *>(fake##name) }
+#define FAKE(name) {"cu" #name, reinterpret_cast<void *>(fake##name)}
   static const std::map<std::string, void *> table{FAKE(Init),
                                                    FAKE(DriverGetVersion),
                                                    FAKE(DeviceGetCount),

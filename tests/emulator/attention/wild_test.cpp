@@ -31,7 +31,7 @@ int64_t ranges(const Params &p) {
 }
 #define METADATA(name, count)                            \
   Metadata {                                             \
-#name, [](const Params &p) { return p.name; }, count \
+    #name, [](const Params &p) { return p.name; }, count \
   }
 const Metadata kMetadata[] = {
     METADATA(cu_seqlens_q, offsets),    METADATA(cu_seqlens_k, offsets), METADATA(seqused_q, one_each),
