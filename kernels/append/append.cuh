@@ -1,7 +1,7 @@
-// New keys and values into the cache, with rotary embedding (Su et al., RoFormer, 2021) and rounding to e4m3 on the
-// way. One block a new row, and one a row of q where that turns; its warps take the heads in turn. Rows that have no
-// place (a length beyond the cache, a page number, a slot, a position or a sequence out of range, as padded rows of a
-// captured batch carry) are left out.
+// Appends new keys and values to the cache, with rotary embedding (Su et al., RoFormer, 2021) and rounding to e4m3 on
+// the way. One CTA a new row, and one a row of q where that turns; its warps take the heads in turn. Rows that would
+// not lie in the cache are skipped: a length beyond it, or a page number, slot, position or sequence out of range, as
+// padded rows of a captured batch have.
 #pragma once
 
 #include "append/arguments.hpp"
@@ -14,12 +14,12 @@ constexpr int32_t kAppendWarps = 4;
 
 // A row of the new keys or of q.
 struct TokenRow {
-  bool found;          // it belongs to a sequence
+  bool found;          // whether it belongs to a sequence
   int32_t seq, index;  // token `index` of those of sequence `seq`
   int64_t token;       // of its sequence (dense) or of all (offsets, slot_mapping)
 };
 
-// Row `row` of those that lie end to end, or of sequences of equal length where there are no offsets.
+// Row `row` of all rows: of sequences that lie end to end, or without offsets have equal lengths.
 FLASHSPARK_DEVICE TokenRow find_token(const AppendArguments &a, int32_t row, const int32_t *offsets,
                                       const Divisor &seqlen) {
   TokenRow r{};
@@ -42,12 +42,12 @@ FLASHSPARK_DEVICE TokenRow find_token(const AppendArguments &a, int32_t row, con
   return r;
 }
 
-// What a sequence's rows count on from: `base` + `index`, or -1 where that is not from 0 to `end` - 1.
+// base + index, or -1 where that is not in [0, end).
 FLASHSPARK_DEVICE int32_t row_within(int32_t base, int32_t index, int32_t end) {
   return base >= 0 && base < end && index < end - base ? base + index : -1;
 }
 
-// The position by which a row turns, -1: none of cos and sin.
+// The position by which a row turns; -1: cos and sin have none for it.
 FLASHSPARK_DEVICE int32_t position_of(const AppendArguments &a, const TokenRow &r, int32_t index) {
   if (a.slot_mapping != nullptr) {
     const int64_t position = a.rotary_positions != nullptr ? a.rotary_positions[r.token] : -1;
@@ -59,7 +59,7 @@ FLASHSPARK_DEVICE int32_t position_of(const AppendArguments &a, const TokenRow &
 
 // Where a new row goes to.
 struct CacheRow {
-  bool found;     // the cache has a place for it
+  bool found;     // whether the cache has that row
   int64_t batch;  // page or sequence of the cache
   int32_t slot;   // row of it
 };
@@ -86,7 +86,7 @@ FLASHSPARK_DEVICE CacheRow find_cache_row(const AppendArguments &a, const TokenR
   return c;
 }
 
-// Turns the first rotary_dim numbers of a row, pair by pair, times `factor`: `to` may be `from`.
+// Turns the first rotary_dim elements of a row, pair by pair, and multiplies them by `factor`; `to` may be `from`.
 FLASHSPARK_DEVICE void turn_row(const AppendArguments &a, const void *from, DType dtype, void *to, DType to_dtype,
                                 float factor, int32_t position) {
   const int32_t half = a.rotary_dim / 2;
@@ -102,7 +102,7 @@ FLASHSPARK_DEVICE void turn_row(const AppendArguments &a, const void *from, DTyp
   }
 }
 
-// Numbers [begin, width) of a row: the same bytes, or times `factor` in another type.
+// Copies elements [begin, width) of a row: the same bytes, or multiplied by `factor` where the type differs.
 FLASHSPARK_DEVICE void copy_row(const char *from, DType dtype, char *to, DType to_dtype, float factor, int32_t begin,
                                 int32_t width) {
   const int32_t lane = ptx::lane();
@@ -172,13 +172,13 @@ FLASHSPARK_DEVICE void turn_query(const AppendArguments &a, int32_t row) {
 }
 
 FLASHSPARK_DEVICE void append(const AppendArguments &a) {
-  ptx::grid_dependency_wait();  // every block, as in forward()
+  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
   ptx::grid_dependency_launch();
-  const auto block = static_cast<int32_t>(ptx::cta_x());
-  if (block < a.new_rows) {
-    append_row(a, block);
+  const auto cta = static_cast<int32_t>(ptx::cta_x());
+  if (cta < a.new_rows) {
+    append_row(a, cta);
   } else {
-    turn_query(a, block - a.new_rows);
+    turn_query(a, cta - a.new_rows);
   }
 }
 

@@ -14,9 +14,9 @@ struct AppendArguments {
   DType new_dtype, cache_dtype, q_dtype, rotary_dtype;
 
   int32_t num_seqs, num_heads_q, num_heads_kv, head_dim, head_dim_v;
-  int32_t new_rows;              // blocks of as many come first, those of the rows of q behind them
+  int32_t new_rows;              // CTAs; those of the rows of q come behind them
   Divisor seqlen_new, seqlen_q;  // dense: rows of a sequence
-  int32_t capacity;              // rows that a sequence of the cache has place for; with slot_mapping: the whole cache
+  int32_t capacity;              // rows of a sequence of the cache; with slot_mapping: of the whole cache
   int32_t cache_rows;            // sequences of a dense cache, or rows of page_table
   int32_t cache_batches;         // pages, or sequences of the cache
   Divisor page_size;             // value 0: not paged

@@ -174,7 +174,7 @@ struct TileLoader {
       const bool visited = rows.visits(first + Copy::row());
       const ElementKV *from = data;
       if (visited && rows.pages != nullptr) {
-        // data is at the row's place in its group.
+        // data is at the row's position in its group.
         const bool whole = rows.whole_pages();
         const Quotient at =
             divide(whole ? rows.group(tile, pass / Copy::kGroupPasses) : first + Copy::row(), a.page_size);

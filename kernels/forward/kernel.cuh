@@ -8,6 +8,23 @@
 
 namespace flashspark {
 
+// Stores what the mainloop has computed: rows of out, or a partial result.
+template <class T>
+FLASHSPARK_DEVICE void store(const ForwardArguments &a, const RowTile &rows, const Mainloop<T> &mainloop,
+                             const KeyTileRange &range, int32_t first_column) {
+  if (T::kKeyGroups > 1 || range.is_final)
+    ptx::cta_barrier();  // all are done with K, V and Q, whose memory the results pass through
+  const EpilogueTile<T> result = reduce_key_groups<T>(a, rows, mainloop.o, mainloop.state, mainloop.shared);
+  const int32_t column = first_column + EpilogueTile<T>::column();
+  if (!range.is_final) {
+    store_partial<T>(a, rows, result, mainloop.scales, column, range.partial_slot);
+  } else if constexpr (T::kWarpPrivateKV) {
+    store_out_direct<T>(a, rows, result, mainloop.scales, column);
+  } else {
+    store_out<T>(a, rows, result, mainloop.scales, mainloop.shared, column);
+  }
+}
+
 // Computes a work tile and stores it. Where the scheduler has taken it from metadata that turns out to be stale,
 // nothing is stored.
 template <class T, class Scheduler>
@@ -80,17 +97,7 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, 
   ptx::cp_async_wait<0>();
   // Kernels without Stream-K find this and the slot again, instead of keeping both through the loop.
   const KeyTileRange range = T::kStreamK ? work.keys : even_split(a);
-  if (T::kKeyGroups > 1 || range.is_final)
-    ptx::cta_barrier();  // all are done with K, V and Q, whose memory the results pass through
-  const EpilogueTile<T> result = reduce_key_groups<T>(a, rows, mainloop.o, mainloop.state, mainloop.shared);
-  const int32_t column = first_column + EpilogueTile<T>::column();
-  if (!range.is_final) {
-    store_partial<T>(a, rows, result, mainloop.scales, column, range.partial_slot);
-  } else if constexpr (T::kWarpPrivateKV) {
-    store_out_direct<T>(a, rows, result, mainloop.scales, column);
-  } else {
-    store_out<T>(a, rows, result, mainloop.scales, mainloop.shared, column);
-  }
+  store(a, rows, mainloop, range, first_column);
 }
 
 template <class T>

@@ -134,6 +134,15 @@ FLASHSPARK_DEVICE void copy_barrier() {
   }
 }
 
+// Waits for a tile's copies; those of the next one may be in flight, as one group.
+FLASHSPARK_DEVICE void wait_for_tile(bool next_is_in_flight) {
+  if (next_is_in_flight) {
+    ptx::cp_async_wait<1>();
+  } else {
+    ptx::cp_async_wait<0>();
+  }
+}
+
 // One buffer of K and one of V. Every barrier does two things: it makes the copy awaited before it visible to all, and
 // it says that all are done with the other buffer, which is refilled after it.
 template <class T>
@@ -174,15 +183,8 @@ FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
   }
   // Whether the prologue has started the copy of the tile behind n.
   const auto in_flight = [&mainloop](int32_t n) { return T::kTwoTilePrologue && n == mainloop.begin; };
-  const auto wait = [&in_flight](int32_t n) {
-    if (in_flight(n)) {
-      ptx::cp_async_wait<1>();
-    } else {
-      ptx::cp_async_wait<0>();
-    }
-  };
   const auto step = [&](int32_t n) {
-    wait(n);            // for this tile
+    wait_for_tile(in_flight(n));  // for this tile
     copy_barrier<T>();  // ... for all; and all are done with the tile before, or with Q where it passes on to registers
     if (!in_flight(n)) mainloop.copy(n + 1);
     FLASHSPARK_NO_UNROLL
@@ -205,7 +207,7 @@ FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
     mainloop.step_pointers(mainloop.tiles.begin[0] + n + 1);
     FLASHSPARK_NO_UNROLL
     for (; n < mainloop.unmasked_end; ++n) {
-      wait(n);  // as in step()
+      wait_for_tile(in_flight(n));  // as in step()
       copy_barrier<T>();
       FLASHSPARK_NO_UNROLL
       for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
