@@ -62,6 +62,23 @@ Work work(const cases::Case &c) {
   return {4.0 * pairs * c.heads_q * c.head_dim, 2.0 * c.head_dim * (cache + queries)};
 }
 
+// The lengths of all sequences, then `sets` page tables of `slots` columns over `pages` pages, in random order.
+std::vector<int32_t> lengths_and_page_tables(const cases::Case &spec, int64_t sets, int64_t pages, int64_t slots) {
+  std::vector<int32_t> order(pages), numbers;
+  std::iota(order.begin(), order.end(), 0);
+  cases::Random(spec.seed, 'c').shuffle(order);
+  for (const cases::SeqLen &len : spec.lens) numbers.push_back(static_cast<int32_t>(len.k));
+  for (int64_t set = 0, next = 0; set < sets; ++set) {
+    for (const cases::SeqLen &len : spec.lens) {
+      const int64_t n = page_count(spec, len);
+      numbers.insert(numbers.end(), order.begin() + next, order.begin() + next + n);
+      numbers.resize(numbers.size() + slots - n, -1);
+      next += n;
+    }
+  }
+  return numbers;
+}
+
 // `sets` page tables over as many caches, used in turn.
 void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const BenchOptions &options) {
   const cases::Case &spec = *t.spec;
@@ -81,18 +98,7 @@ void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const 
   if (gpu) copy.emplace(problem, 0);
   flashspark_attention_params p = gpu ? copy->params() : problem.params;
 
-  std::vector<int32_t> order(pages), numbers;
-  std::iota(order.begin(), order.end(), 0);
-  cases::Random(spec.seed, 'c').shuffle(order);
-  for (const cases::SeqLen &len : spec.lens) numbers.push_back(static_cast<int32_t>(len.k));
-  for (int64_t set = 0, next = 0; set < sets; ++set) {
-    for (const cases::SeqLen &len : spec.lens) {
-      const int64_t n = page_count(spec, len);
-      numbers.insert(numbers.end(), order.begin() + next, order.begin() + next + n);
-      numbers.resize(numbers.size() + slots - n, -1);
-      next += n;
-    }
-  }
+  const std::vector<int32_t> numbers = lengths_and_page_tables(spec, sets, pages, slots);
   const Memory lengths_and_tables(gpu, numbers.size() * sizeof(int32_t), std::as_bytes(std::span(numbers)));
   p.seqused_k = reinterpret_cast<const int32_t *>(lengths_and_tables.data());
   p.page_table = p.seqused_k + num_seqs;

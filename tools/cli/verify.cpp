@@ -185,6 +185,87 @@ Json outcome_json(const Outcome &o) {
   return json;
 }
 
+// What was asked for, and what came of it.
+struct Verification {
+  const VerifyOptions &options;
+  std::vector<cases::Case> cases;
+  std::vector<std::string> implementations;
+  std::unique_ptr<GpuSession> gpu;
+  Limits limits;
+  std::vector<Outcome> outcomes;
+  double seconds = 0, worst = 0;  // worst: error over bound
+  int passed = 0, failed = 0, skipped = 0;
+};
+
+void run(Verification &v) {
+  const auto start = std::chrono::steady_clock::now();
+  v.limits = measure_limits(v.options.threads);
+  Progress progress(v.cases.size());
+  for (const cases::Case &spec : v.cases) {
+    progress.step(spec.name);
+    cases::Problem problem(spec);
+    const cases::Result expected = cases::reference(problem);
+    for (const std::string &name : v.implementations) {
+      Outcome o = check(problem, expected, name, v.options.threads, v.gpu.get());
+      if (expected.status != FLASHSPARK_OK) {
+        o.state = Outcome::kFailed;
+        o.reason = "the oracle: " + expected.error;
+      }
+      o.spec = &spec;
+      o.work = work(problem);
+      const Roofline roof = roofline(o.work, name == kGpuImplementation ? v.gpu->limits() : v.limits);
+      // A call of a few microseconds says nothing about the limits.
+      if (roof.seconds > 20e-6 && o.state == Outcome::kPassed) o.of_limit = roof.seconds / o.seconds;
+      (o.state == Outcome::kPassed ? v.passed : o.state == Outcome::kFailed ? v.failed : v.skipped) += 1;
+      v.worst = std::max(v.worst, o.comparison.ratio);
+      v.outcomes.push_back(std::move(o));
+    }
+  }
+  v.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+Json report_of(const Verification &v) {
+  Json report = report_header();
+  report["limits"] = to_json(v.limits);
+  if (v.gpu) report["gpu"] = to_json(*v.gpu);
+  report["summary"] = {{"cases", v.cases.size()}, {"passed", v.passed},   {"failed", v.failed},
+                       {"skipped", v.skipped},    {"seconds", v.seconds}, {"worst_error_over_bound", v.worst}};
+  report["implementations"] = v.implementations;
+  Json &features = report["coverage"] = Json::object();
+  for (const auto &[feature, counts] : coverage(v.outcomes)) {
+    for (const auto &[name, count] : counts)
+      features[feature][name] = {{"passed", count.first}, {"failed", count.second}};
+  }
+  Json &results = report["results"] = Json::array();
+  for (const Outcome &o : v.outcomes) results.push_back(outcome_json(o));
+  return report;
+}
+
+void print(const Verification &v) {
+  const bool all_lines = v.options.verbose || v.outcomes.size() <= kShortList;
+  std::vector<const Outcome *> lines;
+  for (const Outcome &o : v.outcomes) {
+    if (all_lines || o.spec->group == "guide" || o.state == Outcome::kFailed) lines.push_back(&o);
+  }
+  if (!lines.empty()) print_case_lines(lines);
+  if (!all_lines) fmt::print("\n"), print_group_lines(v.outcomes);
+  for (const Outcome &o : v.outcomes) {
+    if (o.state == Outcome::kFailed)
+      fmt::print("\n  {} on {}: {}\n", paint(Colour::kRed, o.spec->name), o.implementation, o.reason);
+  }
+  fmt::print("\n");
+  print_coverage(coverage(v.outcomes), v.implementations);
+  fmt::print("\n{}  {} checks of {} cases passed{}{} in {}\n",
+             v.failed ? paint(Colour::kRed, "FAILED") : paint(Colour::kGreen, "PASSED"), v.passed, v.cases.size(),
+             v.failed ? fmt::format(", {} failed", v.failed) : "",
+             v.skipped ? fmt::format(", {} skipped", v.skipped) : "", seconds_text(v.seconds));
+  fmt::print("{}\n", paint(Colour::kDim,
+                           fmt::format("limits measured here: {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy",
+                                       v.limits.flops / 1e9, v.limits.bytes / 1e9)));
+  if (v.gpu) fmt::print("{}\n", paint(Colour::kDim, v.gpu->text()));
+  if (!v.options.report.empty()) fmt::print("report: {}\n", v.options.report);
+}
+
 }  // namespace
 
 int verify(const VerifyOptions &options) {
@@ -193,84 +274,17 @@ int verify(const VerifyOptions &options) {
   all = select(std::move(all), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
   if (!options.report.empty()) require_writable(options.report);
-  const std::unique_ptr<GpuSession> gpu = open_gpu(options.cpu);
-  const std::vector<std::string> implementations = select_implementations(options.implementation, gpu != nullptr);
-
-  const auto start = std::chrono::steady_clock::now();
-  const Limits limits = measure_limits(options.threads);
-  std::vector<Outcome> outcomes;
-  {
-    Progress progress(all.size());
-    for (const cases::Case &spec : all) {
-      progress.step(spec.name);
-      cases::Problem problem(spec);
-      const cases::Result expected = cases::reference(problem);
-      for (const std::string &name : implementations) {
-        Outcome o = check(problem, expected, name, options.threads, gpu.get());
-        if (expected.status != FLASHSPARK_OK) {
-          o.state = Outcome::kFailed;
-          o.reason = "the oracle: " + expected.error;
-        }
-        o.spec = &spec;
-        o.work = work(problem);
-        const Roofline roof = roofline(o.work, name == kGpuImplementation ? gpu->limits() : limits);
-        // A call of a few microseconds says nothing about the limits.
-        if (roof.seconds > 20e-6 && o.state == Outcome::kPassed) o.of_limit = roof.seconds / o.seconds;
-        outcomes.push_back(std::move(o));
-      }
-    }
-  }
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  int passed = 0, failed = 0, skipped = 0;
-  double worst = 0;
-  for (const Outcome &o : outcomes) {
-    (o.state == Outcome::kPassed ? passed : o.state == Outcome::kFailed ? failed : skipped) += 1;
-    worst = std::max(worst, o.comparison.ratio);
-  }
-  const Coverage covered = coverage(outcomes);
-
+  std::unique_ptr<GpuSession> gpu = open_gpu(options.cpu);
+  std::vector<std::string> implementations = select_implementations(options.implementation, gpu != nullptr);
+  Verification v{options, std::move(all), std::move(implementations), std::move(gpu), {}, {}};
+  run(v);
   if (options.json || !options.report.empty()) {
-    Json report = report_header();
-    report["limits"] = to_json(limits);
-    if (gpu) report["gpu"] = to_json(*gpu);
-    report["summary"] = {{"cases", all.size()}, {"passed", passed},   {"failed", failed},
-                         {"skipped", skipped},  {"seconds", seconds}, {"worst_error_over_bound", worst}};
-    report["implementations"] = implementations;
-    Json &features = report["coverage"] = Json::object();
-    for (const auto &[feature, counts] : covered) {
-      for (const auto &[name, count] : counts)
-        features[feature][name] = {{"passed", count.first}, {"failed", count.second}};
-    }
-    Json &results = report["results"] = Json::array();
-    for (const Outcome &o : outcomes) results.push_back(outcome_json(o));
+    const Json report = report_of(v);
     if (!options.report.empty()) write_json(report, options.report);
     if (options.json) print_json(report);
   }
-  if (!options.json) {
-    const bool all_lines = options.verbose || outcomes.size() <= kShortList;
-    std::vector<const Outcome *> lines;
-    for (const Outcome &o : outcomes) {
-      if (all_lines || o.spec->group == "guide" || o.state == Outcome::kFailed) lines.push_back(&o);
-    }
-    if (!lines.empty()) print_case_lines(lines);
-    if (!all_lines) fmt::print("\n"), print_group_lines(outcomes);
-    for (const Outcome &o : outcomes) {
-      if (o.state == Outcome::kFailed)
-        fmt::print("\n  {} on {}: {}\n", paint(Colour::kRed, o.spec->name), o.implementation, o.reason);
-    }
-    fmt::print("\n");
-    print_coverage(covered, implementations);
-    fmt::print("\n{}  {} checks of {} cases passed{}{} in {}\n",
-               failed ? paint(Colour::kRed, "FAILED") : paint(Colour::kGreen, "PASSED"), passed, all.size(),
-               failed ? fmt::format(", {} failed", failed) : "", skipped ? fmt::format(", {} skipped", skipped) : "",
-               seconds_text(seconds));
-    fmt::print("{}\n", paint(Colour::kDim,
-                             fmt::format("limits measured here: {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s copy",
-                                         limits.flops / 1e9, limits.bytes / 1e9)));
-    if (gpu) fmt::print("{}\n", paint(Colour::kDim, gpu->text()));
-    if (!options.report.empty()) fmt::print("report: {}\n", options.report);
-  }
-  return failed ? kFailed : kOk;
+  if (!options.json) print(v);
+  return v.failed ? kFailed : kOk;
 }
 
 }  // namespace flashspark::cli
