@@ -14,6 +14,7 @@
 #pragma once
 
 #include "forward/scheduler/stream_k.cuh"
+#include "forward/smem_plan.hpp"
 
 namespace flashspark {
 
