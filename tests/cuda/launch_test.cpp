@@ -423,6 +423,7 @@ TEST_F(Cuda, AScheduleIsOfOneProblem) {
   EXPECT_TRUE(differs([](Params &r) { r.causal = 0; }));
   EXPECT_TRUE(differs([](Params &r) { r.window_left = 500; }));
   EXPECT_TRUE(differs([](Params &r) { r.window_right = 5; }));
+  EXPECT_TRUE(differs([](Params &r) { r.attention_chunk = 512; }));
   EXPECT_TRUE(differs([&](Params &r) { r.causal_per_seq = lengths; }));
   EXPECT_TRUE(differs([&](Params &r) { r.leftpad_k = lengths; }));
   EXPECT_TRUE(differs([&](Params &r) { r.seqused_q = lengths; }));
@@ -436,7 +437,12 @@ TEST_F(Cuda, AScheduleIsOfOneProblem) {
   };
   EXPECT_TRUE(none([](Params &r) { r.num_splits = 1; }));
   EXPECT_TRUE(none([](Params &r) { r.deterministic = 1; }));
-  EXPECT_TRUE(none([](Params &r) { r.softcap = 30; }));
+  EXPECT_FALSE(none([](Params &r) { r.softcap = 30; }));
+  // Their masks follow from more than lengths.
+  EXPECT_TRUE(none([&](Params &r) { r.rswa_window = 100, r.rswa_prefix_lens = lengths; }));
+  EXPECT_TRUE(none([&](Params &r) {
+    r.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ, r.num_prefix_ranges = 1, r.prefix_ranges = lengths;
+  }));
   EXPECT_TRUE(none([](Params &r) { r.max_seqlen_q = 4096; }));
   EXPECT_TRUE(none([](Params &r) { r.num_seqs = 0; }));
   p.device_index = kOld;
