@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #define FLASHSPARK_DEVICE __device__ __forceinline__
-#define FLASHSPARK_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define FLASHSPARK_KERNEL(threads, min_ctas) extern "C" __global__ void __launch_bounds__(threads, min_ctas)
 #define FLASHSPARK_PARAMETER __grid_constant__ const
 #define FLASHSPARK_UNROLL _Pragma("unroll")
 #define FLASHSPARK_NO_UNROLL _Pragma("unroll 1")
@@ -27,14 +27,14 @@ struct E4m3 {
   uint8_t bits;
 };
 
-// A byte address in the shared window of the block.
+// A byte address in the CTA's shared window.
 using SharedAddress = uint32_t;
 
 struct alignas(16) Vector16 {
   uint32_t word[4];
 };
 
-// Where am I. Blocks and threads have x only, but for the grid's y and z.
+// The place of this thread: CTAs and threads have x only, but for the y and z of the grid.
 FLASHSPARK_DEVICE uint32_t thread_index() {
   return threadIdx.x;
 }
@@ -54,7 +54,7 @@ FLASHSPARK_DEVICE uint32_t cta_z() {
   return blockIdx.z;
 }
 
-// bar.sync 0: all threads of the block meet; shared memory written before is visible after.
+// bar.sync 0: all threads of the CTA meet; shared memory written before is visible after.
 FLASHSPARK_DEVICE void cta_barrier() {
   __syncthreads();
 }
@@ -77,7 +77,7 @@ FLASHSPARK_DEVICE void grid_dependency_launch() {
 #endif
 }
 
-// The block's dynamic shared memory, aligned to 1024 bytes.
+// The CTA's dynamic shared memory, aligned to 1024 bytes.
 FLASHSPARK_DEVICE SharedAddress shared_memory() {
   extern __shared__ __align__(1024) unsigned char flashspark_shared[];
   return static_cast<SharedAddress>(__cvta_generic_to_shared(flashspark_shared));
