@@ -52,25 +52,13 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, 
     return warp_row < warp_end ? key_bounds<T::ScoreMod::kActive>(a, mask, warp_row, warp_end) : no_keys();
   };
   const KeyBounds warp_bounds = T::kTwoTilePrologue ? no_keys() : find_warp_bounds();
-  Mainloop<T> mainloop{a,
-                       rows,
-                       mask,
-                       make_tile_copy<T>(a, keys, bounds),
+  // clang-format off
+  Mainloop<T> mainloop{a, rows, mask, make_tile_copy<T>(a, keys, bounds),
                        make_tile_loader<T, KVOperand::key>(a, rows, keys),
                        make_tile_loader<T, KVOperand::value>(a, rows, keys),
-                       tiles,
-                       begin,
-                       end,
-                       0,
-                       0,
-                       warp_bounds,
-                       ptx::shared_memory(),
-                       lane_offsets<T>(a),
-                       {},
-                       {},
-                       {},
-                       {},
-                       {}};
+                       tiles, begin, end, 0, 0, warp_bounds, ptx::shared_memory(), lane_offsets<T>(a),
+                       {}, {}, {}, {}, {}};
+  // clang-format on
   scheduler.wait();
   mainloop.look_up(begin);
   // Page numbers are in flight. A stale record's keys are within the page table, too.
