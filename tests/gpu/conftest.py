@@ -1,4 +1,4 @@
-"""GPU tests of the installed package. All of them are skipped if there is no GPU.
+"""GPU tests of the installed package. Without torch or a GPU none is collected, and the run fails.
 
 FLASHSPARK_GPU_TESTS_ON_CPU=1 runs those that can run on CPU tensors: this checks the tests, not the kernels.
 """
@@ -27,12 +27,7 @@ def pytest_report_header(config):
 
 def pytest_terminal_summary(terminalreporter):
     if not READY:
-        terminalreporter.write_line("tests/gpu: skipped, torch sees no GPU")
-
-
-def pytest_sessionfinish(session, exitstatus):
-    if not READY and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
-        session.exitstatus = pytest.ExitCode.OK
+        terminalreporter.write_line("tests/gpu: nothing ran, there is no torch or it sees no GPU")
 
 
 def pytest_collection_modifyitems(items):
