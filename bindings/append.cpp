@@ -165,7 +165,7 @@ void read_rotary(const Tensor &cos, const Tensor &sin, const Tensor &positions, 
 void append_kv(Reader &args) {
   flashspark_append_params p;
   flashspark_append_params_init(&p);
-  args.set_names(append::kNames);
+  args.set_names(append::kNames, std::size(append::kNames));
   Tensors t;
   const int64_t stored_as = args.integer(A::stored_as, 0);
   t.k = args.tensor(A::k, stored_type(stored_as, kStoredK));

@@ -54,15 +54,16 @@ void Reader::check_device(const Tensor &tensor) {
   }
 }
 
-Tensor Reader::optional_tensor(int32_t index, int32_t stored_as) {
+Tensor Reader::optional_tensor(int32_t index, int32_t stored_as, const char *called) {
+  const char *word = called != nullptr ? called : name(index);
   const TVMFFIAny &arg = at(index);
   if (arg.type_index == kTVMFFINone) return {};
   if (arg.type_index != kTVMFFITensor && arg.type_index != kTVMFFIDLTensorPtr) {
-    fail_kind(name(index), arg.type_index, "must be a NumPy array, a torch tensor or another DLPack tensor");
+    fail_kind(word, arg.type_index, "must be a NumPy array, a torch tensor or another DLPack tensor");
   }
   const DLTensor *raw = arg.type_index == kTVMFFITensor ? TVMFFITensorGetDLTensorPtr(arg.v_obj)
                                                         : static_cast<const DLTensor *>(arg.v_ptr);
-  const Tensor tensor(raw, name(index), stored_as);
+  const Tensor tensor(raw, word, stored_as);
   // To the C interface a null pointer is an absent tensor.
   if (raw->data == nullptr && !tensor.empty()) {
     fail_value(tensor.name(), "a tensor without memory", "must hold its elements");

@@ -25,12 +25,18 @@ inline int32_t stored_type(int64_t stored_as, int tensor) {
 class Reader {
  public:
   Reader(const TVMFFIAny *args, int32_t count) : args_(args), count_(count) {}
-  void set_names(const char *const *names) { names_ = names; }
-  const char *name(int32_t index) const { return names_ != nullptr ? names_[index] : "argument"; }
+  // Of the first `count` arguments; `rest`: of those behind them.
+  void set_names(const char *const *names, int32_t count, const char *rest = "argument") {
+    names_ = names;
+    num_names_ = count;
+    rest_ = rest;
+  }
+  const char *name(int32_t index) const { return index < num_names_ ? names_[index] : rest_; }
+  bool has(int32_t index) const { return index < count_; }
 
   // All tensors of a call must be on one device.
   Tensor tensor(int32_t index, int32_t stored_as = 0);
-  Tensor optional_tensor(int32_t index, int32_t stored_as = 0);
+  Tensor optional_tensor(int32_t index, int32_t stored_as = 0, const char *called = nullptr);
   int64_t integer(int32_t index, int64_t fallback) const;
   int64_t bound(int32_t index) const;  // at least 0, or -1 for None
   int32_t integer32(int32_t index, int32_t fallback) const;
@@ -56,6 +62,8 @@ class Reader {
   const TVMFFIAny *args_;
   int32_t count_;
   const char *const *names_ = nullptr;
+  int32_t num_names_ = 0;
+  const char *rest_ = "argument";
   const char *first_tensor_ = nullptr;
   bool on_cuda_ = false;
   int32_t device_index_ = 0;

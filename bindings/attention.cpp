@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "exports.hpp"
+#include "functions.hpp"
 #include "names.hpp"
 
 namespace flashspark::ffi {
@@ -13,6 +14,7 @@ struct Call {
   Face face = kFunc;
   flashspark_attention_params params;
   std::string implementation;
+  FunctionArguments functions;
 };
 
 enum { kStoredQ, kStoredK, kStoredV, kStoredOut, kStoredSinks, kStoredRel };  // indices in `stored_as`
@@ -194,6 +196,11 @@ void read_mask(Reader &args, flashspark_attention_params &p) {
   p.rswa_window = args.integer32(A::rswa_window, 0);
 }
 
+void read_dropout(Reader &args, flashspark_attention_params &p) {
+  p.dropout_p = static_cast<float>(args.real(A::dropout_p, 0));
+  if (const Tensor state = args.optional_tensor(A::rng_state)) p.dropout_state = state.random_state();
+}
+
 void read_options(const Reader &args, Call &call) {
   flashspark_attention_params &p = call.params;
   p.softmax_scale = args.is_none(A::softmax_scale) ? 1 / std::sqrt(static_cast<float>(p.head_dim))
@@ -210,15 +217,17 @@ void read_options(const Reader &args, Call &call) {
 void read_call(Reader &args, Call &call) {
   flashspark_attention_params &p = call.params;
   flashspark_attention_params_init(&p);
-  const int64_t face = args.integer(A::face, 0);
+  const int64_t code = args.integer(A::face, 0), face = code & ~kHeadsFirst;
   if (face < 0 || face >= kNumFaces) fail_value("face", std::to_string(face), "must be 0, 1 or 2");
   call.face = static_cast<Face>(face);
-  args.set_names(attention::kNames[face]);
+  args.set_names(attention::kNames[face], attention::kCount, "captured tensor");
   const int64_t stored_as = args.integer(A::stored_as, 0);
-  const Tensor q = args.tensor(A::q, stored_type(stored_as, kStoredQ));
-  const Tensor k = args.tensor(A::k, stored_type(stored_as, kStoredK));
-  const Tensor v = args.tensor(A::v, stored_type(stored_as, kStoredV));
-  const Tensor out = args.tensor(A::out, stored_type(stored_as, kStoredOut));
+  const auto rows = [&](int32_t index, int stored) {
+    const Tensor tensor = args.tensor(index, stored_type(stored_as, stored));
+    return (code & kHeadsFirst) != 0 ? tensor.heads_first() : tensor;
+  };
+  const Tensor q = rows(A::q, kStoredQ), k = rows(A::k, kStoredK), v = rows(A::v, kStoredV);
+  const Tensor out = rows(A::out, kStoredOut);
   const Tensor cu_seqlens_q = args.optional_tensor(A::cu_seqlens_q);
   read_heads(k, v, p);
   read_queries(q, out, args.optional_tensor(A::lse), cu_seqlens_q, p);
@@ -230,6 +239,8 @@ void read_call(Reader &args, Call &call) {
             args.optional_tensor(A::rel_logits, stored_type(stored_as, kStoredRel)), p);
   read_scales(args, p);
   read_mask(args, p);
+  read_dropout(args, p);
+  call.functions.read(args, p);
   read_scheduler_metadata(args.optional_tensor(A::scheduler_metadata), p);
   args.set_device(p);
 }

@@ -17,5 +17,6 @@ std::string attention_explain(Reader &args);
 void attention_validate(Reader &args);
 int64_t attention_schedule(Reader &args);  // the number of elements of scheduler_metadata
 void append_kv(Reader &args);
+void create_block_mask(Reader &args);
 
 }  // namespace flashspark::ffi

@@ -1,6 +1,7 @@
 // The functions that Python calls, exported as tvm-ffi expects: C symbols named __tvm_ffi_<function>. tvm-ffi releases
 // the interpreter lock around each call.
 #include "exports.hpp"
+#include "functions.hpp"
 #include "signature.hpp"
 
 namespace {
@@ -60,6 +61,33 @@ FLASHSPARK_EXPORT(append_kv) {
     Reader reader(args, count);
     flashspark::ffi::append_kv(reader);
   });
+}
+
+FLASHSPARK_EXPORT(create_block_mask) {
+  static_cast<void>(result);
+  return guarded([&] {
+    Reader reader(args, count);
+    flashspark::ffi::create_block_mask(reader);
+  });
+}
+
+// score_mod_create(graph) and mask_mod_create(graph): a handle, for mod_release(handle).
+FLASHSPARK_EXPORT(score_mod_create) {
+  return guarded([&] { give_integer(flashspark::ffi::create_mod(Reader(args, count).text(0), true), result); });
+}
+
+FLASHSPARK_EXPORT(mask_mod_create) {
+  return guarded([&] { give_integer(flashspark::ffi::create_mod(Reader(args, count).text(0), false), result); });
+}
+
+FLASHSPARK_EXPORT(mod_release) {
+  static_cast<void>(result);
+  return guarded([&] { flashspark::ffi::release_mod(Reader(args, count).integer(0, 0)); });
+}
+
+FLASHSPARK_EXPORT(set_nvrtc_search_path) {
+  static_cast<void>(result);
+  return guarded([&] { flashspark_set_nvrtc_search_path(Reader(args, count).text(0).c_str()); });
 }
 
 FLASHSPARK_EXPORT(signature) {

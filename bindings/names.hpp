@@ -13,6 +13,16 @@ struct Name {
   const char *face[kNumFaces];
 };
 
+// FlashAttention 4's lists, in the order of the native call (functions.hpp). flex_attention puts its own names in their
+// place (python/flashspark/_flex_words.py).
+inline constexpr const char *kListNames[] = {
+    "block_sparse_tensors.mask_block_cnt", "block_sparse_tensors.mask_block_idx", "block_sparse_tensors.full_block_cnt",
+    "block_sparse_tensors.full_block_idx"};
+
+constexpr Name same(const char *core, const char *word) {
+  return {core, {word, word, word}};
+}
+
 inline constexpr Name kAttentionNames[] = {
 #define ATTENTION(kind, field, fallback, func, cache, forward) {#field, {func, cache, forward}},
 #include "signature.def"
@@ -28,6 +38,18 @@ inline constexpr Name kAttentionNames[] = {
     {"sinks_dtype", {"sinks.dtype", "sinks.dtype", "learnable_sink.dtype"}},
     {"rel_dtype", {"rel_logits.dtype", "rel_logits.dtype", "rel_logits.dtype"}},
     {"rel_extent", {"rel_logits.shape[-1]", "rel_logits.shape[-1]", "rel_logits.shape[-1]"}},
+    same("dropout_state", "rng_state"),
+    same("masked_blocks.counts", kListNames[0]),
+    same("masked_blocks.indices", kListNames[1]),
+    same("full_blocks.counts", kListNames[2]),
+    same("full_blocks.indices", kListNames[3]),
+    same("masked_blocks.width", "block_sparse_tensors.mask_block_idx.shape[3]"),
+    same("full_blocks.width", "block_sparse_tensors.full_block_idx.shape[3]"),
+    same("block_batch", "block_sparse_tensors.mask_block_cnt.shape[0]"),
+    same("block_heads", "block_sparse_tensors.mask_block_cnt.shape[1]"),
+    same("num_blocks_q", "block_sparse_tensors.mask_block_cnt.shape[2]"),
+    same("block_size_q", "block_sparse_tensors.block_size[0]"),
+    same("block_size_k", "block_sparse_tensors.block_size[1]"),
 };
 
 inline constexpr Name kAppendNames[] = {
@@ -61,16 +83,19 @@ inline constexpr Name kScheduleNames[] = {
     {"scheduler_metadata", {"out"}},     {"scheduler_metadata_size", {"out.shape[0]"}},
 };
 
-// Replaces the field at the start of an error text: "page_table[0][3] = 9: .." becomes "block_table[0][3] = 9: ..".
+// Replaces the field at the start of an error text: "page_table[0][3] = 9: .." becomes "block_table[0][3] = 9: ..". Of
+// several names at the start the longest counts: "masked_blocks.counts" rather than "masked_blocks".
 template <size_t N>
 std::string in_callers_words(const char *text, const Name (&names)[N], Face face) {
-  const size_t length = std::strspn(text, "abcdefghijklmnopqrstuvwxyz_0123456789");
+  const Name *found = nullptr;
+  size_t longest = 0;
   for (const Name &name : names) {
-    if (std::strlen(name.core) == length && std::strncmp(name.core, text, length) == 0) {
-      return name.face[face] + std::string(text + length);
-    }
+    const size_t length = std::strlen(name.core);
+    if (length <= longest || std::strncmp(name.core, text, length) != 0) continue;
+    if (text[length] != '\0' && std::strchr("abcdefghijklmnopqrstuvwxyz_0123456789", text[length]) != nullptr) continue;
+    found = &name, longest = length;
   }
-  return text;
+  return found != nullptr ? found->face[face] + std::string(text + longest) : text;
 }
 
 }  // namespace flashspark::ffi

@@ -24,7 +24,7 @@ int64_t attention_schedule(Reader &args) {
   using A = schedule::Argument;
   flashspark_attention_params p;
   flashspark_attention_params_init(&p);
-  args.set_names(schedule::kNames);
+  args.set_names(schedule::kNames, std::size(schedule::kNames));
   const Tensor metadata = args.optional_tensor(A::out);
   p.num_seqs = args.integer(A::batch_size, 0);
   p.max_seqlen_q = args.integer(A::max_seqlen_q, 0);

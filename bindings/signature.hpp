@@ -6,6 +6,8 @@
 namespace flashspark::ffi {
 
 enum Face { kFunc = 0, kCache = 1, kForward = 2, kNumFaces = 3 };  // flash_attn_*func, *_with_kvcache, _flash_attn_fwd
+// Added to a face: q, k, v and out are (num_seqs, heads, tokens, width), as flex_attention's are.
+inline constexpr int64_t kHeadsFirst = 4;
 
 namespace attention {
 enum Argument : int32_t {

@@ -18,6 +18,22 @@ int32_t dtype_of(DLDataType type) {
   return FLASHSPARK_DTYPE_NONE;
 }
 
+// Of a tensor that a function reads.
+int32_t captured_dtype_of(DLDataType type) {
+  constexpr struct {
+    uint8_t code, bits;
+    int32_t dtype;
+  } kTypes[] = {{kDLFloat, 64, FLASHSPARK_FLOAT64}, {kDLFloat, 32, FLASHSPARK_FLOAT32},
+                {kDLFloat, 16, FLASHSPARK_FLOAT16}, {kDLBfloat, 16, FLASHSPARK_BFLOAT16},
+                {kDLBool, 8, FLASHSPARK_BOOL},      {kDLUInt, 8, FLASHSPARK_UINT8},
+                {kDLInt, 8, FLASHSPARK_INT8},       {kDLInt, 16, FLASHSPARK_INT16},
+                {kDLInt, 32, FLASHSPARK_INT32},     {kDLInt, 64, FLASHSPARK_INT64}};
+  for (const auto &known : kTypes) {
+    if (type.lanes == 1 && type.code == known.code && type.bits == known.bits) return known.dtype;
+  }
+  return FLASHSPARK_DTYPE_NONE;
+}
+
 }  // namespace
 
 void fail(const char *kind, const std::string &argument, const std::string &value, const std::string &rule) {
@@ -40,7 +56,7 @@ Tensor::Tensor(const DLTensor *tensor, const char *name, int32_t stored_as) : te
 }
 
 int64_t Tensor::stride(int32_t i) const {
-  if (i < 0) i += tensor_->ndim;
+  i = axis(i);
   if (tensor_->strides != nullptr) return tensor_->strides[i];
   int64_t stride = 1;  // in DLPack null strides mean row-major
   for (int32_t j = tensor_->ndim - 1; j > i; --j) stride *= tensor_->shape[j];
@@ -148,6 +164,16 @@ const int64_t *Tensor::int64_vector() const {
   return static_cast<const int64_t *>(data());
 }
 
+const uint64_t *Tensor::random_state() const {
+  require_ndim({1}, "(2,): seed and offset");
+  require_size(0, 2, "seed and offset");
+  require_dense();
+  const DLDataType type = tensor_->dtype;
+  if ((type.code != kDLInt && type.code != kDLUInt) || type.bits != 64 || type.lanes != 1)
+    fail_type(std::string(name_) + ".dtype", dtype_text(), "must be int64 or uint64");
+  return static_cast<const uint64_t *>(data());
+}
+
 flashspark_tensor Tensor::rows() const {
   require_float();
   require_unit_stride();
@@ -171,6 +197,22 @@ flashspark_scale Tensor::per_head_scale(int64_t num_seqs, int64_t num_heads_kv) 
   require_size(0, num_seqs, "the number of sequences");
   require_size(1, num_heads_kv, "the number of KV heads");
   return {values, stride(0), stride(1)};
+}
+
+flashspark_captured_tensor Tensor::captured(int32_t stored_as) const {
+  flashspark_captured_tensor to{};
+  to.dtype = stored_as != 0 ? stored_as : captured_dtype_of(tensor_->dtype);
+  if (to.dtype == FLASHSPARK_DTYPE_NONE)
+    fail_type(std::string(name_) + ".dtype", dtype_text(), "must be bool, an integer or a float type");
+  if (ndim() > FLASHSPARK_MAX_CAPTURED_RANK)
+    fail_value(std::string(name_) + ".ndim", std::to_string(ndim()), "must be at most 8");
+  to.data = data();
+  to.rank = ndim();
+  for (int32_t d = 0; d < to.rank; ++d) {
+    to.shape[d] = size(d);
+    to.strides[d] = stride(d);
+  }
+  return to;
 }
 
 }  // namespace flashspark::ffi

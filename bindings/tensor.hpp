@@ -32,7 +32,7 @@ class Tensor {
   explicit operator bool() const { return tensor_ != nullptr; }
   const char *name() const { return name_; }
   int32_t ndim() const { return tensor_->ndim; }
-  int64_t size(int32_t i) const { return tensor_->shape[i < 0 ? i + tensor_->ndim : i]; }
+  int64_t size(int32_t i) const { return tensor_->shape[axis(i)]; }
   int64_t stride(int32_t i) const;
   void *data() const { return static_cast<char *>(tensor_->data) + tensor_->byte_offset; }
   int32_t dtype() const { return dtype_; }
@@ -41,6 +41,12 @@ class Tensor {
   bool on_host() const { return tensor_->device.device_type == kDLCPU || tensor_->device.device_type == kDLCUDAHost; }
   std::string shape_text() const;
   std::string dtype_text() const;
+  // The tensor (num_seqs, heads, tokens, width) as one (num_seqs, tokens, heads, width).
+  Tensor heads_first() const {
+    Tensor to = *this;
+    to.heads_first_ = ndim() == 4;
+    return to;
+  }
 
   void require_ndim(std::initializer_list<int32_t> allowed, const char *meaning) const;
   void require_size(int32_t i, int64_t expected, const char *meaning) const;
@@ -51,18 +57,27 @@ class Tensor {
   void require_float32() const;
   const int32_t *int32_data() const;
   const int64_t *int64_vector() const;
+  const uint64_t *random_state() const;  // seed and offset, signed or not: their bits alone count
 
   // The fields of the C structs. int32_vector() and per_head_scale() accept an absent tensor and give null then.
   flashspark_tensor rows() const;  // (.., tokens, heads, width), only the last dimension contiguous
   const int32_t *int32_vector(int64_t expected, const char *meaning) const;
   flashspark_scale per_head_scale(int64_t num_seqs, int64_t num_heads_kv) const;  // or one element for all
+  // Of any shape and type that a function may read. stored_as: a flashspark_dtype, or 0 for the tensor's own type.
+  flashspark_captured_tensor captured(int32_t stored_as) const;
 
  private:
   void require_integer(int bits) const;
+  // Of dimension i in the tensor's own order.
+  int32_t axis(int32_t i) const {
+    if (i < 0) i += tensor_->ndim;
+    return heads_first_ && (i == 1 || i == 2) ? 3 - i : i;
+  }
 
   const DLTensor *tensor_ = nullptr;
   const char *name_ = "";
   int32_t dtype_ = FLASHSPARK_DTYPE_NONE;
+  bool heads_first_ = false;
 };
 
 }  // namespace flashspark::ffi

@@ -6,10 +6,12 @@
 
 #include "cpu/engine.hpp"
 #include "cpu/thread_pool.hpp"
+#include "cuda/nvrtc.hpp"
 #include "dispatch.hpp"
 #include "dtype.hpp"
 #include "environment.hpp"
 #include "error.hpp"
+#include "mod.hpp"
 #include "validate.hpp"
 
 namespace fs = flashspark;
@@ -44,6 +46,13 @@ const T &checked(const T *params, void (*validate)(const T &) = fs::validate) {
   return *params;
 }
 
+flashspark_status create(const char *graph, bool is_score, flashspark_mod **mod) {
+  return guarded([&] {
+    if (mod == nullptr) fs::fail("mod", "NULL", "must point to the result");
+    *mod = fs::make_mod(graph, is_score);
+  });
+}
+
 template <class T>
 T &result(T *size) {
   if (size == nullptr) fs::fail("size", "NULL", "must point to the result");
@@ -62,6 +71,12 @@ void flashspark_attention_params_init(flashspark_attention_params *params) {
 }
 
 void flashspark_append_params_init(flashspark_append_params *params) {
+  *params = {};
+  params->struct_size = sizeof *params;
+  params->abi_version = FLASHSPARK_ABI_VERSION;
+}
+
+void flashspark_block_mask_params_init(flashspark_block_mask_params *params) {
   *params = {};
   params->struct_size = sizeof *params;
   params->abi_version = FLASHSPARK_ABI_VERSION;
@@ -118,10 +133,37 @@ flashspark_status flashspark_attention_explain(const flashspark_attention_params
   });
 }
 
+flashspark_status flashspark_score_mod_create(const char *graph, flashspark_mod **mod) {
+  return create(graph, true, mod);
+}
+
+flashspark_status flashspark_mask_mod_create(const char *graph, flashspark_mod **mod) {
+  return create(graph, false, mod);
+}
+
+void flashspark_mod_retain(flashspark_mod *mod) {
+  mod->references.fetch_add(1, std::memory_order_relaxed);
+}
+
+void flashspark_mod_release(flashspark_mod *mod) {
+  if (mod != nullptr && mod->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete mod;
+}
+
+void flashspark_set_nvrtc_search_path(const char *folders) {
+  fs::cuda::set_nvrtc_search_path(folders != nullptr ? folders : "");
+}
+
 flashspark_status flashspark_append_kv(const flashspark_append_params *params) {
   return guarded([&] {
     const fs::AppendParams &p = checked(params);
     fs::choose_append(p).append(p);
+  });
+}
+
+flashspark_status flashspark_create_block_mask(const flashspark_block_mask_params *params) {
+  return guarded([&] {
+    const fs::BlockMaskParams &p = checked(params);
+    fs::choose_block_mask(p).block_mask(p);
   });
 }
 

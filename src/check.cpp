@@ -102,6 +102,10 @@ void aligned_arrays(Arrays<int64_t> arrays) {
   each_aligned(arrays);
 }
 
+void aligned_arrays(Arrays<uint64_t> arrays) {
+  each_aligned(arrays);
+}
+
 void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads) {
   if (batch == 0 || tokens == 0 || heads == 0) return;
   if (t.data == nullptr) fail(std::string(argument) + ".data", "NULL", "must point to the tensor");

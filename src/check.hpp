@@ -28,6 +28,7 @@ template <class T>
 using Arrays = std::initializer_list<std::pair<const char *, const T *>>;
 void aligned_arrays(Arrays<int32_t> arrays);
 void aligned_arrays(Arrays<int64_t> arrays);
+void aligned_arrays(Arrays<uint64_t> arrays);
 
 // A tensor of extents (batch, tokens, heads): pointer, alignment and that no offset overflows.
 void tensor(const char *argument, const flashspark_tensor &t, int64_t batch, int64_t tokens, int64_t heads);

@@ -7,17 +7,20 @@
 #include <string_view>
 
 #include "cpu/append.hpp"
+#include "cpu/block_mask.hpp"
 #include "cpu/engine.hpp"
 #include "cpu/reference.hpp"
 #include "cpu/thread_pool.hpp"
 #include "cuda/append.hpp"
 #include "cuda/arguments.hpp"
+#include "cuda/block_mask.hpp"
 #include "cuda/device.hpp"
 #include "cuda/forward.hpp"
 #include "cuda/schedule.hpp"
 #include "dtype.hpp"
 #include "environment.hpp"
 #include "error.hpp"
+#include "mod.hpp"
 
 namespace flashspark {
 namespace {
@@ -61,6 +64,10 @@ constexpr Feature kFeatures[] = {
     {"rswa", [](const Params &p) { return p.rswa_window > 0; }},
     {"rel_logits", [](const Params &p) { return p.rel_logits != nullptr; }},
     {"alibi", [](const Params &p) { return p.alibi_slopes != nullptr; }},
+    {"score_mod", [](const Params &p) { return p.score_mod.mod != nullptr; }},
+    {"mask_mod", [](const Params &p) { return p.mask_mod.mod != nullptr; }},
+    {"block lists", [](const Params &p) { return has_block_lists(p); }},
+    {"dropout", [](const Params &p) { return p.dropout_p > 0; }},
     {"lse", [](const Params &p) { return p.lse != nullptr; }},
     {"num_splits", [](const Params &p) { return p.num_splits > 1; }},
     {"deterministic", [](const Params &p) { return p.deterministic != 0; }},
@@ -131,7 +138,8 @@ constexpr Implementation kImplementations[] = {
      .backward = nullptr,
      .append = cuda::append_kv,
      .schedule = cuda::schedule,
-     .schedule_size = cuda::schedule_size},
+     .schedule_size = cuda::schedule_size,
+     .block_mask = cuda::create_block_mask},
     {.name = "cpu-engine",
      .description = "tiled online softmax in SIMD on all cores",
      .device = FLASHSPARK_CPU,
@@ -146,7 +154,8 @@ constexpr Implementation kImplementations[] = {
      .backward = nullptr,
      .append = cpu::append_kv,
      .schedule = no_schedule,
-     .schedule_size = no_schedule_size},
+     .schedule_size = no_schedule_size,
+     .block_mask = cpu::create_block_mask},
     {.name = "cpu-reference",
      .description = "the oracle: the formula, one score at a time",
      .device = FLASHSPARK_CPU,
@@ -161,7 +170,8 @@ constexpr Implementation kImplementations[] = {
      .backward = nullptr,
      .append = cpu::append_kv,
      .schedule = no_schedule,
-     .schedule_size = no_schedule_size},
+     .schedule_size = no_schedule_size,
+     .block_mask = nullptr},
 };
 
 [[noreturn]] void refuse(const std::string &why) {
@@ -282,6 +292,10 @@ const Implementation &choose_append(const AppendParams &p) {
 
 const Implementation &choose_schedule(const Params &p) {
   return first_with(&Implementation::schedule, "schedule", p.device, p.device_index);
+}
+
+const Implementation &choose_block_mask(const BlockMaskParams &p) {
+  return first_with(&Implementation::block_mask, "create_block_mask", p.device, p.device_index);
 }
 
 }  // namespace flashspark

@@ -32,6 +32,7 @@ struct Implementation {
   void (*append)(const AppendParams &p);
   void (*schedule)(const Params &p);
   int64_t (*schedule_size)(const Params &p);  // elements that schedule() writes
+  void (*block_mask)(const BlockMaskParams &p);
 };
 
 // Best first.
@@ -45,6 +46,7 @@ const Implementation &choose(const Params &p);
 // The best with the operation on the problem's device: any name asks for attention, not for these.
 const Implementation &choose_append(const AppendParams &p);
 const Implementation &choose_schedule(const Params &p);
+const Implementation &choose_block_mask(const BlockMaskParams &p);
 
 // The choice of choose() as text: one line an implementation, and the plan of the chosen one. Never throws for an
 // unsupported problem.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/tile.hpp"
+#include "cuda/compile_environment.hpp"
 #include "dispatch.hpp"
 #include "error.hpp"
 
@@ -58,11 +59,14 @@ Environment read_environment(const Switches &switches) {
 }
 
 const Environment &environment() {
-  static const Environment read =
-      read_environment({.force_implementation = std::getenv("FLASHSPARK_FORCE_IMPLEMENTATION"),
-                        .cpu_target = std::getenv("FLASHSPARK_CPU_TARGET"),
-                        .num_threads = std::getenv("FLASHSPARK_NUM_THREADS"),
-                        .check = std::getenv("FLASHSPARK_CHECK")});
+  static const Environment read = [] {
+    Environment e = read_environment({.force_implementation = std::getenv("FLASHSPARK_FORCE_IMPLEMENTATION"),
+                                      .cpu_target = std::getenv("FLASHSPARK_CPU_TARGET"),
+                                      .num_threads = std::getenv("FLASHSPARK_NUM_THREADS"),
+                                      .check = std::getenv("FLASHSPARK_CHECK")});
+    if (e.error.empty()) e.error = cuda::compile_environment().error;
+    return e;
+  }();
   return read;
 }
 

@@ -11,6 +11,7 @@ namespace flashspark {
 
 using Params = flashspark_attention_params;
 using AppendParams = flashspark_append_params;
+using BlockMaskParams = flashspark_block_mask_params;
 
 constexpr int64_t kMaxHeadDim = 512;  // of head_dim and head_dim_v
 
@@ -131,6 +132,14 @@ inline int64_t lse_offset(const Params &p, const Sequence &s, int64_t i, int64_t
 // Row of the per-token tables (rel_logits, prefix_ranges): dense q counts b * max_seqlen_q + i.
 inline int64_t token_row(const Params &p, const Sequence &s, int64_t i) {
   return (is_varlen_q(p) ? s.q_row : s.index * p.max_seqlen_q) + i;
+}
+
+// Blocks of a mask that is made.
+inline int64_t query_blocks(const BlockMaskParams &p) {
+  return (p.seqlen_q + p.block_size_q - 1) / p.block_size_q;
+}
+inline int64_t key_blocks(const BlockMaskParams &p) {
+  return (p.seqlen_k + p.block_size_k - 1) / p.block_size_k;
 }
 
 inline float scale_at(const flashspark_scale &scale, int64_t b, int64_t h, int32_t dtype) {

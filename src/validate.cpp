@@ -5,6 +5,7 @@
 #include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
+#include "mod.hpp"
 
 namespace flashspark {
 namespace {
@@ -168,6 +169,15 @@ void check_scores(const Params &p) {
   }
 }
 
+// Without dropout nobody looks at seed, offset and state.
+void check_dropout(const Params &p) {
+  if (!(p.dropout_p >= 0 && p.dropout_p < 1)) {
+    fail("dropout_p", double{p.dropout_p}, "must be from 0 (none) to below 1");
+  }
+  if (p.reserved_dropout != 0) fail("reserved_dropout", int64_t{p.reserved_dropout}, "must be 0");
+  if (p.dropout_p > 0) check::aligned_arrays({{"dropout_state", p.dropout_state}});
+}
+
 void check_mask(const Params &p) {
   check::in_range("causal", p.causal, 0, 1);
   check::in_range("window_left", p.window_left, -1, kMaxTokens);
@@ -206,8 +216,10 @@ void validate(const Params &p) {
   check_problem(p);
   check_tensors(p);
   check_scores(p);
+  check_dropout(p);
   check_mask(p);
   check_overlap(p);
+  if (has_functions(p) || has_block_lists(p)) validate_functions(p);
   if (p.device == FLASHSPARK_CPU) check_metadata(p);
 }
 

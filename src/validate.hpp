@@ -9,6 +9,7 @@ namespace flashspark {
 // pages of a CPU problem are checked entry by entry, those of a GPU problem are clamped by its kernels.
 void validate(const Params &p);
 void validate(const AppendParams &p);
+void validate(const BlockMaskParams &p);
 // What flashspark_attention_schedule() looks at.
 void validate_schedule(const Params &p);
 

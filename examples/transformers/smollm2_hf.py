@@ -7,9 +7,9 @@ python examples/transformers/smollm2_hf.py ["Your question?"]
 import sys
 from pathlib import Path
 
-import flashspark_attention  # noqa: F401 (registers "flashspark")
 import numpy as np
 import torch
+from flashspark.integrations.transformers import register
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "smollm2"))  # before the installed package named gguf
@@ -17,6 +17,8 @@ from expected import EXPECTED  # noqa: E402
 from gguf import GGUF  # noqa: E402
 from model import model_path  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+
+register()  # attn_implementation="flashspark"
 
 # Names inside a layer: Hugging Face's, and GGUF's.
 LAYER = {

@@ -16,7 +16,9 @@
  *   s[i,j]   = softcap * tanh(s / softcap)                     if softcap > 0
  *   s[i,j]  += rel_logits[i, h, pos - j]                       if 0 <= pos - j < rel_extent
  *   s[i,j]  -= alibi_slope[h] * |pos - j|                      if alibi_slopes
+ *   s[i,j]   = score_mod(s[i,j], b, h, i, j)                   if score_mod
  *   p[i,:]   = softmax over the keys kept by the mask, and the sink logit of head h in the denominator
+ *   p[i,j]   = dropped(i, j) ? 0 : p[i,j] / (1 - dropout_p)    if dropout_p > 0
  *   out[i]   = v_descale * sum_j p[i,j] v[j] / output_scale
  *   lse[i]   = log(sum_j exp(s[i,j]) [+ exp(sink)])            natural logarithm
  *
@@ -38,9 +40,12 @@
  *
  * The environment. FLASHSPARK_FORCE_IMPLEMENTATION (a name that flashspark_implementation_name() gives, for attention
  * whose params name none), FLASHSPARK_CPU_TARGET (a SIMD target that this CPU runs), FLASHSPARK_NUM_THREADS (0, all, to
- * 1024) and FLASHSPARK_CHECK (0 or 1) are read once a process, at the first call. Empty is as if not set; with any
- * other value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT. To compare implementations within
- * one process, name them in params->implementation.
+ * 1024) and FLASHSPARK_CHECK (0 or 1) are read once a process, at the first call. So are those of run-time compilation
+ * (flashspark_mod): FLASHSPARK_NVRTC (the path of libnvrtc; else it is searched for), FLASHSPARK_CACHE (0: keep no
+ * compiled kernels on disk), FLASHSPARK_CACHE_DIR (a path; else $XDG_CACHE_HOME/flashspark/kernels or
+ * ~/.cache/flashspark/kernels) and FLASHSPARK_CACHE_MAX_MB (1 to 1048576; 256). Empty is as if not set; with any other
+ * value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT. To compare implementations within one
+ * process, name them in params->implementation.
  */
 #ifndef FLASHSPARK_FLASHSPARK_H_
 #define FLASHSPARK_FLASHSPARK_H_
@@ -77,7 +82,15 @@ typedef enum flashspark_dtype {
   FLASHSPARK_FLOAT32 = 1,
   FLASHSPARK_FLOAT16 = 2,
   FLASHSPARK_BFLOAT16 = 3,
-  FLASHSPARK_FLOAT8_E4M3 = 4 /* OCP e4m3fn: no infinity, 0x7f and 0xff are NaN, largest finite value 448 */
+  FLASHSPARK_FLOAT8_E4M3 = 4, /* OCP e4m3fn: no infinity, 0x7f and 0xff are NaN, largest finite value 448 */
+  /* Only of captured tensors (flashspark_captured_tensor): */
+  FLASHSPARK_FLOAT64 = 5,
+  FLASHSPARK_BOOL = 6, /* one byte; anything but 0 is true */
+  FLASHSPARK_UINT8 = 7,
+  FLASHSPARK_INT8 = 8,
+  FLASHSPARK_INT16 = 9,
+  FLASHSPARK_INT32 = 10,
+  FLASHSPARK_INT64 = 11
 } flashspark_dtype;
 
 typedef enum flashspark_device { FLASHSPARK_CPU = 0, FLASHSPARK_CUDA = 1 } flashspark_device;
@@ -106,6 +119,49 @@ typedef struct flashspark_scale {
   int64_t batch_stride;
   int64_t head_stride;
 } flashspark_scale;
+
+/* A function of scores or of positions, as a graph of operations whose text docs/design/score-graph.md describes:
+ *
+ *   score_mod(score, b, h, q_idx, kv_idx)   the new score; the result has type f32
+ *   mask_mod(b, h, q_idx, kv_idx)           whether the row keeps the key; the result has type bool
+ *
+ * Immutable and reference counted; any thread may use and release it. A call holds no reference once it has returned.
+ * On a GPU the first call with a function, a head_dim and a dtype compiles a kernel by NVRTC, which takes about a
+ * second, and keeps it in memory and on disk (FLASHSPARK_CACHE_DIR). */
+typedef struct flashspark_mod flashspark_mod;
+
+/* A tensor that a function reads at any index. Its contents, sizes and strides may change from call to call. An index
+ * in [-size, -1] counts from the end. One that is out of range reads the nearest element; on the CPU the call then
+ * fails with FLASHSPARK_INVALID_ARGUMENT, once everything is computed, if the row keeps the key for which it was read.
+ */
+#define FLASHSPARK_MAX_CAPTURED_RANK 8
+#define FLASHSPARK_MAX_CAPTURED_TENSORS 16 /* of a function */
+#define FLASHSPARK_MAX_CAPTURED_SCALARS 16
+typedef struct flashspark_captured_tensor {
+  const void *data; /* aligned to its elements */
+  int32_t dtype;    /* flashspark_dtype, but for e4m3 */
+  int32_t rank;
+  int64_t shape[FLASHSPARK_MAX_CAPTURED_RANK];   /* each in 1 .. 2^31 - 1 */
+  int64_t strides[FLASHSPARK_MAX_CAPTURED_RANK]; /* elements */
+} flashspark_captured_tensor;
+
+/* A function with what its graph's `load N` and `scalar N` read. mod == NULL: no function. */
+typedef struct flashspark_function {
+  const flashspark_mod *mod;
+  const flashspark_captured_tensor *tensors; /* (num_tensors) in host memory; their data is on the device */
+  const double *scalars;                     /* (num_scalars) in host memory */
+  int32_t num_tensors, num_scalars;
+} flashspark_function;
+
+/* For each block of query tokens a list of key blocks: torch's BlockMask (kv_num_blocks, kv_indices), FA4's
+ * block_sparse_tensors. int32 on the device. counts == NULL: no list. */
+typedef struct flashspark_block_list {
+  const int32_t *counts;  /* (B or 1, Hq or 1, query blocks) */
+  const int32_t *indices; /* (B or 1, Hq or 1, query blocks, width): the first counts[..] of a row are used */
+  int64_t count_batch_stride, count_head_stride, count_block_stride; /* elements; 0 where there is one for all */
+  int64_t index_batch_stride, index_head_stride, index_block_stride;
+  int64_t width;
+} flashspark_block_list;
 
 /* Forward attention. Set every byte to zero, then fill in what is needed: flashspark_attention_params_init() does the
  * first step and sets the defaults that are not zero. */
@@ -200,6 +256,29 @@ typedef struct flashspark_attention_params {
   int32_t rswa_window;         /* > 0: keep j when j <= pos and (j < rswa_prefix_lens[b] or pos - j < rswa_window) */
   const int32_t *rswa_prefix_lens; /* (B) */
 
+  /* The user's functions. score_mod changes scores behind all of the above; mask_mod keeps fewer keys. q_idx counts the
+   * sequence's query tokens, kv_idx its keys, both from 0 (behind the left padding). */
+  flashspark_function score_mod, mask_mod;
+
+  /* Block sparsity: only keys of listed blocks are kept. A block of `masked_blocks` asks mask_mod, if there is one, a
+   * block of `full_blocks` does not; the other masks hold in both. The lists say what is computed, whatever mask_mod
+   * says elsewhere. A block must not be listed twice. On the CPU counts and indices are checked; a GPU clamps counts to
+   * [0, width] and indices to blocks that exist. */
+  flashspark_block_list masked_blocks, full_blocks;
+  int64_t block_size_q, block_size_k; /* tokens, keys: multiples of 16. 0 without lists */
+  int64_t num_blocks_q;               /* query blocks of a list: at least max_seqlen_q / block_size_q */
+  int64_t block_batch, block_heads;   /* 1 or B, 1 or Hq: of the lists */
+
+  /* Dropout (docs/design/dropout.md): each p[i,j] becomes 0 with probability dropout_p, a multiple of 2^-16, and is
+   * otherwise divided by 1 - dropout_p; lse is that of all of them. Which ones are dropped depends on seed, offset,
+   * sequence, query head, query token and key alone: the same on every implementation, device, tile and split. */
+  float dropout_p;               /* 0 <= dropout_p < 1; 0: none */
+  uint32_t reserved_dropout;     /* 0 */
+  uint64_t dropout_seed;         /* of the Philox generator */
+  uint64_t dropout_offset;       /* another number for each call under one seed */
+  const uint64_t *dropout_state; /* (2) on the device: seed and offset, instead of the two above. NULL: none. A CUDA
+                                  * graph that was captured with it drops anew what its contents then say */
+
   /* Results beside out. */
   float *lse; /* natural log. dense (B, Hq, Tq), varlen (Hq, total_q). NULL: not wanted */
   int64_t lse_batch_stride;
@@ -283,9 +362,49 @@ typedef struct flashspark_append_params {
   int64_t rotary_stride; /* elements between positions of rotary_cos, and of rotary_sin; 0: rotary_dim / 2 */
 } flashspark_append_params;
 
+/* Block lists of a mask function: for each block of query tokens, which blocks of keys it sees, wholly or in part. No
+ * memory but that of the lists is needed, however long the sequences are.
+ *
+ * The function is asked about B sequences and H heads of seqlen_q query tokens and seqlen_k keys each, with offsets of
+ * 0. An index of a captured tensor that is out of range reads the nearest element, on the CPU, too, and is no error. A
+ * block is seen wholly if it has block_size_q * block_size_k scores and all are kept: a block that sticks out of a
+ * sequence never is. */
+typedef struct flashspark_block_mask_params {
+  uint32_t struct_size; /* sizeof(flashspark_block_mask_params) */
+  uint32_t abi_version;
+  int32_t device; /* flashspark_device: where captured tensors and lists live */
+  int32_t device_index;
+  void *stream;
+  int32_t num_threads; /* CPU threads; 0: all */
+  int32_t reserved0;
+
+  flashspark_function mask_mod;
+  int64_t num_seqs;                   /* B > 0, and */
+  int64_t num_heads;                  /* H > 0: 1 for a mask that all have in common */
+  int64_t seqlen_q, seqlen_k;         /* 1 to 2^30 */
+  int64_t block_size_q, block_size_k; /* 1 to 2^31 - 1 */
+
+  /* Contiguous: counts (B, H, query blocks), indices (B, H, query blocks, key blocks). Each row of indices has all key
+   * blocks, those of the list first, both parts in ascending order. full_counts and full_indices NULL: blocks that are
+   * seen wholly are among the masked ones. */
+  int32_t *masked_counts, *masked_indices;
+  int32_t *full_counts, *full_indices;
+} flashspark_block_mask_params;
+
 /* Zeroes the struct and sets struct_size, abi_version, open windows and softmax_scale = 1. */
 FLASHSPARK_API void flashspark_attention_params_init(flashspark_attention_params *params);
 FLASHSPARK_API void flashspark_append_params_init(flashspark_append_params *params);
+FLASHSPARK_API void flashspark_block_mask_params_init(flashspark_block_mask_params *params);
+
+/* Makes a function from the text of its graph, which is copied. Errors name the line and what is wrong with it. */
+FLASHSPARK_API flashspark_status flashspark_score_mod_create(const char *graph, flashspark_mod **mod);
+FLASHSPARK_API flashspark_status flashspark_mask_mod_create(const char *graph, flashspark_mod **mod);
+FLASHSPARK_API void flashspark_mod_retain(flashspark_mod *mod);  /* one reference more */
+FLASHSPARK_API void flashspark_mod_release(flashspark_mod *mod); /* one less; NULL is allowed */
+
+/* Folders, separated by colons, in which to look for libnvrtc before the system's: where Python keeps NVIDIA's wheels,
+ * which a C library does not know. Without effect once NVRTC is in use. */
+FLASHSPARK_API void flashspark_set_nvrtc_search_path(const char *folders);
 
 /* Computes out (and lse). On the CPU it returns when done; on a GPU when the work is on the stream. */
 FLASHSPARK_API flashspark_status flashspark_attention_forward(const flashspark_attention_params *params);
@@ -327,6 +446,10 @@ FLASHSPARK_API flashspark_status flashspark_attention_explain(const flashspark_a
                                                               size_t size);
 
 FLASHSPARK_API flashspark_status flashspark_append_kv(const flashspark_append_params *params);
+
+/* Writes the lists: on the CPU it returns when done, on a GPU when the work is on the stream, without waiting for it.
+ */
+FLASHSPARK_API flashspark_status flashspark_create_block_mask(const flashspark_block_mask_params *params);
 
 /* The last error of this thread, never NULL. Names the argument, its value and the rule. */
 FLASHSPARK_API const char *flashspark_last_error(void);

@@ -212,6 +212,7 @@ struct KeyTiles {
   int32_t count[2];
 
   FLASHSPARK_DEVICE int32_t total() const { return count[0] + count[1]; }
+  FLASHSPARK_DEVICE static bool keeps_all(int32_t) { return false; }  // but for what `visited` and `unmasked` say
   FLASHSPARK_DEVICE int32_t at(int32_t n) const { return n < count[0] ? begin[0] + n : begin[1] + n - count[0]; }
   // How many of them lie before a tile.
   template <bool has_second>

@@ -1,12 +1,16 @@
 // What a kernel does to scores between Q K^T and the softmax, as a type: a score modification has
 //
-//   kActive           false: scores are only scaled, in units of log2, and the members below do not exist
-//   RowContext        what a lane keeps of each of its rows
-//   context(...)      makes it
-//   apply(...)        one score: natural units in, units of log2 out
-//   RowContext::keys  the keys that the row keeps
-//
-// FlexAttention calls the last two score_mod and mask_mod. A generated modification is one more such type.
+//   kNative           softcap, biases and the masks of NativeScoreMod, which has these members:
+//     RowContext        what a lane keeps of each of its rows
+//     context(...)      makes it
+//     scaled(...) ..    one score each
+//     RowContext::keys  the keys that the row keeps
+//   kFunction         the user's functions (attention/function_mod.cuh), FlexAttention's score_mod and mask_mod
+//   kScoreFunction    whether a score_mod is among them
+//   kBlockSparse      key tiles come from lists
+//   kBlockStatus      of tiles that the user's blocks do not fit: what these say is asked for each score
+//   kDropout          whether probabilities are dropped (attention/dropout.cuh)
+//   kRowWords         words of shared memory that the functions and dropout keep of each row
 #pragma once
 
 #include "attention/mask.cuh"
@@ -18,14 +22,18 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 // The plain softmax. Masks are found anew for the few tiles that need one, instead of being kept in registers.
 struct NoScoreMod {
-  static constexpr bool kActive = false;
+  static constexpr bool kNative = false, kFunction = false, kScoreFunction = false, kBlockSparse = false,
+                        kBlockStatus = false, kDropout = false;
+  static constexpr int32_t kRowWords = 0;
   struct RowContext {};
 };
 
 // What models need of the C interface: softcap, ALiBi, a bias by distance; beside them PrefixLM ranges, R-SWA and
 // attention chunks, which are masks (row_mask).
 struct NativeScoreMod {
-  static constexpr bool kActive = true;
+  static constexpr bool kNative = true, kFunction = false, kScoreFunction = false, kBlockSparse = false,
+                        kBlockStatus = false, kDropout = false;
+  static constexpr int32_t kRowWords = 0;
 
   struct RowContext {
     RowMask keys;  // empty for rows past the sequence
@@ -50,23 +58,22 @@ struct NativeScoreMod {
     return r;
   }
 
-  // Constants of the loop over a tile's scores.
-  struct Caps {
-    float cap, inverse_cap;  // softcap in units of log2; 2 log2(e) / softcap
-  };
-  static FLASHSPARK_DEVICE Caps caps(const AttentionArguments &a) {
-    return {a.softcap * kLog2E, a.softcap > 0 ? 2 * kLog2E / a.softcap : 0};
+  // A lane's scores in a tile are changed by one modification after the other, each in a loop of its own: the branch
+  // that asks for it is then outside, and not in every score. Natural units in, but for `scale`; units of log2 out.
+  static FLASHSPARK_DEVICE float scaled(float score, float scale_log2) { return score * scale_log2; }
+  // tanh y = 1 - 2 / (e^2y + 1)
+  static FLASHSPARK_DEVICE float capped(float score, float cap_log2, float two_scale_log2_over_cap) {
+    return cap_log2 - 2 * cap_log2 * ptx::reciprocal_approx(ptx::exp2_approx(score * two_scale_log2_over_cap) + 1);
   }
-  static FLASHSPARK_DEVICE float apply(const AttentionArguments &a, const Caps &caps, float score,
-                                       const RowContext &row, int32_t key) {
-    // tanh y = 1 - 2 / (e^2y + 1)
-    float x =
-        a.softcap > 0 ? caps.cap - 2 * caps.cap / (ptx::exp2_approx(score * caps.inverse_cap) + 1) : score * kLog2E;
+  static FLASHSPARK_DEVICE float bias(const AttentionArguments &a, const RowContext &row, int32_t key) {
     const int32_t distance = row.pos - key;
-    if (row.rel != nullptr && distance >= 0 && distance < a.rel_extent)
-      x += load_as_float(row.rel, distance, a.rel_dtype) * kLog2E;
-    if (a.alibi_slopes != nullptr) x -= row.slope * static_cast<float>(distance < 0 ? -distance : distance);
-    return x;
+    const bool has_bias = row.rel != nullptr && distance >= 0 && distance < a.rel_extent;
+    return has_bias ? load_as_float(row.rel, distance, a.rel_dtype) * kLog2E : 0.0f;
+  }
+  // `distance` as a float of which a constant was subtracted: the rounding of a distance above 2^24 is as good as the
+  // product's.
+  static FLASHSPARK_DEVICE float alibi(const RowContext &row, float distance) {
+    return row.slope * (distance < 0 ? -distance : distance);
   }
 };
 

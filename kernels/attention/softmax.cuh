@@ -45,19 +45,38 @@ struct RowState {
   float rescale_threshold[T::kLaneRows];  // a score above it moves row_max
 };
 
-// Scales scores and applies the score modification: to units of log2.
-template <class T>
-FLASHSPARK_DEVICE void apply_score_mod(Scores<T> &s, const typename T::ScoreMod::RowContext (&rows)[T::kLaneRows],
-                                       const typename T::Arguments &a, float softmax_scale, int32_t first_key) {
-  const int32_t column = static_cast<int32_t>(ptx::thread_index() % 4) * 2;
-  const auto caps = T::ScoreMod::caps(a);
+// Calls f(score, row of the lane, distance of the column from the lane's first) for each of the lane's scores.
+template <class T, class F>
+FLASHSPARK_DEVICE void for_each_score(Scores<T> &s, F &&f) {
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     FLASHSPARK_UNROLL
-    for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
-      float &x = s.at[n / 2][c / 2][n % 2 * 2 + c % 2];
-      x = T::ScoreMod::apply(a, caps, x * softmax_scale, rows[n], first_key + c / 2 * 8 + column + c % 2);
-    }
+    for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) f(s.at[n / 2][c / 2][n % 2 * 2 + c % 2], n, c / 2 * 8 + c % 2);
+  }
+}
+
+// Scales scores and applies the built-in modifications: to units of log2.
+template <class T>
+FLASHSPARK_DEVICE void apply_score_mod(Scores<T> &s, const typename T::ScoreMod::RowContext (&rows)[T::kLaneRows],
+                                       const typename T::Arguments &a, float softmax_scale, int32_t first_key) {
+  using Mod = NativeScoreMod;
+  const int32_t column = first_key + static_cast<int32_t>(ptx::thread_index() % 4) * 2;
+  if (a.softcap > 0) {
+    const float cap = a.softcap * kLog2E, factor = softmax_scale * (2 * kLog2E / a.softcap);
+    for_each_score<T>(s, [&](float &x, int32_t, int32_t) { x = Mod::capped(x, cap, factor); });
+  } else {
+    const float factor = softmax_scale * kLog2E;
+    for_each_score<T>(s, [&](float &x, int32_t, int32_t) { x = Mod::scaled(x, factor); });
+  }
+  if (a.rel_logits != nullptr)
+    for_each_score<T>(s, [&](float &x, int32_t n, int32_t step) { x += Mod::bias(a, rows[n], column + step); });
+  if (a.alibi_slopes != nullptr) {
+    float distance[T::kLaneRows];
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < T::kLaneRows; ++n) distance[n] = static_cast<float>(rows[n].pos - column);
+    for_each_score<T>(s, [&](float &x, int32_t n, int32_t step) {
+      x -= Mod::alibi(rows[n], distance[n] - static_cast<float>(step));
+    });
   }
 }
 
@@ -70,7 +89,7 @@ FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const typename T::ScoreMod::Row
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     RowMask row;
-    if constexpr (T::ScoreMod::kActive) {
+    if constexpr (T::ScoreMod::kNative) {
       row = rows[n].keys;
     } else {
       // Rows past the sequence keep what their position says; nobody reads them.
@@ -82,7 +101,7 @@ FLASHSPARK_DEVICE void mask_scores(Scores<T> &s, const typename T::ScoreMod::Row
     for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       const int32_t key = c / 2 * 8 + c % 2;
       bool keep = key >= one.begin && key < one.end;
-      if constexpr (T::ScoreMod::kActive) keep = keep || (key >= two.begin && key < two.end);
+      if constexpr (T::ScoreMod::kNative) keep = keep || (key >= two.begin && key < two.end);
       if (!keep) s.at[n / 2][c / 2][n % 2 * 2 + c % 2] = minus_infinity();
     }
   }
@@ -159,12 +178,17 @@ struct Probabilities {
   uint32_t at[T::kMAtoms][4];
   static constexpr int32_t kFragments = T::kMAtoms * 4;
 
-  FLASHSPARK_DEVICE void compute(int32_t fragment, const Scores<T> &s, int32_t step, RowState<T> &state, float scale) {
-    const int32_t m_atom = fragment / 4, half = fragment % 2, n = 2 * m_atom + half;
-    const float *x = &s.at[m_atom][2 * step + fragment % 4 / 2][2 * half];
-    const float low = ptx::exp2_approx(x[0] * scale - state.row_max[n]);
-    const float high = ptx::exp2_approx(x[1] * scale - state.row_max[n]);
+  // What dropout drops still counts in the row's sum.
+  template <class Drops>
+  FLASHSPARK_DEVICE void compute(int32_t fragment, const Scores<T> &s, int32_t step, RowState<T> &state, float scale,
+                                 Drops &dropout) {
+    const int32_t m_atom = fragment / 4, half = fragment % 2, n = 2 * m_atom + half,
+                  octet = 2 * step + fragment % 4 / 2;
+    const float *x = &s.at[m_atom][octet][2 * half];
+    float low = ptx::exp2_approx(x[0] * scale - state.row_max[n]);
+    float high = ptx::exp2_approx(x[1] * scale - state.row_max[n]);
     state.row_sum[n] += low + high;
+    dropout.apply(n, octet, low, high);
     at[m_atom][fragment % 4] = ptx::pack<typename T::Element>(low, high);
   }
 };

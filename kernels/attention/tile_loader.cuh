@@ -40,17 +40,17 @@ struct KeyTileCopy {
 
   // Whether a page holds whole groups of rows. Only kernels with a score modification take other pages, for which every
   // row of a tile looks up its own: the loops of the others have no registers for that.
-  FLASHSPARK_DEVICE bool whole_pages() const { return !T::ScoreMod::kActive || a.page_size.value % kGroupRows == 0; }
+  FLASHSPARK_DEVICE bool whole_pages() const { return !T::ScoreMod::kNative || a.page_size.value % kGroupRows == 0; }
 
   FLASHSPARK_DEVICE bool visits(int32_t key) const {
     const bool in_first = key >= visited[0].begin && key < visited[0].end;
-    if constexpr (T::ScoreMod::kActive) return in_first || (key >= visited[1].begin && key < visited[1].end);
+    if constexpr (T::ScoreMod::kNative) return in_first || (key >= visited[1].begin && key < visited[1].end);
     return in_first;
   }
   FLASHSPARK_DEVICE bool visits_all(int32_t tile) const {
     const int32_t begin = tile * T::kKeys, end = begin + T::kKeys;
     bool all = begin >= visited[0].begin && end <= visited[0].end;
-    if constexpr (T::ScoreMod::kActive) all = all || (begin >= visited[1].begin && end <= visited[1].end);
+    if constexpr (T::ScoreMod::kNative) all = all || (begin >= visited[1].begin && end <= visited[1].end);
     return all && whole_pages();
   }
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "attention/arguments.hpp"
+#include "attention/dropout.hpp"
+#include "attention/function_arguments.hpp"
 
 namespace flashspark {
 
@@ -47,6 +49,12 @@ struct PartialArguments {
 
 struct ForwardArguments : AttentionArguments, TileSchedulerArguments, PartialArguments {
   int32_t key_groups;  // 1 or 2, of tiles that let the host choose (Tile::runtime_key_groups)
+};
+
+// Of kernels with the user's functions, block lists or dropout.
+struct FunctionForwardArguments : ForwardArguments {
+  FunctionArguments functions;
+  DropoutArguments dropout;
 };
 
 struct CombineArguments : AttentionArguments, TileSchedulerArguments, PartialArguments {

@@ -65,6 +65,17 @@ inline constexpr Instance kInstances[] = {
 #undef FLASHSPARK_INSTANCE
 #undef FLASHSPARK_TILE
 
+// The tile of an instance's kernels with the user's functions, which need registers beside the scores. Fewer scores at
+// once cost nothing where Q stays in registers; otherwise Q would be read more often. Dropout draws for 32 keys at
+// once: with fewer scores it would draw twice, which costs more than the few registers that then spill.
+constexpr Tile function_tile(Tile tile, bool dropout) {
+  constexpr int32_t kScoreKeys = 32;
+  if (tile.score_keys > kScoreKeys && tile.queries == QueryStorage::registers) tile.score_keys = kScoreKeys;
+  if (dropout && tile.score_keys < kScoreKeys && tile.keys % (kScoreKeys * tile.key_groups) == 0)
+    tile.score_keys = kScoreKeys;
+  return tile;
+}
+
 // Whether CTAs may take Stream-K ranges of all work (forward/scheduler/stream_k.cuh).
 constexpr bool supports_stream_k(const Instance &instance) {
   return instance.tiling != Tiling::prefill;

@@ -5,11 +5,21 @@
 
 namespace flashspark {
 
+// What every element of out is multiplied with, beside the inverse of its row's sum.
+template <class T>
+FLASHSPARK_DEVICE float out_factor(const typename T::KernelArguments &a, const typename T::Mma::Scales &scales) {
+  if constexpr (T::ScoreMod::kDropout) {
+    return scales.v() * a.dropout.scale;
+  } else {
+    return scales.v();
+  }
+}
+
 // A partial result: out / row_sum in float and the lse; 0 and -inf where no key was visited.
 template <class T>
-FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const RowTile &rows, const EpilogueTile<T> &result,
-                                     const typename T::Mma::Scales &scales, int32_t first_column,
-                                     int32_t partial_slot) {
+FLASHSPARK_DEVICE void store_partial(const typename T::KernelArguments &a, const RowTile &rows,
+                                     const EpilogueTile<T> &result, const typename T::Mma::Scales &scales,
+                                     int32_t first_column, int32_t partial_slot) {
   const int32_t lane = ptx::lane();
   const int32_t first_row = T::first_warp_row(a) + lane / 4;
   FLASHSPARK_UNROLL
@@ -20,7 +30,7 @@ FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const RowTile &r
     const int64_t row = partial_slot * static_cast<int64_t>(T::rows(a)) + tile_row;
     const float lse = lse_of(result.row_max[n], result.row_sum[n]);
     if (lane % 4 == 0 && first_column == 0) a.partial_lse[row] = lse;
-    const float inverse = lse == minus_infinity() ? 0.0f : scales.v() / result.row_sum[n];
+    const float inverse = lse == minus_infinity() ? 0.0f : out_factor<T>(a, scales) / result.row_sum[n];
     float *to = a.partial_out + partial_row(a, row) + partial_column(lane, first_column);
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < EpilogueTile<T>::kColumns / 8; c += 2) {
@@ -34,20 +44,21 @@ FLASHSPARK_DEVICE void store_partial(const ForwardArguments &a, const RowTile &r
 
 // Adds the sink to octet n of the warp's rows, stores its lse, and returns the factor that normalizes its output.
 template <class T>
-FLASHSPARK_DEVICE float normalize_and_store_lse(const ForwardArguments &a, const RowTile &rows,
+FLASHSPARK_DEVICE float normalize_and_store_lse(const typename T::KernelArguments &a, const RowTile &rows,
                                                 const EpilogueTile<T> &result, int32_t n, const OutputRow &r,
                                                 const typename T::Mma::Scales &scales, int32_t first_column) {
   const SinkRescale joined = add_sink(result.row_max[n], r.in_use ? sink_of(a, r.head) : minus_infinity());
   const float sum = result.row_sum[n] * joined.factor + joined.sink;
   const float inverse = sum == 0 ? 0.0f : joined.factor * ptx::reciprocal_approx(sum);
   if (r.in_use && ptx::thread_index() % 4 == 0 && first_column == 0) store_lse(a, rows, r, lse_of(joined.maximum, sum));
-  return inverse * scales.v();
+  return inverse * out_factor<T>(a, scales);
 }
 
 // From registers: few columns of few rows.
 template <class T>
-FLASHSPARK_DEVICE void store_out_direct(const ForwardArguments &a, const RowTile &rows, const EpilogueTile<T> &result,
-                                        const typename T::Mma::Scales &scales, int32_t first_column) {
+FLASHSPARK_DEVICE void store_out_direct(const typename T::KernelArguments &a, const RowTile &rows,
+                                        const EpilogueTile<T> &result, const typename T::Mma::Scales &scales,
+                                        int32_t first_column) {
   const int32_t lane = ptx::lane();
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < EpilogueTile<T>::kOctets; ++n) {
@@ -66,9 +77,9 @@ FLASHSPARK_DEVICE void store_out_direct(const ForwardArguments &a, const RowTile
 
 // Through shared memory, each warp through its own part of it, so that whole rows are written.
 template <class T>
-FLASHSPARK_DEVICE void store_out(const ForwardArguments &a, const RowTile &rows, const EpilogueTile<T> &result,
-                                 const typename T::Mma::Scales &scales, ptx::SharedAddress shared,
-                                 int32_t first_column) {
+FLASHSPARK_DEVICE void store_out(const typename T::KernelArguments &a, const RowTile &rows,
+                                 const EpilogueTile<T> &result, const typename T::Mma::Scales &scales,
+                                 ptx::SharedAddress shared, int32_t first_column) {
   using Layout = typename T::OutputLayout;
   const int32_t lane = ptx::lane();
   const int32_t first_row = rows.first_row + T::first_warp_row(a);

@@ -2,22 +2,10 @@
 // -DFLASHSPARK_ELEMENT=Bfloat16, or for keys and values in e4m3 -DFLASHSPARK_ELEMENT=Float16
 // -DFLASHSPARK_ELEMENT_KV=E4m3, and the entry point's name as FLASHSPARK_ENTRY. -DFLASHSPARK_TILES_SM120F gives every
 // architecture the tiles of sm_120f, to time them on a stand-in.
-#include "forward/kernel.cuh"
+#include "forward/entry.cuh"
 
 namespace flashspark {
 
-#if defined(FLASHSPARK_TILES_SM120F) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
-constexpr Architecture kArchitecture = Architecture::sm_120f;
-#else
-constexpr Architecture kArchitecture = Architecture::sm_90;
-#endif
-#if defined(FLASHSPARK_ELEMENT_KV)
-using Mma = MmaE4m3Dequant;
-static_assert(std::is_same_v<Mma::Element, ptx::FLASHSPARK_ELEMENT> &&
-              std::is_same_v<Mma::ElementKV, ptx::FLASHSPARK_ELEMENT_KV>);
-#else
-using Mma = MmaF16<ptx::FLASHSPARK_ELEMENT>;
-#endif
 using Kernel = Traits<InstanceIndex::FLASHSPARK_NAME, kArchitecture, Mma>;
 
 }  // namespace flashspark

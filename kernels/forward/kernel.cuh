@@ -10,7 +10,7 @@ namespace flashspark {
 
 // Stores what the mainloop has computed: rows of out, or a partial result.
 template <class T>
-FLASHSPARK_DEVICE void store(const ForwardArguments &a, const RowTile &rows, const Mainloop<T> &mainloop,
+FLASHSPARK_DEVICE void store(const typename T::KernelArguments &a, const RowTile &rows, const Mainloop<T> &mainloop,
                              const KeyTileRange &range, int32_t first_column) {
   if (T::kKeyGroups > 1 || range.is_final)
     ptx::cta_barrier();  // all are done with K, V and Q, whose memory the results pass through
@@ -28,7 +28,7 @@ FLASHSPARK_DEVICE void store(const ForwardArguments &a, const RowTile &rows, con
 // Computes a work tile and stores it. Where the scheduler has taken it from metadata that turns out to be stale,
 // nothing is stored.
 template <class T, class Scheduler>
-FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, WorkTile work) {
+FLASHSPARK_DEVICE void compute(const typename T::KernelArguments &a, Scheduler &scheduler, WorkTile work) {
   const RowTile &rows = work.rows;
   const auto start_queries = [&] {
     copy_queries<T>(a, rows, ptx::shared_memory() + T::kSharedMemory.queries);
@@ -39,8 +39,8 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, 
   if constexpr (T::Mma::kAsyncQueries && !T::kStreamK) start_queries();
   const SequenceMask mask = sequence_mask(a, rows, keys, scheduler.causal(work));
   const int32_t end_row = min_of(rows.first_row + T::rows(a), rows.end_row);
-  const KeyBounds bounds = key_bounds<T::ScoreMod::kActive>(a, mask, rows.first_row, end_row);
-  const KeyTiles tiles = key_tiles<T::kKeys>(bounds);
+  const KeyBounds bounds = key_bounds<T::ScoreMod::kNative>(a, mask, rows.first_row, end_row);
+  const KeyTilesOf<T> tiles = key_tiles_of<T>(a, rows, bounds);
   const auto [begin, end] = scheduler.key_tiles(work, tiles);
   const int32_t first_column = static_cast<int32_t>(ptx::cta_z()) * T::kHeadDimV;
 
@@ -49,15 +49,16 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, 
   // A warp without rows keeps no key. Where registers are scarce its bounds are found before the copies: otherwise
   // d128_prefill would spill (docs/experiments.md E22).
   const auto find_warp_bounds = [&] {
-    return warp_row < warp_end ? key_bounds<T::ScoreMod::kActive>(a, mask, warp_row, warp_end) : no_keys();
+    return warp_row < warp_end ? key_bounds<T::ScoreMod::kNative>(a, mask, warp_row, warp_end) : no_keys();
   };
   const KeyBounds warp_bounds = T::kTwoTilePrologue ? no_keys() : find_warp_bounds();
+  const RowTile kv_rows = with_kv_head<T>(a, rows);
   // clang-format off
   Mainloop<T> mainloop{a, rows, mask, make_tile_copy<T>(a, keys, bounds),
-                       make_tile_loader<T, KVOperand::key>(a, rows, keys),
-                       make_tile_loader<T, KVOperand::value>(a, rows, keys),
+                       make_tile_loader<T, KVOperand::key>(a, kv_rows, keys),
+                       make_tile_loader<T, KVOperand::value>(a, kv_rows, keys),
                        tiles, begin, end, 0, 0, warp_bounds, ptx::shared_memory(), lane_offsets<T>(a),
-                       {}, {}, {}, {}, {}};
+                       {}, {}, {}, {}, {}, {}};
   // clang-format on
   scheduler.wait();
   mainloop.look_up(begin);
@@ -67,17 +68,21 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, 
   prologue(mainloop);
   if constexpr (T::kTwoTilePrologue) mainloop.warp_bounds = find_warp_bounds();
   if constexpr (!T::Mma::kAsyncQueries) copy_queries<T>(a, rows, mainloop.queries());
-  mainloop.scales = T::Mma::scales(a, rows);
-  if constexpr (!T::ScoreMod::kActive) {
+  mainloop.scales = T::Mma::scales(a, kv_rows);
+  if constexpr (!T::ScoreMod::kNative && !T::ScoreMod::kBlockSparse) {
     // The two tiles behind an unmasked one, which are copied meanwhile, are full.
     const Interval full = full_tiles(mainloop.tile_copy, mainloop.k, mainloop.v);
     mainloop.unmasked_begin =
         max_of(begin, max_of(ceil_div(bounds.unmasked[0].begin, T::kKeys), full.begin) - tiles.begin[0]);
     mainloop.unmasked_end = min_of(end - 2, min_of(bounds.unmasked[0].end / T::kKeys, full.end - 2) - tiles.begin[0]);
   }
+  if constexpr (T::ScoreMod::kDropout) mainloop.dropout_key = dropout_key(a.dropout);
+  if constexpr (T::ScoreMod::kFunction)
+    write_function_rows<T>(a, rows, keys, 1.0f / mainloop.natural_scale(), mainloop.dropout_key,
+                           mainloop.shared + T::kFunctionRows);
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    if constexpr (T::ScoreMod::kActive)
+    if constexpr (T::ScoreMod::kNative)
       mainloop.contexts[n] = T::ScoreMod::context(a, rows, mask, lane_row<T>(a, rows, n));
     mainloop.state.row_max[n] = mainloop.state.rescale_threshold[n] = kLowest;
   }
@@ -89,7 +94,7 @@ FLASHSPARK_DEVICE void compute(const ForwardArguments &a, Scheduler &scheduler, 
 }
 
 template <class T>
-FLASHSPARK_DEVICE void forward(const ForwardArguments &a) {
+FLASHSPARK_DEVICE void forward(const typename T::KernelArguments &a) {
   using Scheduler = std::conditional_t<T::kStreamK, StreamKScheduler<T>, SingleTileScheduler<T>>;
   Scheduler scheduler{a};
   if (!scheduler.begin()) return;

@@ -3,6 +3,7 @@
 // flight stay the same on the last tiles.
 #pragma once
 
+#include "attention/block_status.cuh"
 #include "attention/mma/products.cuh"
 #include "attention/query_loader.cuh"
 #include "attention/tile_loader.cuh"
@@ -15,13 +16,13 @@ template <class T>
 struct Mainloop {
   using ScoreMod = typename T::ScoreMod;
 
-  const ForwardArguments &a;
+  const typename T::KernelArguments &a;
   const RowTile &row_tile;
   const SequenceMask &mask;
   KeyTileCopy<T> tile_copy;
   TileLoader<T, KVOperand::key> k;
   TileLoader<T, KVOperand::value> v;
-  KeyTiles tiles;
+  KeyTilesOf<T> tiles;
   int32_t begin, end;  // of this split or range
   // Tiles [unmasked_begin, unmasked_end) are full, as are the two behind them, and every row keeps all their keys: the
   // loop over them needs no predicates.
@@ -34,6 +35,7 @@ struct Mainloop {
   Output<T> o;
   RowState<T> state;
   typename T::Mma::Scales scales;
+  PhiloxKey dropout_key;
 
   // The first tile takes the first stage: queries on their way to registers lie in the second.
   FLASHSPARK_DEVICE ptx::SharedAddress stage(int32_t n) const {
@@ -60,6 +62,11 @@ struct Mainloop {
     look_up(n + 1);
   }
 
+  // Whether all keys of tile n, which may not exist, take the short path of copies.
+  FLASHSPARK_DEVICE bool is_full(int32_t n) const {
+    return n < end && k.columns() >= T::kHeadDim && v.columns() >= T::kHeadDimV && tile_copy.visits_all(tiles.at(n));
+  }
+
   // Moves the pointers on by `by` tiles of contiguous keys; pages are counted from where they began. Pointers of its
   // own for the unmasked loop would take registers that it needs (docs/experiments.md E11).
   FLASHSPARK_DEVICE void step_pointers(int32_t by) {
@@ -83,28 +90,59 @@ struct Mainloop {
   // Whether any of the warp's rows keeps a key of the subtile that begins at key `first`.
   FLASHSPARK_DEVICE bool visits(int32_t first) const {
     bool some = first < warp_bounds.visited[0].end && first + T::kScoreKeys > warp_bounds.visited[0].begin;
-    if constexpr (ScoreMod::kActive)
+    if constexpr (ScoreMod::kNative)
       some = some || (first < warp_bounds.visited[1].end && first + T::kScoreKeys > warp_bounds.visited[1].begin);
     return some;
   }
   FLASHSPARK_DEVICE void qk(Scores<T> &s, int32_t n, int32_t subtile) const {
     qk_product<T>(s, q, queries(), stage(n) + first_row_of(subtile) * T::KeyLayout::kPitch, lane);
   }
-  // From Q K^T to units of log2; apply_score_mod() leaves scores in them.
-  FLASHSPARK_DEVICE float scale() const { return ScoreMod::kActive ? 1.0f : scales.qk(a); }
-  // Scales, modifies and masks the scores of a subtile; the mask only where some row drops a key.
-  FLASHSPARK_DEVICE void modify_and_mask(Scores<T> &s, int32_t first) {
+  // From scores to units of log2. A score function's are relative to softmax_scale, other modifications' are in them.
+  FLASHSPARK_DEVICE float scale() const {
+    if constexpr (ScoreMod::kScoreFunction) return natural_scale() * kLog2E;
+    return ScoreMod::kNative ? 1.0f : scales.qk(a);
+  }
+  // From Q K^T to natural units, for score functions, which divide by it: not too small.
+  FLASHSPARK_DEVICE float natural_scale() const { return larger(scales.qk(a), kMinFunctionScale); }
+  // Scales and modifies the scores of a subtile.
+  FLASHSPARK_DEVICE void modify(Scores<T> &s, int32_t first) {
+    if constexpr (ScoreMod::kNative) apply_score_mod<T>(s, contexts, a, scales.qk(a), first);
+    if constexpr (ScoreMod::kScoreFunction) {
+      if constexpr (ScoreMod::kNative) to_raw_scores<T>(s, kLn2 / natural_scale());
+      apply_score_function<T>(s, a.functions, function_rows(), natural_scale(), first - mask.begin);
+    }
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress function_rows() const {
+    return shared + T::kFunctionRows + T::first_warp_row(a) * 4;
+  }
+  // Asks the user's mask, unless tile n keeps all its keys.
+  FLASHSPARK_DEVICE void ask_mask(Scores<T> &s, int32_t n, int32_t first) const {
+    if constexpr (ScoreMod::kBlockStatus) {
+      if (!tiles.keeps_all(n)) apply_blocks<T>(s, a, tiles, row_tile, function_rows(), first - mask.begin);
+    } else if constexpr (ScoreMod::kFunction) {
+      if (!tiles.keeps_all(n)) apply_mask_function<T>(s, a.functions, function_rows(), first - mask.begin);
+    }
+  }
+  // The mask, but for the user's; only where some row drops a key.
+  FLASHSPARK_DEVICE void mask_subtile(Scores<T> &s, int32_t first) const {
     bool unmasked = first >= warp_bounds.unmasked[0].begin && first + T::kScoreKeys <= warp_bounds.unmasked[0].end;
-    if constexpr (ScoreMod::kActive) {
+    if constexpr (ScoreMod::kNative)
       unmasked =
           unmasked || (first >= warp_bounds.unmasked[1].begin && first + T::kScoreKeys <= warp_bounds.unmasked[1].end);
-      apply_score_mod<T>(s, contexts, a, scales.qk(a), first);
-    }
     if (!unmasked) mask_scores<T>(s, contexts, a, row_tile, mask, first);
+  }
+  FLASHSPARK_DEVICE auto dropout(int32_t n, int32_t subtile) const {
+    if constexpr (ScoreMod::kDropout) {
+      return Dropout<T>{dropout_key,     row_tile.seq,          a.dropout.threshold << 16,
+                        function_rows(), first_key(n, subtile), {}};
+    } else {
+      return NoDropout{};
+    }
   }
   FLASHSPARK_DEVICE void softmax_and_pv(const Scores<T> &s, int32_t n, int32_t subtile) {
     update_row_max<T>(row_maxima<T>(s), o, state, scale());
-    pv_product<T>(o, s, state, scale(), value_stage(n) + first_row_of(subtile) * T::ValueLayout::kPitch, lane);
+    pv_product<T>(o, s, state, scale(), value_stage(n) + first_row_of(subtile) * T::ValueLayout::kPitch, lane,
+                  dropout(n, subtile));
     update_rescale_thresholds<T>(state);
   }
 };
@@ -162,7 +200,9 @@ FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
     mainloop.copy_keys(n + 1);
     ptx::cp_async_commit();
     if (visits) {
-      mainloop.modify_and_mask(s, first);
+      mainloop.modify(s, first);
+      mainloop.ask_mask(s, n, first);
+      mainloop.mask_subtile(s, first);
       mainloop.softmax_and_pv(s, n, 0);
     }
     ptx::cp_async_wait<0>();  // K of the next tile
@@ -173,6 +213,119 @@ FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
 }
 
 // Two buffers of each: the next tile is in flight while this one is used, with one barrier a tile.
+
+// Whether the prologue has started the copy of the tile behind n.
+template <class T>
+FLASHSPARK_DEVICE bool prologue_started_next(const Mainloop<T> &mainloop, int32_t n) {
+  return T::kTwoTilePrologue && n == mainloop.begin;
+}
+
+// Tile n, whatever it is.
+template <class T>
+FLASHSPARK_DEVICE void step(Mainloop<T> &mainloop, int32_t n) {
+  const bool in_flight = prologue_started_next(mainloop, n);
+  wait_for_tile(in_flight);  // for this tile
+  copy_barrier<T>();  // ... for all; and all are done with the tile before, or with Q where it passes on to registers
+  if (!in_flight) mainloop.copy(n + 1);
+  FLASHSPARK_NO_UNROLL
+  for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
+    const int32_t first = mainloop.first_key(n, subtile);
+    if (!mainloop.visits(first)) continue;
+    Scores<T> s;
+    mainloop.qk(s, n, subtile);
+    mainloop.modify(s, first);
+    mainloop.ask_mask(s, n, first);
+    mainloop.mask_subtile(s, first);
+    mainloop.softmax_and_pv(s, n, subtile);
+  }
+}
+
+// Tile n of unmasked ones, which are contiguous: the pointers are at the tile behind it.
+template <class T>
+FLASHSPARK_DEVICE void unmasked_step(Mainloop<T> &mainloop, int32_t n) {
+  const bool in_flight = prologue_started_next(mainloop, n);
+  wait_for_tile(in_flight);  // as in step()
+  copy_barrier<T>();
+  FLASHSPARK_NO_UNROLL
+  for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
+    Scores<T> s;
+    mainloop.qk(s, n, subtile);
+    if (subtile == 0) {  // behind the first products: before them, all warps would compute addresses at once (E9)
+      const int32_t next = mainloop.tiles.begin[0] + n + 1;
+      if (!in_flight) {
+        mainloop.k.copy_full(mainloop.tile_copy, next, mainloop.k.data, mainloop.stage(n + 1));
+        mainloop.v.copy_full(mainloop.tile_copy, next, mainloop.v.data, mainloop.value_stage(n + 1));
+      }
+      mainloop.step_pointers(1);
+      if (!in_flight) {
+        ptx::cp_async_commit();
+        mainloop.tile_copy.look_up_full(next + 1);
+      }
+    }
+    if constexpr (T::ScoreMod::kFunction) {
+      mainloop.modify(s, mainloop.first_key(n, subtile));
+      mainloop.ask_mask(s, n, mainloop.first_key(n, subtile));
+    }
+    mainloop.softmax_and_pv(s, n, subtile);
+  }
+}
+
+// Tile n of a list, whose keys every row keeps, where the next tile is full.
+template <class T>
+FLASHSPARK_DEVICE void listed_step(Mainloop<T> &mainloop, int32_t n) {
+  wait_for_tile(false);  // as in step()
+  copy_barrier<T>();
+  FLASHSPARK_NO_UNROLL
+  for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
+    Scores<T> s;
+    mainloop.qk(s, n, subtile);
+    if (subtile == 0) {
+      const int32_t next = mainloop.tiles.at(n + 1);
+      mainloop.k.copy_full(mainloop.tile_copy, next, mainloop.k.data + next * (T::kKeys * mainloop.a.k_strides.token),
+                           mainloop.stage(n + 1));
+      mainloop.v.copy_full(mainloop.tile_copy, next, mainloop.v.data + next * (T::kKeys * mainloop.a.v_strides.token),
+                           mainloop.value_stage(n + 1));
+      ptx::cp_async_commit();
+      mainloop.look_up(n + 2);
+    }
+    mainloop.modify(s, mainloop.first_key(n, subtile));
+    mainloop.softmax_and_pv(s, n, subtile);
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void run_tiles(Mainloop<T> &mainloop) {
+  int32_t n = mainloop.begin;
+  FLASHSPARK_NO_UNROLL
+  while (n < mainloop.end) {
+    if (n < mainloop.unmasked_begin || n >= mainloop.unmasked_end) {
+      step(mainloop, n++);
+      continue;
+    }
+    mainloop.step_pointers(mainloop.tiles.begin[0] + n + 1);
+    FLASHSPARK_NO_UNROLL
+    for (; n < mainloop.unmasked_end; ++n) unmasked_step(mainloop, n);
+    mainloop.step_pointers(-(mainloop.tiles.begin[0] + n + 1));
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void run_listed_tiles(Mainloop<T> &mainloop) {
+  static_assert(!T::kTwoTilePrologue);
+  FLASHSPARK_NO_UNROLL
+  for (int32_t n = mainloop.begin; n < mainloop.end; ++n) {
+    const int32_t first = mainloop.tiles.at(n) * T::kKeys;
+    const Interval unmasked = mainloop.warp_bounds.unmasked[0];
+    const bool keeps_all = mainloop.tiles.keeps_all(n) && first >= unmasked.begin && first + T::kKeys <= unmasked.end;
+    // Warps may differ here: both steps have the same barriers and copies.
+    if (keeps_all && mainloop.is_full(n + 1)) {
+      listed_step(mainloop, n);
+    } else {
+      step(mainloop, n);
+    }
+  }
+}
+
 template <class T>
 FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
   if constexpr (!T::kTwoTilePrologue) mainloop.look_up(mainloop.begin + 1);
@@ -181,54 +334,10 @@ FLASHSPARK_DEVICE void run_double_buffered(Mainloop<T> &mainloop) {
     ptx::cta_barrier();
     load_queries<T>(mainloop.q, mainloop.queries(), mainloop.lane);
   }
-  // Whether the prologue has started the copy of the tile behind n.
-  const auto in_flight = [&mainloop](int32_t n) { return T::kTwoTilePrologue && n == mainloop.begin; };
-  const auto step = [&](int32_t n) {
-    wait_for_tile(in_flight(n));  // for this tile
-    copy_barrier<T>();  // ... for all; and all are done with the tile before, or with Q where it passes on to registers
-    if (!in_flight(n)) mainloop.copy(n + 1);
-    FLASHSPARK_NO_UNROLL
-    for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
-      const int32_t first = mainloop.first_key(n, subtile);
-      if (!mainloop.visits(first)) continue;
-      Scores<T> s;
-      mainloop.qk(s, n, subtile);
-      mainloop.modify_and_mask(s, first);
-      mainloop.softmax_and_pv(s, n, subtile);
-    }
-  };
-  int32_t n = mainloop.begin;
-  FLASHSPARK_NO_UNROLL
-  while (n < mainloop.end) {
-    if (n < mainloop.unmasked_begin || n >= mainloop.unmasked_end) {
-      step(n++);
-      continue;
-    }
-    mainloop.step_pointers(mainloop.tiles.begin[0] + n + 1);
-    FLASHSPARK_NO_UNROLL
-    for (; n < mainloop.unmasked_end; ++n) {
-      wait_for_tile(in_flight(n));  // as in step()
-      copy_barrier<T>();
-      FLASHSPARK_NO_UNROLL
-      for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
-        Scores<T> s;
-        mainloop.qk(s, n, subtile);
-        if (subtile == 0) {  // behind the first products: before them, all warps would compute addresses at once (E9)
-          const int32_t next = mainloop.tiles.begin[0] + n + 1;
-          if (!in_flight(n)) {
-            mainloop.k.copy_full(mainloop.tile_copy, next, mainloop.k.data, mainloop.stage(n + 1));
-            mainloop.v.copy_full(mainloop.tile_copy, next, mainloop.v.data, mainloop.value_stage(n + 1));
-          }
-          mainloop.step_pointers(1);
-          if (!in_flight(n)) {
-            ptx::cp_async_commit();
-            mainloop.tile_copy.look_up_full(next + 1);
-          }
-        }
-        mainloop.softmax_and_pv(s, n, subtile);
-      }
-    }
-    mainloop.step_pointers(-(mainloop.tiles.begin[0] + n + 1));
+  if constexpr (T::ScoreMod::kBlockSparse) {
+    run_listed_tiles(mainloop);
+  } else {
+    run_tiles(mainloop);
   }
 }
 

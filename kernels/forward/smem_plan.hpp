@@ -54,6 +54,11 @@ constexpr SharedMemoryPlan shared_memory_plan(const Instance &instance, const Ti
   return plan;
 }
 
+// Of a kernel with the user's functions, behind the others: so many words for each row.
+constexpr int32_t function_row_bytes(const Tile &tile, int32_t words) {
+  return tile.max_rows() * words * 4;
+}
+
 constexpr int32_t shared_bytes(const Instance &instance, const Tile &tile, bool dequantizes_kv = false) {
   return shared_memory_plan(instance, tile, dequantizes_kv ? 1 : 2).total;
 }

@@ -11,10 +11,16 @@
 
 namespace flashspark {
 
-// Mma_: the operand policy (attention/mma).
-template <InstanceIndex index, Architecture arch, class Mma_>
+template <InstanceIndex index>
+using InstanceScoreMod = std::conditional_t<kInstances[static_cast<int32_t>(index)].score_mod == ScoreMod::native,
+                                            NativeScoreMod, NoScoreMod>;
+
+// Mma_: the operand policy (attention/mma). ScoreMod_: the instance's, or the user's functions.
+template <InstanceIndex index, Architecture arch, class Mma_, class ScoreMod_ = InstanceScoreMod<index>>
 struct Traits {
   using Arguments = ForwardArguments;
+  using ScoreMod = ScoreMod_;
+  using KernelArguments = std::conditional_t<ScoreMod::kFunction, FunctionForwardArguments, ForwardArguments>;
   using Mma = Mma_;
   using Element = typename Mma::Element;      // of the products, q and out
   using ElementKV = typename Mma::ElementKV;  // of K and V in memory
@@ -24,10 +30,11 @@ struct Traits {
       TUNE_WARPS, TUNE_ROWS, TUNE_KEYS, TUNE_SCORES, TUNE_GROUPS, Buffering::TUNE_BUFFERING, QueryStorage::TUNE_QUERIES,
       TUNE_CTAS};
 #else
-  static constexpr Tile kTile = kInstance.tile(arch);
+  static constexpr Tile kTile =
+      ScoreMod::kFunction ? function_tile(kInstance.tile(arch), ScoreMod::kDropout) : kInstance.tile(arch);
 #endif
-  using ScoreMod = std::conditional_t<kInstance.score_mod == flashspark::ScoreMod::native, NativeScoreMod, NoScoreMod>;
-  static constexpr bool kStreamK = supports_stream_k(kInstance);
+  // Stream-K counts key tiles by the lengths; lists of blocks say otherwise.
+  static constexpr bool kStreamK = supports_stream_k(kInstance) && !ScoreMod::kBlockSparse;
   // Every warp copies the keys that it uses, and no warp waits for another before the end.
   static constexpr bool kWarpPrivateKV = kInstance.tiling == Tiling::decode;
   static constexpr Buffering kBuffering = kTile.buffering;
@@ -60,7 +67,9 @@ struct Traits {
   using OutputLayout = TileLayout<kHeadDimV>;
 
   static constexpr SharedMemoryPlan kSharedMemory = shared_memory_plan(kInstance, kTile, sizeof(ElementKV));
-  static_assert(kSharedMemory.total <= kMaxSharedBytes);
+  // What the user's functions need to know of each row lies behind the rest (attention/function_mod.cuh).
+  static constexpr int32_t kFunctionRows = kSharedMemory.total;
+  static_assert(kFunctionRows + function_row_bytes(kTile, ScoreMod::kRowWords) <= kMaxSharedBytes);
   static_assert(kWarpRows % 16 == 0 && kTile.warps % kKeyGroups == 0);
   static_assert(kScoreKeys % 16 == 0 && kKeys % (kScoreKeys * kKeyGroups) == 0);
   static_assert(!kQueriesInRegisters || kBuffering != Buffering::single_buffer,

@@ -19,43 +19,79 @@ TYPE_CHECKING = False  # type checkers treat it as typing.TYPE_CHECKING, whose i
 if TYPE_CHECKING:
     from typing import Any
 
-    from . import mods
+    from . import flex, mods
+    from ._block_mask import BlockMask, BlockSparseTensors, and_masks, create_block_mask, noop_mask, or_masks
     from ._cache import append_kv, flash_attn_with_kvcache
     from ._fwd import _flash_attn_fwd as _flash_attn_fwd
     from ._info import cpu_target, cpu_threads, implementations, native_version
     from ._ops import attention_explain, flash_attn_func, flash_attn_varlen_func
+    from ._packed import (
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+    )
     from ._scheduler_metadata import get_scheduler_metadata
+    from ._trace import TraceError
+    from .flex import flex_attention, flex_explain
 
     __version__: str
 
 _HOME = {
+    "BlockMask": "_block_mask",
+    "BlockSparseTensors": "_block_mask",
+    "TraceError": "_trace",
+    "and_masks": "_block_mask",
     "append_kv": "_cache",
     "attention_explain": "_ops",
     "cpu_target": "_info",
     "cpu_threads": "_info",
+    "create_block_mask": "_block_mask",
     "flash_attn_func": "_ops",
+    "flash_attn_kvpacked_func": "_packed",
+    "flash_attn_qkvpacked_func": "_packed",
     "flash_attn_varlen_func": "_ops",
+    "flash_attn_varlen_kvpacked_func": "_packed",
+    "flash_attn_varlen_qkvpacked_func": "_packed",
     "flash_attn_with_kvcache": "_cache",
+    "flex_attention": "flex",
+    "flex_explain": "flex",
     "_flash_attn_fwd": "_fwd",
     "get_scheduler_metadata": "_scheduler_metadata",
     "implementations": "_info",
     "native_version": "_info",
+    "noop_mask": "_block_mask",
+    "or_masks": "_block_mask",
 }
-_MODULES = frozenset({"mods", "torch_ops"})
+_MODULES = frozenset({"flex", "integrations", "interface", "jax", "mods", "torch_ops"})
 
 __all__ = [
+    "BlockMask",
+    "BlockSparseTensors",
+    "TraceError",
     "__version__",
+    "and_masks",
     "append_kv",
     "attention_explain",
     "cpu_target",
     "cpu_threads",
+    "create_block_mask",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flex",
+    "flex_attention",
+    "flex_explain",
     "get_scheduler_metadata",
     "implementations",
     "mods",
     "native_version",
+    "noop_mask",
+    "or_masks",
 ]
 
 
@@ -67,9 +103,12 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = import_module("." + name, __name__)
     elif name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        value = version(__name__)
+        try:
+            value = version(__name__)
+        except PackageNotFoundError:  # imported by the Hugging Face loader, without an installation
+            value = import_module("._info", __name__).native_version()
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value  # found without this function from now on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -190,6 +190,9 @@ def flash_attn_with_kvcache(
     qv: None = None,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    aux_tensors: Sequence[Array] | None = None,
     _attend: Callable[..., Any] = attend,
     _append: Callable[..., None] = append_kv,
 ) -> Any:
@@ -211,7 +214,8 @@ def flash_attn_with_kvcache(
     sequence that is all padding has no keys.
     block_table: int32 (num_seqs, pages per sequence); page_table is another name of this argument.
     scheduler_metadata: int32, from get_scheduler_metadata: saves time at the start of decoding on a GPU.
-    The other arguments are flash_attn_func's. With explain nothing is written into the cache.
+    score_mod, mask_mod, aux_tensors and the other arguments are flash_attn_func's. With explain nothing is written into
+    the cache.
 
     Returns out, like q with v's head size; (out, lse) with return_softmax_lse, return_lse or return_attn_probs.
     """
@@ -249,11 +253,16 @@ def flash_attn_with_kvcache(
         prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
     )
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
+    checks = _attend is attend
+    if score_mod is not None or mask_mod is not None or aux_tensors is not None:
+        from ._user_functions import attending
+
+        _attend = attending(_attend, score_mod, mask_mod, aux_tensors)
     if k is not None and not (mode and mode.explain):
-        if _attend is attend:
+        if checks:
             # Checked before the new rows are written, so that a bad argument leaves the cache as it was.
             tensors = (q, k_cache, v_cache)
-            attend(CACHE, tensors, out, lse, want_lse, mode, head, tail, _core.attention_validate)
+            _attend(CACHE, tensors, out, lse, want_lse, mode, head, tail, function=_core.attention_validate)
         rotates = rotary_cos is not None or rotary_sin is not None
         if rotates:
             q = copied("q", q)

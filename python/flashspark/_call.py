@@ -18,7 +18,7 @@ from . import _core, _layout
 from ._kinds import settled
 from ._signature import ATTENTION, Signature, in_tail
 from ._tensors import (
-    BFLOAT16,
+    BFLOAT16_NUMBER,
     DTYPE_CODES,
     LAST_NUMPY_TYPE,
     Array,
@@ -32,9 +32,10 @@ from ._tensors import (
 )
 
 FUNC, CACHE, FORWARD = 0, 1, 2  # whose names the errors use: enum Face of bindings/signature.hpp
+HEADS_FIRST = 4  # added to one: q, k, v and out are (num_seqs, heads, tokens, width); kHeadsFirst there
 
 _ndarray, _empty = np.ndarray, np.empty
-_BF16, _U16 = BFLOAT16.num, np.dtype(np.uint16)
+_BF16, _U16 = BFLOAT16_NUMBER, np.dtype(np.uint16)
 _FOUR_BF16 = DTYPE_CODES["bfloat16"] * 0x1111  # stored_as of q, k, v and out
 _NUMPY = frozenset({np.ndarray, type(None), int, bool})  # the types in a plain call's tail
 CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
@@ -84,14 +85,14 @@ class _Torch:
 
     def learn(self) -> None:
         torch = sys.modules["torch"]
-        self.is_grad_enabled, self.empty_like = torch.is_grad_enabled, torch.empty_like
+        self.is_grad_enabled, self.empty_like, self.float32 = torch.is_grad_enabled, torch.empty_like, torch.float32
         try:  # much faster than the public function
             with torch.inference_mode():
                 torch._C._increment_version((torch.empty(0),))
             self.increment_version = torch._C._increment_version
         except Exception:  # noqa: BLE001 - an older torch
             self.increment_version = lambda tensors: bump(*tensors)
-        self.Tensor = torch.Tensor
+        self.Parameter, self.Tensor = torch.nn.Parameter, torch.Tensor
 
 
 _torch = _Torch()
@@ -147,6 +148,15 @@ def is_plain(x: Array) -> bool:
     The native call itself refuses everything else that a fast path must not take.
     """
     return type(x) is _torch.Tensor and not x.is_neg() and not (x.requires_grad and _torch.is_grad_enabled())
+
+
+def is_direct(x: Any) -> bool:
+    """Whether the native call takes a captured array as it is: it lies where it says, in a type that is exported."""
+    if type(x) is _ndarray:
+        return x.flags.writeable and x.dtype.num <= LAST_NUMPY_TYPE
+    if _torch.Tensor is None or (type(x) is not _torch.Tensor and type(x) is not _torch.Parameter):
+        return False
+    return not x.is_neg() and not (x.requires_grad and _torch.is_grad_enabled())
 
 
 class Mode(NamedTuple):
@@ -274,7 +284,8 @@ def _attend_any(
             args[at[name]], code = stored(args[at[name]], bits)
             args[1] |= code
     if mode.explain:
-        return str(call(_core.attention_explain, ATTENTION, tuple(args), face))
+        explain = function if function is not _core.attention_forward else _core.attention_explain
+        return str(call(explain, ATTENTION, tuple(args), face))
     try:
         call(function, ATTENTION, tuple(args), face)
     except MemoryError as error:

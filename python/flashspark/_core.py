@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,14 @@ _MODULE = "_flashspark_ffi.so"
 
 def _find() -> str:
     # An editable install keeps the native files in another folder of the package than the Python files.
-    import flashspark
-
-    for folder in flashspark.__path__:
+    # The Hugging Face loader imports the package under a name of its own, so that its name is asked for.
+    folders = sys.modules[__package__].__path__
+    for folder in folders:
         path = os.path.join(folder, _MODULE)
         if os.path.exists(path):
             return path
     raise ImportError(
-        f"flashspark's native module {_MODULE} is not in {list(flashspark.__path__)}: "
+        f"flashspark's native module {_MODULE} is not in {list(folders)}: "
         "install the package (pip install .); the source tree alone does not contain it"
     )
 
@@ -40,6 +41,11 @@ attention_explain = _function("attention_explain")
 attention_validate = _function("attention_validate")
 attention_schedule = _function("attention_schedule")
 append_kv = _function("append_kv")
+create_block_mask = _function("create_block_mask")
+score_mod_create = _function("score_mod_create")
+mask_mod_create = _function("mask_mod_create")
+mod_release = _function("mod_release")
+set_nvrtc_search_path = _function("set_nvrtc_search_path")
 signature = _function("signature")
 version = _function("version")
 cpu_target = _function("cpu_target")

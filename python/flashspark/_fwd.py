@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from . import mods
@@ -19,7 +19,7 @@ _TUNING = frozenset(
     }
 )
 # Arguments that would change the result.
-_UNSUPPORTED = frozenset({"gather_kv_indices", "gather_kv_valid_length", "block_sparse_tensors", "aux_scalars"})
+_UNSUPPORTED = frozenset({"gather_kv_indices", "gather_kv_valid_length"})
 
 
 class _Native(NamedTuple):
@@ -33,6 +33,7 @@ class _Native(NamedTuple):
 
 
 _NO_MODS = _Native()
+_TAGS = (mods.RelBias, mods.MmPrefix, mods.RSwa)
 
 
 def _flash_attn_fwd(
@@ -54,8 +55,8 @@ def _flash_attn_fwd(
     window_size_right: int | None = None,
     learnable_sink: Array | None = None,
     num_splits: int = 1,
-    score_mod: mods.RelBias | None = None,
-    mask_mod: mods.MmPrefix | mods.RSwa | None = None,
+    score_mod: mods.RelBias | Callable[..., Any] | None = None,
+    mask_mod: mods.MmPrefix | mods.RSwa | Callable[..., Any] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
     lse: Array | None = None,
@@ -75,6 +76,8 @@ def _flash_attn_fwd(
     check_device: bool = False,
     strict: bool = False,
     explain: bool = False,
+    aux_scalars: Sequence[float] | None = None,
+    block_sparse_tensors: Any = None,
     **others: Any,
 ) -> Any:
     """Attention with the interface of FlashAttention 4's forward.
@@ -88,7 +91,8 @@ def _flash_attn_fwd(
     is negative (causal counts as a right side of 0). Other negative sides shift the window there; they raise
     NotImplementedError here. softcap: None or 0: off.
     learnable_sink: (num_heads,) sinks. dynamic_causal: int32 (num_seqs,), replaces `causal`.
-    score_mod, mask_mod: None or a tag of flashspark.mods, with its data in aux_tensors.
+    score_mod, mask_mod: None, a tag of flashspark.mods with its data in aux_tensors, or a function in FlashAttention
+    4's form, as in flashspark._ops. As there, causal and the window are ignored beside a mask function.
     q_descale, k_descale, v_descale: float32 (num_seqs, num_heads_kv), for float8_e4m3 tensors.
     deterministic: the same bits on every run, whatever the rest of the batch.
     attention_chunk, check_device, strict, and what is copied: as in flashspark._ops.
@@ -111,16 +115,27 @@ def _flash_attn_fwd(
         return_lse, compile_only = any_flag(return_lse=return_lse), any_flag(compile_only=compile_only)
         explain, strict = any_flag(explain=explain), any_flag(strict=strict)
         mode = Mode(explain, strict) if explain or strict else None
-    native = _NO_MODS
-    if score_mod is not None or mask_mod is not None or aux_tensors is not None:
+    native, run = _NO_MODS, attend
+    if isinstance(score_mod, _TAGS) or isinstance(mask_mod, _TAGS):
         native = _native_arguments(score_mod, mask_mod, aux_tensors)
+        if aux_scalars or block_sparse_tensors is not None:
+            raise NotImplementedError("aux_scalars, block_sparse_tensors = given: must be None with flashspark.mods")
+    elif (
+        score_mod is not None or mask_mod is not None or aux_tensors is not None or block_sparse_tensors is not None
+        or aux_scalars is not None
+    ):  # fmt: skip
+        from ._user_functions import attending
+
+        run = attending(attend, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
     if compile_only or is_fake(q):
         out = out if out is not None else empty_out(q, v, output_scale)
         return out, lse if lse is not None or not return_lse else empty_lse(q, cu_seqlens_q is not None)
     left, right = window_size_left, window_size_right
+    if mask_mod is not None and not isinstance(mask_mod, _TAGS):
+        causal, left, right = False, None, None
     if left is not None or right is not None:
         left, right = _window(causal, left, right, mask_mod is not None)
-    if mask_mod is not None:  # both masks are causal, and PrefixLM's tag may have a window of its own
+    if isinstance(mask_mod, _TAGS):  # both masks are causal, and PrefixLM's tag may have a window of its own
         causal, left = True, left if getattr(mask_mod, "window_left", None) is None else mask_mod.window_left
     rel_logits, prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window = native
     # fmt: off
@@ -134,7 +149,7 @@ def _flash_attn_fwd(
     )
     # fmt: on
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, 0)
-    return attend(FORWARD, (q, k, v), out, lse, return_lse, mode, head, tail)
+    return run(FORWARD, (q, k, v), out, lse, return_lse, mode, head, tail)
 
 
 def _window(causal: Any, left: Any, right: Any, masked: bool) -> tuple[int | None, int | None]:
@@ -159,15 +174,11 @@ def _native_arguments(score_mod: Any, mask_mod: Any, aux_tensors: Sequence[Array
     if aux_tensors is not None and not isinstance(aux_tensors, (list, tuple)):
         raise TypeError(f"aux_tensors = {_describe(aux_tensors)}: must be a list of tensors, or None")
     aux = list(aux_tensors or ())
-    if score_mod is None and mask_mod is None:
-        if aux:
-            raise ValueError(f"aux_tensors = {len(aux)} tensors: must be None without score_mod and mask_mod")
-        return _NO_MODS
     if score_mod is not None and mask_mod is not None:
         raise NotImplementedError("score_mod = given: must be None with mask_mod, they share aux_tensors")
     if score_mod is not None:
         if not isinstance(score_mod, mods.RelBias):
-            raise NotImplementedError(f"score_mod = {_describe(score_mod)}: must be flashspark.mods.RelBias or None")
+            raise TypeError(f"score_mod = {_describe(score_mod)}: must be flashspark.mods.RelBias or a function")
         _require_aux(aux, (1,), "[rel_logits]")
         return _Native(rel_logits=aux[0])
     if isinstance(mask_mod, mods.MmPrefix):
@@ -178,7 +189,7 @@ def _native_arguments(score_mod: Any, mask_mod: Any, aux_tensors: Sequence[Array
         _require_aux(aux, (2,) if mask_mod.window is None else (1, 2), "[prefix_lens, window]")
         width = mask_mod.window if mask_mod.window is not None else int(aux[1][0])
         return _Native(rswa_prefix_lens=aux[0], rswa_window=width)
-    raise NotImplementedError(f"mask_mod = {_describe(mask_mod)}: must be a tag of flashspark.mods or None")
+    raise TypeError(f"mask_mod = {_describe(mask_mod)}: must be MmPrefix or RSwa of flashspark.mods, or a function")
 
 
 def _require_aux(aux: list[Array], counts: tuple[int, ...], meaning: str) -> None:

@@ -174,11 +174,6 @@ def any_flag(**given: Any) -> bool:
     return any([flag(name, value) for name, value in given.items() if value is not None])
 
 
-def refuse_dropout(dropout_p: Any) -> None:
-    if dropout_p is not None and real("dropout_p", dropout_p) != 0:
-        raise ValueError(f"dropout_p = {dropout_p!r}: must be 0, flashspark has no dropout: it computes inference only")
-
-
 def refuse_qv(qv: Any) -> None:
     if qv is not None:
         raise NotImplementedError("qv = given: must be None, a second query tensor (MLA's) is not supported")

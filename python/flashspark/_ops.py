@@ -1,6 +1,7 @@
 """flash_attn_func, flash_attn_varlen_func and attention_explain.
 
-The two functions and flash_attn_with_kvcache share these keyword arguments, beyond flash-attention's own:
+The two functions and flash_attn_with_kvcache share these keyword arguments, beyond flash-attention's own; rng_state,
+like dropout_p, is not for the latter:
 
 sinks : (num_heads,) float32, float16 or bfloat16
     Logits that only enter the softmax denominator, one for each head, not scaled. s_aux (vLLM, transformers) and
@@ -50,6 +51,20 @@ strict : bool
     Raise ValueError where a tensor would have to be copied (see below).
 explain : bool
     Compute nothing; return a text that says which implementation would run and why.
+score_mod, mask_mod : functions in FlashAttention 4's form
+    score_mod(score, b_idx, h_idx, q_idx, kv_idx, seqlen_info, aux_tensors[, aux_scalars]) gives the new score, from one
+    that is scaled, capped and biased by the arguments above. mask_mod(b_idx, h_idx, .., the same) says which keys are
+    kept, of those that the other masks keep. Positions count from 0 within each sequence; seqlen_info has seqlen_q,
+    seqlen_k, offset_q and offset_k. @cute.jit functions are taken, too. See docs/flex.md.
+aux_tensors, aux_scalars : list of tensors, list of numbers
+    What the functions are given. Contents and numbers may change between calls without compiling.
+block_sparse_tensors : FlashAttention 4's BlockSparseTensorsTorch, or flashspark.BlockSparseTensors
+    Lists of key blocks for each block of queries; others are not computed. Full blocks do not ask mask_mod.
+rng_state : int64 or uint64 (2,) on q's device, or a tuple of two ints
+    Seed and offset of dropout: what they drop is the same on every implementation and device, for any lengths, tiles
+    and splits, and a CUDA graph that was captured with a tensor drops what its contents then say. None: drawn anew for
+    each call by the library that q is from: torch's default generator of the device (torch.manual_seed repeats it,
+    every replay of a CUDA graph draws again), NumPy's (numpy.random.seed) or CuPy's. JAX has none: it must be given.
 pack_gqa, sm_margin
     These tune FlashAttention 3's kernels and are ignored.
 qv
@@ -77,11 +92,11 @@ The functions repeat their lists of parameters in full, since callers (transform
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._call import FUNC, Mode, attend, rare_options
-from ._kinds import any_flag, one_spelling, pair, refuse_dropout, refuse_qv
+from ._kinds import any_flag, one_spelling, pair, refuse_qv
 from ._tensors import Array, lengths
 
 
@@ -128,13 +143,20 @@ def flash_attn_func(
     qv: None = None,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    aux_tensors: Sequence[Array] | None = None,
+    aux_scalars: Sequence[float] | None = None,
+    block_sparse_tensors: Any = None,
+    rng_state: Array | tuple[int, int] | None = None,
     _attend: Callable[..., Any] = attend,
 ) -> Any:
     """Attention of a batch of sequences of the same length.
 
     q: (num_seqs, seqlen_q, num_heads, head_dim). k: (num_seqs, seqlen_k, num_heads_kv, head_dim). v: like k, with a
     head size of its own.
-    dropout_p: must be 0. softmax_scale: None: head_dim ** -0.5.
+    dropout_p: 0 <= dropout_p < 1: the part of the probabilities, a multiple of 2^-16, that become 0; the others are
+    divided by 1 - dropout_p. lse is that of all of them. softmax_scale: None: head_dim ** -0.5.
     causal: query i sees key j if j <= i + seqlen_k - seqlen_q: the last query sees every key.
     window_size: (left, right) keys around that position, inclusive; None or negative: open.
     softcap: scores become softcap * tanh(score / softcap); 0: off.
@@ -142,13 +164,13 @@ def flash_attn_func(
     deterministic: a sequence's results are bitwise the same on every run, whatever the rest of the batch and the number
     of threads. On a GPU a row's bits depend on its own query and keys alone, so that a prompt may also be split into
     chunks; on the CPU the results of chunks may differ in the last bits of float32.
-    return_attn_probs: return (out, lse, None), as many results as flash-attention, whose third is for dropout tests.
+    return_attn_probs: return (out, lse, S_dmask). Without dropout S_dmask is None. With it, and for tests only, since
+    it takes the memory and time that this function exists to save, it holds the probabilities (num_seqs, num_heads,
+    seqlen_q, seqlen_k) in the result's type, before they are divided, and negative where they are dropped.
 
     Returns out (num_seqs, seqlen_q, num_heads, head_dim of v) in q's type (bfloat16 for a float8_e4m3 q), or (out, lse)
     with return_softmax_lse. The keyword arguments and the errors are described in flashspark._ops.
     """
-    if type(dropout_p) is not float or dropout_p:
-        refuse_dropout(dropout_p)
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
     want_lse, mode, spelled = False, None, None
     if return_softmax_lse is not False or return_attn_probs is not False or return_lse is not False:
@@ -164,7 +186,15 @@ def flash_attn_func(
     )
     if tail or seqused_q is not None or seqused_k is not None or scheduler_metadata is not None:
         tail = (None, None, None, None, seqused_q, seqused_k, None, None, None, scheduler_metadata, *tail)
+    plain = _attend
+    if (
+        score_mod is not None or mask_mod is not None or aux_tensors is not None or aux_scalars is not None
+        or block_sparse_tensors is not None
+    ):
+        _attend = _attending(_attend, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
     # fmt: on
+    if type(dropout_p) is not float or dropout_p or rng_state is not None:
+        _attend = _dropping(_attend, plain, dropout_p, rng_state, return_attn_probs)
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if explain is not False or strict is not False or spelled is not None:
         mode = Mode(any_flag(explain=explain), any_flag(strict=strict), spelled or {})
@@ -172,7 +202,7 @@ def flash_attn_func(
     if mode and mode.explain:
         return result
     if want_lse:
-        return (*result, None) if return_attn_probs else result
+        return (*result, None) if return_attn_probs and len(result) == 2 else result
     return result[0]
 
 
@@ -225,6 +255,12 @@ def flash_attn_varlen_func(
     qv: None = None,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    aux_tensors: Sequence[Array] | None = None,
+    aux_scalars: Sequence[float] | None = None,
+    block_sparse_tensors: Any = None,
+    rng_state: Array | tuple[int, int] | None = None,
     _attend: Callable[..., Any] = attend,
 ) -> Any:
     """Attention of sequences of different lengths, packed end to end.
@@ -239,12 +275,11 @@ def flash_attn_varlen_func(
     block_table: int32 (num_seqs, pages per sequence), any row stride; entries past a sequence's end are never read.
     page_table is another name of this argument.
     scheduler_metadata: int32, from get_scheduler_metadata: saves time at the start of decoding on a GPU.
-    The other arguments are flash_attn_func's.
+    The other arguments are flash_attn_func's; S_dmask is (num_seqs, num_heads, max_seqlen_q, max_seqlen_k), with zeros
+    where a sequence is shorter.
 
     Returns out (total_q, num_heads, head_dim of v), or (out, lse) with lse (num_heads, total_q).
     """
-    if type(dropout_p) is not float or dropout_p:
-        refuse_dropout(dropout_p)
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else pair(window_size)
     want_lse, mode, spelled = False, None, None
     if return_softmax_lse is not False or return_attn_probs is not False or return_lse is not False:
@@ -270,7 +305,15 @@ def flash_attn_varlen_func(
         sinks, alibi_slopes, q_descale, k_descale, v_descale, output_scale, rel_logits, causal_per_seq,
         prefix_ranges, prefix_clamp_window, rswa_prefix_lens, rswa_window, attention_chunk, check_device,
     )
+    plain = _attend
+    if (
+        score_mod is not None or mask_mod is not None or aux_tensors is not None or aux_scalars is not None
+        or block_sparse_tensors is not None
+    ):
+        _attend = _attending(_attend, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
     # fmt: on
+    if type(dropout_p) is not float or dropout_p or rng_state is not None:
+        _attend = _dropping(_attend, plain, dropout_p, rng_state, return_attn_probs)
     head = (softmax_scale, causal, left, right, softcap, num_splits, deterministic, implementation, num_threads)
     if explain is not False or strict is not False or spelled is not None:
         mode = Mode(any_flag(explain=explain), any_flag(strict=strict), spelled or {})
@@ -278,8 +321,20 @@ def flash_attn_varlen_func(
     if mode and mode.explain:
         return result
     if want_lse:
-        return (*result, None) if return_attn_probs else result
+        return (*result, None) if return_attn_probs and len(result) == 2 else result
     return result[0]
+
+
+def _dropping(*args: Any) -> Callable[..., Any]:
+    from ._dropout import dropping  # loaded by calls that have dropout only
+
+    return dropping(*args)
+
+
+def _attending(*args: Any) -> Callable[..., Any]:
+    from ._user_functions import attending  # loaded by calls that have functions only
+
+    return attending(*args)
 
 
 def attention_explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

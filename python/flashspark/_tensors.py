@@ -5,23 +5,29 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tvm_ffi
+
+try:
+    import ml_dtypes
+except ImportError:  # not among what Hugging Face's loader makes sure of; torch tensors do without
+    ml_dtypes = None
 
 Array = Any  # numpy.ndarray, torch.Tensor or another DLPack producer
 
 FLOAT32 = np.dtype(np.float32)
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+# Without ml_dtypes no array has these types. Structures that nothing else uses stand for them then.
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16 if ml_dtypes else [("bfloat16", np.uint16)])
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn if ml_dtypes else [("float8_e4m3fn", np.uint8)])
+BFLOAT16_NUMBER = BFLOAT16.num if ml_dtypes else -1
 # flashspark_dtype of the C header, by the names of the types.
 DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4}
 # The type numbers of ml_dtypes lie above those of NumPy's own types, and NumPy exports none of them through DLPack.
 # Their arrays are passed as integers of the same width, with a flashspark_dtype beside them.
 LAST_NUMPY_TYPE = np.dtype(np.float16).num
 _STORED = {
-    BFLOAT16.num: (np.dtype(np.uint16), DTYPE_CODES["bfloat16"]),
-    E4M3.num: (np.dtype(np.uint8), DTYPE_CODES["float8_e4m3fn"]),
+    BFLOAT16_NUMBER: (np.dtype(np.uint16), DTYPE_CODES["bfloat16"]),
+    E4M3.num if ml_dtypes else -2: (np.dtype(np.uint8), DTYPE_CODES["float8_e4m3fn"]),
 }
 
 _WANTED = "must be a NumPy array, a torch tensor or another DLPack tensor"
@@ -35,6 +41,11 @@ def is_torch(x: object) -> bool:
 def is_cupy(x: object) -> bool:
     cupy = sys.modules.get("cupy")
     return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+def is_jax(x: object) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.Array)
 
 
 def is_masked(x: object) -> bool:
@@ -148,8 +159,13 @@ def empty_like(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     if is_cupy(x):
         with x.device:
             return sys.modules["cupy"].empty(shape, dtype)
+    if is_jax(x):
+        if (platform := next(iter(x.devices())).platform) != "cpu":  # whose stream this call cannot wait for
+            raise NotImplementedError(f"q.device = {platform}: JAX arrays must be on the CPU")
+        # Nothing else refers to this memory yet, so that it may be written.
+        return sys.modules["jax"].numpy.zeros(shape, dtype, device=x.sharding).block_until_ready()
     raise TypeError(
-        f"q = {type(x).__name__}: results are allocated for NumPy and CuPy arrays and torch tensors; "
+        f"q = {type(x).__name__}: results are allocated for NumPy, CuPy and JAX arrays and torch tensors; "
         "give out= (and lse=)"
     )
 

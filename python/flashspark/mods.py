@@ -1,7 +1,7 @@
-"""Tags for `_flash_attn_fwd`'s score_mod and mask_mod.
+"""Tags for `_flash_attn_fwd`'s score_mod and mask_mod, and numbers that functions capture.
 
-FlashAttention 4 takes Python functions there and compiles them into its kernels. flashspark has the ones that models
-use built in. A tag says which one, and `aux_tensors` carries its data:
+FlashAttention 4 takes Python functions there and compiles them into its kernels. So does flashspark, which has the ones
+that models use built in. A tag says which one, and `aux_tensors` carries its data:
 
 =============  =========  =====================================================================================
 tag            argument   aux_tensors
@@ -42,3 +42,38 @@ class RSwa:
     """
 
     window: int | None = None
+
+
+class Scalar:
+    """A number that a function captures and that may change between calls without a new trace or kernel.
+
+    value: a float (f32 in the graph) or an int (i32). Assigning a new value is seen by the next call. What was made
+    with an int takes ints only.
+    """
+
+    __slots__ = ("__weakref__", "_value")
+
+    def __init__(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"value = {value!r}: must be an int or a float")
+        self._value = value
+
+    @property
+    def value(self) -> float:
+        return self._value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        wanted = (int, float) if isinstance(self._value, float) else int
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            kind = "a float" if isinstance(self._value, float) else "an int, as it was at first"
+            raise TypeError(f"value = {value!r}: must be {kind}")
+        self._value = type(self._value)(value)
+
+    def __repr__(self) -> str:
+        return f"flashspark.mods.scalar({self._value!r})"
+
+
+def scalar(value: float) -> Scalar:
+    """A number that may change between calls; see Scalar."""
+    return Scalar(value)

@@ -2,6 +2,8 @@
 
     from flashspark.torch_ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, append_kv
 
+and flash-attention's packed forms of the first two.
+
 These take and return what the package's functions of the same names do, for torch tensors; inference only. Outside
 torch.compile the package's own functions have less overhead. Fake and meta tensors give results of the right shapes and
 types, without memory. Two differences: `explain` is not offered, and flash_attn_with_kvcache checks the attention's
@@ -22,15 +24,16 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _cache, _call, _ops
+from . import _cache, _call, _ops, _packed
 from ._kinds import KINDS, any_flag, one_spelling
-from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature
+from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature, in_tail
 from ._tensors import held, out_dtype
 
 _NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and lse
 _KINDS, _FALLBACKS = ATTENTION.kinds[HEAD:], ATTENTION.fallbacks[HEAD:]
 _HEAD = len(_NAMES) - len(NO_TAIL)
 _FIRST = ATTENTION.index("q")
+_DROPOUT = in_tail("dropout_p")  # and rng_state: the last two
 _TYPES = {
     **{"integer": "SymInt", "bound": "SymInt", "window": "SymInt"},
     **{"real": "float", "flag": "bool", "text": "str"},
@@ -50,10 +53,12 @@ def _schema(signature: Signature, first: int, defaults: bool) -> str:
 
 
 _GIVEN = f"Tensor q, Tensor k, Tensor v, {_schema(ATTENTION, HEAD, False)}"
-_library = torch.library.Library("flashspark", "DEF")
+NAMESPACE = __name__.partition(".")[0]  # the Hugging Face loader imports the package under another name
+_library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"attention({_GIVEN}, bool want_lse, int face=0, bool strict=False) -> (Tensor, Tensor)")
 _library.define(f"attention_out({_GIVEN}, Tensor(a!) out, Tensor(b!)? lse, int face=0, bool strict=False) -> ()")
 _library.define(f"append_kv({_schema(APPEND, 1, True)}, bool strict=False) -> ()")
+_operators = getattr(torch.ops, NAMESPACE)
 
 
 # torch leaves out trailing arguments that have their defaults: face and strict, and most of append_kv's.
@@ -73,6 +78,8 @@ def _attention_out(q, k, v, *rest):
 
 def _compute(tensors, options, out, lse, face=0, strict=False):
     head, tail = options[:_HEAD], options[_HEAD:]
+    if not tail[_DROPOUT] and tail[_DROPOUT + 1] is None:  # a float from torch is never the default itself
+        tail = tail[:_DROPOUT]
     if all(map(is_, tail, NO_TAIL)):
         tail = ()
     mode = _call.Mode(strict=True) if strict else None
@@ -174,8 +181,8 @@ def _register(name: str, kernel: Any, fake: Any, words: Callable[[tuple[Any, ...
     # The last key is for all other backends (sparse, quantized ..), whose tensors the kernel refuses by name.
     for device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         _library.impl(name, kernel, device)
-    torch.library.register_fake(f"flashspark::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.flashspark, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    operator = getattr(_operators, name).default
     _library.impl(name, _refuses_gradients(operator, words), "Autograd")
     for lazily in ("Negative", "ZeroTensor"):
         _library.impl(name, _resolves(operator, words), lazily)
@@ -239,12 +246,12 @@ def _attend(
             ATTENTION.kinds[_FIRST:], ATTENTION.words[face][_FIRST:], fallbacks, values
         )
         if out is None and lse is None:
-            out, lse = torch.ops.flashspark.attention(q, k, v, *options, want_lse, face, strict)
+            out, lse = _operators.attention(q, k, v, *options, want_lse, face, strict)
             return out, lse if want_lse else None
         empty_out, empty_lse = _results((q, k, v), options, want_lse, face)
         out = empty_out if out is None else out
         lse = empty_lse if lse is None and want_lse else lse
-        torch.ops.flashspark.attention_out(q, k, v, *options, out, lse, face, strict)
+        _operators.attention_out(q, k, v, *options, out, lse, face, strict)
         return out, lse
     except (ValueError, TypeError, NotImplementedError) as error:
         raise _call.respelled(error, spelled) from None
@@ -272,7 +279,7 @@ def append_kv(
     values = [given.get(name) for name in names]
     try:
         values = _settled(APPEND.kinds[1:], names, APPEND.fallbacks[1:], values)
-        torch.ops.flashspark.append_kv(*values, any_flag(strict=strict))
+        _operators.append_kv(*values, any_flag(strict=strict))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise _call.respelled(error, spelled) from None
 
@@ -286,3 +293,11 @@ def _as_operator(function: Callable[..., Any], **through: Any) -> Callable[..., 
 flash_attn_func = _as_operator(_ops.flash_attn_func, _attend=_attend)
 flash_attn_varlen_func = _as_operator(_ops.flash_attn_varlen_func, _attend=_attend)
 flash_attn_with_kvcache = _as_operator(_cache.flash_attn_with_kvcache, _attend=_attend, _append=append_kv)
+flash_attn_qkvpacked_func = _as_operator(_packed.flash_attn_qkvpacked_func, _function=flash_attn_func)
+flash_attn_kvpacked_func = _as_operator(_packed.flash_attn_kvpacked_func, _function=flash_attn_func)
+flash_attn_varlen_qkvpacked_func = _as_operator(
+    _packed.flash_attn_varlen_qkvpacked_func, _function=flash_attn_varlen_func
+)
+flash_attn_varlen_kvpacked_func = _as_operator(
+    _packed.flash_attn_varlen_kvpacked_func, _function=flash_attn_varlen_func
+)

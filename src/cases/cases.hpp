@@ -82,6 +82,9 @@ struct Case {
   Descale k_descale = Descale::kNone;
   Descale v_descale = Descale::kNone;
   float output_scale = 0;  // 0: NULL
+  float dropout = 0;       // dropout_p
+  uint64_t dropout_seed = 0x123456789abcdef0, dropout_offset = 5;
+  bool dropout_state = false;  // seed and offset lie in memory; those in params are others
   int32_t num_splits = 0;
   bool lse = true;
 
@@ -188,6 +191,7 @@ class Problem {
   void set_rel_logits();
   void set_alibi();
   void set_factors(Random &random);
+  void set_dropout();
   int64_t num_tokens() const;  // rows of the per-token tables
   void fill_page_table(Random &random, int64_t pages);
   int64_t shape_cache(flashspark_tensor &t, int64_t blocks, int64_t tokens, int64_t width) const;  // gives its bytes
@@ -198,6 +202,7 @@ class Problem {
   std::vector<int64_t> rows_before_;  // (B + 1)
   std::vector<int32_t> cu_q_, cu_k_, seqused_q_, seqused_k_, leftpad_, batch_index_, page_table_;
   std::vector<int32_t> causal_, prefix_, rswa_prefix_;
+  std::vector<uint64_t> dropout_state_;
   Buffer q_, k_, v_, out_, lse_, sinks_, rel_, workspace_;
   std::vector<float> alibi_, q_descale_, k_descale_, v_descale_, output_scale_;
   double largest_rel_ = 0;                           // largest |rel_logits|

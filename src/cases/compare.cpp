@@ -50,7 +50,8 @@ Result reference(Problem &problem) {
 // hence e is a small multiple of u |q| |k|: 4 u covers the worst seen with accumulation in any order. exp() is good to
 // a few units and the sums over keys add rounding errors like a random walk: 4e-6 (67 u) with a slow growth in
 // sqrt(keys). A key too many or too few in a row of n moves out by about |v| / n and lse by 1 / n: far outside for n <
-// 10^5.
+// 10^5. Dropout multiplies what it keeps by 1 / (1 - dropout_p), and with it all that comes before the last rounding; a
+// weight dropped or kept wrongly moves out by at least |v| / n, too.
 //
 // Tensor cores add products in groups and cut the sum off instead of rounding it, which costs several times more.
 constexpr double kTensorCores = 4;
@@ -79,7 +80,8 @@ Bound error_bound(const Problem &problem, int64_t b, int64_t i, int64_t h) {
                                                           : 0x1p-150;
   const double keys = static_cast<double>(problem.seqlen_k(b));
   bound.relative = 4e-6 * (1 + std::sqrt(keys) / 64) + 4 * u * problem.score_scale(b, i, h);
-  bound.value_scale = problem.value_scale(b, h / (problem.spec().heads_q / problem.spec().heads_kv));
+  bound.value_scale = problem.value_scale(b, h / (problem.spec().heads_q / problem.spec().heads_kv)) /
+                      (1 - double{problem.spec().dropout});
   return bound;
 }
 

@@ -234,6 +234,8 @@ std::vector<std::string> features(const Case &c) {
   layout_features(c, when);
   score_features(c, when);
   when(c.output_scale > 0, "output_scale");
+  when(c.dropout > 0, "dropout");
+  when(c.dropout > 0 && c.dropout_state, "dropout_state");
   when(c.num_splits > 1, "num_splits");
   when(c.lse, "lse");
   when(c.input == Input::kPeaked, "peaked scores");

@@ -308,6 +308,44 @@ void add_peaked(List &list) {
            [&](Case &c) { peaked(c), set_types(c, kF32, kF32, kF32), make_paged(c, 16), c.num_splits = 6; });
 }
 
+void add_dropout(List &list) {
+  const auto causal = [](Case &c, float p) { c.dropout = p, c.causal = true, c.heads_kv = 2; };
+  list.add("dropout", "bf16", kPrefill, [&](Case &c) { causal(c, 0.1f); });
+  list.add("dropout", "f32-half", kPrefill, [&](Case &c) { causal(c, 0.5f), set_types(c, kF32, kF32, kF32); });
+  list.add("dropout", "f16-window-state", kPrefill, [&](Case &c) {
+    causal(c, 0.25f), set_types(c, kF16, kF16, kF16);
+    c.window_left = 43, c.head_dim = 128, c.dropout_state = true;
+  });
+  list.add("dropout", "full-most", {{70, 333}, {1, 41}},
+           [](Case &c) { c.dropout = 0.9f, c.heads_q = 6, c.heads_kv = 2; });
+  list.add("dropout", "gqa+paged", kPrefill, [&](Case &c) { causal(c, 0.17f), c.heads_q = 6, make_paged(c, 16); });
+  list.add("dropout", "page20-leftpad", {{9, 120}, {9, 64}, {9, 9}},
+           [&](Case &c) { causal(c, 0.3f), make_paged(c, 20), c.q_layout = Layout::kDense, c.leftpad = 7; });
+  list.add("dropout", "dense-leftpad-chunk", {{60, 190}, {7, 33}, {23, 120}}, [&](Case &c) {
+    causal(c, 0.3f), c.q_layout = c.kv_layout = Layout::kDense, c.leftpad = 11, c.attention_chunk = 29;
+  });
+  list.add("dropout", "decode+split", kDecode,
+           [](Case &c) { c.dropout = 0.2f, c.heads_kv = 1, c.num_splits = 3, c.dropout_state = true; });
+  list.add("dropout", "speculative+paged+split", {{4, 2000}, {3, 65}},
+           [&](Case &c) { causal(c, 0.4f), make_paged(c, 16), c.heads_q = 8, c.num_splits = 5; });
+  list.add("dropout", "fp8kv", kDecode, [](Case &c) {
+    c.dropout = 0.35f, c.heads_kv = 1, make_paged(c, 16);
+    set_types(c, kBf16, kFp8, kBf16), c.k_descale = c.v_descale = Descale::kFull;
+  });
+  list.add("dropout", "fp8-out-f16", kPrefill, [&](Case &c) {
+    causal(c, 0.1f), set_types(c, kFp8, kFp8, kF16);
+    c.q_descale = c.k_descale = c.v_descale = Descale::kPerHead;
+  });
+  list.add("dropout", "d256-sinks-prefix", {{50, 130}, {1, 77}}, [&](Case &c) {
+    causal(c, 0.6f), c.head_dim = 256, c.sinks = true, c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ;
+  });
+  list.add("dropout", "softcap-bias", kPrefill,
+           [&](Case &c) { causal(c, 0.1f), c.softcap = 5, c.rel_extent = 32, c.alibi = true; });
+  list.add("dropout", "peaked", {{150, 300}, {1, 700}}, [&](Case &c) { causal(c, 0.1f), c.input = Input::kPeaked; });
+  // Less than a draw can tell from none: nothing is dropped, all is scaled.
+  list.add("dropout", "hardly-any", {{37, 230}}, [&](Case &c) { causal(c, 1e-6f); });
+}
+
 }  // namespace
 
 std::vector<Case> feature_matrix() {
@@ -320,6 +358,7 @@ std::vector<Case> feature_matrix() {
   add_decode(list);
   add_edges(list);
   add_peaked(list);
+  add_dropout(list);
   return std::move(list.cases);
 }
 

@@ -305,6 +305,7 @@ std::vector<std::span<std::byte>> Problem::memory() {
     blocks.push_back(std::as_writable_bytes(std::span(*numbers)));
   for (std::vector<float> *numbers : {&alibi_, &q_descale_, &k_descale_, &v_descale_, &output_scale_})
     blocks.push_back(std::as_writable_bytes(std::span(*numbers)));
+  blocks.push_back(std::as_writable_bytes(std::span(dropout_state_)));
   return blocks;
 }
 

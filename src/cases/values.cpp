@@ -44,6 +44,18 @@ void Problem::set_scores() {
   if (spec_.rel_extent > 0) set_rel_logits();
   if (spec_.alibi) set_alibi();
   set_factors(random);
+  set_dropout();
+}
+
+void Problem::set_dropout() {
+  params.dropout_p = spec_.dropout;
+  params.dropout_seed = spec_.dropout_seed;
+  params.dropout_offset = spec_.dropout_offset;
+  if (!spec_.dropout_state) return;
+  dropout_state_ = {spec_.dropout_seed, spec_.dropout_offset};
+  params.dropout_state = dropout_state_.data();
+  params.dropout_seed = ~spec_.dropout_seed;
+  params.dropout_offset = ~spec_.dropout_offset;
 }
 
 void Problem::set_sinks(Random &random) {

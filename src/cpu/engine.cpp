@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/functions.hpp"
 #include "cpu/thread_pool.hpp"
 #include "cpu/tile.hpp"
 #include "dtype.hpp"
@@ -64,6 +65,7 @@ struct Plan {
   std::vector<RowTile> row_tiles;
   std::vector<Job> jobs;
   std::vector<float> partial_o, partial_ml;
+  Dropout dropout;
   int64_t partial_rows = 0;  // rows of the largest split tile
   int64_t work = 0;          // multiply-adds, about
 };
@@ -73,7 +75,8 @@ struct TileMask {
   std::vector<RowMask> masks;
   std::vector<Interval> spans;
 
-  void set_tokens(const Params &p, const Sequence &s, int64_t first, int64_t last) {
+  // `h_kv`: whose block lists hold.
+  void set_tokens(const Params &p, const Sequence &s, int64_t h_kv, int64_t first, int64_t last) {
     masks.clear();
     for (int64_t i = first; i <= last; ++i) masks.push_back(row_mask(p, s, i));
     spans.clear();
@@ -92,6 +95,9 @@ struct TileMask {
       }
     }
     spans.resize(kept);
+    if (!has_block_lists(p)) return;
+    const int64_t group = p.num_heads_q / p.num_heads_kv;
+    spans = intersection(spans, listed_keys(p, s, h_kv * group, h_kv * group + group - 1, first, last));
   }
 
   int64_t num_keys() const {
@@ -130,12 +136,14 @@ void cut_into_row_tiles(const Params &p, Plan &plan) {
     const int32_t rows = tile_rows(p.head_dim, p.head_dim_v, packed);
     for (int64_t row0 = 0; row0 < packed; row0 += rows) {
       RowTile row_tile{b, 0, row0, static_cast<int32_t>(std::min<int64_t>(rows, packed - row0)), 1, 1, -1, 0};
-      mask.set_tokens(p, s, row0 / group, (row0 + row_tile.rows - 1) / group);
-      row_tile.keys = mask.num_keys();
-      plan.work += p.num_heads_kv * row_tile.rows * row_tile.keys * (p.head_dim + p.head_dim_v);
       const int32_t heads = tile_heads(p, row_tile.rows);
       for (row_tile.h_kv = 0; row_tile.h_kv < p.num_heads_kv; row_tile.h_kv += heads) {
+        if (row_tile.h_kv == 0 || p.block_heads > 1) {
+          mask.set_tokens(p, s, row_tile.h_kv, row0 / group, (row0 + row_tile.rows - 1) / group);
+          row_tile.keys = mask.num_keys();
+        }
         row_tile.heads = static_cast<int32_t>(std::min<int64_t>(heads, p.num_heads_kv - row_tile.h_kv));
+        plan.work += row_tile.cost() * (p.head_dim + p.head_dim_v);
         plan.row_tiles.push_back(row_tile);
       }
     }
@@ -181,12 +189,12 @@ void order_jobs(Plan &plan) {
   });
 }
 
-void run_job(const Params &p, Plan &plan, const Job &job) {
+void run_job(const Params &p, const Functions &functions, Plan &plan, const Job &job) {
   const RowTile &row_tile = plan.row_tiles[job.row_tile];
   const int64_t group = p.num_heads_q / p.num_heads_kv;
   const Sequence s = sequence(p, row_tile.b);
   TileMask &mask = thread_mask();
-  mask.set_tokens(p, s, row_tile.row0 / group, (row_tile.row0 + row_tile.rows - 1) / group);
+  mask.set_tokens(p, s, row_tile.h_kv, row_tile.row0 / group, (row_tile.row0 + row_tile.rows - 1) / group);
   if (row_tile.splits > 1) {
     const int64_t keys = (row_tile.keys + row_tile.splits - 1) / row_tile.splits;
     mask.clip(job.split * keys, (job.split + 1) * keys);
@@ -202,6 +210,8 @@ void run_job(const Params &p, Plan &plan, const Job &job) {
   tile.masks = mask.masks.data();
   tile.spans = mask.spans.data();
   tile.num_spans = static_cast<int32_t>(mask.spans.size());
+  tile.dropout = plan.dropout;
+  tile.leftpad = p.leftpad_k != nullptr ? p.leftpad_k[row_tile.b] : 0;
   tile.with_sink = job.split == 0;
   if (row_tile.splits > 1) {
     const int64_t at = (row_tile.first_partial + job.split) * plan.partial_rows;
@@ -209,6 +219,11 @@ void run_job(const Params &p, Plan &plan, const Job &job) {
     tile.partial_ml = plan.partial_ml.data() + at * 2;
   }
   tile.scratch = thread_scratch(scratch_floats(p.head_dim, p.head_dim_v, row_tile.rows, row_tile.heads));
+  thread_local TileFunctions tile_functions;  // keeps its memory from tile to tile
+  if (functions.any()) {
+    tile_functions.start(functions, tile);
+    tile.functions = &tile_functions;
+  }
   kernels().run(tile);
 }
 
@@ -234,6 +249,7 @@ void combine_row(const Params &p, const Plan &plan, const RowTile &row_tile, con
     for (int64_t x = 0; x < p.head_dim_v; ++x) row[x] += weight * o[x];
   }
   float factor = sum == 0 ? 0.0f : scale_at(p.v_descale, row_tile.b, row_tile.h_kv + head, p.v.dtype) / sum;
+  factor *= plan.dropout.scale;
   if (p.output_scale != nullptr) factor /= *p.output_scale;
   const int64_t at = q_offset(p, p.out, s, i, h);
   for (int64_t x = 0; x < p.head_dim_v; ++x) store_from_float(p.out.data, at + x, p.out.dtype, row[x] * factor);
@@ -267,7 +283,7 @@ int32_t tile_rows(int64_t head_dim, int64_t head_dim_v, int64_t packed_rows) {
 }
 
 int32_t tile_heads(const Params &p, int32_t rows) {
-  if (rows > kStreamRows) return 1;
+  if (rows > kStreamRows || has_functions(p) || has_block_lists(p)) return 1;
   // Only heads that lie side by side within a token gain. Packed caches hold V's row between two of K's.
   const auto side_by_side = [](const flashspark_tensor &t, int64_t width) {
     return t.head_stride >= width && t.head_stride <= 2 * width &&
@@ -277,6 +293,11 @@ int32_t tile_heads(const Params &p, int32_t rows) {
   const int64_t bytes = std::max(p.head_dim, p.head_dim_v) * static_cast<int64_t>(dtype_size(p.k.dtype));
   return static_cast<int32_t>(
       std::clamp<int64_t>(kStreamBytes / bytes, 1, std::min<int64_t>(kMaxStreamHeads, p.num_heads_kv)));
+}
+
+void apply_functions(const Tile &tile, int64_t first, int64_t rows, int64_t key, int64_t count, float *scores,
+                     int64_t row_stride, int64_t key_stride) {
+  tile.functions->apply(first, rows, key, count, scores, row_stride, key_stride);
 }
 
 size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows, int32_t num_heads) {
@@ -290,18 +311,22 @@ size_t scratch_floats(int64_t head_dim, int64_t head_dim_v, int32_t rows, int32_
 }
 
 void engine_forward(const Params &p) {
-  Plan plan;
+  Plan plan{};
+  plan.dropout = dropout_of(p);
   cut_into_row_tiles(p, plan);
   if (plan.row_tiles.empty()) return;
   const int32_t wanted = p.num_threads > 0 ? p.num_threads : default_threads();
   const int32_t threads = plan.work < kSerialWork ? 1 : wanted;
   choose_splits(p, plan, threads);
   order_jobs(plan);
-  parallel_for(threads, static_cast<int64_t>(plan.jobs.size()), [&](int64_t n) { run_job(p, plan, plan.jobs[n]); });
+  const Functions functions(p);
+  parallel_for(threads, static_cast<int64_t>(plan.jobs.size()),
+               [&](int64_t n) { run_job(p, functions, plan, plan.jobs[n]); });
   if (!plan.partial_ml.empty()) {
     parallel_for(threads, static_cast<int64_t>(plan.row_tiles.size()),
                  [&](int64_t n) { combine_row_tile(p, plan, plan.row_tiles[n]); });
   }
+  functions.errors().throw_first();
 }
 
 }  // namespace flashspark::cpu

@@ -7,6 +7,7 @@
 #define FLASHSPARK_CPU_PACKED_INL_HPP_
 #endif
 
+#include "cpu/dropout-inl.hpp"
 #include "cpu/scores-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -199,18 +200,43 @@ inline HWY_ATTR void multiply_keys(const PackedTile &w, int64_t count, Prefetche
   }
 }
 
-// Scores of keys [key, key + count) become weights.
-inline HWY_ATTR void softmax_packed(const Tile &t, PackedTile &w, int64_t key, int64_t count) {
+// Softcap, biases and the user's functions, for the rows that keep some key.
+inline HWY_ATTR void modify_packed(const Tile &t, PackedTile &w, int64_t key, int64_t count) {
+  int64_t first = w.rows, last = 0, begin = count, end = 0;
   for (int64_t r = 0; r < w.rows; ++r) {
     const GroupRange range = w.ranges[r / kRowGroup];
     if (range.begin >= range.end) continue;
+    const int64_t from = range.begin / kPanel * kPanel, to = (range.end + kPanel - 1) / kPanel * kPanel;
+    const int64_t stop = to < count ? to : count;
+    if (has_score_terms(*t.p))
+      add_score_terms(t, r < t.rows ? r : t.rows - 1, key + from, stop - from, w.scores + r * kPackedKeys + from, 1);
+    first = r < first ? r : first;
+    last = r + 1 > last ? r + 1 : last;
+    begin = from < begin ? from : begin;
+    end = stop > end ? stop : end;
+  }
+  if (t.functions == nullptr || first >= last) return;
+  last = last < t.rows ? last : t.rows;  // not rows that only fill the last group
+  add_function_terms(t, first, last - first, key + begin, end - begin, w.scores + first * kPackedKeys + begin,
+                     kPackedKeys, 1);
+}
+
+// Scores of keys [key, key + count) become weights.
+inline HWY_ATTR void softmax_packed(const Tile &t, PackedTile &w, int64_t key, int64_t count) {
+  if (has_score_terms(*t.p) || t.functions != nullptr) modify_packed(t, w, key, count);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const GroupRange range = w.ranges[g];
+    if (range.begin >= range.end) continue;
     const int64_t begin = range.begin / kPanel * kPanel, end = (range.end + kPanel - 1) / kPanel * kPanel;
     const int64_t last = end < count ? end : count;
-    float *s = w.scores + r * kPackedKeys + begin;
-    if (has_score_terms(*t.p)) add_score_terms(t, r < t.rows ? r : t.rows - 1, key + begin, last - begin, s, 1);
-    if (!w.masks[r].covers(key + begin, key + last)) apply_mask(w.masks[r], key + begin, last - begin, s, 1);
-    for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
-    softmax_row(s, end - begin, &w.row_max[r], &w.row_sum[r], w.o + r * w.width, w.width);
+    float *scores = w.scores + g * kRowGroup * kPackedKeys + begin;
+    for (int64_t r = g * kRowGroup; r < (g + 1) * kRowGroup; ++r) {
+      float *s = w.scores + r * kPackedKeys + begin;
+      if (!w.masks[r].covers(key + begin, key + last)) apply_mask(w.masks[r], key + begin, last - begin, s, 1);
+      for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
+      softmax_row(s, end - begin, &w.row_max[r], &w.row_sum[r], w.o + r * w.width, w.width);
+    }
+    if (t.dropout.threshold > 0) drop_row_group(t, g * kRowGroup, key + begin, end - begin, scores);
   }
 }
 

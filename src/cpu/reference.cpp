@@ -6,7 +6,9 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/functions.hpp"
 #include "cpu/thread_pool.hpp"
+#include "dropout.hpp"
 #include "dtype.hpp"
 
 namespace flashspark::cpu {
@@ -56,7 +58,8 @@ double score(const Params &p, const Sequence &s, int64_t i, int64_t j, int64_t h
   return result;
 }
 
-void attend_row(const Params &p, const Sequence &s, int64_t i, int64_t h) {
+void attend_row(const Params &p, const Functions &functions, const Dropout &dropout, const Sequence &s, int64_t i,
+                int64_t h) {
   const int64_t h_kv = h / (p.num_heads_q / p.num_heads_kv);
   const double scale = double{p.softmax_scale} * scale_at(p.q_descale, s.index, h_kv, p.q.dtype) *
                        scale_at(p.k_descale, s.index, h_kv, p.k.dtype);
@@ -67,23 +70,28 @@ void attend_row(const Params &p, const Sequence &s, int64_t i, int64_t h) {
   double largest = sink;
   for (int64_t j = 0; j < s.seqlen_k; ++j) {
     if (!keep(p, s, i, j)) continue;
+    double modified = score(p, s, i, j, h, scale);
+    if (functions.any() && !functions.apply(s, i, h, j, modified)) continue;
     kept.push_back(j);
-    scores.push_back(score(p, s, i, j, h, scale));
+    scores.push_back(modified);
     largest = std::fmax(largest, scores.back());
   }
 
+  const int64_t leftpad = p.leftpad_k != nullptr ? p.leftpad_k[s.index] : 0;
   double denominator = sink == -kInfinity ? 0 : std::exp(sink - largest);
   std::vector<double> sum(static_cast<size_t>(p.head_dim_v));
   for (size_t n = 0; n < kept.size(); ++n) {
     // A row of nothing but -inf scores (infinite biases) is a fully masked row, not NaN.
     const double weight = scores[n] == -kInfinity ? 0 : std::exp(scores[n] - largest);
     denominator += weight;
-    if (weight == 0) continue;
+    const bool dropped = dropout.threshold > 0 && dropout.drops(s.index, h, i, leftpad + kept[n]);
+    if (weight == 0 || dropped) continue;
     const int64_t v0 = kv_offset(p, p.v, s, kept[n], h_kv);
     for (int64_t d = 0; d < p.head_dim_v; ++d) sum[d] += weight * load_as_float(p.v.data, v0 + d, p.v.dtype);
   }
 
   double factor = denominator == 0 ? 0 : scale_at(p.v_descale, s.index, h_kv, p.v.dtype) / denominator;
+  factor /= 1 - double{p.dropout_p};
   if (p.output_scale != nullptr && p.out.dtype == FLASHSPARK_FLOAT8_E4M3) factor /= *p.output_scale;
   const int64_t o0 = q_offset(p, p.out, s, i, h);
   for (int64_t d = 0; d < p.head_dim_v; ++d) {
@@ -98,11 +106,14 @@ void attend_row(const Params &p, const Sequence &s, int64_t i, int64_t h) {
 }  // namespace
 
 void reference_forward(const Params &p) {
+  const Functions functions(p);
+  const Dropout dropout = dropout_of(p);
   for (int64_t b = 0; b < p.num_seqs; ++b) {
     const Sequence s = sequence(p, b);
     parallel_for(p.num_threads, s.seqlen_q * p.num_heads_q,
-                 [&](int64_t row) { attend_row(p, s, row / p.num_heads_q, row % p.num_heads_q); });
+                 [&](int64_t row) { attend_row(p, functions, dropout, s, row / p.num_heads_q, row % p.num_heads_q); });
   }
+  functions.errors().throw_first();
 }
 
 }  // namespace flashspark::cpu

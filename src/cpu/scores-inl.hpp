@@ -6,8 +6,6 @@
 #define FLASHSPARK_CPU_SCORES_INL_HPP_
 #endif
 
-#include <hwy/contrib/math/math-inl.h>
-
 #include "cpu/simd-inl.hpp"
 #include "cpu/tile.hpp"
 
@@ -18,7 +16,7 @@ constexpr float kMinusInfinity = -__builtin_inff();
 
 // Scores stay in natural units while something has to be added to them; otherwise log2(e) is folded into Q.
 inline HWY_ATTR bool has_score_terms(const Params &p) {
-  return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr;
+  return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr || p.score_mod.mod != nullptr;
 }
 
 inline HWY_ATTR float query_scale(const Tile &t) {
@@ -54,23 +52,33 @@ inline HWY_ATTR void load_query(const Tile &t, int64_t r, float scale, float *to
   with_type(p.q.dtype, copy);
 }
 
+// softcap * tanh(score / softcap). With stride 1 whole vectors: what lies behind the last score is never used.
+inline HWY_ATTR void cap_scores(float softcap, int64_t count, float *s, int64_t stride) {
+  const hn::ScalableTag<float> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto inverse = hn::Set(d, 1.0f / softcap), factor = hn::Set(d, softcap);
+  const auto cap = [&](const float *from, float *to) HWY_ATTR {
+    hn::StoreU(hn::Mul(tanh_of(d, hn::Mul(hn::LoadU(d, from), inverse)), factor), d, to);
+  };
+  if (stride == 1) {
+    for (int64_t n = 0; n < count; n += lanes) cap(s + n, s + n);
+    return;
+  }
+  HWY_ALIGN float block[HWY_MAX_BYTES / sizeof(float)];
+  for (int64_t n = 0; n < count; n += lanes) {
+    const int64_t valid = count - n < lanes ? count - n : lanes;
+    for (int64_t m = 0; m < lanes; ++m) block[m] = m < valid ? s[(n + m) * stride] : 0.0f;
+    cap(block, block);
+    for (int64_t m = 0; m < valid; ++m) s[(n + m) * stride] = block[m];
+  }
+}
+
 // Softcap, relative-position bias and ALiBi for the scores of row r against keys [key, key + count), at s[n * stride];
-// leaves them in units of log2.
+// leaves them in units of log2, or in natural units where a score function follows (add_function_terms).
 inline HWY_ATTR void add_score_terms(const Tile &t, int64_t r, int64_t key, int64_t count, float *s, int64_t stride) {
   const Params &p = *t.p;
   const int64_t i = t.token(r), h = t.head(r), pos = t.s.pos(i);
-  if (p.softcap > 0) {
-    const hn::ScalableTag<float> d;
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    HWY_ALIGN float block[HWY_MAX_BYTES / sizeof(float)];
-    for (int64_t n = 0; n < count; n += lanes) {
-      const int64_t valid = count - n < lanes ? count - n : lanes;
-      for (int64_t m = 0; m < lanes; ++m) block[m] = m < valid ? s[(n + m) * stride] : 0.0f;
-      const auto x = hn::Mul(hn::Load(d, block), hn::Set(d, 1.0f / p.softcap));
-      hn::Store(hn::Mul(hn::Tanh(d, x), hn::Set(d, p.softcap)), d, block);
-      for (int64_t m = 0; m < valid; ++m) s[(n + m) * stride] = block[m];
-    }
-  }
+  if (p.softcap > 0) cap_scores(p.softcap, count, s, stride);
   if (p.rel_logits != nullptr) {
     const int64_t base = token_row(p, t.s, i) * p.rel_token_stride + h * p.rel_head_stride;
     const int64_t first = pos - p.rel_extent + 1 > key ? pos - p.rel_extent + 1 : key;
@@ -86,7 +94,23 @@ inline HWY_ATTR void add_score_terms(const Tile &t, int64_t r, int64_t key, int6
       s[n * stride] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
   }
+  if (p.score_mod.mod != nullptr) return;
   for (int64_t n = 0; n < count; ++n) s[n * stride] *= kLog2e;
+}
+
+// The user's functions and block lists, for `rows` rows; leaves scores in units of log2.
+inline HWY_ATTR void add_function_terms(const Tile &t, int64_t first, int64_t rows, int64_t key, int64_t count,
+                                        float *s, int64_t row_stride, int64_t key_stride) {
+  apply_functions(t, first, rows, key, count, s, row_stride, key_stride);
+  if (t.p->score_mod.mod == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    float *row = s + r * row_stride;
+    if (key_stride == 1) {  // apart, for the sake of vectors
+      for (int64_t n = 0; n < count; ++n) row[n] *= kLog2e;
+    } else {
+      for (int64_t n = 0; n < count; ++n) row[n * key_stride] *= kLog2e;
+    }
+  }
 }
 
 // -inf for the keys of [key, key + count) that the row does not keep.
@@ -122,6 +146,7 @@ inline HWY_ATTR void finish_row(const Tile &t, int64_t r, const float *o, float 
   }
   const int64_t i = t.token(r), h = t.head(r);
   float factor = row_sum == 0 ? 0.0f : scale_at(p.v_descale, t.s.index, t.h_kv, p.v.dtype) / row_sum;
+  factor *= t.dropout.scale;
   if (p.output_scale != nullptr) factor /= *p.output_scale;
   store_row(o, p.head_dim_v, factor, p.out.data, q_offset(p, p.out, t.s, i, h), p.out.dtype);
   if (p.lse != nullptr) {

@@ -124,13 +124,22 @@ HWY_INLINE hn::Vec<D> widen(D d, E4M3, const uint8_t *p) {
   return hn::Mul(floats_of_halves(d, hn::BitCast(du, half)), hn::Set(d, 256.0f));
 }
 
+// The larger of x and `low`; NaN stays NaN. x86's maximum gives its second operand where one is NaN, Arm's the number.
+template <class D, class V>
+HWY_INLINE V at_least(D d, float low, V x) {
+#if HWY_ARCH_X86
+  return hn::Max(hn::Set(d, low), x);
+#else
+  return hn::IfThenElse(hn::Lt(x, hn::Set(d, low)), hn::Set(d, low), x);
+#endif
+}
+
 // 2^x for x <= 0 (x = -inf gives 0, NaN stays NaN) to about one ulp: 2^round(x) times the degree-6 polynomial of
 // Cephes' exp2f for the rest in [-1/2, 1/2].
 template <class D, class V>
 HWY_INLINE V exp2_nonpositive(D d, V x) {
   const hn::RebindToSigned<D> di;
-  // The second operand wins where one is NaN (x86), which keeps NaN.
-  const V clamped = hn::Max(hn::Set(d, -127.0f), x);
+  const V clamped = at_least(d, -127.0f, x);
   const V whole = hn::Round(clamped);
   const V f = hn::Sub(clamped, whole);
   V y = hn::Set(d, 1.535336188e-4f);
@@ -142,6 +151,22 @@ HWY_INLINE V exp2_nonpositive(D d, V x) {
   y = hn::MulAdd(y, f, hn::Set(d, 1.0f));
   // A product, not a sum of exponents: whatever a NaN becomes as an integer, y is still NaN. At -127 the factor is 0.
   return hn::Mul(y, hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 127)))));
+}
+
+// tanh x within 2 ulp, NaN and infinities included: (1 - u) / (1 + u) with u = e^(-2|x|), and below 0.55, where 1 - u
+// would cancel, x + x^3 times a minimax polynomial in x^2 (relative error 3.7e-8). A third of Highway's time.
+template <class D, class V>
+HWY_INLINE V tanh_of(D d, V x) {
+  const V one = hn::Set(d, 1.0f), size = hn::Abs(x);
+  const V u = exp2_nonpositive(d, hn::Mul(size, hn::Set(d, -2.88539008f)));  // -2 log2(e)
+  const V large = hn::CopySign(hn::Div(hn::Sub(one, u), hn::Add(one, u)), x);
+  const V y = hn::Mul(x, x);
+  V p = hn::Set(d, 0x1.0d5032p-6f);
+  p = hn::MulAdd(p, y, hn::Set(d, -0x1.af7cccp-5f));
+  p = hn::MulAdd(p, y, hn::Set(d, 0x1.10cef6p-3f));
+  p = hn::MulAdd(p, y, hn::Set(d, -0x1.555452p-2f));
+  const V small = hn::MulAdd(hn::Mul(x, y), p, x);
+  return hn::IfThenElse(hn::Lt(size, hn::Set(d, 0.55f)), small, large);
 }
 
 template <class D>

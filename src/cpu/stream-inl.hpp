@@ -10,6 +10,7 @@
 #define FLASHSPARK_CPU_STREAM_INL_HPP_
 #endif
 
+#include "cpu/dropout-inl.hpp"
 #include "cpu/scores-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -177,12 +178,17 @@ HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const char
   }
   for (int g = 0; g < groups; ++g) {
     float *group_scores = scores + g * kBlockKeys * 4;
-    for (int64_t r = 4 * g; r < 4 * g + 4 && r < t.rows; ++r) {
+    const int64_t first = 4 * g, last = first + 4 < t.rows ? first + 4 : t.rows;
+    for (int64_t r = first; r < last && has_score_terms(p); ++r) {
+      add_score_terms(t, r, key, count, group_scores + r % 4, 4);
+    }
+    if (t.functions != nullptr) add_function_terms(t, first, last - first, key, count, group_scores, 1, 4);
+    for (int64_t r = first; r < last; ++r) {
       float *s = group_scores + r % 4;
-      if (has_score_terms(p)) add_score_terms(t, r, key, count, s, 4);
       if (!t.mask(r).covers(key, key + count)) apply_mask(t.mask(r), key, count, s, 4);
     }
     stream_softmax<D>(group_scores, count, row_max + 4 * g, row_sum + 4 * g, o + g * 4 * width, width);
+    if (t.dropout.threshold > 0) drop_four_rows(t, first, key, count, group_scores);
   }
   // Columns outside, row groups inside, for the same reason. Three vectors by four rows fill 12 registers with sums.
   for (int64_t column = 0; column < width;) {

@@ -5,6 +5,7 @@
 #include <span>
 
 #include "cpu/mask.hpp"
+#include "dropout.hpp"
 #include "problem.hpp"
 
 namespace flashspark::cpu {
@@ -32,8 +33,11 @@ constexpr int kMaxTileRows = 192;
 // when enough rows use the copy.
 constexpr int kStreamRows = 16;
 
+class TileFunctions;
+
 struct Tile {
   const Params *p;
+  TileFunctions *functions;  // NULL: neither functions nor block lists
   Sequence s;
   int64_t h_kv;           // first KV head
   int32_t num_heads;      // KV heads, each with all rows; 1 for the packed kernel
@@ -43,6 +47,8 @@ struct Tile {
   const RowMask *masks;   // of the tokens row0 / group ..
   const Interval *spans;  // the keys that any row keeps, disjoint and in order: nothing else is read
   int32_t num_spans;
+  Dropout dropout;
+  int64_t leftpad;    // dropout counts keys from here on: key j of the sequence is its key leftpad + j
   bool with_sink;     // adds the sink to the sums of its rows: one split of a row does
   float *partial_o;   // (num_heads, rows, head_dim_v) sums not yet divided, or NULL: write out and lse
   float *partial_ml;  // (num_heads, rows, 2) row maximum in units of log2, row sum
@@ -52,6 +58,10 @@ struct Tile {
   int64_t head(int64_t r) const { return h_kv * group + (row0 + r) % group; }
   const RowMask &mask(int64_t r) const { return masks[token(r) - row0 / group]; }
 };
+
+// The functions' part of rows [first, first + rows) of the tile's first KV head, as TileFunctions::apply().
+void apply_functions(const Tile &tile, int64_t first, int64_t rows, int64_t key, int64_t count, float *scores,
+                     int64_t row_stride, int64_t key_stride);
 
 // One SIMD target's kernels. The conversions are those that `run` loads and stores rows with, for tests of every code.
 struct Kernels {

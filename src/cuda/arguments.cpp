@@ -75,6 +75,7 @@ void set_tensors(const Params &p, ForwardArguments &a) {
 
 void set_lengths(const Params &p, const Shape &shape, ForwardArguments &a) {
   copy_lengths(p, a);
+  a.num_heads_kv = static_cast<int32_t>(shape.num_heads_kv);
   a.cu_seqlens_k = p.cu_seqlens_k;
   a.seqused_k = p.seqused_k;
   a.leftpad_k = p.leftpad_k;
@@ -99,7 +100,8 @@ void set_scores(const Params &p, const Shape &shape, ScoreMod score_mod, Forward
   }
   const float scale = std::max(p.softmax_scale, kMinSoftmaxScale);
   // A score modification works on scores in natural units, and its kernels turn to units of log2 behind it.
-  a.softmax_scale = score_mod == ScoreMod::none ? scale * kLog2e : scale;
+  const bool modified = score_mod != ScoreMod::none || p.score_mod.mod != nullptr;
+  a.softmax_scale = modified ? scale : scale * kLog2e;
   a.softcap = p.softcap;
   a.sinks = p.sinks;
   a.sinks_dtype = dtype_of(p.sinks_dtype);

@@ -6,6 +6,7 @@
 #include "cuda/arguments.hpp"
 #include "cuda/device.hpp"
 #include "cuda/fatbins.hpp"
+#include "cuda/function_kernel.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/metadata.hpp"
 #include "cuda/module.hpp"
@@ -89,7 +90,11 @@ void forward(const Params &p, const ScratchSource &scratch) {
   require_shared_memory(attention, device);
   const CurrentDevice current(p.device_index);
   // Kernels before memory: loading one may fail.
-  const Kernel kernel = get(attention.forward_key(), p.device_index, attention.forward.shared_bytes);
+  const Kernel kernel = attention.functions
+                            ? get_function_kernel(p, attention, *attention.functions, p.device_index)
+                            : get(attention.forward_key(), p.device_index, attention.forward.shared_bytes);
+  const BlockTilePlan *tiles = attention.block_tiles();
+  const Kernel block_tiles = tiles != nullptr ? get({Operation::attention_block_tiles}, p.device_index) : nullptr;
   const bool combines = attention.combine.grid[0] > 0;
   const Kernel combine = combines ? get(attention.combine_key(), p.device_index) : nullptr;
   const Kernel quantize = plan.quantize ? get({Operation::attention_forward_quantize}, p.device_index) : nullptr;
@@ -98,7 +103,14 @@ void forward(const Params &p, const ScratchSource &scratch) {
   const auto put = [&](Kernel each, const Launch &shape, const void *arguments) {
     launch(each, shape, arguments, static_cast<Stream>(p.stream), device.machine.arch);
   };
-  put(kernel, attention.forward, &attention.arguments);
+  if (tiles != nullptr) put(block_tiles, attention.block_tiles_launch(), &tiles->arguments);
+  if (attention.functions) {
+    const FunctionForwardArguments arguments{attention.arguments, attention.functions->arguments,
+                                             attention.functions->dropout_arguments};
+    put(kernel, attention.forward, &arguments);
+  } else {
+    put(kernel, attention.forward, &attention.arguments);
+  }
   if (combines) {
     const CombineArguments arguments = attention.combine_arguments();
     put(combine, attention.combine, &arguments);

@@ -31,15 +31,18 @@ class RelaxedCapture {
   int mode_ = kCaptureRelaxed;
 };
 
+Kernel load_from(const void *image, const std::string &entry) {
+  const Driver &d = driver();
+  Library library = nullptr;
+  Kernel kernel = nullptr;
+  FLASHSPARK_CUDA_CALL(d, cuLibraryLoadData, &library, image, nullptr, nullptr, 0, nullptr, nullptr, 0);
+  FLASHSPARK_CUDA_CALL(d, cuLibraryGetKernel, &kernel, library, entry.c_str());
+  return kernel;
+}
+
 Kernel load(const std::string &name) {
   for (const Fatbin &fatbin : fatbins()) {
-    if (name != fatbin.name) continue;
-    const Driver &d = driver();
-    Library library = nullptr;
-    Kernel kernel = nullptr;
-    FLASHSPARK_CUDA_CALL(d, cuLibraryLoadData, &library, fatbin.begin, nullptr, nullptr, 0, nullptr, nullptr, 0);
-    FLASHSPARK_CUDA_CALL(d, cuLibraryGetKernel, &kernel, library, ("flashspark_" + name).c_str());
-    return kernel;
+    if (name == fatbin.name) return load_from(fatbin.begin, "flashspark_" + name);
   }
   throw Error(FLASHSPARK_INTERNAL, "the kernel " + name + " is not in this library");
 }
@@ -48,6 +51,15 @@ Kernel load(const std::string &name) {
 void load_now(Kernel kernel) {
   Function unused = nullptr;
   FLASHSPARK_CUDA_CALL(driver(), cuKernelGetFunction, &unused, kernel);
+}
+
+void allow_shared_memory(Kernel kernel, int index, uint32_t shared_bytes) {
+  constexpr uint32_t kAlwaysAllowed = 48 << 10;
+  if (shared_bytes <= kAlwaysAllowed) return;
+  Device device = 0;
+  FLASHSPARK_CUDA_CALL(driver(), cuDeviceGet, &device, index);
+  FLASHSPARK_CUDA_CALL(driver(), cuKernelSetAttribute, kMaxDynamicSharedBytes, static_cast<int>(shared_bytes), kernel,
+                       device);
 }
 
 Slot &slot_of(const KernelKey &key) {
@@ -65,16 +77,18 @@ Kernel get(const KernelKey &key, int index, uint32_t shared_bytes) {
   if (slot.ready.load(std::memory_order_relaxed) & bit) return slot.kernel;
   const RelaxedCapture relaxed;
   if (slot.kernel == nullptr) slot.kernel = load(key.name());
-  constexpr uint32_t kAlwaysAllowed = 48 << 10;
-  if (shared_bytes > kAlwaysAllowed) {
-    Device device = 0;
-    FLASHSPARK_CUDA_CALL(driver(), cuDeviceGet, &device, index);
-    FLASHSPARK_CUDA_CALL(driver(), cuKernelSetAttribute, kMaxDynamicSharedBytes, static_cast<int>(shared_bytes),
-                         slot.kernel, device);
-  }
+  allow_shared_memory(slot.kernel, index, shared_bytes);
   load_now(slot.kernel);
   slot.ready.fetch_or(bit, std::memory_order_release);
   return slot.kernel;
+}
+
+Kernel load_kernel(const void *image, const std::string &entry, int index, uint32_t shared_bytes) {
+  const RelaxedCapture relaxed;
+  const Kernel kernel = load_from(image, entry);
+  allow_shared_memory(kernel, index, shared_bytes);
+  load_now(kernel);
+  return kernel;
 }
 
 }  // namespace flashspark::cuda

@@ -10,4 +10,8 @@ namespace flashspark::cuda {
 // call, which loads the fatbin; legal while a stream is captured. `shared_bytes`: the most that it is launched with.
 Kernel get(const KernelKey &key, int index, uint32_t shared_bytes = 0);
 
+// A kernel of a cubin, or a fatbin, in memory that stays as long as the process: ready to be launched on device
+// `index`.
+Kernel load_kernel(const void *image, const std::string &entry, int index, uint32_t shared_bytes);
+
 }  // namespace flashspark::cuda

@@ -36,8 +36,7 @@ void set_metadata(const Params &p, Plan &plan) {
 void set_scratch(const Grid &grid, Plan &plan) {
   // A Stream-K range begins at most one split row tile, and goes on with another range's.
   plan.partial_slots = grid.stream_k.ctas > 0 ? 2 * grid.ctas() : grid.ctas() * grid.num_splits;
-  const int64_t rows = plan.partial_slots * plan.arguments.tile_rows;
-  plan.workspace = sizeof(float) * static_cast<size_t>(rows * (plan.arguments.partial_columns + 1));
+  plan.workspace += plan.partial_bytes();
 }
 
 void set_combine(const CombineGrid &grid, Plan &plan) {
@@ -51,10 +50,30 @@ void set_combine(const CombineGrid &grid, Plan &plan) {
 }  // namespace
 
 void Plan::bind(void *memory) {
-  if (workspace == 0) return;
-  arguments.partial_out = static_cast<float *>(memory);
-  arguments.partial_lse =
-      arguments.partial_out + partial_slots * arguments.tile_rows * int64_t{arguments.partial_columns};
+  if (partial_slots > 0) {
+    arguments.partial_out = static_cast<float *>(memory);
+    arguments.partial_lse =
+        arguments.partial_out + partial_slots * arguments.tile_rows * int64_t{arguments.partial_columns};
+  }
+  if (functions && functions->block_tiles) {
+    functions->block_tiles->bind(static_cast<char *>(memory) + partial_bytes());
+    functions->arguments.blocks = functions->block_tiles->lists;
+  }
+}
+
+size_t Plan::partial_bytes() const {
+  const int64_t rows = partial_slots * arguments.tile_rows;
+  return sizeof(float) * static_cast<size_t>(rows * (arguments.partial_columns + 1));
+}
+
+const BlockTilePlan *Plan::block_tiles() const {
+  return functions && functions->block_tiles ? &*functions->block_tiles : nullptr;
+}
+
+Launch Plan::block_tiles_launch() const {
+  const BlockTilePlan *tiles = block_tiles();
+  if (tiles == nullptr) return {};
+  return {{static_cast<uint32_t>(tiles->row_tiles), 1, 1}, traits_of(Operation::attention_block_tiles).threads, 0};
 }
 
 CombineArguments Plan::combine_arguments() const {
@@ -85,6 +104,8 @@ Plan make_plan(const Params &p, const Machine &machine, const Instance *instance
   plan.out_dtype = p.out.dtype == FLASHSPARK_BFLOAT16 ? KernelDType::bf16 : KernelDType::fp16;
   plan.dtype = shape.dequantizes_kv ? KernelDType::e4m3 : plan.out_dtype;
   plan.arguments = arguments_of(p, shape, config.instance->score_mod);
+  if (shape.has_functions) plan.functions = plan_functions(p, shape, *config.instance, *config.tile);
+  if (const BlockTilePlan *tiles = plan.block_tiles()) plan.workspace = tiles->bytes;
   set_forward(shape, config, grid, plan);
   if (!grid.is_split()) return plan;
   if (config.stream_k) set_metadata(p, plan);

@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <iosfwd>
+#include <optional>
 #include <string>
 
+#include "cuda/function_plan.hpp"
 #include "cuda/kernel_key.hpp"
 #include "cuda/shape.hpp"
 #include "forward/arguments.hpp"
@@ -36,17 +38,25 @@ struct Plan {
   KernelDType dtype{}, out_dtype{};  // out: what the forward and combine kernels write
   Launch forward;
   ForwardArguments arguments{};
+  std::optional<FunctionPlan> functions;  // the forward kernel is compiled at run time; its arguments are 4 KB
   Launch combine;
   int32_t combine_row_tiles = 0;  // CombineArguments::row_tiles
   int64_t partial_slots = 0;      // partial results of split row tiles
-  size_t workspace = 0;           // bytes of scratch memory for them, which bind() takes
+  size_t workspace = 0;           // bytes of scratch memory, which bind() takes: partial results, then derived lists
 
   KernelKey forward_key() const { return {Operation::attention_forward, dtype, instance->index}; }
   KernelKey combine_key() const { return {Operation::attention_forward_combine, out_dtype}; }
 
-  // Puts the partial results into `workspace` bytes at `memory`, which is aligned to 16 bytes. A plan with workspace >
-  // 0 must be bound before it is launched.
+  // Of the partial results: a multiple of 16, since a tile has 16 rows or more.
+  size_t partial_bytes() const;
+
+  // Puts partial results and derived lists into `workspace` bytes at `memory`, which is aligned to 16 bytes. A plan
+  // with workspace > 0 must be bound before it is launched.
   void bind(void *memory);
+
+  // Of the kernel that derives lists; NULL: there is nothing to derive.
+  const BlockTilePlan *block_tiles() const;
+  Launch block_tiles_launch() const;
 
   // Of the other kernels, once the plan is bound.
   CombineArguments combine_arguments() const;

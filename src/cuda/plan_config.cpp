@@ -65,7 +65,7 @@ Architecture tiles_of(const Machine &machine) {
 
 Config config_of(const Shape &shape, const Instance &instance, const Machine &machine) {
   const Tile &tile = instance.tile(tiles_of(machine));
-  int64_t shared = shared_bytes(instance, tile, shape.dequantizes_kv);
+  int64_t shared = shared_bytes(instance, tile, shape.dequantizes_kv) + function_row_bytes(tile, shape.function_words);
   const int64_t resident = ctas_per_sm(shared, tile, machine.shared_bytes_per_sm);
   if (kTilesOfSm120f) {
     // As many CTAs an SM as an SM12x holds, by shared memory that nobody uses.
@@ -95,7 +95,8 @@ Config choose_config_with_score_mod(const Shape &shape, const Machine &machine) 
 }
 }  // namespace
 
-Config choose_config(const Shape &shape, const Machine &machine) {
+namespace {
+Config choose_config_without_lists(const Shape &shape, const Machine &machine) {
   const auto with = [&](const Instance &instance) { return config_of(shape, instance, machine); };
   if (shape.needs_score_mod) return choose_config_with_score_mod(shape, machine);
   const Instance &short_q = *find(shape, Tiling::short_q);
@@ -111,6 +112,21 @@ Config choose_config(const Shape &shape, const Machine &machine) {
   if (few_rows.stream_k || shape.rows <= few_rows.tile->rows()) return few_rows;
   const Config many_rows = with(*prefill);
   return cost_of(shape, many_rows, machine) < cost_of(shape, few_rows, machine) ? many_rows : few_rows;
+}
+}  // namespace
+
+Config choose_config(const Shape &shape, const Machine &machine) {
+  const Config usual = choose_config_without_lists(shape, machine);
+  if (fits_blocks(shape, *usual.tile)) return usual;
+  // Smaller blocks than the usual row or key tile: another tiling may fit them, and needs no launch that derives lists.
+  // Not one for a few rows, of which many rows take so many CTAs that copying K and V is all they do, nor the reverse.
+  if (usual.instance->tiling == Tiling::decode) return usual;
+  for (const Tiling tiling : {Tiling::prefill, Tiling::short_q}) {
+    const Instance *other = find(shape, tiling, usual.instance->score_mod);
+    if (other != nullptr && fits_blocks(shape, other->tile(tiles_of(machine))))
+      return config_of(shape, *other, machine);
+  }
+  return usual;
 }
 
 }  // namespace flashspark::cuda

@@ -7,7 +7,7 @@
 namespace flashspark::cuda {
 
 bool uses_stream_k(const Shape &shape, const Instance &instance, const Machine &machine) {
-  if (!supports_stream_k(instance) || shape.num_splits != 0 || shape.deterministic) return false;
+  if (!supports_stream_k(instance) || shape.num_splits != 0 || shape.deterministic || shape.block_sparse) return false;
   const Heuristics &h = heuristics_of(machine.arch);
   if (shape.max_seqlen_k < h.stream_k_keys_per_token * shape.max_seqlen_q) return false;
   const Tile &tile = instance.tile(tiles_of(machine));

@@ -2,10 +2,20 @@
 
 #include <algorithm>
 
+#include "attention/dropout.hpp"
 #include "dtype.hpp"
+#include "mod.hpp"
 
 namespace flashspark::cuda {
 namespace {
+
+int32_t function_words(const Params &p, bool wide_positions) {
+  int32_t words = 0;
+  for (const flashspark_mod *mod : {p.score_mod.mod, p.mask_mod.mod}) {
+    if (mod != nullptr) words += mod->row_words(wide_positions);
+  }
+  return words + (p.dropout_p > 0 ? kDropoutRowWords : 0);
+}
 
 bool needs_score_mod(const Params &p) {
   return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr || p.rswa_window > 0 ||
@@ -19,14 +29,24 @@ int64_t key_rows(const Params &p) {
   return is_varlen_k(p) ? p.total_k : p.max_seqlen_k;
 }
 
+// Query heads that are packed into one row tile: those of a KV head, unless they have block lists of their own, or a
+// row tile might not hold whole tokens.
+int64_t packed_group(const Params &p) {
+  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  constexpr int64_t kRowsOfSmallestTile = 16;
+  const bool whole = kRowsOfSmallestTile % group == 0;
+  return has_block_lists(p) && (p.block_heads > 1 || !whole) ? 1 : group;
+}
+
 }  // namespace
 
 Shape shape_of(const Params &p) {
-  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  const int64_t group = packed_group(p), num_heads_kv = p.num_heads_q / group;
+  const bool wide = has_wide_positions(p.max_seqlen_q, p.max_seqlen_k);
   const bool varlen_q = is_varlen_q(p);
   constexpr int64_t kColumnStep = 16;  // columns of an MMA fragment pair, in which partial results are stored
   return {.num_seqs = p.num_seqs,
-          .num_heads_kv = p.num_heads_kv,
+          .num_heads_kv = num_heads_kv,
           .head_dim = p.head_dim,
           .head_dim_v = p.head_dim_v,
           .max_seqlen_q = p.max_seqlen_q,
@@ -34,8 +54,8 @@ Shape shape_of(const Params &p) {
           .group = group,
           .rows = p.max_seqlen_q * group,
           .tokens = varlen_q ? p.total_q : p.num_seqs * p.max_seqlen_q,
-          .seq_heads = p.num_seqs * p.num_heads_kv,
-          .grid_heads = varlen_q ? p.num_heads_kv : p.num_seqs * p.num_heads_kv,
+          .seq_heads = p.num_seqs * num_heads_kv,
+          .grid_heads = varlen_q ? num_heads_kv : p.num_seqs * num_heads_kv,
           .key_rows = key_rows(p),
           .key_bytes = (p.head_dim + p.head_dim_v) * static_cast<int64_t>(dtype_size(p.k.dtype)),
           .partial_columns = ceil_div(p.head_dim_v, kColumnStep) * kColumnStep,
@@ -48,7 +68,14 @@ Shape shape_of(const Params &p) {
           .prefix = p.prefix_mode != FLASHSPARK_PREFIX_NONE,
           .deterministic = p.deterministic != 0,
           .dequantizes_kv = p.k.dtype == FLASHSPARK_FLOAT8_E4M3,
-          .needs_score_mod = needs_score_mod(p)};
+          .needs_score_mod = needs_score_mod(p),
+          .has_functions = has_functions(p) || has_block_lists(p) || p.dropout_p > 0,
+          .block_sparse = has_block_lists(p),
+          .function_words = function_words(p, wide),
+          .wide_positions = wide,
+          .block_size_q = p.block_size_q,
+          .block_size_k = p.block_size_k,
+          .left_padded = p.leftpad_k != nullptr};
 }
 
 int64_t Shape::num_m_blocks(int64_t tile_rows) const {

@@ -1,6 +1,7 @@
 // The facts of a problem that plans and arguments are made of, worked out once a call and handed on.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "problem.hpp"
@@ -9,6 +10,11 @@ namespace flashspark::cuda {
 
 // Rows and keys are counted in 32 bits on the device. Windows that reach further than any sequence are open.
 inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
+
+// Whether positions go beyond 2^23, up to which their differences are exact as floats (graph::CudaSourceOptions).
+inline bool has_wide_positions(int64_t seqlen_q, int64_t seqlen_k) {
+  return std::max(seqlen_q, seqlen_k) > int64_t{1} << 23;
+}
 
 // Neighbouring rows of a tile that look up one page (TileLoader).
 inline constexpr int64_t kGroupRows = 16;
@@ -32,6 +38,12 @@ struct Shape {
   bool varlen_q, causal, prefix, deterministic;
   bool dequantizes_kv;   // k and v are e4m3, which the kernels turn into fp16
   bool needs_score_mod;  // only the instances with ScoreMod::native can run it
+  // User's functions, block lists or dropout: the kernel is compiled at run time, and keeps so many words of each row.
+  bool has_functions, block_sparse;
+  int32_t function_words;
+  bool wide_positions;  // beyond what floats hold exactly
+  int64_t block_size_q, block_size_k;
+  bool left_padded;
 
   bool is_empty() const { return num_seqs == 0 || tokens == 0 || rows == 0; }
 

@@ -143,10 +143,12 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
   const int limit = allowed == kernel->shared_bytes.end() ? kAlwaysAllowed : allowed->second;
   if (static_cast<int>(shared_bytes) > limit || x == 0 || y == 0 || z == 0) return kInvalidValue;
   if (state().launch_result != kSuccess) return state().launch_result;
-  fake_cuda::Launch launch{kernel->image, kernel->function, device, {x, y, z}, threads,
-                           shared_bytes,  stream,           {},     {},        false};
+  fake_cuda::Launch launch{
+      kernel->image, kernel->function, device, {x, y, z}, threads, shared_bytes, stream, {}, {}, {}, false};
   if (kernel->function == "flashspark_append_kv") {
     std::memcpy(&launch.append, parameters[0], sizeof launch.append);
+  } else if (kernel->function == "flashspark_attention_block_tiles") {
+    std::memcpy(&launch.block_tiles, parameters[0], sizeof launch.block_tiles);
   } else if (kernel->function == "flashspark_attention_schedule") {
     const auto &arguments = *static_cast<const flashspark::ScheduleArguments *>(parameters[0]);
     static_cast<flashspark::SequenceArguments &>(launch.arguments) = arguments;

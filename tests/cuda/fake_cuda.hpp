@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "append/arguments.hpp"
+#include "attention/block_tiles.hpp"
 #include "cuda/driver.hpp"
 #include "forward/arguments.hpp"
 
@@ -27,7 +28,8 @@ struct Launch {
   void *stream = nullptr;
   flashspark::ForwardArguments arguments{};  // or the part of them that the kernel takes
   flashspark::AppendArguments append{};      // of flashspark_append_kv
-  bool early = false;                        // programmatic dependent launch
+  flashspark::BlockTileArguments block_tiles{};
+  bool early = false;  // programmatic dependent launch
 };
 
 struct State {

@@ -14,11 +14,15 @@
 #include "cuda/fatbins.hpp"
 #include "cuda/module.hpp"
 #include "cuda/plan.hpp"
+#include "cuda/processes.hpp"
 #include "error.hpp"
 #include "flashspark/flashspark.h"
 
 namespace flashspark::cuda {
 namespace {
+
+// Kernels that are compiled here do not belong into the user's cache.
+[[maybe_unused]] const int kNoCache = setenv("FLASHSPARK_CACHE", "0", 1);
 
 constexpr int kOld = 2, kDatacenter = 3, kHopper = 4;  // of the fake's devices; 0 and 1 are SM12x
 
@@ -190,6 +194,38 @@ TEST_F(Cuda, ResultsInE4m3) {
   p.workspace = address(10), p.workspace_size = bytes;
   run(p);
   EXPECT_EQ(fake.launches[2].arguments.out, p.workspace);
+  p.workspace_size -= 1;
+  EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
+}
+
+// Lists of blocks that the kernel's tile does not divide: one more launch before it, in the same scratch memory.
+TEST_F(Cuda, BlockListsOfAnySize) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  Params p = split(2);
+  p.masked_blocks.counts = static_cast<int32_t *>(address(11));
+  p.masked_blocks.indices = static_cast<int32_t *>(address(12));
+  p.masked_blocks.width = 70000;
+  p.block_size_q = 16, p.block_size_k = 48, p.num_blocks_q = p.block_batch = p.block_heads = 1;
+  Plan plan = make_plan(p, device_facts(0).machine);
+  ASSERT_TRUE(plan.functions && plan.block_tiles() != nullptr);
+  EXPECT_GT(plan.workspace, plan.partial_bytes());
+  EXPECT_TRUE(contains(explain(p, FLASHSPARK_OK), "attention_block_tiles: grid 1 x 1 x 1, 128 threads"));
+  size_t bytes = 0;
+  ASSERT_EQ(flashspark_attention_workspace_size(&p, &bytes), FLASHSPARK_OK);
+  EXPECT_EQ(bytes, plan.workspace);
+  p.workspace = address(7), p.workspace_size = bytes;
+  run(p);
+  ASSERT_EQ(fake.order,
+            (std::vector<std::string>{"flashspark_attention_block_tiles", "flashspark_attention_forward_functions",
+                                      "flashspark_attention_forward_combine_bf16"}));
+  plan.bind(p.workspace);
+  const BlockTileArguments &a = fake.launches[0].block_tiles;
+  EXPECT_EQ(a.lists[0].indices, p.masked_blocks.indices);
+  EXPECT_EQ(a.lists[1].counts, nullptr);
+  EXPECT_EQ(a.statuses, static_cast<uint8_t *>(p.workspace) + plan.partial_bytes());
+  EXPECT_EQ(a.indices[1], plan.functions->arguments.blocks.full.indices);
+  EXPECT_EQ(fake.launches[1].arguments.partial_out, p.workspace);
+  for (const fake_cuda::Launch &launch : fake.launches) EXPECT_TRUE(launch.early);
   p.workspace_size -= 1;
   EXPECT_EQ(flashspark_attention_forward(&p), FLASHSPARK_INVALID_ARGUMENT);
 }

@@ -48,6 +48,8 @@ DETECTORS = [
 
 
 FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
+FUNCTIONS = "emulator_functions_test"  # of kernels whose names begin with functions/
+PROGRAMS = [FUZZ, FORWARD, WILD, FUNCTIONS]
 
 
 @dataclass
@@ -87,19 +89,18 @@ def planted(text: str, mutant: Mutant) -> str:
 
 
 class Build:
-    """The configured build folder: how it compiles and links the two programs, learnt from ninja."""
+    """The configured build folder: how it compiles and links its programs, learnt from ninja."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        programs = [FUZZ, FORWARD, WILD]
-        subprocess.run(["ninja", "-C", folder, *programs], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["ninja", "-C", folder, *PROGRAMS], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(WORK, ignore_errors=True)
         shutil.copytree(ROOT / "kernels", WORK / "kernels")  # others may edit theirs meanwhile
         self.compile_line = self.command("emulator_kernels.dir", "-c")
-        self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in programs}
+        self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in PROGRAMS}
 
     def command(self, *needed: str) -> list[str]:
-        listed = subprocess.check_output(["ninja", "-C", self.folder, "-t", "commands", FUZZ, FORWARD, WILD], text=True)
+        listed = subprocess.check_output(["ninja", "-C", self.folder, "-t", "commands", *PROGRAMS], text=True)
         for line in listed.splitlines():
             if all(text in line for text in needed):
                 words = shlex.split(line)
@@ -124,7 +125,7 @@ class Build:
         return to
 
     def link(self, program: str, objects: list[Path], to: Path) -> None:
-        words = [word for word in self.link_line[program] if "emulator_kernels.dir" not in word]
+        words = [word for word in self.link_line[program] if not re.search(r"emulator_(function_)?kernels\.dir", word)]
         at = words.index("-o")
         words[at + 1] = str(to)
         # Before the libraries: the harness there belongs to the unchanged kernels.
@@ -136,7 +137,7 @@ class Build:
             source = self.folder / f"tests/emulator/{name}.cpp"  # written by CMake
             if not source.exists():
                 raise Broken(f"{name}: the emulator has no such kernel (tests/emulator/CMakeLists.txt)")
-            objects.append(self.compile(source, kernels, folder / f"{name}.o"))
+            objects.append(self.compile(source, kernels, folder / f"{Path(name).name}.o"))
         # The combine kernel is part of the harness.
         objects.append(self.compile(HERE / "attention/harness.cpp", kernels, folder / "harness.o"))
         self.link(program, objects, folder / program)
@@ -144,6 +145,8 @@ class Build:
 
 
 def program_of(mutant: Mutant) -> str:
+    if mutant.kernels and mutant.kernels[0].startswith("functions/"):
+        return FUNCTIONS
     if not mutant.test:
         return FUZZ
     return WILD if "Wild" in mutant.test else FORWARD
@@ -152,8 +155,15 @@ def program_of(mutant: Mutant) -> str:
 def command_of(program: Path, mutant: Mutant) -> list[str]:
     if mutant.test:
         return [str(program), f"--gtest_filter={mutant.test}"]
+    if program.name == FUNCTIONS:
+        return [str(program), "--gtest_filter=*EveryFunctionKernel*"]
     limits = ["--count", str(CASES), "--seconds", str(SECONDS), "--failures", "1"]
     return [str(program), *limits, *(word for name in mutant.kernels for word in ("--kernel", name))]
+
+
+def expect_tests(mutant: Mutant, output: str) -> None:
+    if mutant.test and not re.search(r"Running [1-9]\d* test", output):
+        raise Broken(f"{mutant.name}: no test is called {mutant.test}")
 
 
 def judge(mutant: Mutant, output: str, status: int) -> Outcome:
@@ -184,6 +194,7 @@ def try_one(build: Build, mutant: Mutant, number: int) -> Outcome:
             timeout=2 * SECONDS,
         )
         (folder / "output.txt").write_text(done.stdout)
+        expect_tests(mutant, done.stdout)
         outcome = judge(mutant, done.stdout, done.returncode)
     except subprocess.TimeoutExpired:
         outcome = Outcome(mutant, "does not end")
@@ -197,23 +208,29 @@ def unchanged_pass(build: Build, mutants: list[Mutant]) -> None:
     """A mutant is found only if the kernels without it pass the same run."""
     folder = WORK / "unchanged"
     folder.mkdir()
-    names = sorted({name for mutant in mutants if not mutant.test for name in mutant.kernels})
-    program = build.make(folder, WORK / "kernels", names, FUZZ)
+    of_functions = any(program_of(mutant) == FUNCTIONS for mutant in mutants)
+    names = sorted({name for mutant in mutants if program_of(mutant) == FUZZ for name in mutant.kernels})
+    runs = [Mutant(name, "", "", "", [name]) for name in names]
+    runs += [Mutant(FUNCTIONS, "", "", "", ["functions/"])] if of_functions else []
+    runs += [Mutant(test, "", "", "", test=test) for test in sorted({mutant.test for mutant in mutants} - {""})]
+    fuzz = build.make(folder, WORK / "kernels", names, FUZZ) if names else None
 
-    def passes(name: str) -> None:
-        command = command_of(program, Mutant(name, "", "", "", [name]))
+    def passes(run: Mutant) -> None:
+        named = run.test or program_of(run) == FUNCTIONS
+        command = command_of(build.folder / "tests/emulator" / program_of(run) if named else fuzz, run)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        expect_tests(run, done.stdout)
         if done.returncode != 0:
-            raise Broken(f"{name} fails without a fault planted:\n{done.stdout[-2000:]}")
+            raise Broken(f"{run.name} fails without a fault planted:\n{done.stdout[-2000:]}")
 
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(passes, names))
+        list(pool.map(passes, runs))
 
 
 def table(outcomes: list[Outcome]) -> str:
     found = sum(bool(outcome.caught_by) for outcome in outcomes)
     lines = [
-        "# Faults planted in the forward kernel, and what finds them on the emulator",
+        "# Faults planted in the kernels, and what finds them on the emulator",
         "",
         f"{found} of {len(outcomes)} found. Each fault of `tests/emulator/mutants.toml` is built into one kernel,",
         f"which then runs random cases (at most {CASES}) until one fails; the last column is its seed. The unchanged",
@@ -250,11 +267,16 @@ def main() -> int:
             planted((WORK / "kernels" / mutant.file).read_text(), mutant)
         if not arguments.sample and not arguments.only:
             unchanged_pass(build, mutants)
-        outcomes = []
+        outcomes, broken = [], []
         with ThreadPoolExecutor(JOBS) as pool:
             runs = [pool.submit(try_one, build, mutant, n) for n, mutant in enumerate(mutants)]
-            for run in runs:
-                outcome = run.result()
+            for mutant, run in zip(mutants, runs, strict=True):
+                try:
+                    outcome = run.result()
+                except Broken as error:  # the others have their turn
+                    broken.append(mutant.name)
+                    print(f"{mutant.name}: BROKEN\n{error}", flush=True)
+                    continue
                 outcomes.append(outcome)
                 verdict = outcome.caught_by or ("SURVIVES" if not outcome.mutant.survives else "survives, as it should")
                 print(f"{outcome.seconds:5.0f} s  {outcome.mutant.name}: {verdict} {outcome.seed}", flush=True)
@@ -267,6 +289,9 @@ def main() -> int:
         arguments.table.write_text(table(outcomes))
     wanted = sum(outcome.as_wanted() for outcome in outcomes)
     print(f"{len(outcomes)} mutants, {wanted} as wanted, {sum(bool(o.caught_by) for o in outcomes)} found")
+    if broken:
+        print(f"{len(broken)} cannot be made: {', '.join(broken)}")
+        return 2
     return 0 if wanted == len(outcomes) else 1
 
 

@@ -67,6 +67,10 @@ constexpr Field kFields[] = {F(struct_size),
                              F(num_prefix_ranges),
                              F(prefix_clamp_window),
                              F(rswa_window),
+                             F(dropout_p),
+                             F(reserved_dropout),
+                             F(dropout_seed),
+                             F(dropout_offset),
                              F(lse_batch_stride),
                              F(lse_head_stride),
                              F(lse_token_stride)};
@@ -75,6 +79,7 @@ constexpr Field kFields[] = {F(struct_size),
 struct Arrays {
   std::vector<int32_t> cu_q, cu_k, used_q, used_k, leftpad, kv_index, pages, causal, ranges, prefix_lens;
   std::vector<float> sinks, alibi, q_scale, k_scale, v_scale, output_scale{0.5f};
+  std::vector<uint64_t> dropout_state{7, 1};
 };
 
 // Reduces legal values that would need too much memory; illegal values are kept.
@@ -286,6 +291,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   P p = legal_problem(in);
   const uint8_t flavour = in.raw<uint8_t>();
   if (flavour & 1) page(p, in);
+  if (flavour & 64) p.dropout_p = 0.5f;
   for (int64_t patches = in.below(6); patches > 0; --patches) {
     const Field &field = kFields[in.below(std::size(kFields))];
     field.set(&p, in.number());
@@ -293,6 +299,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   shrink_to_memory(p);
   Arrays arrays;
   fill_arrays(p, arrays, in);
+  p.dropout_state = flavour & 128 ? arrays.dropout_state.data() : nullptr;
   // The validator may inspect these pointers but must not dereference them.
   alignas(16) static unsigned char elsewhere[16];
   p.q.data = p.k.data = p.v.data = p.out.data = elsewhere + (flavour & 2 && flavour & 4 && flavour & 8 ? 1 : 0);

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import flashspark
@@ -33,7 +34,13 @@ SCORE_MODS = {"softcap": 20.0, "alibi": 1, "rel_extent": 40, "prefix": "per_seq"
 
 
 # Kernels without a case of their name: the one that runs them, or why none does.
-RUN_BY = {"attention_forward_quantize": "e4m3 result", "attention_schedule": "scheduled"}
+RUN_BY = {
+    "attention_forward_quantize": "e4m3 result",
+    "attention_schedule": "scheduled",
+    "attention_block_tiles": "block lists",
+}
+# Kernels that are compiled at run time: the size of their blocks, if they have lists, and dropout_p.
+FUNCTIONS = {"functions": (0, 0.0), "blocks of 128": (128, 0.0), "dropout": (0, 0.3)}
 NEVER_RUN = {"mma_peak": "writes nothing, and the `flashspark` command alone launches it"}
 
 
@@ -118,6 +125,59 @@ def run_append(device: torch.device) -> list[str]:
     return wrong
 
 
+def run_functions(device: torch.device, name: str) -> list[str]:
+    """A kernel that is compiled at run time, beside the CPU engine in float32; with lists also what makes them."""
+    block, dropout = FUNCTIONS[name]
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(2, heads, n, 64).to(torch.bfloat16) for heads, n in ((4, 70), (2, 200), (2, 200)))
+    slopes, documents = torch.rand(4), torch.arange(200, dtype=torch.int32) // 48
+    outs = []
+    for where in (torch.device("cpu"), device):
+        own_slopes, own_documents = slopes.to(where), documents.to(where)
+        x = [each.float() if where.type == "cpu" else each.to(where) for each in (q, k, v)]
+
+        def near(b, h, i, j):
+            return (own_documents[i] == own_documents[j]) | (j < 3 * h)  # noqa: B023
+
+        def bias(score, b, h, i, j):
+            return score - own_slopes[h] * abs(i - j)  # noqa: B023
+
+        if dropout > 0:
+            swapped = [each.transpose(1, 2) for each in x]
+            state = torch.tensor([11, 5]).to(where)
+            out = flashspark.flash_attn_func(*swapped, dropout_p=dropout, rng_state=state).transpose(1, 2)
+        else:
+            lists = (
+                flashspark.create_block_mask(near, None, 4, 70, 200, device=where, BLOCK_SIZE=block) if block else None
+            )
+            out = flashspark.flex_attention(*x, score_mod=bias, block_mask=lists, enable_gqa=True)
+        outs.append(out.cpu().float())
+    error = float((outs[0] - outs[1]).abs().max())
+    return [f"out by {error}"] if not error < 0.03 else []
+
+
+def run_block_lists(device: torch.device) -> list[str]:
+    """Lists of blocks that no tile fits, for all heads together and for each, beside the CPU's."""
+    wrong = []
+    torch.manual_seed(5)
+    q, k, v = (torch.randn(2, heads, 130, 64).to(torch.bfloat16) for heads in (4, 2, 2))
+    for heads, size in ((None, 48), (4, (16, 80))):
+        mask = flashspark.create_block_mask(
+            lambda b, h, i, j: (i + 20 >= j) & (j % 5 != h), 2, heads, 130, 130, device="cpu", BLOCK_SIZE=size
+        )
+        ours = [x.to(device) for x in (q, k, v)]
+        want = flashspark.flex_attention(q.float(), k.float(), v.float(), block_mask=mask, enable_gqa=True)
+        got = flashspark.flex_attention(*ours, block_mask=mask.to(device), enable_gqa=True)
+        if not torch.allclose(got.cpu().float(), want, rtol=0.01, atol=0.02):
+            wrong.append(f"blocks of {size}, lists for {heads or 1} heads")
+    return wrong
+
+
+# Cases that are no Spec.
+OTHERS = {"append_kv": run_append, "block lists": run_block_lists}
+OTHERS |= {name: partial(run_functions, name=name) for name in FUNCTIONS}
+
+
 def to_device(problem: Problem, device: torch.device) -> Problem:
     """The same problem on the GPU, by copies alone: none of torch's kernels runs under the sanitizer."""
 
@@ -148,14 +208,14 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     table, kernels = cases(), {kernel.name: kernel for kernel in kernel_list()}
-    names = args.names or [*table, "append_kv"]
+    names = args.names or [*table, *OTHERS]
     if args.list:
         print("\n".join(names))
         return 0
     wrong = 0
     for name in names:
-        if name == "append_kv":
-            found = run_append(torch.device(args.device))
+        if name in OTHERS:
+            found = OTHERS[name](torch.device(args.device))
             wrong += bool(found)
             print(f"{name:14} {'wrong: ' + str(found) if found else 'right'}", flush=True)
             continue

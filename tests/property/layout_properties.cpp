@@ -24,12 +24,12 @@ bool identical(const Result &a, const Result &b) {
 }
 
 RC_GTEST_PROP(Formula, EngineAgreesForAnyProblemInAnyLayout, ()) {
-  const Problem p = arbitrary_problem();
+  const Problem p = arbitrary_problem({.dropout = true});
   require(difference(p, run(p, arbitrary_layout()), false));
 }
 
 RC_GTEST_PROP(Formula, OracleAgreesForAnyProblemInAnyLayout, ()) {
-  const Problem p = arbitrary_problem({.longest_k = 70});
+  const Problem p = arbitrary_problem({.dropout = true, .longest_k = 70});
   Layout layout = arbitrary_layout();
   layout.implementation = "cpu-reference";
   require(difference(p, run(p, layout), true));
@@ -61,6 +61,16 @@ RC_GTEST_PROP(Layouts, StridedEqualsContiguous, ()) {
   plain.kv = strided.kv;
   plain.page_size = strided.page_size;
   require(difference(p, run(p, strided), run(p, plain)));
+}
+
+// What is dropped follows the numbers of sequence, head, query token and key, and nothing else. Left padding counts as
+// keys, so both layouts have as much.
+RC_GTEST_PROP(Layouts, DropoutDoesNotSeeThem, ()) {
+  const Problem p = arbitrary_problem({.dropout = true});
+  Layout a = arbitrary_layout(), b = arbitrary_layout();
+  if (a.kv == Kind::kVarlen || b.kv == Kind::kVarlen) a.leftpad = 0;
+  b.leftpad = a.leftpad;
+  require(difference(p, run(p, a), run(p, b)));
 }
 
 // Unused rows, page-table entries past the end and unused pages hold NaN or anything else; the result is bitwise the
@@ -112,7 +122,7 @@ RC_GTEST_PROP(Batch, VarlenEqualsOneSequenceAtATime, ()) {
 }
 
 RC_GTEST_PROP(Batch, DeterministicMeansBitIdentical, ()) {
-  const Problem p = arbitrary_problem();
+  const Problem p = arbitrary_problem({.dropout = true});
   Layout layout = arbitrary_layout();
   layout.deterministic = 1;
   layout.num_threads = 1;
@@ -122,7 +132,7 @@ RC_GTEST_PROP(Batch, DeterministicMeansBitIdentical, ()) {
 }
 
 RC_GTEST_PROP(Splits, NumSplitsDoesNotMatter, ()) {
-  const Problem p = arbitrary_problem({.longest_k = 400});
+  const Problem p = arbitrary_problem({.dropout = true, .longest_k = 400});
   Layout layout = arbitrary_layout();
   layout.num_splits = 1;
   const Result whole = run(p, layout);

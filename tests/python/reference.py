@@ -34,6 +34,8 @@ class Options:
     k_descale: np.ndarray | float = 1.0
     v_descale: np.ndarray | float = 1.0
     leftpad: int = 0
+    dropout_p: float = 0.0
+    dropped: np.ndarray | None = None  # (num_heads, seqlen_q, seqlen_k), left padding included
 
 
 def keep_mask(tq: int, tk: int, o: Options) -> np.ndarray:
@@ -91,6 +93,8 @@ def attend_one(q, k, v, o: Options) -> tuple[np.ndarray, np.ndarray]:
             p = np.exp(s[i] - top)
             total = p.sum() + np.exp(sink - top)
             lse[h, i] = top + math.log(total)
+            if o.dropped is not None:
+                p = np.where(o.dropped[h, i, o.leftpad :], 0, p / (1 - o.dropout_p))
             out[i, h] = (p / total) @ v[:, g] * descale[2]
     return out, lse
 

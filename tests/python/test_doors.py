@@ -57,6 +57,22 @@ def forward(case: Case) -> Row:
     return Row("_flash_attn_fwd", row.check, arrays, options, case)
 
 
+def packed(case: Case, of_queries: bool) -> Row:
+    """The same through a packed form: of keys and values, or, where queries are as many, of all three by heads."""
+    row = attention(case)
+    arrays, options = dict(row.arrays), dict(row.options)
+    q, k, v = (arrays.pop(name) for name in ("q", "k", "v"))
+    name = row.function.removesuffix("func") + ("qkvpacked_func" if of_queries else "kvpacked_func")
+    if not of_queries:
+        return Row(name, row.check, {"q": q, "kv": np.stack([k, v], -3), **arrays}, options, case)
+    for given, both in ((arrays, "cu_seqlens"), (options, "max_seqlen")):
+        if f"{both}_q" in given:
+            given[both] = given.pop(f"{both}_q")
+            assert np.array_equal(given.pop(f"{both}_k"), given[both])
+    options["num_heads_q"] = case.heads[0]
+    return Row(name, row.check, {"qkv": np.concatenate([q, k, v], -2), **arrays}, options, case)
+
+
 def biased(case: Case, **more: Any) -> Row:
     """A call with arguments that the grid's oracle does not know, compared with cpu-reference, which test_dense.py
     verifies."""
@@ -163,7 +179,9 @@ TABLE: dict[str, Callable[[], Row]] = {
     "dense e4m3 out": lambda: biased(replace(SMALL, dtype="bfloat16"), output_scale=np.full(1, 0.01, np.float32)),
     "dense ranges": lambda: biased(replace(SMALL, causal=True), prefix_ranges=ranges(SMALL)),
     "dense in use": lambda: biased(SMALL, seqused_k=np.array([3, 21], np.int32), seqused_q=np.array([9, 9], np.int32)),
+    "dense dropout": lambda: biased(replace(SMALL, causal=True), dropout_p=0.25, rng_state=np.array([2**40, -3])),
     "varlen": lambda: attention(replace(PACKED, causal=True)),
+    "varlen dropout": lambda: biased(PACKED, dropout_p=0.5, rng_state=np.array([1, 2], np.uint64)),
     "varlen zero unused": lambda: attention(replace(PACKED, lengths="zero", unused=True, given=1)),
     "varlen alibi window": lambda: attention(replace(PACKED, alibi=2, window=(4, 0))),
     "varlen fp8": lambda: attention(replace(PACKED, dtype="float8_e4m3fn", causal=True)),
@@ -186,6 +204,10 @@ TABLE: dict[str, Callable[[], Row]] = {
     "cache varlen": lambda: attention(replace(CACHE, varlen_q=True, new=2, rotary=1.0, causal=True, page_size=4)),
     "cache fp8": lambda: attention(replace(CACHE, dtype="float8_e4m3fn", causal=True, sinks=True, page_size=16)),
     "cache softcap alibi": lambda: attention(replace(CACHE, softcap=15.0, alibi=2, chunk=9, num_splits=4)),
+    "kv packed": lambda: packed(replace(SMALL, causal=True, softcap=15.0), False),
+    "qkv packed": lambda: packed(replace(SMALL, longest=(9, 9), window=(5, 2)), True),
+    "kv packed varlen": lambda: packed(replace(PACKED, sinks=True, given=1), False),
+    "qkv packed varlen": lambda: packed(replace(PACKED, longest=(9, 9), lengths="full", alibi=1, causal=True), True),
     "fwd dense": lambda: forward(replace(SMALL, causal=True)),
     "fwd varlen": lambda: forward(replace(PACKED, window=(4, 0), softcap=15.0)),
     "fwd paged": lambda: forward(replace(PACKED, page_size=16, sinks=True, causal=True, given=1)),
@@ -263,9 +285,13 @@ def by_vllm_cute(row: Row) -> tuple[Any, dict]:
     return _vllm(row, attention.cute_varlen(stock), renamed)
 
 
-OPERATORS = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "append_kv")
+OPERATORS = (
+    *("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "append_kv"),
+    *("flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"),
+    *("flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"),
+)
 # What vLLM's calls do not offer.
-FOREIGN = {"attention_chunk", "rel_logits", "prefix_ranges", "rswa_window", "causal_per_seq"}
+FOREIGN = {"dropout_p", "attention_chunk", "rel_logits", "prefix_ranges", "rswa_window", "causal_per_seq"}
 DOORS: dict[str, tuple[Callable[[Row], Any], tuple[str, ...] | None]] = {  # and the functions that have it
     "numpy": (by_numpy, None),
     "torch": (by_torch, (*OPERATORS, "_flash_attn_fwd", "get_scheduler_metadata", "attention_explain")),
@@ -320,10 +346,17 @@ def test_without_memory(name, device):
         assert x.device.type == ("meta" if device == "meta" else "cpu")
 
 
+# FlexAttention's names, which have test files of their own.
+FLEX = {
+    *("BlockMask", "BlockSparseTensors", "TraceError", "and_masks", "create_block_mask", "flex_attention"),
+    *("flex_explain", "noop_mask", "or_masks"),
+}
+
+
 def test_every_function():
     called = {row.function for row in ROWS.values()}
     public = {name for name in flashspark.__all__ if callable(getattr(flashspark, name))} | {"_flash_attn_fwd"}
-    assert public - called == set()
+    assert public - called == FLEX
     for door, (_, functions) in DOORS.items():
         through = {ROWS[name].function for name, d in CALLS if d == door}
         assert through == (called if functions is None else set(functions)), door

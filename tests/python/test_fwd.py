@@ -153,7 +153,7 @@ def test_knobs(paged):
         min_seqlen_k=3, gather_kv_indices=None, block_sparse_tensors=None, something_new=None,
     )  # fmt: skip
     np.testing.assert_array_equal(tuned.view(np.uint16), want.view(np.uint16))
-    for knob in ("gather_kv_indices", "gather_kv_valid_length", "block_sparse_tensors", "qv"):
+    for knob in ("gather_kv_indices", "gather_kv_valid_length", "qv"):
         with pytest.raises(NotImplementedError, match=knob):
             _flash_attn_fwd(*arrays, **call, **{knob: np.zeros(1)})
     with pytest.raises(TypeError, match="something_new"):
@@ -167,15 +167,18 @@ def test_compile_only_computes_nothing(paged):
     assert got is out and lse is None and (out == 7).all()
 
 
-def test_functions_that_are_not_tags(paged):
-    def score_mod_custom(*_):
-        return 0
-
+def test_mods_that_do_not_fit(paged):
     arrays, call = paged[4:]
-    with pytest.raises(NotImplementedError, match=r"score_mod = score_mod_custom"):
-        _flash_attn_fwd(*arrays, **call, score_mod=score_mod_custom)
-    with pytest.raises(NotImplementedError, match=r"mask_mod = score_mod_custom"):
-        _flash_attn_fwd(*arrays, **call, mask_mod=score_mod_custom)
+    with pytest.raises(TypeError, match="a score function or mask function is int: must be callable"):
+        _flash_attn_fwd(*arrays, **call, score_mod=3)
+    with pytest.raises(TypeError, match=r"score_mod = RSwa: must be flashspark.mods.RelBias or a function"):
+        _flash_attn_fwd(*arrays, **call, score_mod=mods.RSwa(window=3), aux_tensors=[np.zeros(1)])
+    with pytest.raises(TypeError, match=r"mask_mod = RelBias: must be MmPrefix or RSwa"):
+        _flash_attn_fwd(*arrays, **call, mask_mod=mods.RelBias(), aux_tensors=[np.zeros(1)])
+    with pytest.raises(NotImplementedError, match="must be None with mask_mod"):
+        _flash_attn_fwd(*arrays, **call, mask_mod=mods.RSwa(), score_mod=lambda *_: 0, aux_tensors=[np.zeros(1)])
+    with pytest.raises(NotImplementedError, match=r"must be None with flashspark\.mods"):
+        _flash_attn_fwd(*arrays, **call, mask_mod=mods.RSwa(window=2), aux_tensors=[np.zeros(3)], aux_scalars=[1])
     with pytest.raises(ValueError, match="aux_tensors"):
         _flash_attn_fwd(*arrays, **call, mask_mod=mods.RSwa(), aux_tensors=[])
     with pytest.raises(ValueError, match="aux_tensors"):

@@ -49,7 +49,7 @@ KINDS = {
     **dict.fromkeys(("block_table", "page_table", "cache_seqlens", "cu_seqlens_k_new", "rotary_seqlens"), "ints"),
     **dict.fromkeys(("sinks", "s_aux", "learnable_sink", "rotary_cos", "rotary_sin"), "floats"),
     **dict.fromkeys(("return_softmax_lse", "return_lse", "return_attn_probs", "strict", "compile_only"), "flag"),
-    **{"dropout_p": "real", "window_size": "window"},
+    "window_size": "window",
 }
 FREE = {
     "pack_gqa",
@@ -59,6 +59,7 @@ FREE = {
     "score_mod",
     "mask_mod",
     "aux_tensors",
+    "rng_state",  # may be a tuple, too: test_errors.py
 }  # any value, or not determined by kinds
 # If two arguments do not match each other, the error may name the other one.
 TOGETHER = [

@@ -17,14 +17,15 @@ def test_every_kernel_is_run():
 
     kernels = {kernel.name for kernel in sanitizer.kernel_list()}
     assert len(kernels) > 60
-    listed = {*sanitizer.cases(), "append_kv"}
+    listed = {*sanitizer.cases(), *sanitizer.OTHERS}
     assert set(sanitizer.RUN_BY.values()) <= listed
     by_others = {*sanitizer.RUN_BY, *sanitizer.NEVER_RUN}
     assert by_others <= kernels and not by_others & listed
     assert kernels <= listed | by_others
 
 
-def test_append_case():
+@pytest.mark.parametrize("name", ["append_kv", "block lists", "functions", "blocks of 128", "dropout"])
+def test_other_cases(name):
     import sanitizer_cases as sanitizer
 
-    assert sanitizer.run_append(torch.device("cpu")) == []
+    assert sanitizer.OTHERS[name](torch.device("cpu")) == []

@@ -12,7 +12,8 @@ from flashspark._signature import APPEND, ATTENTION, HEAD, REQUIRED, SCHEDULE, T
 
 # Arguments of the functions that the native call does not have: other spellings, and what Python handles itself.
 SPELLINGS = {"s_aux", "learnable_sink", "page_table", "return_lse", "return_softmax_lse", "return_attn_probs", "qv"}
-SETTLED = {"window_size", "dropout_p", "explain", "strict", "pack_gqa", "sm_margin", "_attend", "_append"}
+SETTLED = {"window_size", "explain", "strict", "pack_gqa", "sm_margin", "_attend", "_append"}
+FUNCTIONS = {"score_mod", "mask_mod", "aux_tensors", "aux_scalars", "block_sparse_tensors"}  # of scores and positions
 # Arguments of the native call that a function does not offer.
 NOT_OFFERED = {
     "flash_attn_func": {
@@ -20,7 +21,7 @@ NOT_OFFERED = {
         *("kv_batch_index",),
     },
     "flash_attn_varlen_func": {"leftpad_k", "kv_batch_index"},
-    "flash_attn_with_kvcache": {"cu_seqlens_k"},
+    "flash_attn_with_kvcache": {"cu_seqlens_k", "dropout_p", "rng_state"},
 }
 FACES = {"flash_attn_func": 0, "flash_attn_varlen_func": 0, "flash_attn_with_kvcache": 1}
 APPENDED = {"k", "v", "rotary_cos", "rotary_sin", "cu_seqlens_k_new", "rotary_interleaved", "rotary_seqlens"}
@@ -32,7 +33,7 @@ def parameters(function):
 
 @pytest.mark.parametrize("name", FACES)
 def test_functions_offer_every_argument(name):
-    offered = set(parameters(getattr(flashspark, name))) - SPELLINGS - SETTLED
+    offered = set(parameters(getattr(flashspark, name))) - SPELLINGS - SETTLED - FUNCTIONS
     words = {word for word in ATTENTION.words[FACES[name]] if not word.startswith("window_size[")}
     extra = APPENDED if name == "flash_attn_with_kvcache" else set()
     assert offered - extra == words - {"face", "stored_as"} - NOT_OFFERED[name]
@@ -68,7 +69,8 @@ def test_arguments_arrive_in_their_places(name, monkeypatch):
     own = {}
     for word, parameter in parameters(function).items():
         kept = parameter.kind is not parameter.VAR_KEYWORD and word not in skipped | SETTLED | APPENDED - {"k", "v"}
-        if kept and word not in ("score_mod", "mask_mod", "aux_tensors", "compile_only", "num_threads"):
+        kept = kept and word != "dropout_p"  # which is read before the call: test_dropout_arrives
+        if kept and word not in FUNCTIONS | {"compile_only", "num_threads"}:
             own[word] = np.array([len(own)], np.int32)
     if face == 1:
         own.pop("k"), own.pop("v")
@@ -87,6 +89,27 @@ def test_arguments_arrive_in_their_places(name, monkeypatch):
         if word in own:
             assert seen[field] is own[word], (field, word)
     assert HEAD < TAIL == HEAD + 9
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
+@pytest.mark.parametrize("others", [{}, {"sinks": "sinks"}, {"check_device": True}])
+def test_dropout_arrives(name, others):
+    seen = {}
+
+    def attend(face_given, tensors, out, lse, want_lse, mode, head, tail, *_):
+        seen.update(zip(ATTENTION.names[TAIL:], tail))
+        return out, lse
+
+    state = np.zeros(2, np.int64)
+    lengths = {"cu_seqlens_q": 1, "cu_seqlens_k": None, "max_seqlen_q": 1, "max_seqlen_k": 1}
+    given = lengths if name == "flash_attn_varlen_func" else {}
+    function = getattr(flashspark, name)
+    function(0, 0, 0, **given, dropout_p=np.float32(0.25), rng_state=state, **others, _attend=attend)
+    assert seen["dropout_p"] == 0.25 and seen["rng_state"] is state
+    assert all(seen[word] == value for word, value in others.items())
+    seen.clear()
+    function(0, 0, 0, **given, dropout_p=0, **others, _attend=attend)
+    assert "dropout_p" not in seen and "rng_state" not in seen
 
 
 def test_what_append_and_schedule_pass(monkeypatch):
@@ -109,6 +132,7 @@ def test_names_that_other_generations_look_for():
         for word in (
             *("softcap", "window_size", "deterministic", "s_aux", "learnable_sink", "softmax_scale", "causal"),
             *("attention_chunk", "pack_gqa", "sm_margin", "num_splits", "return_lse", "return_softmax_lse", "qv"),
+            *("score_mod", "mask_mod", "aux_tensors"),
         ):
             assert word in offered, (name, word)
     first = list(parameters(flashspark.flash_attn_func))[:11]

@@ -95,6 +95,11 @@ Problem arbitrary_problem(const Wanted &wanted) {
     }
   }
   if (wanted.masks) draw_mask(p);
+  if (wanted.dropout && flip()) {
+    p.dropout = *rc::gen::element(0.1f, 0.5f, 0.9f, 1e-5f);
+    p.dropout_seed = rng();
+    p.dropout_offset = static_cast<uint64_t>(upto(3));
+  }
   return p;
 }
 
@@ -112,6 +117,7 @@ Layout arbitrary_layout() {
   l.kv_batch_index = flip();
   l.causal_per_seq = flip();
   l.prefix_per_token = flip();
+  l.dropout_state = flip();
   l.seed = static_cast<uint64_t>(upto(1 << 20));
   l.num_threads = static_cast<int32_t>(upto(3));
   l.num_splits = static_cast<int32_t>(upto(5));

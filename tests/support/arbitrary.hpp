@@ -9,9 +9,10 @@
 namespace flashspark::test {
 
 struct Wanted {
-  bool masks = true;   // causal, windows, prefix ranges, R-SWA
-  bool biases = true;  // softcap, sinks, rel_logits, ALiBi
-  bool dtypes = true;  // other than float32 (out stays float32, so that errors show)
+  bool masks = true;     // causal, windows, prefix ranges, R-SWA
+  bool biases = true;    // softcap, sinks, rel_logits, ALiBi
+  bool dtypes = true;    // other than float32 (out stays float32, so that errors show)
+  bool dropout = false;  // which asks for the number of a sequence, of a query token and of a key
   int64_t longest_k = 150;
 };
 

@@ -176,6 +176,27 @@ const std::vector<Feature> &features() {
          dtypes<kBf16, kBf16, kF32>(p, rng);
        },
        nothing},
+      {"Dropout", [](Problem &p, Rng &) { p.dropout = 0.3f; }, nothing},
+      {"DropoutCausalWindowGqa",
+       [](Problem &p, Rng &rng) {
+         shape<6, 2, 40, 40>(p, rng);
+         window<9, 4>(p, rng);
+         p.dropout = 0.75f;
+       },
+       make_causal},
+      {"DropoutSinksSoftcap",
+       [](Problem &p, Rng &rng) {
+         p.dropout = 0.1f;
+         p.softcap = 2;
+         p.sinks = normal(rng, p.hq, kF32, 2);
+       },
+       nothing},
+      {"DropoutFp8",
+       [](Problem &p, Rng &rng) {
+         dtypes<kFp8, kFp8, kF32>(p, rng);
+         p.dropout = 0.5f;
+       },
+       with_descales},
       {"Everything",
        [](Problem &p, Rng &rng) {
          dtypes<kBf16, kFp8, kBf16>(p, rng);

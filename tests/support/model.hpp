@@ -39,6 +39,8 @@ struct Problem {
   std::vector<float> sinks;  // (hq) or empty
   int32_t sinks_dtype = FLASHSPARK_FLOAT32;
   std::optional<float> output_scale;
+  float dropout = 0;  // dropout_p
+  uint64_t dropout_seed = 0xfedcba9876543210, dropout_offset = 1;
   std::vector<Sequence> seqs;
 };
 
@@ -57,6 +59,7 @@ struct Layout {
   bool kv_batch_index = false;  // dense, paged: cache or page-table rows permuted, with unused rows in between
   bool causal_per_seq = false;
   bool prefix_per_token = false;  // pass the prefix ranges as one range per query token
+  bool dropout_state = false;     // pass dropout's seed and offset in memory
   bool want_lse = true;
   uint64_t seed = 1;            // page order and garbage
   unsigned char poison = 0xff;  // byte of unused memory; 0xff is NaN in every format
@@ -74,18 +77,19 @@ struct Result {
   flashspark_status status = FLASHSPARK_OK;
   std::string error;
   std::string trespass;  // empty, or a description of writes outside the rows in use
+  int64_t leftpad = 0;   // of the layout, where k and v can have it: dropout counts it as keys
   std::vector<Rows> seqs;
 };
 
-// The formula of flashspark.h in long double, for one sequence. `reach` and `strain` bound the rounding error of a row:
-// the largest |v| it sees (with the output's scale), and the largest sum over d of |q[d] k[d]| (with the score's
-// scale).
+// The formula of flashspark.h in long double, for one sequence: number b of its batch, which dropout asks for. `reach`
+// and `strain` bound the rounding error of a row: the largest |v| it sees (with the output's scale), and the largest
+// sum over d of |q[d] k[d]| (with the score's scale).
 struct Truth {
   std::vector<long double> out, lse;  // (tq, hq, dv), (tq, hq)
   std::vector<double> reach, strain;  // (tq, hq)
 };
 
-Truth truth(const Problem &problem, const Sequence &s);
+Truth truth(const Problem &problem, const Sequence &s, int64_t b = 0, int64_t leftpad = 0);
 Result run(const Problem &problem, const Layout &layout);
 
 // The value nearest to x that `dtype` can hold.

@@ -105,6 +105,7 @@ struct Call {
   std::vector<int64_t> q_batch, q_token;  // position of row 0 of each sequence
   std::vector<int32_t> cu_q, cu_k, used_q, used_k, leftpad, kv_index, pages, causal, ranges, prefix_lens;
   std::vector<float> alibi, q_scale, k_scale, v_scale;
+  std::vector<uint64_t> dropout_state;
 
   Call(const Problem &p, const Layout &l)
       : problem(p), layout(l), rng(l.seed), batch(static_cast<int64_t>(p.seqs.size())) {
@@ -306,9 +307,19 @@ struct Call {
       params.alibi_slopes = alibi.data();
       params.alibi_batch_stride = p.hq;
     }
+    set_dropout();
     gather_scale(&Sequence::q_scale, q_scale, params.q_descale);
     gather_scale(&Sequence::k_scale, k_scale, params.k_descale);
     gather_scale(&Sequence::v_scale, v_scale, params.v_descale);
+  }
+
+  void set_dropout() {
+    const Problem &p = problem;
+    params.dropout_p = p.dropout;
+    dropout_state = {p.dropout_seed, p.dropout_offset};
+    params.dropout_state = layout.dropout_state ? dropout_state.data() : nullptr;
+    params.dropout_seed = layout.dropout_state ? rng() : p.dropout_seed;
+    params.dropout_offset = layout.dropout_state ? rng() : p.dropout_offset;
   }
 
   void set_mask() {
@@ -368,6 +379,7 @@ struct Call {
   Result forward() {
     Result r;
     r.status = flashspark_attention_forward(&params);
+    if (params.leftpad_k != nullptr) r.leftpad = layout.leftpad;
     const bool failed = r.status != FLASHSPARK_OK;
     if (failed) r.error = flashspark_last_error();
     Reader out_reader(out), lse_reader(lse);

@@ -39,6 +39,31 @@ bool visible(const Problem &p, const Sequence &s, int64_t i, int64_t j) {
   return keep;
 }
 
+using Words = std::array<uint32_t, 4>;
+
+// Philox4x32-10, from the paper: a Feistel network on two pairs, whose keys grow by Weyl's sequences.
+Words philox(Words x, uint32_t key0, uint32_t key1) {
+  for (uint32_t round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{x[0]} * 3528531795u, b = uint64_t{x[2]} * 3449720151u;
+    const auto low = [](uint64_t product) { return static_cast<uint32_t>(product & 0xffffffff); };
+    const uint32_t k0 = key0 + round * 2654435769u, k1 = key1 + round * 3144134277u;
+    x = {low(b >> 32) ^ x[1] ^ k0, low(b), low(a >> 32) ^ x[3] ^ k1, low(a)};
+  }
+  return x;
+}
+
+// docs/design/dropout.md; j counts left padding.
+bool dropped(const Problem &p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  if (p.dropout == 0) return false;
+  const auto word = [](uint64_t x) { return static_cast<uint32_t>(x); };
+  const Words key = philox({word(p.dropout_offset), word(p.dropout_offset >> 32), 0, 0}, word(p.dropout_seed),
+                           word(p.dropout_seed >> 32));
+  const int64_t number = j / 32 * 4 + j % 8 / 2;
+  const Words draws = philox({word(number), word(i), word(h), word(b)}, key[0], key[1]);
+  const uint32_t both = draws[j % 32 / 8], mine = j % 2 == 0 ? both & 0xffff : both >> 16;
+  return mine < std::fmin(std::round(Real{p.dropout} * 65536), Real{65535});
+}
+
 Real factor(const std::vector<float> &scale, int64_t head, int32_t dtype) {
   return scale.empty() || dtype != FLASHSPARK_FLOAT8_E4M3 ? 1 : scale[head];
 }
@@ -60,7 +85,7 @@ double format_error(int32_t dtype, double value) {
 
 }  // namespace
 
-Truth truth(const Problem &p, const Sequence &s) {
+Truth truth(const Problem &p, const Sequence &s, int64_t b, int64_t leftpad) {
   const int64_t group = p.hq / p.hkv;
   Truth t;
   t.out.assign(s.tq * p.hq * p.dv, 0);
@@ -72,7 +97,8 @@ Truth truth(const Problem &p, const Sequence &s) {
       const int64_t g = h / group;
       const int64_t row = i * p.hq + h;
       const Real scale = Real{p.scale} * factor(s.q_scale, g, p.q_dtype) * factor(s.k_scale, g, p.kv_dtype);
-      const Real v_factor = factor(s.v_scale, g, p.kv_dtype) / (p.output_scale ? Real{*p.output_scale} : 1);
+      const Real v_factor =
+          factor(s.v_scale, g, p.kv_dtype) / (p.output_scale ? Real{*p.output_scale} : 1) / (1 - Real{p.dropout});
       std::vector<Real> scores(s.tk, -kInf);
       Real top = p.sinks.empty() ? -kInf : Real{p.sinks[h]};
       for (int64_t j = 0; j < s.tk; ++j) {
@@ -99,7 +125,7 @@ Truth truth(const Problem &p, const Sequence &s) {
       t.lse[row] = top + std::log(total);
       for (int64_t j = 0; j < s.tk; ++j) {
         if (scores[j] == -kInf) continue;
-        const Real weight = std::exp(scores[j] - top) / total;
+        const Real weight = dropped(p, b, h, i, leftpad + j) ? 0 : std::exp(scores[j] - top) / total;
         for (int64_t c = 0; c < p.dv; ++c) {
           const Real value = s.v[(j * p.hkv + g) * p.dv + c] * v_factor;
           t.out[row * p.dv + c] += weight * value;
@@ -155,7 +181,7 @@ std::string check_status(const Problem &p, const Result &r) {
 std::string difference(const Problem &p, const Result &result, bool exact) {
   if (std::string bad = check_status(p, result); !bad.empty()) return bad;
   for (size_t b = 0; b < p.seqs.size(); ++b) {
-    const Truth t = truth(p, p.seqs[b]);
+    const Truth t = truth(p, p.seqs[b], static_cast<int64_t>(b), result.leftpad);
     const Rows &rows = result.seqs[b];
     for (int64_t row = 0; row < p.seqs[b].tq * p.hq; ++row) {
       const Bound bound =
@@ -181,7 +207,7 @@ std::string difference(const Problem &p, const Result &a, const Result &b) {
   if (std::string bad = check_status(p, a); !bad.empty()) return bad;
   if (std::string bad = check_status(p, b); !bad.empty()) return bad;
   for (size_t n = 0; n < p.seqs.size(); ++n) {
-    const Truth t = truth(p, p.seqs[n]);
+    const Truth t = truth(p, p.seqs[n], static_cast<int64_t>(n), a.leftpad);
     for (int64_t row = 0; row < p.seqs[n].tq * p.hq; ++row) {
       const Bound bound = arithmetic_bound(p, t, row);
       for (int64_t c = 0; c < p.dv; ++c) {

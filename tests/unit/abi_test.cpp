@@ -41,6 +41,8 @@ TEST(Abi, AnotherVersionIsRefusedWithoutReadingFurther) {
     EXPECT_EQ(flashspark_attention_validate(params), FLASHSPARK_VERSION_MISMATCH);
     EXPECT_EQ(flashspark_append_kv(reinterpret_cast<const flashspark_append_params *>(memory.data())),
               FLASHSPARK_VERSION_MISMATCH);
+    EXPECT_EQ(flashspark_create_block_mask(reinterpret_cast<const flashspark_block_mask_params *>(memory.data())),
+              FLASHSPARK_VERSION_MISMATCH);
   }
 }
 

@@ -55,9 +55,10 @@ TEST(Dispatch, ExplainListsWhatTheProblemRequires) {
   t.p.causal = 1;
   t.p.softcap = 3;
   t.p.window_left = 4;
+  t.p.dropout_p = 0.5f;
   const std::string text = t.explain(FLASHSPARK_OK);
   const std::string required = text.substr(text.find("required:"), text.find('\n', text.find("required:")));
-  for (const char *feature : {"float32", "causal", "softcap", "window"})
+  for (const char *feature : {"float32", "causal", "softcap", "window", "dropout"})
     EXPECT_TRUE(contains(required, feature)) << text;
   EXPECT_FALSE(contains(required, "paged")) << text;
   EXPECT_FALSE(contains(required, "alibi")) << text;

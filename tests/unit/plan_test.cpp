@@ -4,8 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <sstream>
+#include <utility>
 
+#include "cuda/arguments.hpp"
 #include "cuda/heuristics.hpp"
+#include "error.hpp"
 
 namespace flashspark::cuda {
 namespace {
@@ -57,6 +60,114 @@ TEST(Plan, NothingToComputeIsAnEmptyPlan) {
     EXPECT_EQ(plan.workspace, 0u);
     EXPECT_EQ(plan.schedule_size(), 0);
     EXPECT_EQ(to_string(plan), "");
+  }
+}
+
+constexpr int32_t kNoNumbers = 0;  // of lists that nobody reads
+
+Params with_blocks(int64_t tokens, int64_t keys, int64_t heads, int64_t length = 1024) {
+  Params p = problem(2, length, length);
+  p.full_blocks.counts = &kNoNumbers;
+  p.full_blocks.count_block_stride = 3;
+  p.block_size_q = tokens, p.block_size_k = keys;
+  p.num_blocks_q = (length + tokens - 1) / tokens, p.block_batch = 1, p.block_heads = heads;
+  return p;
+}
+
+// Lists take a tiling whose row tile lies in one query block and whose key tile lies in one key block.
+TEST(Plan, BlockListsTakeATileThatDividesTheirBlocks) {
+  for (const Machine &machine : {kH100, kGb10}) {
+    for (const int64_t heads : {1, 16}) {
+      for (const auto &[tokens, keys] : {std::pair{128, 128}, {64, 64}, {64, 192}, {1024, 64}}) {
+        const Plan plan = make_plan(with_blocks(tokens, keys, heads), machine);
+        ASSERT_TRUE(plan.functions && plan.functions->block_sparse && plan.block_tiles() == nullptr);
+        const int64_t group = plan.arguments.group.value;
+        EXPECT_EQ(group, heads == 1 ? 4 : 1);
+        EXPECT_EQ(tokens % (plan.tile->rows() / group), 0) << tokens << " " << keys << " " << heads;
+        EXPECT_EQ(plan.functions->arguments.blocks.tiles_per_block.value * plan.tile->keys, keys);
+        EXPECT_EQ(plan.arguments.stream_k.ctas, 0);
+        EXPECT_EQ(plan.block_tiles_launch().grid[0], 0u);
+        EXPECT_EQ(plan.workspace, 0u);
+      }
+    }
+  }
+}
+
+// Other blocks, and those of padded sequences: the usual kernel over lists of its tiles, which lie in scratch memory.
+TEST(Plan, ListsOfTilesAreDerivedWhereBlocksDoNotFit) {
+  for (const Machine &machine : {kH100, kGb10}) {
+    for (const auto &[tokens, keys, padded] :
+         {std::tuple{16, 16, false}, {128, 48, false}, {48, 112, false}, {80, 1 << 20, true}, {128, 128, true}}) {
+      for (const int64_t heads : {1, 16}) {
+        Params p = with_blocks(tokens, keys, heads);
+        if (padded) p.leftpad_k = &kNoNumbers;
+        EXPECT_EQ(unsupported(p), "");
+        Plan plan = make_plan(p, machine);
+        ASSERT_TRUE(plan.functions && plan.functions->block_sparse && plan.block_tiles() != nullptr);
+        EXPECT_EQ(plan.instance, make_plan(with_blocks(1024, 1024, heads), machine).instance) << "the usual one";
+        const int64_t tile_tokens = plan.tile->rows() / plan.arguments.group.value, row_tiles = 1024 / tile_tokens;
+        const int64_t lists = heads * (padded ? 2 : 1) * row_tiles, key_tiles = 1024 / plan.tile->keys;
+        EXPECT_EQ(plan.block_tiles_launch().grid[0], static_cast<uint32_t>(lists));
+        const BlockTileArguments &a = plan.block_tiles()->arguments;
+        EXPECT_EQ(a.by_sequence != 0, padded);
+        EXPECT_EQ(a.row_tile_stride % 16, 0);
+        EXPECT_EQ(static_cast<int64_t>(plan.workspace), lists * (a.row_tile_stride + 8 * (1 + key_tiles)));
+        EXPECT_EQ(a.lists[0].counts, nullptr);
+        EXPECT_EQ(a.lists[1].counts, &kNoNumbers);
+        EXPECT_EQ(a.lists[1].count_block_stride, 3);
+        // What the forward kernel reads is what that launch writes.
+        std::vector<char> memory(plan.workspace);
+        plan.bind(memory.data());
+        const BlockSparseArguments &b = plan.functions->arguments.blocks;
+        EXPECT_EQ(b.statuses.data, a.statuses);
+        EXPECT_TRUE(b.masked.counts == a.counts[0] && b.full.counts == a.counts[1]);
+        EXPECT_TRUE(b.masked.indices == a.indices[0] && b.full.indices == a.indices[1]);
+        EXPECT_EQ(static_cast<void *>(a.indices[1] + lists * key_tiles), memory.data() + memory.size());
+        EXPECT_EQ(b.full.count_head_stride, heads > 1 ? row_tiles : 0);
+        EXPECT_EQ(b.full.index_batch_stride, padded ? heads * row_tiles * key_tiles : 0);
+        EXPECT_EQ(b.last_key_block + 1, key_tiles);
+        EXPECT_EQ(b.tiles_per_block.value, 1u);
+      }
+    }
+  }
+}
+
+TEST(Plan, PrintsTheLaunchThatDerivesLists) {
+  Params p = with_blocks(48, 48, 1);
+  p.num_splits = 2;
+  EXPECT_EQ(
+      to_string(make_plan(p, kGb10)),
+      "attention_block_tiles: grid 32 x 1 x 1, 128 threads, 0 bytes of shared memory\n"
+      "scratch memory: 9984 bytes, lists of its tiles from those of blocks\n"
+      "attention_forward_d128_prefill_bf16: grid 256 x 2 x 1, 128 threads, 49152 bytes of shared memory, compiled "
+      "at run time, over block lists of its tiles, tile 128 x 32, 2 splits\n"
+      "scratch memory: 33816576 bytes, 512 partial results of 128 x 128\n"
+      "attention_forward_combine_bf16: grid 256 x 16 x 1, 256 threads, 4224 bytes of shared memory\n");
+}
+
+// The most query blocks that a row tile touches, wherever it begins.
+TEST(Plan, RowTilesTouchSoManyBlocks) {
+  for (const int64_t block : {16, 32, 48, 64, 80, 112, 128, 144, 1024}) {
+    const Plan plan = make_plan(with_blocks(block, 16, 16, 4096), kGb10);
+    if (plan.block_tiles() == nullptr) continue;
+    const int64_t tokens = plan.tile->rows() / plan.arguments.group.value;
+    int64_t most = 0;
+    for (int64_t first = 0; first < 100000; first += tokens)
+      most = std::max(most, (first + tokens - 1) / block - first / block + 1);
+    EXPECT_EQ(plan.block_tiles()->arguments.tile_blocks, most) << block;
+  }
+}
+
+TEST(Plan, DerivedListsOfMoreThanAGibibyteAreRefused) {
+  Params p = with_blocks(16, 16, 16, 1 << 16);
+  EXPECT_GT(make_plan(p, kGb10).workspace, size_t{1} << 27);
+  p = with_blocks(16, 16, 16, 1 << 19);
+  try {
+    make_plan(p, kGb10);
+    FAIL();
+  } catch (const Error &error) {
+    EXPECT_EQ(error.status(), FLASHSPARK_UNSUPPORTED);
+    EXPECT_NE(std::string(error.what()).find("more than 1 GiB"), std::string::npos) << error.what();
   }
 }
 

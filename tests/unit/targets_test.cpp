@@ -163,6 +163,38 @@ TEST_P(Targets, NanValuesStayNan) {
   }
 }
 
+// A score that is NaN reaches its whole row, whether it is one of many or all there are; other rows do not see it.
+TEST_P(Targets, NanScoresReachTheirRow) {
+  const Use use(GetParam());
+  for (const int64_t queries : {1, 40}) {  // the streaming kernel and the packed one
+    for (const int64_t keys : {1, 60}) {
+      for (const bool all : {false, true}) {
+        std::mt19937_64 rng(10);
+        Problem p;
+        p.seqs = {random_sequence(rng, p, queries, keys)};
+        const int64_t row = queries / 2;
+        // A NaN query makes every score of its row NaN. One NaN score: q = (x, 0...) against a key whose x is infinite,
+        // where x = 0.
+        Sequence &s = p.seqs[0];
+        if (all) {
+          s.q[row * 8] = NAN;
+        } else {
+          for (int64_t i = 0; i < queries; ++i) s.q[i * 8] = i == row ? 0.0f : -1.0f;
+          s.k[(keys / 3) * 8] = INFINITY;
+        }
+        for (const int32_t splits : {1, 3}) {
+          const Result r = run(p, {.implementation = "cpu-engine", .num_splits = splits});
+          ASSERT_EQ(r.status, FLASHSPARK_OK) << r.error;
+          for (size_t n = 0; n < r.seqs[0].out.size(); ++n) {
+            ASSERT_EQ(std::isnan(r.seqs[0].out[n]), static_cast<int64_t>(n) / 8 == row)
+                << queries << " queries, " << keys << " keys, all " << all << ", " << splits << " splits: " << n;
+          }
+        }
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, Targets, testing::ValuesIn(cpu::all_kernels().begin(), cpu::all_kernels().end()),
                          [](const auto &info) {
                            std::string name = info.param->target;

@@ -262,6 +262,11 @@ const std::vector<Fault> kFaults = {
     {"RelStride", [](World &w) { after_rel(w); w.p.rel_token_stride = kBig; }, "rel_logits.token_stride"},
     {"AlibiNan", [](World &w) { after_alibi(w); w.alibi[6] = kNan; }, "alibi_slopes"},
     {"AlibiStride", [](World &w) { after_alibi(w); w.p.alibi_batch_stride = -4; }, "alibi_batch_stride = -4"},
+    {"DropoutNegative", SET(dropout_p, -0.1f), "dropout_p = -0.1"},
+    {"DropoutOne", SET(dropout_p, 1), "dropout_p = 1"},
+    {"DropoutNan", SET(dropout_p, kNan), "dropout_p = nan"},
+    {"DropoutReserved", SET(reserved_dropout, 1), "reserved_dropout = 1"},
+    {"DropoutState", [](World &w) { w.p.dropout_p = 0.5f; w.p.dropout_state = misaligned(reinterpret_cast<const uint64_t *>(w.q.data())); }, "dropout_state = "},
     // Mask.
     {"Causal", SET(causal, 2), "causal = 2"},
     {"WindowLeft", SET(window_left, -2), "window_left = -2"},

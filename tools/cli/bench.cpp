@@ -150,6 +150,18 @@ int exit_status(const std::vector<Timing> &timings) {
   return std::any_of(timings.begin(), timings.end(), [](const Timing &t) { return t.failed(); }) ? kFailed : kOk;
 }
 
+void plot_limit_shares(const std::vector<Timing> &timings, const Target &target, const BenchOptions &options) {
+  std::vector<Bar> bars;
+  for (const Timing &t : timings) {
+    if (!t.error.empty()) continue;
+    bars.push_back({t.spec->name, seconds_text(t.median()) + " · " + rate_text(t), t.roof.seconds / t.median(),
+                    t.roof.memory_bound});
+  }
+  write_bars(options.plot, "flashspark " + target.facts.version + ": share of the machine's limit", target.text(),
+             bars);
+  if (!options.json) fmt::print("plot: {}\n", options.plot);
+}
+
 int bench(const BenchOptions &options) {
   std::vector<cases::Case> all = cases::three_guide_checks();
   for (cases::Case &c : cases::bench_cases()) all.push_back(std::move(c));
@@ -181,17 +193,7 @@ int bench(const BenchOptions &options) {
     print_failures(timings);
     fmt::print("\n{}\n", paint(Colour::kDim, target.text()));
   }
-  if (!options.plot.empty()) {
-    std::vector<Bar> bars;
-    for (const Timing &t : timings) {
-      if (!t.error.empty()) continue;
-      bars.push_back({t.spec->name, seconds_text(t.median()) + " · " + rate_text(t), t.roof.seconds / t.median(),
-                      t.roof.memory_bound});
-    }
-    write_bars(options.plot, "flashspark " + target.facts.version + ": share of the machine's limit", target.text(),
-               bars);
-    if (!options.json) fmt::print("plot: {}\n", options.plot);
-  }
+  if (!options.plot.empty()) plot_limit_shares(timings, target, options);
   return exit_status(timings);
 }
 

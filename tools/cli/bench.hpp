@@ -1,4 +1,4 @@
-// Shared by bench and bench decode: the device to measure on and the timings.
+// Shared by bench, bench decode and bench flex: the device to measure on and the timings.
 #pragma once
 
 #include <functional>
@@ -50,5 +50,7 @@ Json report(const Target &target, const std::vector<Timing> &timings);
 void add_untimed(Table &table, const Timing &timing);
 void print_failures(const std::vector<Timing> &timings);
 int exit_status(const std::vector<Timing> &timings);
+// A bar for each case: its share of the machine's limit.
+void plot_limit_shares(const std::vector<Timing> &timings, const Target &target, const BenchOptions &options);
 
 }  // namespace flashspark::cli

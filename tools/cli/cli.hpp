@@ -39,8 +39,8 @@ struct BenchOptions {
   bool json = false;
   bool cpu = false;  // not on the GPU
   bool list = false;
-  bool matrix = false;  // also the feature matrix; not for bench decode
-  bool full = false;    // bench decode: the whole grid
+  bool matrix = false;  // also the feature matrix; only of bench itself
+  bool full = false;    // bench decode: the whole grid; bench flex: the GPU's shapes on the CPU, too
   std::string filter;
   std::string implementation;  // empty: chosen by dispatch
   int threads = 0;
@@ -54,6 +54,7 @@ int verify(const VerifyOptions &options);
 int verify_vllm(const VerifyOptions &options);  // replaces the process if it can start Python
 int bench(const BenchOptions &options);
 int bench_decode(const BenchOptions &options);
+int bench_flex(const BenchOptions &options);
 int uninstall();
 
 }  // namespace flashspark::cli

@@ -16,6 +16,7 @@ from typing import ClassVar
 from program import LAUNCHER, PROGRAM, run
 
 CASE = ("--filter", "edge/one-key")
+FLEX = ("--filter", "A/documents", "--seconds", "0.01")
 CELL = ("--filter", "16/2-D128/B1-kv512-q1-page16-bf16", "--seconds", "0.01")
 
 # Subcommand -> option -> kind of value. The help must list exactly these.
@@ -28,6 +29,7 @@ OPTIONS = {
     ("verify",): {**COMMON, **SHOWN, "--report": "path", "--verbose": "flag", "--vllm": "flag"},
     ("bench",): {**BENCH, "--matrix": "flag"},
     ("bench", "decode"): {**BENCH, "--full": "flag"},
+    ("bench", "flex"): {**BENCH, "--full": "flag"},
     ("uninstall",): {"--help": "help"},
 }
 NOT_NUMBERS = [
@@ -82,6 +84,9 @@ PRINTS = [
     ("bench", "decode", "--list", "--full"),
     ("bench", "decode", *CELL),
     ("bench", "decode", *CELL, "--json"),
+    ("bench", "flex", "--list", "--full"),
+    ("bench", "flex", *FLEX),
+    ("bench", "flex", *FLEX, "--json"),
     ("uninstall",),
     ("uninstall", "--help"),
 ]
@@ -132,6 +137,7 @@ class Files(unittest.TestCase):
         ("verify", *CASE, "--report"),
         ("bench", "--filter", "prefill/S128", "--seconds", "0.01", "--plot"),
         ("bench", "decode", *CELL, "--plot"),
+        ("bench", "flex", *FLEX, "--plot"),
     )
 
     def test_errors(self) -> None:
@@ -201,7 +207,12 @@ class Switches(unittest.TestCase):
         "FLASHSPARK_NUM_THREADS": ["many", "-1", "2x", "1.5", "nan", "1e3", "9" * 23],
         "FLASHSPARK_CHECK": ["maybe", "2", "-1", "1x"],
     }
-    COMMANDS = (("verify", *CASE), ("bench", "--filter", "S128", "--seconds", "0.01"), ("bench", "decode", *CELL))
+    COMMANDS = (
+        ("verify", *CASE),
+        ("bench", "--filter", "S128", "--seconds", "0.01"),
+        ("bench", "decode", *CELL),
+        ("bench", "flex", *FLEX),
+    )
 
     def test_commands(self) -> None:
         for name, values in self.WRONG.items():

@@ -199,6 +199,15 @@ class Vllm(Environment):
         fake_module(site, "flashspark.vllm.verify", "import sys; print(*sys.argv[1:]); sys.exit(1)\n")
         self.assertEqual(run("verify", "--vllm", "--seed", "7", status=1, **there).stdout, "--seed 7\n")
 
+    def test_other_programs_are_listed_by_its_python(self) -> None:
+        there, said = {"VIRTUAL_ENV": str(self.venv.root)}, {"lines": [["diffusers", "0.42.1, uses flashspark"]]}
+        self.assertIsNone(self.venv.doctor()["programs"])
+        fake_package(self.venv.site, "flashspark", VERSION)  # without the module, as an older one
+        self.assertIsNone(self.venv.doctor()["programs"])
+        fake_module(self.venv.site, "flashspark.integrations.doctor", f"print({json.dumps(said)!r})\n")
+        self.assertEqual(self.venv.doctor()["programs"], said)
+        self.assertIn("diffusers", run("doctor", **there).stdout)
+
     def test_verify_without_it(self) -> None:
         text = run("verify", "--vllm", status=2, VIRTUAL_ENV=str(self.venv.root)).stderr
         self.assertIn("--vllm", text)

@@ -21,7 +21,7 @@ class Usage(unittest.TestCase):
         self.assertRegex(run("--version").stdout, r"^flashspark \d+\.\d+\.\d+\n$")
 
     def test_help_has_examples(self) -> None:
-        for command in [[], ["doctor"], ["verify"], ["bench"], ["bench", "decode"]]:
+        for command in [[], ["doctor"], ["verify"], ["bench"], ["bench", "decode"], ["bench", "flex"]]:
             self.assertIn("Examples:", run(*command, "--help").stdout)
 
     def test_wrong_usage_is_2_and_names_the_option(self) -> None:
@@ -35,6 +35,11 @@ class Usage(unittest.TestCase):
         self.assertIn("cpu-engine", run("bench", "--implementation", "no-such", status=2).stderr)
         self.assertIn("--matrix", run("bench", "decode", "--matrix", status=2).stderr)
         self.assertIn("decode excludes --json", run("bench", "--json", "decode", status=2).stderr)
+        self.assertIn("--matrix", run("bench", "flex", "--matrix", status=2).stderr)
+        self.assertIn("flex excludes --json", run("bench", "--json", "flex", status=2).stderr)
+        self.assertIn("decode", run("bench", "flex", "decode", status=2).stderr)
+        self.assertIn("no-such-function", run("bench", "flex", "--filter", "no-such-function", status=2).stderr)
+        self.assertIn("cpu-engine", run("bench", "flex", "--implementation", "no-such", status=2).stderr)
         self.assertIn("no-such-cell", run("bench", "decode", "--filter", "no-such-cell", status=2).stderr)
 
     def test_list(self) -> None:
@@ -48,6 +53,11 @@ class Usage(unittest.TestCase):
         self.assertIn("64/8-D128/B4-kv2048-q1-page16-bf16", short)
         self.assertLess(set(short), set(full))
         self.assertEqual(len(full), 7 * 5 * 2 * 2 * (8 * 5 + 7 * 4))  # skewed: not one sequence, not 512 keys
+        short, full = (run("bench", "flex", "--cpu", "--list", *more).stdout.split() for more in ([], ["--full"]))
+        functions = ("none", "causal", "window-256", "documents-256", "prefix-256", "ALiBi", "relative", "softcap-30")
+        self.assertEqual(short[:8], [f"A/{name}" for name in functions])
+        self.assertEqual([len(short), len(full)], [24, 24])
+        self.assertIn("B/window-1024", full)
 
 
 class Doctor(unittest.TestCase):
@@ -147,6 +157,34 @@ class Bench(unittest.TestCase):
         self.assertRegex(text, names[0] + r" +\d+\.\d +")
         self.assertIn("largest growth of time for twice the work: ", text)
 
+    def test_flex(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            plot = Path(folder) / "plot.svg"
+            arguments = ["bench", "flex", "--cpu", "--filter", "A/", "--seconds", "0.01"]
+            report = json.loads(run(*arguments, "--plot", str(plot), "--json").stdout)
+            root = ElementTree.fromstring(plot.read_text())
+        self.assertTrue(root.tag.endswith("svg"))
+        results = {result["case"]["name"].removeprefix("A/"): result for result in report["results"]}
+        self.assertEqual(len(results), 8)
+        tokens, width, rows = 1024, 256, range(1024)
+        causal = tokens * (tokens + 1) // 2
+        pairs = dict.fromkeys(results, causal)
+        pairs["window-256"] = sum(min(row, width) + 1 for row in rows)
+        pairs["documents-256"] = sum(row % width + 1 for row in rows)
+        pairs["prefix-256"] = sum(max(row + 1, width) for row in rows)
+        for name, result in results.items():
+            self.assertEqual(result["implementation"], "cpu-engine")
+            self.assertEqual(result["flops"], 4 * 4 * 128 * pairs[name], name)
+            self.assertEqual(result["bytes"], 2 * 2 * tokens * 128 * (4 + 1))
+            self.assertGreaterEqual(result["calls"], 5)
+            self.assertGreater(result["first_seconds"], 0)
+            self.assertGreater(result["of_plain"], 0)
+        self.assertEqual(results["none"]["of_plain"], 1)
+        # Documents are a quarter of the pairs.
+        self.assertLess(results["documents-256"]["median_seconds"], results["causal"]["median_seconds"])
+        text = run(*arguments[:-4], "--filter", "A/ALiBi", "--seconds", "0.01").stdout  # the plain kernel is timed, too
+        self.assertRegex(text, r"A/ALiBi +cpu-engine +.*\d\.\d\d\n")
+
 
 @unittest.skipUnless(FAKE_CUDA, "built without CUDA kernels")
 class Gpu(unittest.TestCase):
@@ -195,6 +233,14 @@ class Gpu(unittest.TestCase):
         self.assertRegex(run(*arguments, *large, **self.ENVIRONMENT).stdout, large[0] + " +does not fit")
         report = run(*arguments, "16/2-D128/B1-kv2048", "--cpu", "--json", **self.ENVIRONMENT).stdout
         self.assertEqual({result["implementation"] for result in json.loads(report)["results"]}, {"cpu-engine"})
+
+    def test_bench_flex(self) -> None:
+        arguments = ["bench", "flex", "--seconds", "0.01", "--json", "--filter", "B/none"]
+        (result,) = json.loads(run(*arguments, **self.ENVIRONMENT).stdout)["results"]
+        self.assertEqual([result["implementation"], result["of_plain"]], ["cuda", 1])
+        self.assertEqual(result["flops"], 4 * 16 * 64 * 8192 * 8193 // 2)
+        (result,) = json.loads(run(*arguments, "--cpu", **self.ENVIRONMENT).stdout)["results"]
+        self.assertEqual([result["implementation"], result["flops"]], ["cpu-engine", 4 * 4 * 64 * 2048 * 2049 // 2])
 
     def test_only_for_a_gpu_without_one(self) -> None:
         text = run("verify", "--implementation", "cuda", "--cpu", status=2, **self.ENVIRONMENT).stderr

@@ -94,6 +94,7 @@ std::vector<cases::Case> common_problems() {
   add("D = 192, Dv = 128", [](cases::Case &c) { c.head_dim = 192, c.head_dim_v = 128; });
   add("PrefixLM, per token", [&](cases::Case &c) { paged(c), c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN; });
   add("relative-position bias", [&](cases::Case &c) { paged(c), c.rel_extent = 32; });
+  add("dropout", [](cases::Case &c) { c.dropout = 0.1f; });
   return list;
 }
 
@@ -240,7 +241,7 @@ void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vect
 }
 
 Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env, const VllmReport &vllm,
-                 const std::vector<Finding> &findings, const Limits *limits, bool healthy) {
+                 const VllmReport &programs, const std::vector<Finding> &findings, const Limits *limits, bool healthy) {
   Json report = report_header();
   report["limits"] = limits ? to_json(*limits) : Json();
   Json &implementations = report["implementations"] = Json::array();
@@ -266,6 +267,7 @@ Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env
                       {"shim_files", env.shim_files},
                       {"hook_files", hook_files(env)}};
   report["vllm"] = vllm.json;
+  report["programs"] = programs.json;
   Json &switches = report["switches"] = Json::array();
   for (const Switch &each : kSwitches) {
     const std::string value = value_of(each);
@@ -376,17 +378,19 @@ int doctor(const DoctorOptions &options) {
   }
   look_at_python(env, gpu, findings);
   const VllmReport vllm = vllm_report(env);
+  const VllmReport programs = programs_report(env);
   for (const VllmFinding &f : vllm.findings) findings.push_back({level_of(f.level), f.text, f.mend});
   int errors = 0, warnings = 0;
   for (const Finding &f : findings) errors += f.level == Finding::kError, warnings += f.level == Finding::kWarning;
 
   if (options.json) {
-    print_json(doctor_json(chosen, env, vllm, findings, limits, errors == 0));
+    print_json(doctor_json(chosen, env, vllm, programs, findings, limits, errors == 0));
     return errors ? kFailed : kOk;
   }
   print_machine(facts, gpu, limits);
   print_python(env);
   for (const auto &[name, value] : vllm.lines) line(name, value);
+  for (const auto &[name, value] : programs.lines) line(name, value);
   fmt::print("\n");
   print_choices(chosen, gpu_runs, options.verbose);
   fmt::print("\n");

@@ -13,6 +13,7 @@
 #include <exception>
 #include <iostream>
 #include <string>
+#include <vector>
 
 #include "cli/cli.hpp"
 #include "cli/measure.hpp"
@@ -111,7 +112,7 @@ void add_bench_options(CLI::App *sub, BenchOptions &o, const char *plot) {
   add_flag(sub, "--json", o.json, "Print JSON");
 }
 
-void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options) {
+void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options, BenchOptions &flex_options) {
   auto *sub = app.add_subcommand(
       "bench", "Times the guide checks, prefill and decode, on the GPU if there is one, against limits");
   add_bench_options(sub, o, "Write a bar chart");
@@ -123,13 +124,24 @@ void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options) {
 
   auto *decode = sub->add_subcommand(
       "decode", "Times decode and verification over paged caches: a grid of heads, batch, context and rows");
-  for (CLI::Option *option : sub->get_options()) decode->excludes(option);  // bench decode has its own options
+  const std::vector<CLI::Option *> own = sub->get_options();
+  for (CLI::Option *option : own) decode->excludes(option);  // bench decode and bench flex have their own options
   decode_options.seconds = 0.05;
   add_bench_options(decode, decode_options, "Write a chart of time against batch x context");
   add_flag(decode, "--full", decode_options.full, "The whole grid of thousands");
   decode->footer(
       "Examples:\n  flashspark bench decode --plot decode.svg\n  flashspark bench decode --filter 64/8-D128\n"
       "  flashspark bench decode --full --filter q1-page16-bf16 --json > decode.json\n\n"
+      "Exit status: 0 fine, 1 a case could not run, 2 wrong usage.");
+
+  auto *flex = sub->add_subcommand(
+      "flex", "Times score and mask functions beside the kernel without them: three shapes, smaller ones on the CPU");
+  for (CLI::Option *option : own) flex->excludes(option);
+  add_bench_options(flex, flex_options, "Write a bar chart");
+  add_flag(flex, "--full", flex_options.full, "The GPU's shapes on the CPU, too");
+  flex->footer(
+      "Examples:\n  flashspark bench flex --plot flex.svg\n  flashspark bench flex --filter A/\n"
+      "  flashspark bench flex --filter ALiBi --implementation cpu-engine --json > flex.json\n\n"
       "Exit status: 0 fine, 1 a case could not run, 2 wrong usage.");
 }
 
@@ -147,10 +159,10 @@ int run(int argc, char **argv) {
   app.footer(kFooter);
   DoctorOptions doctor_options;
   VerifyOptions verify_options;
-  BenchOptions bench_options, decode_options;
+  BenchOptions bench_options, decode_options, flex_options;
   add_doctor(app, doctor_options);
   add_verify(app, verify_options);
-  add_bench(app, bench_options, decode_options);
+  add_bench(app, bench_options, decode_options, flex_options);
   add_uninstall(app);
   try {
     app.parse(argc, argv);
@@ -165,7 +177,9 @@ int run(int argc, char **argv) {
   if (app.got_subcommand("uninstall")) return uninstall();
   if (const std::string wrong = environment_error(); !wrong.empty()) throw UsageError(wrong);
   if (app.got_subcommand("verify")) return verify_options.vllm ? verify_vllm(verify_options) : verify(verify_options);
-  return app.get_subcommand("bench")->got_subcommand("decode") ? bench_decode(decode_options) : bench(bench_options);
+  const CLI::App *bench_command = app.get_subcommand("bench");
+  if (bench_command->got_subcommand("flex")) return bench_flex(flex_options);
+  return bench_command->got_subcommand("decode") ? bench_decode(decode_options) : bench(bench_options);
 }
 
 // If the caller closed a standard stream, the next file opened would take its descriptor and receive the output. Fill

@@ -38,6 +38,16 @@ VllmReport vllm_report(const PythonEnvironment &env) {
   return report;
 }
 
+VllmReport programs_report(const PythonEnvironment &env) {
+  VllmReport report;
+  if (!env.packages.contains("flashspark")) return report;
+  Json answer = Json::parse(last_line_of(env, {"-m", "flashspark.integrations.doctor"}), nullptr, false);
+  if (answer.is_discarded() || !answer.contains("lines")) return report;
+  report.json = std::move(answer);
+  for (const Json &line : report.json["lines"]) report.lines.emplace_back(line.at(0), line.at(1));
+  return report;
+}
+
 std::vector<std::string> hook_files(const PythonEnvironment &env) {
   std::vector<std::string> found;
   for (const std::string &site : env.site_folders) {

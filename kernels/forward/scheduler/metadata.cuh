@@ -155,7 +155,7 @@ struct StreamKScheduler {
     } else if (a.stream_k.ctas > 0) {
       WorkRange range{};
       if (!is_first) range = load_range(memory);
-      work = find_work_tile<T::ScoreMod::kActive>(a, T::rows(a), T::kKeys, is_first, range);
+      work = find_work_tile<T::ScoreMod::kNative>(a, T::rows(a), T::kKeys, is_first, range);
       if (work.keys.has_next) save_range(memory, range);
     } else {
       work = {single_tile(a, coordinate, T::kRows), even_split(a)};
@@ -185,12 +185,15 @@ struct StreamKScheduler {
     if (stale) return true;
     if (!work.keys.has_next) return false;
     ptx::cta_barrier();  // all are done with this work tile's shared memory
+    // Only positions lead here, which need no coordinate: ptxas cannot see it, and d256_decode has no registers to
+    // spare where K and V are converted. With bf16 K and V it spills more with this line than without.
+    if constexpr (!T::Mma::kAsyncQueries) coordinate = {};
     return true;
   }
   // Which of the row tile's key tiles, counted as in `tiles`, are the CTA's.
   FLASHSPARK_DEVICE Interval key_tiles(const WorkTile &work, const KeyTiles &tiles) const {
     if (a.stream_k.ctas == 0) return even_key_tiles(a, tiles);
-    constexpr bool kTwo = T::ScoreMod::kActive;
+    constexpr bool kTwo = T::ScoreMod::kNative;
     return {tiles.template before<kTwo>(work.keys.first),
             tiles.template before<kTwo>(work.keys.first + work.keys.count)};
   }

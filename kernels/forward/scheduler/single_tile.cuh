@@ -110,7 +110,8 @@ FLASHSPARK_DEVICE bool warm_constant_cache(const ForwardArguments &a) {
 }
 
 // Without Stream-K the y-th CTA of a row tile takes the y-th of num_splits even parts of its key tiles.
-FLASHSPARK_DEVICE Interval even_key_tiles(const TileSchedulerArguments &a, const KeyTiles &tiles) {
+template <class Tiles>
+FLASHSPARK_DEVICE Interval even_key_tiles(const TileSchedulerArguments &a, const Tiles &tiles) {
   const int32_t count = ceil_div(tiles.total(), a.num_splits);
   const int32_t begin = min_of(static_cast<int32_t>(ptx::cta_y()) * count, tiles.total());
   return {begin, min_of(begin + count, tiles.total())};
@@ -141,7 +142,8 @@ struct SingleTileScheduler {
   FLASHSPARK_DEVICE void wait() const {}
   FLASHSPARK_DEVICE bool confirm() const { return true; }
   FLASHSPARK_DEVICE bool goes_on(const WorkTile &) const { return false; }
-  FLASHSPARK_DEVICE Interval key_tiles(const WorkTile &, const KeyTiles &tiles) const {
+  template <class Tiles>
+  FLASHSPARK_DEVICE Interval key_tiles(const WorkTile &, const Tiles &tiles) const {
     return even_key_tiles(a, tiles);
   }
 };

@@ -1,9 +1,11 @@
 #include "attention/harness.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
+#include "attention/block_tiles.cuh"
 #include "cuda/arguments.hpp"
 #include "cuda/quantize.hpp"
 #include "forward/combine.cuh"
@@ -92,6 +94,31 @@ void spoil_unkept_keys(cases::Problem &problem) {
 // other arguments.
 enum class MetadataOf : uint64_t { nothing, these_lengths, other_lengths, other_problem };
 
+Counters run_forward(const cuda::Plan &plan, const Kernel &kernel, uint64_t seed) {
+  if (kernel.functions == nullptr)
+    return launch_one(plan.forward, seed, [&plan, &kernel] { kernel.run(plan.arguments); });
+  const auto arguments = std::make_unique<FunctionForwardArguments>(
+      FunctionForwardArguments{plan.arguments, plan.functions->arguments, plan.functions->dropout_arguments});
+  return launch_one(plan.forward, seed, [&arguments, &kernel] { kernel.run_functions(*arguments); });
+}
+
+// cases::magnitudes() of a problem that `prepare` completes.
+std::vector<float> magnitudes_of(const cases::Problem &problem, const Prepare &prepare) {
+  if (!prepare) return cases::magnitudes(problem);
+  cases::Problem positive(problem.spec());
+  prepare(positive);
+  const cases::Case &spec = positive.spec();
+  for (int64_t b = 0; b < positive.params.num_seqs; ++b) {
+    for (int64_t j = 0; j < positive.seqlen_k(b); ++j) {
+      for (int64_t h = 0; h < spec.heads_kv; ++h) {
+        for (int64_t d = 0; d < spec.head_dim_v; ++d)
+          positive.set(cases::Role::kV, b, j, h, d, std::fabs(positive.get(cases::Role::kV, b, j, h, d)));
+      }
+    }
+  }
+  return cases::reference(positive).out;
+}
+
 // Runs the metadata kernel. Empty if the plan does not use scheduler metadata.
 Guarded<int32_t> make_scheduler_metadata(const Params &p, const cuda::Machine &machine, const Instance *instance,
                                          MetadataOf of, uint64_t seed, Counters &counters) {
@@ -127,24 +154,35 @@ std::string name_of(const Kernel &kernel) {
   const char *dtype = kernel.dtype == FLASHSPARK_BFLOAT16  ? "_bf16_"
                       : kernel.dtype == FLASHSPARK_FLOAT16 ? "_fp16_"
                                                            : "_e4m3_";
-  return kernel.instance->name + std::string(dtype) + tiles_name(kernel.tiles);
+  std::string name = kernel.instance->name + std::string(dtype) + tiles_name(kernel.tiles);
+  if (kernel.functions != nullptr) name += std::string("_") + kernel.functions;
+  return name +
+         (kernel.block_tiles    ? "_block_tiles"
+          : kernel.block_sparse ? "_lists"
+                                : "") +
+         (kernel.dropout ? "_dropout" : "");
 }
 
 std::span<const Kernel> kernels() {
   std::sort(registered().begin(), registered().end(), [](const Kernel &a, const Kernel &b) {
-    return std::make_tuple(a.instance, a.dtype, a.tiles) < std::make_tuple(b.instance, b.dtype, b.tiles);
+    return std::make_tuple(a.instance, a.dtype, a.tiles, name_of(a)) <
+           std::make_tuple(b.instance, b.dtype, b.tiles, name_of(b));
   });
   return registered();
 }
 
-bool can_run(const cases::Problem &problem) {
+bool kernels_take(const cases::Problem &problem) {
   const Params &p = problem.params;
   const auto is_16_bit = [](int32_t dtype) { return dtype == FLASHSPARK_BFLOAT16 || dtype == FLASHSPARK_FLOAT16; };
   const bool q = is_16_bit(p.q.dtype) || (p.q.dtype == FLASHSPARK_FLOAT8_E4M3 && p.k.dtype == FLASHSPARK_FLOAT8_E4M3);
   return q && p.out.dtype != FLASHSPARK_FLOAT32 && cuda::unsupported(p).empty();
 }
+bool can_run(const cases::Problem &problem) {
+  return kernels_take(problem) && problem.params.dropout_p == 0;
+}
 bool can_run(const Kernel &kernel, const cases::Problem &problem) {
-  return can_run(problem) && kernel.dtype == problem.params.k.dtype && cuda::fits(*kernel.instance, problem.params);
+  return kernels_take(problem) && kernel.dropout == (problem.params.dropout_p > 0) &&
+         kernel.dtype == problem.params.k.dtype && cuda::fits(*kernel.instance, problem.params);
 }
 
 Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {
@@ -173,9 +211,8 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
       kernel != nullptr ? kernel->tiles : (seed % 2 != 0 ? Architecture::sm_120f : Architecture::sm_90),
       static_cast<int32_t>(1 + seed % 7), static_cast<int64_t>(1024) << seed % 12, 100 * 1024};
   const Instance *instance = kernel != nullptr ? kernel->instance : nullptr;
-  const size_t bytes = cuda::make_plan(p, machine, instance).workspace;
-  Guarded<float> workspace(bytes / sizeof(float));
-  std::fill(workspace.begin(), workspace.end(), std::numeric_limits<float>::quiet_NaN());
+  Guarded<char> workspace(cuda::make_plan(p, machine, instance).workspace);
+  std::fill(workspace.begin(), workspace.end(), '\xff');  // NaN, as numbers
   Run result;
   const MetadataOf of = spoil ? MetadataOf::these_lengths : static_cast<MetadataOf>(seed / 2 % 4);
   Guarded<int32_t> metadata = make_scheduler_metadata(p, machine, instance, of, seed + 2, result.counters);
@@ -191,7 +228,10 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
       return execute(p, &chosen, seed,
                      spoil);  // the tile is the same on both architectures, or this one is not linked in
     result.kernel = name_of(chosen);
-    add(result.counters, launch_one(plan->forward, seed, [&plan, &chosen] { chosen.run(plan->arguments); }));
+    if (const cuda::BlockTilePlan *tiles = plan->block_tiles())
+      add(result.counters,
+          launch_one(plan->block_tiles_launch(), seed + 4, [tiles] { derive_block_tiles(tiles->arguments); }));
+    add(result.counters, run_forward(*plan, chosen, seed));
     if (plan->combine.grid[0] > 0) {
       const bool bf16 = plan->out_dtype == cuda::KernelDType::bf16;
       const auto arguments = std::make_unique<CombineArguments>(plan->combine_arguments());
@@ -203,13 +243,14 @@ Run execute(Params p, const Kernel *kernel, uint64_t seed, const SpoilMetadata &
   return result;
 }
 
-std::string check(const cases::Case &spec, const Kernel *kernel, uint64_t seed) {
+std::string check(const cases::Case &spec, const Kernel *kernel, uint64_t seed, const Prepare &prepare) {
   cases::Problem problem(spec);
+  if (prepare) prepare(problem);
   // The kernels copy q, k and v in 16-byte chunks; out need not be aligned.
   if (seed % 4 == 3) problem.params.out.data = static_cast<uint16_t *>(problem.params.out.data) + 1;
   validate(problem.params);
   const cases::Result expected = cases::reference(problem);
-  const std::vector<float> magnitudes = cases::magnitudes(problem);
+  const std::vector<float> magnitudes = magnitudes_of(problem, prepare);
   spoil_unkept_keys(problem);
   make_padding_stale(problem);
   std::string who = kernel != nullptr ? name_of(*kernel) : "";

@@ -1,0 +1,1 @@
+"""flash-attention's layers, as far as other programs import them: rotary."""

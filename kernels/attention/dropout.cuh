@@ -1,0 +1,118 @@
+// Dropout: which probabilities become zero. docs/design/dropout.md defines it; src/dropout.hpp says it in its simplest
+// form. A lane draws for eight scores of a row that it holds at once, and for nobody else's.
+//
+// In the first two of Philox's ten rounds the key does not meet the row: what only one of them decides is computed once
+// for each row of the tile, and lies in shared memory, or once for each key and is shared by the lane's rows.
+#pragma once
+
+#include "attention/dropout.hpp"
+#include "attention/row_words.cuh"
+#include "common/math.cuh"
+#include "ptx/ptx.cuh"
+
+namespace flashspark {
+
+constexpr uint32_t kPhiloxFirst = 0xD2511F53u, kPhiloxSecond = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxLowStep = 0x9E3779B9u, kPhiloxHighStep = 0xBB67AE85u;
+constexpr int32_t kPhiloxRounds = 10;
+constexpr int32_t kDropoutKeys = 32;  // keys of which a lane's eight are drawn at once
+
+struct PhiloxKey {
+  uint32_t low, high;
+};
+struct PhiloxWords {
+  uint32_t at[4];
+};
+struct WideProduct {
+  uint32_t low, high;
+};
+
+FLASHSPARK_DEVICE WideProduct multiply_wide(uint32_t a, uint32_t b) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
+}
+
+// Rounds [first_round, 10) of Philox4x32.
+template <int32_t first_round>
+FLASHSPARK_DEVICE PhiloxWords philox_rounds(PhiloxKey key, PhiloxWords c) {
+  FLASHSPARK_UNROLL
+  for (int32_t round = first_round; round < kPhiloxRounds; ++round) {
+    const WideProduct first = multiply_wide(kPhiloxFirst, c.at[0]), second = multiply_wide(kPhiloxSecond, c.at[2]);
+    c = {second.high ^ c.at[1] ^ (key.low + static_cast<uint32_t>(round) * kPhiloxLowStep), second.low,
+         first.high ^ c.at[3] ^ (key.high + static_cast<uint32_t>(round) * kPhiloxHighStep), first.low};
+  }
+  return c;
+}
+
+// The key of the call's draws, which all threads of a warp compute alike.
+FLASHSPARK_DEVICE PhiloxKey dropout_key(const DropoutArguments &a) {
+  const uint64_t seed = a.state != nullptr ? a.state[0] : a.seed;
+  const uint64_t offset = a.state != nullptr ? a.state[1] : a.offset;
+  const PhiloxWords drawn =
+      philox_rounds<0>({static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
+                       {static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0, 0});
+  const auto uniform = [](uint32_t x) { return static_cast<uint32_t>(ptx::uniform(static_cast<int32_t>(x))); };
+  return {uniform(drawn.at[0]), uniform(drawn.at[1])};
+}
+
+// What the row decides in the first two rounds.
+FLASHSPARK_DEVICE void dropout_row(PhiloxKey key, int32_t head, int32_t q_idx, uint32_t *words) {
+  const WideProduct of_head = multiply_wide(kPhiloxSecond, static_cast<uint32_t>(head));
+  const WideProduct of_row = multiply_wide(kPhiloxFirst, of_head.high ^ static_cast<uint32_t>(q_idx) ^ key.low);
+  words[0] = of_head.low ^ (key.low + kPhiloxLowStep);
+  words[1] = of_row.high ^ (key.high + kPhiloxHighStep);
+  words[2] = of_row.low;
+}
+
+// What the keys and the sequence decide in the first two rounds.
+struct DropoutKeys {
+  uint32_t high, low, draw;
+};
+FLASHSPARK_DEVICE DropoutKeys dropout_keys(PhiloxKey key, int32_t seq, int32_t draw) {
+  const WideProduct of_draw = multiply_wide(kPhiloxFirst, static_cast<uint32_t>(draw));
+  const WideProduct of_keys = multiply_wide(kPhiloxSecond, of_draw.high ^ static_cast<uint32_t>(seq) ^ key.high);
+  return {of_keys.high, of_keys.low, of_draw.low};
+}
+
+// The draws of one row, as rounds 2 to 9 make them. Word n is for the lane's two keys of the n-th group of eight.
+FLASHSPARK_DEVICE PhiloxWords dropout_draws(PhiloxKey key, const DropoutKeys &keys,
+                                            const uint32_t (&row)[kDropoutRowWords + 1]) {
+  return philox_rounds<2>(key, {keys.high ^ row[0], keys.low, row[1] ^ keys.draw, row[2]});
+}
+
+struct NoDropout {
+  FLASHSPARK_DEVICE void apply(int32_t, int32_t, float &, float &) {}
+};
+
+// The dropping of a lane's probabilities in a subtile of kScoreKeys keys. They are asked for in the order of the keys.
+template <class T>
+struct Dropout {
+  PhiloxKey key;
+  int32_t seq;
+  uint32_t threshold;       // in the upper 16 bits
+  ptx::SharedAddress rows;  // words of the warp's first row (attention/row_words.cuh)
+  int32_t first_key;        // a multiple of 16
+  PhiloxWords draws[T::kLaneRows];
+
+  // Row n of the lane, for 32 keys.
+  FLASHSPARK_DEVICE void draw(int32_t n, int32_t keys) {
+    uint32_t row[kDropoutRowWords + 1];
+    load_row_words<T, T::ScoreMod::kFunctionWords, kDropoutRowWords>(rows, n, row);
+    const int32_t first_draw = (first_key / kDropoutKeys + keys) * (kDropoutKeys / 8);
+    draws[n] = dropout_draws(key, dropout_keys(key, seq, first_draw + ptx::lane() % 4), row);
+    // Of a subtile of 16 keys either the first two words count or the last.
+    if (T::kScoreKeys < kDropoutKeys && first_key % kDropoutKeys != 0)
+      draws[n].at[0] = draws[n].at[2], draws[n].at[1] = draws[n].at[3];
+  }
+
+  // The probabilities of the lane's two keys in group `octet` of eight, of its row n.
+  FLASHSPARK_DEVICE void apply(int32_t n, int32_t octet, float &low, float &high) {
+    constexpr int32_t kOctets = (T::kScoreKeys < kDropoutKeys ? T::kScoreKeys : kDropoutKeys) / 8;
+    if (octet % kOctets == 0) draw(n, octet / kOctets);
+    const uint32_t word = draws[n].at[octet % kOctets];
+    if (word << 16 < threshold) low = 0.0f;
+    if (word < threshold) high = 0.0f;
+  }
+};
+
+}  // namespace flashspark

@@ -1,0 +1,17 @@
+// What the host tells a kernel about dropout (docs/design/dropout.md).
+#pragma once
+
+#include <cstdint>
+
+namespace flashspark {
+
+constexpr int32_t kDropoutRowWords = 3;  // 32-bit words that a kernel keeps of each row (dropout_row)
+
+struct DropoutArguments {
+  const uint64_t *state;  // (2) on the device: seed and offset; NULL: the next two
+  uint64_t seed, offset;
+  uint32_t threshold;  // a draw of 16 bits below it is dropped
+  float scale;         // of what is kept: 1 / (1 - p)
+};
+
+}  // namespace flashspark

@@ -1,0 +1,234 @@
+// Forward kernels with named functions, compiled by NVRTC for SM12x: registers are enough, and it takes about a second.
+#include <elf.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda/block_mask.hpp"
+#include "cuda/function_kernel.hpp"
+#include "cuda/processes.hpp"
+#include "support/functions.hpp"
+#include "support/named_graphs.hpp"
+
+namespace flashspark::cuda {
+namespace {
+
+// Of .nv.info: the attributes that name a function and say a number of it.
+enum Attribute : uint8_t { kFrameSize = 0x11, kMinStackSize = 0x12, kRegisters = 0x2f };
+constexpr uint8_t kSizedValue = 4;  // a record of a size and so many bytes; others have 2 bytes
+
+// The largest value of each attribute, over all functions of the cubin.
+std::map<uint8_t, uint32_t> attributes_of(const std::vector<char> &cubin) {
+  const auto read = [&](size_t at, auto &to) {
+    if (at + sizeof to > cubin.size()) throw std::runtime_error("the cubin is cut off");
+    std::memcpy(&to, cubin.data() + at, sizeof to);
+  };
+  Elf64_Ehdr header;
+  read(0, header);
+  const auto section = [&](uint32_t n) {
+    Elf64_Shdr s;
+    read(header.e_shoff + size_t{n} * header.e_shentsize, s);
+    return s;
+  };
+  const Elf64_Shdr names = section(header.e_shstrndx);
+  std::map<uint8_t, uint32_t> found;
+  for (uint32_t n = 0; n < header.e_shnum; ++n) {
+    const Elf64_Shdr s = section(n);
+    if (std::string(cubin.data() + names.sh_offset + s.sh_name) != ".nv.info") continue;
+    for (size_t at = s.sh_offset; at < s.sh_offset + s.sh_size;) {
+      uint8_t format = 0, attribute = 0;
+      uint16_t size = 0;
+      read(at, format), read(at + 1, attribute), read(at + 2, size);
+      at += 4;
+      if (format != kSizedValue) continue;
+      uint32_t value = 0;  // behind the number of the function's symbol
+      if (size == 8) read(at + 4, value), found[attribute] = std::max(found[attribute], value);
+      at += size;
+    }
+  }
+  return found;
+}
+
+struct Pair {
+  test::NamedFunctions functions;
+  const char *instance;
+  bool block_sparse = false, block_tiles = false, dropout = false;
+
+  std::string name() const {
+    const char *lists = block_tiles ? " tiles of blocks" : block_sparse ? " lists" : "";
+    return std::string(instance) + " " + functions.name + lists + (dropout ? " dropout" : "");
+  }
+};
+
+// What spills, and how many bytes at most.
+const std::map<std::string, uint32_t> kKnownStacks = {
+    {"d128_prefill alibi_documents", 24},
+    {"d128_prefill bias_2d", 8},
+    {"d128_prefill bias_3d", 8},
+    {"d128_prefill documents", 80},
+    {"d128_prefill flags", 80},
+    {"d128_prefill positions", 64},
+    {"d64_prefill positions", 16},
+    {"d128_prefill documents tiles of blocks", 32},
+    // Dropout takes twice the scores at once, so as not to draw twice (function_tile).
+    {"d128_prefill none dropout", 56},
+    {"d128_prefill alibi dropout", 56},
+    {"d256_prefill none dropout", 16},
+    {"d256_prefill alibi dropout", 16},
+};
+
+struct Outcome {
+  double seconds = 0;
+  uint32_t registers = 0, stack = 0;
+  std::string error;
+};
+
+const Instance &instance_of(const std::string &name) {
+  return *std::find_if(std::begin(kInstances), std::end(kInstances),
+                       [&](const Instance &instance) { return name == instance.name; });
+}
+
+CompileRequest request_of(const Pair &pair) {
+  const auto score = pair.functions.score(), mask = pair.functions.mask();
+  Params p{};
+  if (score) p.score_mod.mod = test::make_mod(*score, true);
+  if (mask) p.mask_mod.mod = test::make_mod(*mask, false);
+  Plan plan;
+  plan.instance = &instance_of(pair.instance);
+  plan.dtype = KernelDType::bf16;
+  FunctionPlan functions;
+  functions.native = plan.instance->score_mod == ScoreMod::native;
+  functions.block_sparse = pair.block_sparse;
+  functions.dropout = pair.dropout;
+  if (pair.block_tiles) functions.block_tiles.emplace();
+  CompileRequest request = function_request(p, plan, functions, Architecture::sm_120f);
+  for (const flashspark_mod *mod : {p.score_mod.mod, p.mask_mod.mod})
+    flashspark_mod_release(const_cast<flashspark_mod *>(mod));
+  return request;
+}
+
+CompileRequest block_mask_request_of(const test::NamedFunctions &functions, int32_t lane_keys) {
+  const graph::Graph graph = *functions.mask();
+  BlockMaskParams p{};
+  flashspark_mod *mod = test::make_mod(graph, false);
+  p.mask_mod.mod = mod;
+  BlockMaskPlan plan;
+  plan.lane_keys = lane_keys;
+  CompileRequest request = block_mask_request(p, plan, Architecture::sm_120f);
+  flashspark_mod_release(mod);
+  return request;
+}
+
+// Of this thread, so that a busy machine does not count.
+double thread_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+Outcome compile_one(const CompileRequest &request) {
+  Outcome outcome;
+  try {
+    const double start = thread_seconds();
+    const std::vector<char> cubin = compile(request);
+    outcome.seconds = thread_seconds() - start;
+    std::map<uint8_t, uint32_t> attributes = attributes_of(cubin);
+    outcome.registers = attributes[kRegisters];
+    outcome.stack = std::max(attributes[kFrameSize], attributes[kMinStackSize]);
+  } catch (const std::exception &error) {
+    outcome.error = error.what();
+  }
+  return outcome;
+}
+
+std::vector<Outcome> compile_all(const std::vector<Pair> &pairs) {
+  std::vector<Outcome> outcomes(pairs.size());
+  std::atomic<size_t> next{0};
+  std::vector<std::thread> threads;
+  for (unsigned n = 0; n < std::clamp(std::thread::hardware_concurrency(), 1u, 8u); ++n) {
+    threads.emplace_back([&] {
+      for (size_t at = next++; at < pairs.size(); at = next++) outcomes[at] = compile_one(request_of(pairs[at]));
+    });
+  }
+  for (std::thread &thread : threads) thread.join();
+  return outcomes;
+}
+
+std::vector<Pair> all_pairs() {
+  std::vector<Pair> pairs;
+  for (const char *instance : {"d64_prefill", "d128_prefill", "d256_prefill"}) {
+    for (const test::NamedFunctions &functions : test::named_functions()) pairs.push_back({functions, instance});
+    pairs.push_back({test::named("causal"), instance, true});
+    for (const char *name : {"none", "alibi"}) pairs.push_back({test::named(name), instance, false, false, true});
+    pairs.push_back({test::named("causal"), instance, true, true});
+  }
+  pairs.push_back({test::named("capped_window"), "d128_prefill_mod"});
+  pairs.push_back({test::named("documents"), "d128_prefill", true, true});
+  pairs.push_back({test::named("relative_position"), "d128_short_q"});
+  pairs.push_back({test::named("documents"), "d128_decode"});
+  return pairs;
+}
+
+TEST(FunctionKernels, CompileWithoutStackInAboutASecond) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  constexpr double kSeconds = 2, kMostSeconds = 4;
+  const std::vector<Pair> pairs = all_pairs();
+  const std::vector<Outcome> outcomes = compile_all(pairs);
+  for (size_t n = 0; n < pairs.size(); ++n) {
+    const Outcome &outcome = outcomes[n];
+    const std::string name = pairs[n].name();
+    ASSERT_EQ(outcome.error, "") << name;
+    std::printf("  %-32s %4.2f s%s, %3u registers, %u bytes of stack\n", name.c_str(), outcome.seconds,
+                outcome.seconds > kSeconds ? " (slow)" : "", outcome.registers, outcome.stack);
+    EXPECT_LT(outcome.seconds, kMostSeconds) << name;
+    EXPECT_TRUE(outcome.registers > 32 && outcome.registers <= 255) << name << ": " << outcome.registers;
+    const auto known = kKnownStacks.find(name);
+    EXPECT_LE(outcome.stack, known != kKnownStacks.end() ? known->second : 0) << name;
+  }
+}
+
+// A small kernel: it takes a part of a second, and no function needs a stack.
+TEST(BlockMaskKernels, CompileWithoutStack) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  for (const test::NamedFunctions &functions : test::mask_functions()) {
+    for (const int32_t lane_keys : {1, 4}) {
+      const Outcome outcome = compile_one(block_mask_request_of(functions, lane_keys));
+      ASSERT_EQ(outcome.error, "") << functions.name;
+      std::printf("  %-20s %d keys a lane: %4.2f s, %3u registers, %u bytes of stack\n", functions.name, lane_keys,
+                  outcome.seconds, outcome.registers, outcome.stack);
+      EXPECT_LT(outcome.seconds, 2) << functions.name;
+      EXPECT_TRUE(outcome.registers > 16 && outcome.registers <= 128) << functions.name << ": " << outcome.registers;
+      EXPECT_EQ(outcome.stack, 0u) << functions.name;
+    }
+  }
+}
+
+// The reader of cubins sees a stack where there is one.
+TEST(FunctionKernels, AStackIsFound) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  const CompileRequest request{
+      .source =
+          "#include \"ptx/ptx.cuh\"\nFLASHSPARK_KERNEL(32, 1) FLASHSPARK_ENTRY(float *out, int n) {\n"
+          "  float some[64];\n  for (int i = 0; i < 64; ++i) some[i] = out[i * n];\n"
+          "  for (int i = 0; i < 64; ++i) out[i] = some[(i * n) & 63];\n}\n",
+      .entry = "stack",
+      .macros = {},
+      .architecture = "sm_120f",
+      .headers = {},
+      .user_source = false};
+  std::map<uint8_t, uint32_t> attributes = attributes_of(compile(request));
+  EXPECT_GE(attributes[kFrameSize], 256u);
+  EXPECT_GT(attributes[kRegisters], 8u);
+}
+
+}  // namespace
+}  // namespace flashspark::cuda
