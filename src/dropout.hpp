@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -36,9 +37,18 @@ constexpr PhiloxKey dropout_key(uint64_t seed, uint64_t offset) {
   return {drawn[0], drawn[1]};
 }
 
-// A draw of 16 bits below it is dropped.
-inline uint32_t dropout_threshold(float p) {
-  return static_cast<uint32_t>(std::min(std::lround(static_cast<double>(p) * 65536), 65535L));
+constexpr int kDropoutBits = 15;  // of a draw
+
+// Draws below `limit` are what is dropped, or what is kept: whichever is less.
+struct DropoutLimit {
+  uint32_t limit;
+  bool keeps;
+};
+inline DropoutLimit dropout_limit(float p) {
+  constexpr long kDraws = 1L << kDropoutBits;
+  const long dropped = std::min(std::lround(static_cast<double>(p) * kDraws), kDraws - 1);
+  const bool keeps = dropped > kDraws / 2;
+  return {static_cast<uint32_t>(keeps ? kDraws - dropped : dropped), keeps};
 }
 
 inline float dropout_scale(float p) {
@@ -46,27 +56,30 @@ inline float dropout_scale(float p) {
 }
 
 struct Dropout {
-  uint32_t threshold;  // 0: nothing is dropped
-  float scale;         // of what is kept: 1 / (1 - p)
+  DropoutLimit limit;
+  float scale;  // of what is kept: 1 / (1 - p)
   PhiloxKey key;
+
+  constexpr bool any() const { return limit.limit > 0; }
 
   // Whether query token i of sequence b and head h loses key j, left padding included.
   constexpr bool drops(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    // One call of Philox is for eight keys: 2n, 2n + 1, and the same in each of the next three groups of eight.
-    const auto draw = static_cast<uint32_t>(j / 32 * 4 + j % 8 / 2);
-    const auto word = static_cast<size_t>(j % 32 / 8);
+    // One call of Philox is for sixteen keys: 2n, 2n + 1, and the same in each of the next seven groups of eight.
+    const auto number = static_cast<uint32_t>(j / 64 * 4 + j % 8 / 2);
     const PhiloxCounter drawn =
-        philox(key, {draw, static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b)});
-    return (drawn[word] >> (j % 2 * 16) & 0xffff) < threshold;
+        philox(key, {number, static_cast<uint32_t>(i), static_cast<uint32_t>(h), static_cast<uint32_t>(b)});
+    const uint32_t word = drawn[static_cast<size_t>(j % 64 / 16)];
+    const uint32_t draw = std::rotr(word, static_cast<int>(j % 2 * 16 + j % 16 / 8 * 8)) & ((1u << kDropoutBits) - 1);
+    return (draw < limit.limit) != limit.keeps;
   }
 };
 
 // Of a problem of the CPU, whose memory can be read.
 inline Dropout dropout_of(const Params &p) {
-  if (!(p.dropout_p > 0)) return {0, 1.0f, {0, 0}};
+  if (!(p.dropout_p > 0)) return {{0, false}, 1.0f, {0, 0}};
   const uint64_t seed = p.dropout_state != nullptr ? p.dropout_state[0] : p.dropout_seed;
   const uint64_t offset = p.dropout_state != nullptr ? p.dropout_state[1] : p.dropout_offset;
-  return {dropout_threshold(p.dropout_p), dropout_scale(p.dropout_p), dropout_key(seed, offset)};
+  return {dropout_limit(p.dropout_p), dropout_scale(p.dropout_p), dropout_key(seed, offset)};
 }
 
 }  // namespace flashspark

@@ -1,5 +1,5 @@
 // Dropout: which probabilities become zero. docs/design/dropout.md defines it; src/dropout.hpp says it in its simplest
-// form. A lane draws for eight scores of a row that it holds at once, and for nobody else's.
+// form. A lane draws for sixteen scores of a row that it holds at once, and for nobody else's.
 //
 // In the first two of Philox's ten rounds the key does not meet the row: what only one of them decides is computed once
 // for each row of the tile, and lies in shared memory, or once for each key and is shared by the lane's rows.
@@ -15,7 +15,7 @@ namespace flashspark {
 constexpr uint32_t kPhiloxFirst = 0xD2511F53u, kPhiloxSecond = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxLowStep = 0x9E3779B9u, kPhiloxHighStep = 0xBB67AE85u;
 constexpr int32_t kPhiloxRounds = 10;
-constexpr int32_t kDropoutKeys = 32;  // keys of which a lane's eight are drawn at once
+constexpr int32_t kDropoutKeys = 64;  // keys of which a lane's sixteen are drawn at once
 
 struct PhiloxKey {
   uint32_t low, high;
@@ -74,44 +74,48 @@ FLASHSPARK_DEVICE DropoutKeys dropout_keys(PhiloxKey key, int32_t seq, int32_t d
   return {of_keys.high, of_keys.low, of_draw.low};
 }
 
-// The draws of one row, as rounds 2 to 9 make them. Word n is for the lane's two keys of the n-th group of eight.
+// The draws of one row, as rounds 2 to 9 make them. Word n is for the lane's keys of the n-th group of sixteen.
 FLASHSPARK_DEVICE PhiloxWords dropout_draws(PhiloxKey key, const DropoutKeys &keys,
                                             const uint32_t (&row)[kDropoutRowWords + 1]) {
   return philox_rounds<2>(key, {keys.high ^ row[0], keys.low, row[1] ^ keys.draw, row[2]});
 }
 
 struct NoDropout {
-  FLASHSPARK_DEVICE void apply(int32_t, int32_t, float &, float &) {}
+  FLASHSPARK_DEVICE uint32_t kept(int32_t, int32_t) const { return ~0u; }
 };
 
 // The dropping of a lane's probabilities in a subtile of kScoreKeys keys. They are asked for in the order of the keys.
 template <class T>
 struct Dropout {
+  static_assert(T::kScoreKeys <= kDropoutKeys);
+
   PhiloxKey key;
   int32_t seq;
-  uint32_t threshold;       // in the upper 16 bits
+  uint32_t limit, flip;     // of DropoutArguments
   ptx::SharedAddress rows;  // words of the warp's first row (attention/row_words.cuh)
-  int32_t first_key;        // a multiple of 16
+  int32_t first_key;        // a multiple of kScoreKeys
   PhiloxWords draws[T::kLaneRows];
 
-  // Row n of the lane, for 32 keys.
-  FLASHSPARK_DEVICE void draw(int32_t n, int32_t keys) {
+  // Row n of the lane. Of a subtile of fewer than kDropoutKeys keys, its first 16 come to the first word.
+  FLASHSPARK_DEVICE void draw(int32_t n) {
     uint32_t row[kDropoutRowWords + 1];
     load_row_words<T, T::ScoreMod::kFunctionWords, kDropoutRowWords>(rows, n, row);
-    const int32_t first_draw = (first_key / kDropoutKeys + keys) * (kDropoutKeys / 8);
+    const int32_t first_draw = first_key / kDropoutKeys * (kDropoutKeys / 16);
     draws[n] = dropout_draws(key, dropout_keys(key, seq, first_draw + ptx::lane() % 4), row);
-    // Of a subtile of 16 keys either the first two words count or the last.
-    if (T::kScoreKeys < kDropoutKeys && first_key % kDropoutKeys != 0)
-      draws[n].at[0] = draws[n].at[2], draws[n].at[1] = draws[n].at[3];
+    if constexpr (T::kScoreKeys <= 32) {
+      if (first_key % 64 >= 32) draws[n].at[0] = draws[n].at[2], draws[n].at[1] = draws[n].at[3];
+    }
+    if constexpr (T::kScoreKeys <= 16) {
+      if (first_key % 32 >= 16) draws[n].at[0] = draws[n].at[1];
+    }
   }
 
-  // The probabilities of the lane's two keys in group `octet` of eight, of its row n.
-  FLASHSPARK_DEVICE void apply(int32_t n, int32_t octet, float &low, float &high) {
-    constexpr int32_t kOctets = (T::kScoreKeys < kDropoutKeys ? T::kScoreKeys : kDropoutKeys) / 8;
-    if (octet % kOctets == 0) draw(n, octet / kOctets);
-    const uint32_t word = draws[n].at[octet % kOctets];
-    if (word << 16 < threshold) low = 0.0f;
-    if (word < threshold) high = 0.0f;
+  // Of the lane's two keys in group `octet` of eight, of its row n: all bits of a half of the result are 1 if it is
+  // kept. A limit is at most 2^14, and a draw of 15 bits compares with it as a float of 16 bits does, without its sign.
+  FLASHSPARK_DEVICE uint32_t kept(int32_t n, int32_t octet) {
+    if (octet == 0) draw(n);
+    const uint32_t word = draws[n].at[octet / 2];
+    return ptx::magnitude_not_less_f16x2(octet % 2 == 0 ? word : ptx::permute_bytes(word, 0x0321), limit) ^ flip;
   }
 };
 

@@ -10,8 +10,9 @@ constexpr int32_t kDropoutRowWords = 3;  // 32-bit words that a kernel keeps of 
 struct DropoutArguments {
   const uint64_t *state;  // (2) on the device: seed and offset; NULL: the next two
   uint64_t seed, offset;
-  uint32_t threshold;  // a draw of 16 bits below it is dropped
-  float scale;         // of what is kept: 1 / (1 - p)
+  uint32_t limit;  // a draw of 15 bits below it is dropped, or kept; twice, in both halves
+  uint32_t flip;   // 0: dropped; all ones: kept
+  float scale;     // of what is kept: 1 / (1 - p)
 };
 
 }  // namespace flashspark

@@ -188,8 +188,7 @@ struct Probabilities {
     float low = ptx::exp2_approx(x[0] * scale - state.row_max[n]);
     float high = ptx::exp2_approx(x[1] * scale - state.row_max[n]);
     state.row_sum[n] += low + high;
-    dropout.apply(n, octet, low, high);
-    at[m_atom][fragment % 4] = ptx::pack<typename T::Element>(low, high);
+    at[m_atom][fragment % 4] = ptx::pack<typename T::Element>(low, high) & dropout.kept(n, octet);
   }
 };
 

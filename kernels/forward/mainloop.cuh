@@ -133,8 +133,8 @@ struct Mainloop {
   }
   FLASHSPARK_DEVICE auto dropout(int32_t n, int32_t subtile) const {
     if constexpr (ScoreMod::kDropout) {
-      return Dropout<T>{dropout_key,     row_tile.seq,          a.dropout.threshold << 16,
-                        function_rows(), first_key(n, subtile), {}};
+      return Dropout<T>{
+          dropout_key, row_tile.seq, a.dropout.limit, a.dropout.flip, function_rows(), first_key(n, subtile), {}};
     } else {
       return NoDropout{};
     }

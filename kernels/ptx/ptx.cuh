@@ -350,6 +350,15 @@ FLASHSPARK_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
 FLASHSPARK_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t order) {
   return __byte_perm(x, 0, order);
 }
+// Each half of the result: 0 where that half of a, without its sign, is less than that of b, as fp16; else all ones,
+// also where a is NaN.
+FLASHSPARK_DEVICE uint32_t magnitude_not_less_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{ .reg .b32 magnitude; abs.f16x2 magnitude, %1; set.geu.u32.f16x2 %0, magnitude, %2; }"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
 // ffs - 1: place of the lowest set bit; x != 0.
 FLASHSPARK_DEVICE uint32_t lowest_bit(uint32_t x) {
   return __ffs(static_cast<int>(x)) - 1;

@@ -67,7 +67,10 @@ def _state(q: Array, rng_state: Any) -> Array:
     if not (is_torch(q) or is_cupy(q)):
         return np.array(numbers, np.int64)
     state = empty_like(q, (2,), sys.modules["torch"].int64 if is_torch(q) else np.int64)
-    state[0], state[1] = numbers  # filled on the device: a copy from the host would wait, and no graph could capture it
+    # Filled on the device: a copy from the host would wait, and no graph could capture it. torch's assignment to one
+    # element is such a copy.
+    for i, number in enumerate(numbers):
+        (state[i].fill_ if is_torch(q) else state[i].fill)(number)
     return state
 
 

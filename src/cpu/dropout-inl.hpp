@@ -1,5 +1,5 @@
 // Dropout: sets weights to zero after the softmax has added them to the rows' sums. Which ones, docs/design/dropout.md
-// defines; one vector of Philox counters gives the bits of eight weights a lane.
+// defines; one vector of Philox counters gives the draws of sixteen weights a lane.
 #if defined(FLASHSPARK_CPU_DROPOUT_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHSPARK_CPU_DROPOUT_INL_HPP_
 #undef FLASHSPARK_CPU_DROPOUT_INL_HPP_
@@ -17,8 +17,9 @@ using DrawTag = hn::ScalableTag<uint32_t>;
 using DrawVec = hn::Vec<DrawTag>;
 constexpr int kDraws = HWY_MAX_BYTES / sizeof(uint32_t);  // counters in a vector
 
-// Four draws give the bits of so many keys, which begin at a multiple of their number.
-constexpr int64_t kKeyBlock = 32;
+// Four counters give the draws of so many keys, which begin at a multiple of their number.
+constexpr int64_t kKeyBlock = 64;
+constexpr uint32_t kOneDraw = (1u << kDropoutBits) - 1, kTwoDraws = kOneDraw << 16 | kOneDraw;
 
 HWY_INLINE DrawVec upper_halves(DrawVec x) {
   const hn::Repartition<uint64_t, DrawTag> d64;
@@ -58,56 +59,67 @@ HWY_INLINE void draw(PhiloxKey key, DrawVec c0, DrawVec c1, DrawVec c2, DrawVec 
   }
 }
 
-// The bits of row r's keys first, first + 1, .. as whole vectors of draws, up to `end`. Lanes are draws: 128 bits of a
-// word are then the bits of eight keys, in order, and the four words those of kKeyBlock keys.
-HWY_INLINE void draw_row(const Tile &t, int64_t r, int64_t first, int64_t end, uint16_t *bits) {
+// The draws of row r's keys first, first + 1, .. as whole vectors of counters, up to `end`. Lanes are counters: 128
+// bits of a word are then those of eight keys, in order, and turned by 8, those of the next eight.
+HWY_INLINE void draw_row(const Tile &t, int64_t r, int64_t first, int64_t end, uint16_t *draws) {
   const DrawTag d;
   const hn::FixedTag<uint32_t, 4> d4;
   const hn::FixedTag<uint16_t, 8> d8;
   HWY_ALIGN uint32_t words[4][kDraws];
   const auto i = hn::Set(d, static_cast<uint32_t>(t.token(r))), h = hn::Set(d, static_cast<uint32_t>(t.head(r))),
              b = hn::Set(d, static_cast<uint32_t>(t.s.index));
-  for (int64_t j = first; j < end; j += 8 * kDraws, bits += 8 * kDraws) {
-    draw(t.dropout.key, hn::Iota(d, static_cast<uint32_t>(j / 8)), i, h, b, words);
+  const auto fifteen = hn::Set(d4, kTwoDraws);
+  for (int64_t j = first; j < end; j += 16 * kDraws, draws += 16 * kDraws) {
+    draw(t.dropout.key, hn::Iota(d, static_cast<uint32_t>(j / 16)), i, h, b, words);
     for (int64_t m = 0; m < kDraws / 4; ++m) {
       for (int64_t n = 0; n < 4; ++n) {
-        hn::Store(hn::BitCast(d8, hn::Load(d4, words[n] + 4 * m)), d8, bits + m * kKeyBlock + 8 * n);
+        const auto word = hn::Load(d4, words[n] + 4 * m);
+        uint16_t *to = draws + m * kKeyBlock + 16 * n;
+        hn::Store(hn::BitCast(d8, hn::And(word, fifteen)), d8, to);
+        hn::Store(hn::BitCast(d8, hn::And(hn::RotateRight<8>(word), fifteen)), d8, to + 8);
       }
     }
   }
+}
+
+// Which of as many draws drop.
+template <class DI, class VI = hn::Vec<DI>>
+HWY_INLINE hn::Mask<DI> dropped_by(DI d, DropoutLimit limit, VI draws) {
+  const auto below = hn::Lt(draws, hn::Set(d, static_cast<int32_t>(limit.limit)));
+  return limit.keeps ? hn::Not(below) : below;
 }
 
 // The weights of a row group, whose first row is `row`, for keys [key, key + count), which are whole vectors. Row after
 // row lies kPackedKeys further on. All rows are drawn first: a load of what was just stored in other pieces waits.
 inline HWY_NOINLINE HWY_ATTR void drop_row_group(const Tile &t, int64_t row, int64_t key, int64_t count,
                                                  float *weights) {
-  constexpr int64_t kBits = kPackedKeys + 8 * kDraws;  // the first key is less than kKeyBlock behind the first bits
-  static_assert(kPackedKeys % (8 * kDraws) == 0);
-  HWY_ALIGN uint16_t bits[kRowGroup][kBits];
+  // The first key is less than kKeyBlock behind the first draw, and the last one in a whole vector of counters.
+  constexpr int64_t kMost = kPackedKeys + kKeyBlock + 16 * kDraws;
+  HWY_ALIGN uint16_t draws[kRowGroup][kMost];
   const int64_t rows = t.rows - row < kRowGroup ? t.rows - row : kRowGroup;
   const int64_t from = t.leftpad + key, first = from / kKeyBlock * kKeyBlock;
-  for (int64_t r = 0; r < rows; ++r) draw_row(t, row + r, first, from + count, bits[r]);
+  for (int64_t r = 0; r < rows; ++r) draw_row(t, row + r, first, from + count, draws[r]);
   const hn::ScalableTag<float> df;
   const hn::ScalableTag<int32_t> di;
   const hn::Rebind<uint16_t, decltype(di)> d16;
-  const auto threshold = hn::Set(di, static_cast<int32_t>(t.dropout.threshold));
   for (int64_t r = 0; r < rows; ++r, weights += kPackedKeys) {
     for (int64_t n = 0; n < count; n += kDraws) {
-      const auto dropped = hn::Lt(hn::PromoteTo(di, hn::LoadU(d16, bits[r] + (from - first) + n)), threshold);
+      const auto dropped =
+          dropped_by(di, t.dropout.limit, hn::PromoteTo(di, hn::LoadU(d16, draws[r] + (from - first) + n)));
       hn::StoreU(hn::IfThenZeroElse(hn::RebindMask(df, dropped), hn::LoadU(df, weights + n)), df, weights + n);
     }
   }
 }
 
 // Weights (keys, 4) of rows first .. first + 3 for keys [key, key + count); those past count, up to a whole vector, are
-// never used. Lanes are rows, four of each draw: the halves of a word are then four rows of one key each.
+// never used. Lanes are rows, four of each counter: a draw of a word is then that of four rows for one key.
 inline HWY_NOINLINE HWY_ATTR void drop_four_rows(const Tile &t, int64_t first_row, int64_t key, int64_t count,
                                                  float *weights) {
   const DrawTag d;
   const hn::FixedTag<uint32_t, 4> d4;
-  constexpr int64_t kDrawsAtOnce = kDraws / 4;  // of each row
+  constexpr int64_t kCountersAtOnce = kDraws / 4;  // of each row
   HWY_ALIGN uint32_t words[4][kDraws], token[4], head[4];
-  HWY_ALIGN uint32_t bits[(kBlockKeys + 2 * kKeyBlock) * 4];  // (keys, 4): whole blocks of keys, and a part of two
+  HWY_ALIGN uint32_t draws[(kBlockKeys + 2 * kKeyBlock) * 4];  // (keys, 4): whole blocks of keys, and a part of two
   for (int64_t n = 0; n < 4; ++n) {
     const int64_t r = first_row + n < t.rows ? first_row + n : t.rows - 1;
     token[n] = static_cast<uint32_t>(t.token(r));
@@ -117,27 +129,29 @@ inline HWY_NOINLINE HWY_ATTR void drop_four_rows(const Tile &t, int64_t first_ro
   const int64_t padded = (4 * count + kDraws - 1) / kDraws * kDraws;
   const auto i = hn::LoadDup128(d, token), h = hn::LoadDup128(d, head),
              b = hn::Set(d, static_cast<uint32_t>(t.s.index));
+  const auto one = hn::Set(d4, kOneDraw);
   for (int64_t j = first; j < from + padded / 4; j += kKeyBlock) {
-    for (int64_t c = 0; c < 4; c += kDrawsAtOnce) {
-      const auto draws = hn::Add(hn::ShiftRight<2>(hn::Iota(d, 0)), hn::Set(d, static_cast<uint32_t>(j / 8 + c)));
-      draw(t.dropout.key, draws, i, h, b, words);
-      for (int64_t m = 0; m < kDrawsAtOnce; ++m) {
+    for (int64_t c = 0; c < 4; c += kCountersAtOnce) {
+      const auto counters = hn::Add(hn::ShiftRight<2>(hn::Iota(d, 0)), hn::Set(d, static_cast<uint32_t>(j / 16 + c)));
+      draw(t.dropout.key, counters, i, h, b, words);
+      for (int64_t m = 0; m < kCountersAtOnce; ++m) {
         for (int64_t n = 0; n < 4; ++n) {
-          uint32_t *to = bits + ((j - first) + 8 * n + 2 * (c + m)) * 4;
-          const auto pair = hn::Load(d4, words[n] + 4 * m);
-          hn::Store(hn::And(pair, hn::Set(d4, 0xffffu)), d4, to);
-          hn::Store(hn::ShiftRight<16>(pair), d4, to + 4);
+          uint32_t *to = draws + ((j - first) + 16 * n + 2 * (c + m)) * 4;
+          const auto word = hn::Load(d4, words[n] + 4 * m);
+          hn::Store(hn::And(word, one), d4, to);
+          hn::Store(hn::And(hn::RotateRight<16>(word), one), d4, to + 4);
+          hn::Store(hn::And(hn::RotateRight<8>(word), one), d4, to + 32);
+          hn::Store(hn::And(hn::RotateRight<24>(word), one), d4, to + 36);
         }
       }
     }
   }
   const hn::ScalableTag<float> df;
   const hn::ScalableTag<int32_t> di;
-  const auto threshold = hn::Set(di, static_cast<int32_t>(t.dropout.threshold));
   for (int64_t n = 0; n < padded; n += kDraws) {
-    const auto drawn = hn::BitCast(di, hn::LoadU(d, bits + (from - first) * 4 + n));
-    const auto dropped = hn::RebindMask(df, hn::Lt(drawn, threshold));
-    hn::StoreU(hn::IfThenZeroElse(dropped, hn::LoadU(df, weights + n)), df, weights + n);
+    const auto drawn = hn::BitCast(di, hn::LoadU(d, draws + (from - first) * 4 + n));
+    const auto dropped = dropped_by(di, t.dropout.limit, drawn);
+    hn::StoreU(hn::IfThenZeroElse(hn::RebindMask(df, dropped), hn::LoadU(df, weights + n)), df, weights + n);
   }
 }
 

@@ -84,7 +84,7 @@ void attend_row(const Params &p, const Functions &functions, const Dropout &drop
     // A row of nothing but -inf scores (infinite biases) is a fully masked row, not NaN.
     const double weight = scores[n] == -kInfinity ? 0 : std::exp(scores[n] - largest);
     denominator += weight;
-    const bool dropped = dropout.threshold > 0 && dropout.drops(s.index, h, i, leftpad + kept[n]);
+    const bool dropped = dropout.any() && dropout.drops(s.index, h, i, leftpad + kept[n]);
     if (weight == 0 || dropped) continue;
     const int64_t v0 = kv_offset(p, p.v, s, kept[n], h_kv);
     for (int64_t d = 0; d < p.head_dim_v; ++d) sum[d] += weight * load_as_float(p.v.data, v0 + d, p.v.dtype);

@@ -188,7 +188,7 @@ HWY_ATTR void stream_block(const Tile &t, int64_t key, int64_t count, const char
       if (!t.mask(r).covers(key, key + count)) apply_mask(t.mask(r), key, count, s, 4);
     }
     stream_softmax<D>(group_scores, count, row_max + 4 * g, row_sum + 4 * g, o + g * 4 * width, width);
-    if (t.dropout.threshold > 0) drop_four_rows(t, first, key, count, group_scores);
+    if (t.dropout.any()) drop_four_rows(t, first, key, count, group_scores);
   }
   // Columns outside, row groups inside, for the same reason. Three vectors by four rows fill 12 registers with sums.
   for (int64_t column = 0; column < width;) {

@@ -46,8 +46,9 @@ void add_function(const flashspark_function &function, int32_t first_tensor, int
 }
 
 DropoutArguments dropout_arguments(const Params &p) {
-  return {p.dropout_state, p.dropout_seed, p.dropout_offset, dropout_threshold(p.dropout_p),
-          dropout_scale(p.dropout_p)};
+  const DropoutLimit limit = dropout_limit(p.dropout_p);
+  return {p.dropout_state,        p.dropout_seed,         p.dropout_offset,
+          limit.limit * 0x10001u, limit.keeps ? ~0u : 0u, dropout_scale(p.dropout_p)};
 }
 
 }  // namespace

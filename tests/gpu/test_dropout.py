@@ -44,9 +44,10 @@ def dropped(state, p, batch, heads, rows, keys, device):
     key = dropout_reference.philox((seed & LOW, seed >> 32), (offset & LOW, offset >> 32, 0, 0))[:2]
     at = lambda n, d: torch.arange(n, device=device).view(*(-1 if i == d else 1 for i in range(4)))  # noqa: E731
     b, h, i, j = (at(n, d) for d, n in enumerate((batch, heads, rows, keys)))
-    draws = torch.stack(torch.broadcast_tensors(*philox([int(k) for k in key], (j // 32 * 4 + j % 8 // 2, i, h, b))))
-    word = draws.gather(0, (j % 32 // 8).expand(draws.shape[1:])[None])[0]
-    return (word >> j % 2 * 16 & 0xFFFF) < dropout_reference.threshold(p)
+    draws = torch.stack(torch.broadcast_tensors(*philox([int(k) for k in key], (j // 64 * 4 + j % 8 // 2, i, h, b))))
+    word = draws.gather(0, (j % 64 // 16).expand(draws.shape[1:])[None])[0]
+    turn = j % 2 * 16 + j % 16 // 8 * 8
+    return dropout_reference.is_dropped((word >> turn | word << 32 - turn) & 0x7FFF, p)
 
 
 def test_the_definition_is_the_same_here(device):
@@ -56,8 +57,8 @@ def test_the_definition_is_the_same_here(device):
 
 
 def test_probabilities_are_rounded_alike():
-    for p in (2**-18, 2**-17, 3 * 2**-17, 0.1, 0.5, 0.9, 1 - 2**-20):
-        assert dropout_reference.threshold(p) == min(int(np.floor(np.float32(p).item() * 65536 + 0.5)), 65535)
+    for p in (2**-17, 2**-16, 3 * 2**-16, 0.1, 0.5, 0.9, 1 - 2**-20):
+        assert dropout_reference.dropped_draws(p) == min(int(np.floor(np.float32(p).item() * 32768 + 0.5)), 32767)
 
 
 @dataclass

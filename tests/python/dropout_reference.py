@@ -18,9 +18,15 @@ def philox(key, counter):
     return c0, c1, c2, c3
 
 
-def threshold(p):
-    """Draws of 16 bits below it are dropped. p as the C interface has it, in float32; halves are rounded up."""
-    return min(int(np.floor(float(np.float32(p)) * 65536 + 0.5)), 65535)
+def dropped_draws(p):
+    """How many of 2^15 draws are dropped. p as the C interface has it, in float32; halves are rounded up."""
+    return min(int(np.floor(float(np.float32(p)) * 32768 + 0.5)), 32767)
+
+
+def is_dropped(draw, p):
+    """Of draws: the smallest are dropped, or kept if that is less."""
+    count = dropped_draws(p)
+    return draw < count if count <= 16384 else draw >= 32768 - count
 
 
 def dropped(state, p, sequence, heads, rows, keys):
@@ -28,9 +34,10 @@ def dropped(state, p, sequence, heads, rows, keys):
     (seed, offset) = (int(x) % 2**64 for x in state)
     key = philox((seed % 2**32, seed >> 32), (offset % 2**32, offset >> 32, 0, 0))[:2]
     h, i, j = np.ogrid[:heads, :rows, :keys]
-    words = np.stack(philox(key, (j // 32 * 4 + j % 8 // 2, i, h, sequence)))
-    word = np.take_along_axis(words, np.broadcast_to(j % 32 // 8, words.shape[1:])[None], 0)[0]
-    return (word >> (j % 2 * 16).astype(np.uint64) & np.uint64(0xFFFF)) < threshold(p)
+    words = np.stack(philox(key, (j // 64 * 4 + j % 8 // 2, i, h, sequence)))
+    word = np.take_along_axis(words, np.broadcast_to(j % 64 // 16, words.shape[1:])[None], 0)[0]
+    turned = (word << np.uint64(32) | word) >> (j % 2 * 16 + j % 16 // 8 * 8).astype(np.uint64)
+    return is_dropped(turned & np.uint64(0x7FFF), p)
 
 
 def dropped_dense(state, p, batch, heads, rows, keys):

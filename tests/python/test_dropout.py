@@ -7,7 +7,7 @@ import flashspark
 import ml_dtypes
 import numpy as np
 import pytest
-from dropout_reference import dropped, dropped_dense, philox, threshold
+from dropout_reference import dropped, dropped_dense, dropped_draws, philox
 from flashspark import flash_attn_func, flash_attn_varlen_func
 from flashspark._call import CACHE, attend
 from flashspark._signature import NO_TAIL, in_tail
@@ -265,12 +265,12 @@ def test_parts_and_implementations_drop_the_same(normal):
 
 
 def test_probabilities_of_dropout(normal):
-    """p is a multiple of 2^-16; what is kept is divided by 1 - p as it was given."""
+    """p is a multiple of 2^-15; what is kept is divided by 1 - p as it was given."""
     q, k, v = dense(normal)
     plain = flash_attn_func(q, k, v)
     small = 2.0**-18
     np.testing.assert_allclose(flash_attn_func(q, k, v, small, rng_state=STATE), plain / (1 - small), atol=1e-6)
-    assert threshold(small) == 0 and threshold(0.5) == 2**15 and threshold(0.999999) == 65535
+    assert dropped_draws(small) == 0 and dropped_draws(0.5) == 2**14 and dropped_draws(0.999999) == 32767
     q, k, v = dense(normal, tq=64, tk=512)
     for p in (0.03, 0.3, 0.97):
         s = flash_attn_func(q, k, v, p, rng_state=STATE, return_attn_probs=True)[2]

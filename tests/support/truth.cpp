@@ -58,10 +58,13 @@ bool dropped(const Problem &p, int64_t b, int64_t h, int64_t i, int64_t j) {
   const auto word = [](uint64_t x) { return static_cast<uint32_t>(x); };
   const Words key = philox({word(p.dropout_offset), word(p.dropout_offset >> 32), 0, 0}, word(p.dropout_seed),
                            word(p.dropout_seed >> 32));
-  const int64_t number = j / 32 * 4 + j % 8 / 2;
+  const int64_t number = j / 64 * 4 + j % 8 / 2;
   const Words draws = philox({word(number), word(i), word(h), word(b)}, key[0], key[1]);
-  const uint32_t both = draws[j % 32 / 8], mine = j % 2 == 0 ? both & 0xffff : both >> 16;
-  return mine < std::fmin(std::round(Real{p.dropout} * 65536), Real{65535});
+  const uint64_t mine = draws[j / 16 % 4], twice = mine << 32 | mine;
+  const int64_t first_bit = 16 * (j % 2) + 8 * (j / 8 % 2);
+  const auto drawn = static_cast<Real>((twice >> first_bit) % 32768);
+  const Real dropped = std::fmin(std::round(Real{p.dropout} * 32768), Real{32767});
+  return dropped <= 16384 ? drawn < dropped : drawn >= 32768 - dropped;
 }
 
 Real factor(const std::vector<float> &scale, int64_t head, int32_t dtype) {

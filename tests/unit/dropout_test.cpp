@@ -20,13 +20,48 @@ static_assert(philox({0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff, 0xffffff
 static_assert(philox({0xa4093822, 0x299f31d0}, {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}) ==
               PhiloxCounter{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
 
-TEST(Dropout, ThresholdsRoundToSixteenBits) {
-  EXPECT_EQ(dropout_threshold(0.5f), 32768u);
-  EXPECT_EQ(dropout_threshold(0.1f), 6554u);
-  EXPECT_EQ(dropout_threshold(1e-6f), 0u);
-  EXPECT_EQ(dropout_threshold(0x1p-17f), 1u);
-  EXPECT_EQ(dropout_threshold(0.999999f), 65535u);
-  EXPECT_EQ(dropout_threshold(std::nextafterf(1, 0)), 65535u);
+// How many of 2^15 draws are dropped.
+int64_t dropped_draws(float p) {
+  const DropoutLimit limit = dropout_limit(p);
+  return limit.keeps ? (1 << kDropoutBits) - int64_t{limit.limit} : int64_t{limit.limit};
+}
+
+TEST(Dropout, LimitsRoundToFifteenBits) {
+  EXPECT_EQ(dropped_draws(0.5f), 16384);
+  EXPECT_EQ(dropped_draws(0.1f), 3277);
+  EXPECT_EQ(dropped_draws(0.9f), 29491);
+  EXPECT_EQ(dropped_draws(1e-6f), 0);
+  EXPECT_EQ(dropped_draws(0x1p-16f), 1);
+  EXPECT_EQ(dropped_draws(0.999999f), 32767);
+  EXPECT_EQ(dropped_draws(std::nextafterf(1, 0)), 32767);
+  // What a kernel compares as floats of 16 bits is never infinite or NaN.
+  for (int n = 0; n < 65536; ++n) ASSERT_LE(dropout_limit(static_cast<float>(n) / 65536).limit, 0x4000u) << n;
+}
+
+// The sixteen keys of one Philox call: each is dropped as often as p says, and so is each pair as often as p^2 says,
+// but for the draws of which another key's bits decide: one in 256 of each.
+TEST(Dropout, KeysOfOneDrawAreNearlyIndependent) {
+  constexpr int64_t kCalls = 200'000;
+  for (const float p : {0.1f, 0.3f, 0.75f}) {
+    const Dropout dropout{dropout_limit(p), 1, dropout_key(3, 5)};
+    const double exact = static_cast<double>(dropped_draws(p)) / (1 << kDropoutBits);
+    std::array<std::array<int64_t, 16>, 16> both{};
+    for (int64_t i = 0; i < kCalls; ++i) {
+      std::array<bool, 16> drops;
+      for (int64_t n = 0; n < 16; ++n) drops[static_cast<size_t>(n)] = dropout.drops(0, 1, i, n / 2 * 8 + n % 2);
+      for (size_t n = 0; n < 16; ++n) {
+        for (size_t m = 0; drops[n] && m <= n; ++m) both[n][m] += drops[m];
+      }
+    }
+    for (size_t n = 0; n < 16; ++n) {
+      for (size_t m = 0; m <= n; ++m) {
+        const double expected = n == m ? exact : exact * exact;
+        const double sigma = std::sqrt(expected * (1 - expected) / kCalls);
+        const double allowed = 5 * sigma + (n == m ? 0 : exact * (1 - exact) / 256);
+        EXPECT_NEAR(static_cast<double>(both[n][m]) / kCalls, expected, allowed) << p << " keys " << n << ", " << m;
+      }
+    }
+  }
 }
 
 // Scores are all equal, and value j is the unit vector of column j - first: out says which of dv keys a row has kept.
@@ -90,7 +125,7 @@ int64_t mask_differences(const Result &got, const Result &expected) {
 // What the definition says of the elements that the mask keeps: those that are not 0 without dropout.
 int64_t definition_differences(const Shape &shape, const Result &got, const Result &all) {
   const Problem &p = shape.problem;
-  const Dropout dropout{dropout_threshold(p.dropout), 1, dropout_key(p.dropout_seed, p.dropout_offset)};
+  const Dropout dropout{dropout_limit(p.dropout), 1, dropout_key(p.dropout_seed, p.dropout_offset)};
   int64_t differences = 0;
   for (size_t b = 0; b < p.seqs.size(); ++b) {
     for (size_t n = 0; n < all.seqs[b].out.size(); ++n) {
@@ -146,7 +181,7 @@ std::vector<float> out_of(const Problem &p) {
 TEST(Dropout, AsManyAreDroppedAsPSays) {
   for (const int64_t queries : {3, 64}) {  // the streaming kernel and the packed one
     for (const float dropout : {0.001f, 0.1f, 0.5f, 0.9f, 0.999f}) {
-      const double p = dropout_threshold(dropout) / 65536.0;
+      const double p = static_cast<double>(dropped_draws(dropout)) / (1 << kDropoutBits);
       for (uint64_t seed = 0; seed < 5; ++seed) {
         Problem problem = shown(dropout, queries, 512);
         problem.dropout_seed = seed;
@@ -221,12 +256,12 @@ TEST(Dropout, NoTwoRowsShareAMask) {
 TEST(Dropout, RoundsAtBothEnds) {
   for (const int64_t queries : {4, 64}) {
     const std::vector<float> all = out_of(shown(0, queries, 512));
-    const std::vector<float> little = out_of(shown(1e-6f, queries, 512));  // a threshold of 0
+    const std::vector<float> little = out_of(shown(1e-6f, queries, 512));  // a limit of 0
     for (size_t n = 0; n < all.size(); ++n) ASSERT_FLOAT_EQ(little[n], all[n] / (1 - 1e-6f));
-    // A threshold of 65535: one of 65536 is kept, and becomes a million times as much.
+    // One draw of 32768 is kept, and becomes a million times as much.
     const std::vector<float> most = out_of(shown(0.999999f, queries, 512));
     const auto kept = static_cast<double>(std::count_if(most.begin(), most.end(), [](float x) { return x != 0; }));
-    const double expected = static_cast<double>(most.size()) / 65536;
+    const double expected = static_cast<double>(most.size()) / 32768;
     EXPECT_LE(std::fabs(kept - expected), 5 * std::sqrt(expected) + 1);
     for (const float x : most) ASSERT_TRUE(x == 0 || std::fabs(x * 512 * (1 - 0.999999f) - 1) < 1e-5) << x;
   }

@@ -298,6 +298,15 @@ inline uint32_t permute_bytes(uint32_t x, uint32_t order) {
   }
   return result;
 }
+inline uint32_t magnitude_not_less_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result = 0;
+  for (const uint32_t half : {0, 16}) {
+    const auto magnitude = static_cast<uint16_t>(a >> half & 0x7fff), other = static_cast<uint16_t>(b >> half);
+    const bool less = to_float(Float16{magnitude}) < to_float(Float16{other});  // false of NaN
+    if (!less) result |= 0xffffu << half;
+  }
+  return result;
+}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
