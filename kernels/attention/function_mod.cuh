@@ -8,6 +8,8 @@
 //                 Key, key(...)  that, computed once for all rows of a lane
 //   Score         apply(...)     a score as Q K^T gives it, to the same: the function's value divided by softmax_scale,
 //                                with which the softmax multiplies in any case
+//           kHasOffset    whether apply() leaves out what the function adds alike to a lane's scores of a row:
+//           offset(...)   that, divided by softmax_scale
 //   Mask          keep(...)      whether the row keeps the key
 //
 // The words of a row lie in shared memory: a lane holds scores of up to four rows, and has no registers to keep what
@@ -29,7 +31,8 @@ struct FunctionScoreMod {
   using Score = typename Functions::Score;
   using Mask = typename Functions::Mask;
   static constexpr bool kNative = native, kFunction = true, kScoreFunction = Score::kExists,
-                        kBlockSparse = block_sparse, kBlockStatus = block_status, kDropout = dropout;
+                        kBlockSparse = block_sparse, kBlockStatus = block_status, kDropout = dropout,
+                        kScoreOffset = Score::kHasOffset;
   static constexpr int32_t kFunctionWords = Score::kWords + Mask::kWords;
   static constexpr int32_t kRowWords = kFunctionWords + (dropout ? kDropoutRowWords : 0);
 
@@ -122,8 +125,8 @@ constexpr float kMinFunctionScale = 0x1p-40f;
 
 // `scale` gives natural units. first_key: as the function counts keys.
 template <class T>
-FLASHSPARK_DEVICE void apply_score_function(Scores<T> &s, const FunctionArguments &a, ptx::SharedAddress rows,
-                                            float scale, int32_t first_key) {
+FLASHSPARK_DEVICE void apply_score_function(Scores<T> &s, ScoreOffsets<T> &offsets, const FunctionArguments &a,
+                                            ptx::SharedAddress rows, float scale, int32_t first_key) {
   using Score = typename T::ScoreMod::Score;
   if constexpr (Score::kExists) {
     const float inverse_scale = 1.0f / scale;
@@ -132,6 +135,15 @@ FLASHSPARK_DEVICE void apply_score_function(Scores<T> &s, const FunctionArgument
         [&](float &x, const uint32_t *words, const typename Score::Key &at, const FunctionKey &key, int32_t, int32_t) {
           x = Score::apply(a, words, at, x, scale, inverse_scale, key);
         });
+    if constexpr (Score::kHasOffset) {
+      const auto column = static_cast<float>(first_key + ptx::lane() % 4 * 2);
+      FLASHSPARK_UNROLL
+      for (int32_t n = 0; n < T::kLaneRows; ++n) {
+        uint32_t words[Score::kWords + 1];
+        load_row_words<T, 0, Score::kWords>(rows, n, words);
+        offsets.at[n] = Score::offset(a, words, inverse_scale, column) * (scale * kLog2E);
+      }
+    }
   }
 }
 

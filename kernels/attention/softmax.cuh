@@ -134,22 +134,38 @@ FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
   return highest;
 }
 
+// What a score function adds alike to all scores of a row in a subtile, in units of log2, and leaves out of the scores.
+template <class T, bool exists = T::ScoreMod::kScoreOffset>
+struct ScoreOffsets {
+  FLASHSPARK_DEVICE float add(float x, int32_t) const { return x; }
+  FLASHSPARK_DEVICE float subtract(float x, int32_t) const { return x; }
+};
+template <class T>
+struct ScoreOffsets<T, true> {
+  float at[T::kLaneRows];
+
+  FLASHSPARK_DEVICE float add(float x, int32_t n) const { return x + at[n]; }
+  FLASHSPARK_DEVICE float subtract(float x, int32_t n) const { return x - at[n]; }
+};
+
 // Moves the reference maximum of the rows whose scores exceed their threshold, and of no others, so that a row's result
 // does not depend on the rows beside it. `scale` turns scores into units of log2 (1 once apply_score_mod() has run).
 template <class T>
-FLASHSPARK_DEVICE void update_row_max(RowMaxima<T> highest, Output<T> &o, RowState<T> &state, float scale) {
+FLASHSPARK_DEVICE void update_row_max(RowMaxima<T> highest, Output<T> &o, RowState<T> &state, float scale,
+                                      const ScoreOffsets<T> &offsets) {
+  const auto scaled = [&](int32_t n) { return offsets.add(highest.at[n] * scale, n); };
   bool moves = false;
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || highest.at[n] * scale > state.rescale_threshold[n];
+  for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || scaled(n) > state.rescale_threshold[n];
   // One branch for all rows of the warp, not one a row. The four lanes of a row compare theirs behind it alone.
   if (!ptx::any(moves)) return;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
-    const uint32_t asking = ptx::ballot(highest.at[n] * scale > state.rescale_threshold[n]);
+    const uint32_t asking = ptx::ballot(scaled(n) > state.rescale_threshold[n]);
     const bool row_asks = (asking >> ptx::thread_index() % 32 / 4 * 4 & 15) != 0;
     highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
     highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
-    const float row_max = row_asks ? larger(state.row_max[n], highest.at[n] * scale) : state.row_max[n];
+    const float row_max = row_asks ? larger(state.row_max[n], scaled(n)) : state.row_max[n];
     const float factor = ptx::exp2_approx(state.row_max[n] - row_max);
     state.row_max[n] = row_max;
     state.row_sum[n] *= factor;
@@ -181,12 +197,12 @@ struct Probabilities {
   // What dropout drops still counts in the row's sum.
   template <class Drops>
   FLASHSPARK_DEVICE void compute(int32_t fragment, const Scores<T> &s, int32_t step, RowState<T> &state, float scale,
-                                 Drops &dropout) {
+                                 const ScoreOffsets<T> &offsets, Drops &dropout) {
     const int32_t m_atom = fragment / 4, half = fragment % 2, n = 2 * m_atom + half,
                   octet = 2 * step + fragment % 4 / 2;
     const float *x = &s.at[m_atom][octet][2 * half];
-    float low = ptx::exp2_approx(x[0] * scale - state.row_max[n]);
-    float high = ptx::exp2_approx(x[1] * scale - state.row_max[n]);
+    const float row_max = offsets.subtract(state.row_max[n], n);
+    const float low = ptx::exp2_approx(x[0] * scale - row_max), high = ptx::exp2_approx(x[1] * scale - row_max);
     state.row_sum[n] += low + high;
     at[m_atom][fragment % 4] = ptx::pack<typename T::Element>(low, high) & dropout.kept(n, octet);
   }

@@ -105,11 +105,11 @@ struct Mainloop {
   // From Q K^T to natural units, for score functions, which divide by it: not too small.
   FLASHSPARK_DEVICE float natural_scale() const { return larger(scales.qk(a), kMinFunctionScale); }
   // Scales and modifies the scores of a subtile.
-  FLASHSPARK_DEVICE void modify(Scores<T> &s, int32_t first) {
+  FLASHSPARK_DEVICE void modify(Scores<T> &s, ScoreOffsets<T> &offsets, int32_t first) {
     if constexpr (ScoreMod::kNative) apply_score_mod<T>(s, contexts, a, scales.qk(a), first);
     if constexpr (ScoreMod::kScoreFunction) {
       if constexpr (ScoreMod::kNative) to_raw_scores<T>(s, kLn2 / natural_scale());
-      apply_score_function<T>(s, a.functions, function_rows(), natural_scale(), first - mask.begin);
+      apply_score_function<T>(s, offsets, a.functions, function_rows(), natural_scale(), first - mask.begin);
     }
   }
   FLASHSPARK_DEVICE ptx::SharedAddress function_rows() const {
@@ -139,9 +139,10 @@ struct Mainloop {
       return NoDropout{};
     }
   }
-  FLASHSPARK_DEVICE void softmax_and_pv(const Scores<T> &s, int32_t n, int32_t subtile) {
-    update_row_max<T>(row_maxima<T>(s), o, state, scale());
-    pv_product<T>(o, s, state, scale(), value_stage(n) + first_row_of(subtile) * T::ValueLayout::kPitch, lane,
+  FLASHSPARK_DEVICE void softmax_and_pv(const Scores<T> &s, const ScoreOffsets<T> &offsets, int32_t n,
+                                        int32_t subtile) {
+    update_row_max<T>(row_maxima<T>(s), o, state, scale(), offsets);
+    pv_product<T>(o, s, state, scale(), offsets, value_stage(n) + first_row_of(subtile) * T::ValueLayout::kPitch, lane,
                   dropout(n, subtile));
     update_rescale_thresholds<T>(state);
   }
@@ -193,6 +194,7 @@ FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
     const int32_t first = mainloop.first_key(n, 0);
     const bool visits = mainloop.visits(first);
     Scores<T> s;
+    ScoreOffsets<T> offsets;
     mainloop.look_up(n + 1);
     if (visits) mainloop.qk(s, n, 0);
     ptx::cp_async_wait<0>();  // V of this tile
@@ -200,10 +202,10 @@ FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
     mainloop.copy_keys(n + 1);
     ptx::cp_async_commit();
     if (visits) {
-      mainloop.modify(s, first);
+      mainloop.modify(s, offsets, first);
       mainloop.ask_mask(s, n, first);
       mainloop.mask_subtile(s, first);
-      mainloop.softmax_and_pv(s, n, 0);
+      mainloop.softmax_and_pv(s, offsets, n, 0);
     }
     ptx::cp_async_wait<0>();  // K of the next tile
     copy_barrier<T>();        // ... for all; and all are done with V
@@ -232,11 +234,12 @@ FLASHSPARK_DEVICE void step(Mainloop<T> &mainloop, int32_t n) {
     const int32_t first = mainloop.first_key(n, subtile);
     if (!mainloop.visits(first)) continue;
     Scores<T> s;
+    ScoreOffsets<T> offsets;
     mainloop.qk(s, n, subtile);
-    mainloop.modify(s, first);
+    mainloop.modify(s, offsets, first);
     mainloop.ask_mask(s, n, first);
     mainloop.mask_subtile(s, first);
-    mainloop.softmax_and_pv(s, n, subtile);
+    mainloop.softmax_and_pv(s, offsets, n, subtile);
   }
 }
 
@@ -249,6 +252,7 @@ FLASHSPARK_DEVICE void unmasked_step(Mainloop<T> &mainloop, int32_t n) {
   FLASHSPARK_NO_UNROLL
   for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
     Scores<T> s;
+    ScoreOffsets<T> offsets;
     mainloop.qk(s, n, subtile);
     if (subtile == 0) {  // behind the first products: before them, all warps would compute addresses at once (E9)
       const int32_t next = mainloop.tiles.begin[0] + n + 1;
@@ -263,10 +267,10 @@ FLASHSPARK_DEVICE void unmasked_step(Mainloop<T> &mainloop, int32_t n) {
       }
     }
     if constexpr (T::ScoreMod::kFunction) {
-      mainloop.modify(s, mainloop.first_key(n, subtile));
+      mainloop.modify(s, offsets, mainloop.first_key(n, subtile));
       mainloop.ask_mask(s, n, mainloop.first_key(n, subtile));
     }
-    mainloop.softmax_and_pv(s, n, subtile);
+    mainloop.softmax_and_pv(s, offsets, n, subtile);
   }
 }
 
@@ -278,6 +282,7 @@ FLASHSPARK_DEVICE void listed_step(Mainloop<T> &mainloop, int32_t n) {
   FLASHSPARK_NO_UNROLL
   for (int32_t subtile = 0; subtile < mainloop.num_subtiles(); ++subtile) {
     Scores<T> s;
+    ScoreOffsets<T> offsets;
     mainloop.qk(s, n, subtile);
     if (subtile == 0) {
       const int32_t next = mainloop.tiles.at(n + 1);
@@ -288,8 +293,8 @@ FLASHSPARK_DEVICE void listed_step(Mainloop<T> &mainloop, int32_t n) {
       ptx::cp_async_commit();
       mainloop.look_up(n + 2);
     }
-    mainloop.modify(s, mainloop.first_key(n, subtile));
-    mainloop.softmax_and_pv(s, n, subtile);
+    mainloop.modify(s, offsets, mainloop.first_key(n, subtile));
+    mainloop.softmax_and_pv(s, offsets, n, subtile);
   }
 }
 

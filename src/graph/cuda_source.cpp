@@ -4,7 +4,9 @@
 #include <cstdio>
 #include <functional>
 #include <map>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "graph/range.hpp"
 
@@ -84,13 +86,19 @@ class Writer {
   std::string operation(const Node &x, const std::function<std::string(int32_t)> &in) const;
   std::string word(int32_t n, Form form);
   std::string key_member(int32_t n);
+  struct Linear {
+    std::string first, step;
+  };
+  std::string sum(int32_t n);
+  void add_terms(int32_t n, bool negative, std::vector<std::pair<int32_t, bool>> &terms) const;
+  std::optional<Linear> linear_in_key(int32_t n, Form form);
 
   const Graph &g_;
   int32_t first_tensor_, first_scalar_;
   bool wide_;
   std::vector<Range> ranges_;
   Part row_, key_, each_;
-  std::string key_fields_, key_names_;
+  std::string key_fields_, key_names_, offset_;
   int32_t words_ = 0;
 };
 
@@ -335,13 +343,78 @@ std::string Writer::key_member(int32_t n) {
   return each_.known[{n, Form::plain}] = "at." + field;
 }
 
+// The function as a sum. Its terms go where they cost least: into offset_, what is the same for all of a lane's scores
+// of a row; kv_idx times a number of the row goes into both, since a lane's keys are a first one plus constants.
+std::string Writer::sum(int32_t n) {
+  std::vector<std::pair<int32_t, bool>> terms;
+  add_terms(n, false, terms);
+  std::string rest, steps;
+  const auto add = [](std::string &to, bool negative, const std::string &text) {
+    to += (negative ? " - " : (to.empty() ? "" : " + ")) + text;
+  };
+  for (const auto &[term, negative] : terms) {
+    if (of_row(term)) {
+      add(offset_, negative, value(each_, term, Form::scaled));
+    } else if (const auto linear = linear_in_key(term, Form::scaled)) {
+      add(offset_, negative, linear->first);
+      add(steps, negative, linear->step);
+    } else {
+      add(rest, negative, value(each_, term, Form::scaled));
+    }
+  }
+  if (rest.empty() && steps.empty()) return "0.0f";
+  return rest + (steps.empty() || steps[0] == ' ' || rest.empty() ? "" : " + ") + steps;
+}
+
+// A float's terms and whether they are subtracted.
+void Writer::add_terms(int32_t n, bool negative, std::vector<std::pair<int32_t, bool>> &terms) const {
+  const Node &x = node(n);
+  const bool is_sum = x.op == Op::Add || x.op == Op::Sub;
+  if (of_row(n) || x.type != Type::f32 || !(is_sum || x.op == Op::Neg)) {
+    terms.emplace_back(n, negative);
+    return;
+  }
+  add_terms(input(x, 0), negative != (x.op == Op::Neg), terms);
+  if (is_sum) add_terms(input(x, 1), negative != (x.op == Op::Sub), terms);
+}
+
+// A float that is a number of the row times kv_idx plus another one, by its value at the lane's first key, and by what
+// a further key adds.
+std::optional<Writer::Linear> Writer::linear_in_key(int32_t n, Form form) {
+  const Node &x = node(n);
+  if (x.op == Op::Mul && x.type == Type::f32) {
+    for (const int32_t m : {0, 1}) {
+      if (!of_row(input(x, m))) continue;
+      const auto other = linear_in_key(input(x, 1 - m), Form::plain);
+      if (!other) return std::nullopt;
+      const std::string factor = value(each_, input(x, m), form);
+      return Linear{factor + " * (" + other->first + ")", factor + " * (" + other->step + ")"};
+    }
+    return std::nullopt;
+  }
+  if (x.op != Op::ToF32 || !exact_as_real(input(x, 0))) return std::nullopt;
+  const std::string factor = form == Form::scaled ? " * inverse_scale" : "";
+  const Node &key = node(input(x, 0));
+  if (key.op == Op::KvIdx) return Linear{"first" + factor, "kv.step" + factor};
+  if (key.op != Op::Add && key.op != Op::Sub) return std::nullopt;
+  const int32_t a = input(key, 0), b = input(key, 1);
+  const std::string sign = key.op == Op::Add ? " + " : " - ";
+  if (node(a).op == Op::KvIdx && of_row(b))
+    return Linear{"(first" + sign + value(each_, b, Form::real) + ")" + factor, "kv.step" + factor};
+  if (node(b).op == Op::KvIdx && of_row(a))
+    return Linear{"(" + value(each_, a, Form::real) + sign + "first)" + factor,
+                  (key.op == Op::Add ? "kv.step" : "-kv.step") + factor};
+  return std::nullopt;
+}
+
 std::string Writer::members(bool is_score) {
-  const std::string result = value(each_, g_.results[0], is_score ? Form::scaled : Form::plain);
+  const std::string result = is_score ? sum(g_.results[0]) : value(each_, g_.results[0], Form::plain);
   const std::string arguments = "[[maybe_unused]] const FunctionArguments &f";
   const std::string position = "[[maybe_unused]] const FunctionKey &kv";
   const std::string each = arguments + ", [[maybe_unused]] const uint32_t *w, [[maybe_unused]] const Key &at, ";
   return "    static constexpr bool kExists = true, kUsesKeys = " +
          std::string(key_fields_.empty() ? "false" : "true") +
+         ", kHasOffset = " + (offset_.empty() ? "false" : "true") +
          ";\n    static constexpr int32_t kWords = " + std::to_string(words_) +
          ";\n    static FLASHSPARK_DEVICE void row(" + arguments +
          ", [[maybe_unused]] const FunctionRow &r, [[maybe_unused]] float inverse_scale, [[maybe_unused]] uint32_t *w) "
@@ -353,11 +426,16 @@ std::string Writer::members(bool is_score) {
               ? "float apply(" + each +
                     "[[maybe_unused]] float s, [[maybe_unused]] float scale, [[maybe_unused]] float inverse_scale, "
               : "bool keep(" + each) +
-         position + ") {\n" + each_.body + "      return " + result + ";\n    }\n";
+         position + ") {\n" + each_.body + "      return " + result + ";\n    }\n" +
+         (offset_.empty() ? ""
+                          : "    static FLASHSPARK_DEVICE float offset(" + arguments +
+                                ", [[maybe_unused]] const uint32_t *w, [[maybe_unused]] float inverse_scale, "
+                                "[[maybe_unused]] float first) {\n      return " +
+                                offset_ + ";\n    }\n");
 }
 
 constexpr const char *kNoMembers =
-    "    static constexpr bool kExists = false, kUsesKeys = false;\n"
+    "    static constexpr bool kExists = false, kUsesKeys = false, kHasOffset = false;\n"
     "    static constexpr int32_t kWords = 0;\n"
     "    static FLASHSPARK_DEVICE void row(const FunctionArguments &, const FunctionRow &, float, uint32_t *) {}\n";
 

@@ -89,11 +89,13 @@ FLASHSPARK_DEVICE void qk_product(Scores<T> &s, const Queries<T> &q, ptx::Shared
 // that the tensor cores leave idle.
 template <class T, class Drops>
 FLASHSPARK_DEVICE void pv_product(Output<T> &o, const Scores<T> &s, RowState<T> &state, float scale,
-                                  ptx::SharedAddress values, const LaneOffsets &lane, Drops dropout) {
+                                  const ScoreOffsets<T> &offsets, ptx::SharedAddress values, const LaneOffsets &lane,
+                                  Drops dropout) {
   using P = Probabilities<T>;
   P p[2];
   FLASHSPARK_UNROLL
-  for (int32_t fragment = 0; fragment < P::kFragments; ++fragment) p[0].compute(fragment, s, 0, state, scale, dropout);
+  for (int32_t fragment = 0; fragment < P::kFragments; ++fragment)
+    p[0].compute(fragment, s, 0, state, scale, offsets, dropout);
   FLASHSPARK_UNROLL
   for (int32_t step = 0; step < T::kKeySteps; ++step) {
     FLASHSPARK_UNROLL
@@ -109,7 +111,7 @@ FLASHSPARK_DEVICE void pv_product(Output<T> &o, const Scores<T> &s, RowState<T> 
       FLASHSPARK_UNROLL
       for (int32_t fragment = n * P::kFragments / T::kValueSteps; fragment < (n + 1) * P::kFragments / T::kValueSteps;
            ++fragment)
-        p[(step + 1) % 2].compute(fragment, s, step + 1, state, scale, dropout);
+        p[(step + 1) % 2].compute(fragment, s, step + 1, state, scale, offsets, dropout);
     }
   }
 }
