@@ -73,14 +73,18 @@ FLASHSPARK_DEVICE void write_function_rows(const typename T::KernelArguments &a,
   }
 }
 
+struct IgnoreRow {
+  FLASHSPARK_DEVICE void operator()(int32_t, const uint32_t *, float) const {}
+};
+
 // Calls f(score, words of its row, what depends on its key, its key, row, column) for each of the lane's scores, which
-// lie in so many rows and columns.
+// lie in so many rows and columns, and g(row, its words, the lane's first key) for each of its rows.
 //
 // Row by row the words of one row are in registers at a time; column by column, what depends on the key is computed
 // once for all rows.
-template <class T, class Function, int32_t first_word, class F>
+template <class T, class Function, int32_t first_word, class F, class G = IgnoreRow>
 FLASHSPARK_DEVICE void for_each_function_score(Scores<T> &s, const FunctionArguments &a, ptx::SharedAddress rows,
-                                               int32_t first_key, F &&f) {
+                                               int32_t first_key, F &&f, const G &g = {}) {
   const int32_t column = first_key + ptx::lane() % 4 * 2;
   const auto column_f = static_cast<float>(column);
   const auto key_of = [&](int32_t c) {
@@ -93,13 +97,17 @@ FLASHSPARK_DEVICE void for_each_function_score(Scores<T> &s, const FunctionArgum
     for (int32_t n = 0; n < T::kLaneRows; ++n) {
       uint32_t words[Function::kWords + 1];
       load_row_words<T, first_word, Function::kWords>(rows, n, words);
+      g(n, words, column_f);
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) f(score(n, c), words, typename Function::Key{}, key_of(c), n, c);
     }
   } else {
     uint32_t words[T::kLaneRows][Function::kWords + 1];
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < T::kLaneRows; ++n) load_row_words<T, first_word, Function::kWords>(rows, n, words[n]);
+    for (int32_t n = 0; n < T::kLaneRows; ++n) {
+      load_row_words<T, first_word, Function::kWords>(rows, n, words[n]);
+      g(n, words[n], column_f);
+    }
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
       const typename Function::Key at = Function::key(a, key_of(c));
@@ -134,16 +142,11 @@ FLASHSPARK_DEVICE void apply_score_function(Scores<T> &s, ScoreOffsets<T> &offse
         s, a, rows, first_key,
         [&](float &x, const uint32_t *words, const typename Score::Key &at, const FunctionKey &key, int32_t, int32_t) {
           x = Score::apply(a, words, at, x, scale, inverse_scale, key);
+        },
+        [&]([[maybe_unused]] int32_t n, [[maybe_unused]] const uint32_t *words, [[maybe_unused]] float first) {
+          if constexpr (Score::kHasOffset)
+            offsets.at[n] = Score::offset(a, words, inverse_scale, first) * (scale * kLog2E);
         });
-    if constexpr (Score::kHasOffset) {
-      const auto column = static_cast<float>(first_key + ptx::lane() % 4 * 2);
-      FLASHSPARK_UNROLL
-      for (int32_t n = 0; n < T::kLaneRows; ++n) {
-        uint32_t words[Score::kWords + 1];
-        load_row_words<T, 0, Score::kWords>(rows, n, words);
-        offsets.at[n] = Score::offset(a, words, inverse_scale, column) * (scale * kLog2E);
-      }
-    }
   }
 }
 

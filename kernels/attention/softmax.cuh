@@ -134,7 +134,8 @@ FLASHSPARK_DEVICE RowMaxima<T> row_maxima(const Scores<T> &s) {
   return highest;
 }
 
-// What a score function adds alike to all scores of a row in a subtile, in units of log2, and leaves out of the scores.
+// What a score function adds alike to all scores that a lane holds of a row in a subtile, in units of log2, and leaves
+// out of the scores. The four lanes of a row have other keys, and other offsets.
 template <class T, bool exists = T::ScoreMod::kScoreOffset>
 struct ScoreOffsets {
   FLASHSPARK_DEVICE float add(float x, int32_t) const { return x; }
@@ -159,13 +160,15 @@ FLASHSPARK_DEVICE void update_row_max(RowMaxima<T> highest, Output<T> &o, RowSta
   for (int32_t n = 0; n < T::kLaneRows; ++n) moves = moves || scaled(n) > state.rescale_threshold[n];
   // One branch for all rows of the warp, not one a row. The four lanes of a row compare theirs behind it alone.
   if (!ptx::any(moves)) return;
+  const float unit = T::ScoreMod::kScoreOffset ? 1.0f : scale;  // of what the lanes of a row compare
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kLaneRows; ++n) {
     const uint32_t asking = ptx::ballot(scaled(n) > state.rescale_threshold[n]);
     const bool row_asks = (asking >> ptx::thread_index() % 32 / 4 * 4 & 15) != 0;
+    if constexpr (T::ScoreMod::kScoreOffset) highest.at[n] = scaled(n);
     highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 1));
     highest.at[n] = larger(highest.at[n], ptx::shuffle_xor(highest.at[n], 2));
-    const float row_max = row_asks ? larger(state.row_max[n], scaled(n)) : state.row_max[n];
+    const float row_max = row_asks ? larger(state.row_max[n], highest.at[n] * unit) : state.row_max[n];
     const float factor = ptx::exp2_approx(state.row_max[n] - row_max);
     state.row_max[n] = row_max;
     state.row_sum[n] *= factor;

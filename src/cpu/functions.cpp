@@ -65,15 +65,17 @@ std::vector<Interval> intersection(const std::vector<Interval> &a, const std::ve
 
 void IndexErrors::add(const char *function, const graph::BadIndex &bad, const graph::Row &row, int64_t key) {
   const std::lock_guard lock(mutex_);
-  if (!first_.empty()) return;
-  first_ = std::string(function) + ": index " + std::to_string(bad.index) + " of captured tensor " +
+  const Place place{row.b, row.h, row.q_idx, key};
+  if (first_ && *first_ <= place) return;
+  first_ = place;
+  text_ = std::string(function) + ": index " + std::to_string(bad.index) + " of captured tensor " +
            std::to_string(bad.tensor) + " is outside dimension " + std::to_string(bad.dimension) + " of " +
            std::to_string(bad.size) + " (b " + std::to_string(row.b) + ", h " + std::to_string(row.h) + ", q_idx " +
            std::to_string(row.q_idx) + ", kv_idx " + std::to_string(key) + ")";
 }
 
 void IndexErrors::throw_first() const {
-  if (!first_.empty()) throw Error(FLASHSPARK_INVALID_ARGUMENT, first_);
+  if (first_) throw Error(FLASHSPARK_INVALID_ARGUMENT, text_);
 }
 
 graph::Row function_row(const Params &p, const Sequence &s, int64_t i, int64_t h) {

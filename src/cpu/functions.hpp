@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/mask.hpp"
@@ -25,15 +27,19 @@ std::vector<Interval> listed_keys(const Params &p, const Sequence &s, int64_t fi
 // What two sets of intervals have in common; each is in order and disjoint.
 std::vector<Interval> intersection(const std::vector<Interval> &a, const std::vector<Interval> &b);
 
-// An index that lay outside its tensor, for a key that its row keeps. Calls are computed to their end, and then fail.
+// Indices that lay outside their tensors, for keys that their rows keep. Calls are computed to their end, and then fail
+// with the first one by sequence, head, row and key, whichever thread met it.
 class IndexErrors {
  public:
   void add(const char *function, const graph::BadIndex &bad, const graph::Row &row, int64_t key);
   void throw_first() const;
 
  private:
+  using Place = std::tuple<int32_t, int32_t, int32_t, int64_t>;
+
   std::mutex mutex_;
-  std::string first_;
+  std::optional<Place> first_;
+  std::string text_;
 };
 
 // One call's functions. Constant while rows are computed.
