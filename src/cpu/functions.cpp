@@ -69,9 +69,9 @@ void IndexErrors::add(const char *function, const graph::BadIndex &bad, const gr
   if (first_ && *first_ <= place) return;
   first_ = place;
   text_ = std::string(function) + ": index " + std::to_string(bad.index) + " of captured tensor " +
-           std::to_string(bad.tensor) + " is outside dimension " + std::to_string(bad.dimension) + " of " +
-           std::to_string(bad.size) + " (b " + std::to_string(row.b) + ", h " + std::to_string(row.h) + ", q_idx " +
-           std::to_string(row.q_idx) + ", kv_idx " + std::to_string(key) + ")";
+          std::to_string(bad.tensor) + " is outside dimension " + std::to_string(bad.dimension) + " of " +
+          std::to_string(bad.size) + " (b " + std::to_string(row.b) + ", h " + std::to_string(row.h) + ", q_idx " +
+          std::to_string(row.q_idx) + ", kv_idx " + std::to_string(key) + ")";
 }
 
 void IndexErrors::throw_first() const {
