@@ -13,7 +13,7 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-torch test-vllm-all deps build wheel wheel-aarch64 wheel-flash-attn hf-kernel bench format lint clean
+.PHONY: help demo test test-torch test-vllm-all deps build wheel wheel-aarch64 wheels test-wheels wheel-flash-attn hf-kernel bench format lint clean
 
 help:
 	@echo "make demo            a language model answers through flashspark's paged attention, then flashspark verify"
@@ -22,6 +22,8 @@ help:
 	@echo "make deps            apt packages and Python tools, where missing"
 	@echo "make build           library, command and tests in build/dev"
 	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm"
+	@echo "make wheels          dist/release: manylinux_2_28 wheels for x86-64 and 64-bit Arm as they would be published, sums, SBOM"
+	@echo "make test-wheels     these wheels in old and foreign environments (Debian 11; 64-bit Arm), from the files alone"
 	@echo "make wheel-flash-attn   dist/flash_attn-*.whl, which stands in for flash-attention: integrations/flash_attn"
 	@echo "make hf-kernel       build/hf-kernel: the repository that Hugging Face's kernels package loads, of the wheels in dist"
 	@echo "make test-torch      of these, the Python tests with torch: torch.compile, transformers (torch: 0.5 to 3 GB)"
@@ -58,6 +60,12 @@ wheel-aarch64: deps
 	@rm -f dist/flashspark-*-linux_aarch64.whl
 	@_PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --wheel --no-isolation --outdir dist \
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/aarch64.toolchain.cmake
+
+wheels: deps
+	@$(BIN)/python tools/dev/release.py
+
+test-wheels:
+	@$(BIN)/python tools/dev/test_release.py
 
 # Pure Python. Built from a copy, since setuptools leaves its folders beside the sources.
 wheel-flash-attn: $(BIN)/.stamp
