@@ -71,7 +71,7 @@ struct Pair {
 
 // What spills, and how many bytes at most.
 const std::map<std::string, uint32_t> kKnownStacks = {
-    {"d128_prefill alibi_documents", 8},
+    {"d128_prefill alibi_documents", 16},
     {"d128_prefill bias_2d", 8},
     {"d128_prefill bias_3d", 8},
     {"d128_prefill documents", 80},
@@ -83,7 +83,7 @@ const std::map<std::string, uint32_t> kKnownStacks = {
     {"d64_prefill none dropout", 24},
     {"d64_prefill alibi dropout", 40},
     {"d128_prefill none dropout", 56},
-    {"d128_prefill alibi dropout", 64},
+    {"d128_prefill alibi dropout", 72},
     {"d256_prefill none dropout", 16},
     {"d256_prefill alibi dropout", 16},
 };

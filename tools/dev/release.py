@@ -30,6 +30,15 @@ MACHINES = ("x86_64", "aarch64")
 GLIBC = "2.28"  # Debian 10, RHEL 8
 MOST_BYTES = 12 << 20
 HEADERS = {"hwy": "libhwy-dev", "fmt": "libfmt-dev", "CLI": "libcli11-dev", "nlohmann": "nlohmann-json3-dev"}
+# zig spells the name of this architecture in its own way.
+COMPILER = """#!/bin/sh
+for argument do
+  shift
+  case $argument in -march=x86-64-v2) argument=-march=x86_64_v2 ;; esac
+  set -- "$@" "$argument"
+done
+exec "{zig}" {use} "$@"
+"""
 LICENSES = {
     "libhwy-dev": "Apache-2.0",
     "libfmt-dev": "MIT",
@@ -65,7 +74,7 @@ def write_compilers(folder: Path, machine: str, python: Path) -> None:
     target = f"-target {machine}-linux-gnu.{GLIBC}"
     folder.mkdir(parents=True, exist_ok=True)
     for name, use in {"cc": f"cc {target}", "c++": f"c++ {target}", "ar": "ar", "ranlib": "ranlib"}.items():
-        (folder / name).write_text(f'#!/bin/sh\nexec "{zig}" {use} "$@"\n')
+        (folder / name).write_text(COMPILER.format(zig=zig, use=use))
         (folder / name).chmod(0o755)
     (folder / "include").mkdir(exist_ok=True)
     for header in HEADERS:
