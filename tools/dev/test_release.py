@@ -1,0 +1,138 @@
+"""Tests the wheels of dist/release from the files alone, in environments that have nothing of this tree.
+
+usage: test_release.py [old] [here] [arm]
+
+old   Debian 11 (glibc 2.31), made by debootstrap: the command's doctor and verify; the libraries load
+here  a fresh environment of this machine: pip install, doctor, verify, a NumPy call
+arm   Debian 12's Python for 64-bit Arm under qemu: pip install, import, doctor, verify of some cases, a NumPy call
+
+Needs root (chroot) for `old`, and Debian's mirror for `old` and `arm`: the first run downloads their systems.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+UV = ROOT / ".venv/bin/uv"
+WORK = ROOT / "build/release-tests"
+MIRROR = "http://deb.debian.org/debian"
+VERIFY = ("verify", "--filter", "paged")
+CALL = """
+import numpy as np, flashspark
+q = np.random.default_rng(0).standard_normal((2, 70, 4, 64), dtype=np.float32)
+names = ("cpu-engine", "cpu-reference")
+out, oracle = (flashspark.flash_attn_func(q, q, q, causal=True, implementation=name) for name in names)
+assert np.abs(out - oracle).max() < 1e-5
+print("attention", flashspark.__version__)
+"""
+LOAD = """
+import ctypes
+library = ctypes.CDLL("/wheel/flashspark/libflashspark.so")
+library.flashspark_version.restype = ctypes.c_char_p
+print("library", library.flashspark_version().decode())
+"""
+
+
+class Failed(Exception):
+    pass
+
+
+def run(*command: str | Path, expect: str = "", **more: object) -> str:
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, **more)  # type: ignore[call-overload]
+    said = done.stdout + done.stderr
+    if done.returncode != 0 or expect not in said:
+        raise Failed(f"{' '.join(map(str, command))} ({done.returncode}), expected {expect!r}:\n{said[-3000:]}")
+    return said
+
+
+def wheel_of(machine: str) -> Path:
+    found = list((ROOT / "dist/release").glob(f"flashspark-*-manylinux_*_{machine}.whl"))
+    if len(found) != 1:
+        raise Failed(f"dist/release holds {len(found)} wheels for {machine}: make wheels")
+    return found[0]
+
+
+def unpacked(wheel: Path, folder: Path) -> Path:
+    """The wheel's files, as pip would lay them out; returns the command."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    (command,) = folder.rglob("scripts/flashspark")
+    command.chmod(0o755)
+    return command
+
+
+def old() -> None:
+    system = WORK / "debian11"
+    if not (system / "done").exists():
+        shutil.rmtree(system, ignore_errors=True)
+        run("debootstrap", "--variant=minbase", "--include=python3-minimal", "bullseye", system, MIRROR)
+        (system / "done").touch()
+    command = "/" + str(unpacked(wheel_of("x86_64"), system / "wheel").relative_to(system))
+    run("chroot", system, command, "--version", expect="flashspark")
+    run("chroot", system, command, "doctor")
+    run("chroot", system, command, *VERIFY, expect="PASSED")
+    run("chroot", system, "python3", "-c", LOAD, expect="library")
+
+
+def here() -> None:
+    venv = WORK / "here"
+    run(UV, "venv", "-q", "--clear", venv)
+    run(UV, "pip", "install", "-q", "--python", venv / "bin/python", wheel_of(platform.machine()))
+    run(venv / "bin/flashspark", "doctor", cwd=WORK)
+    run(venv / "bin/flashspark", *VERIFY, cwd=WORK, expect="PASSED")
+    run(venv / "bin/python", "-P", "-c", CALL, cwd=WORK, expect="attention")
+
+
+def arm() -> None:
+    system, site = WORK / "arm64", WORK / "arm64-site"
+    if not (system / "done").exists():
+        shutil.rmtree(system, ignore_errors=True)
+        run(
+            *("debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", "--include=python3"),
+            *("bookworm", system, MIRROR),
+        )
+        for package in (system / "var/cache/apt/archives").glob("*.deb"):
+            run("dpkg", "-x", package, system)  # what the second stage would configure is not needed
+        (system / "done").touch()
+    shutil.rmtree(site, ignore_errors=True)
+    run(
+        *(UV, "pip", "install", "-q", "--python-platform", "aarch64-manylinux_2_28", "--python-version", "3.11"),
+        *("--only-binary", ":all:", "--target", site, wheel_of("aarch64")),
+    )
+    emulator = ("qemu-aarch64", "-L", system)
+    python = (*emulator, "-E", f"PYTHONPATH={site}", system / "usr/bin/python3.11", "-P")
+    command = (*emulator, site / "bin/flashspark")
+    run(*command, "doctor", cwd=WORK)
+    run(*command, *VERIFY, cwd=WORK, expect="PASSED")
+    run(*python, "-c", CALL, cwd=WORK, expect="attention")
+
+
+TESTS = {"old": old, "here": here, "arm": arm}
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(TESTS)
+    if unknown := [name for name in names if name not in TESTS]:
+        print(f"test_release.py: no test {', '.join(unknown)}; there are {', '.join(TESTS)}", file=sys.stderr)
+        return 2
+    WORK.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name in names:
+        try:
+            TESTS[name]()
+            print(f"{name}: passed", flush=True)
+        except Failed as error:
+            failed += 1
+            print(f"{name}: FAILED\n{error}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
