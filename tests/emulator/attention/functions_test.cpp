@@ -2,6 +2,7 @@
 // named functions of its own (CMakeLists.txt). Also wild lists, which must not make a kernel read outside them.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <set>
@@ -147,15 +148,21 @@ bool takes_lists_as(const Kernel &kernel, const Params &p) {
   return fits == !kernel.block_tiles;
 }
 
+// FLASHSPARK_FUNCTION_PROBLEMS: more of them, by hand.
+uint64_t problem_count() {
+  const char *wanted = std::getenv("FLASHSPARK_FUNCTION_PROBLEMS");
+  return wanted != nullptr ? std::strtoull(wanted, nullptr, 10) : 15;
+}
+
 class EveryFunctionKernel : public testing::TestWithParam<Kernel> {};
 
 TEST_P(EveryFunctionKernel, RunsRandomProblems) {
   const Kernel &kernel = GetParam();
   const KernelFunctions functions(kernel);
-  constexpr uint64_t kProblems = 15;
-  int ran = 0;
-  for (uint64_t seed = 1; ran < static_cast<int>(kProblems); ++seed) {
-    ASSERT_LT(seed, 5 * kProblems);
+  const uint64_t problems = problem_count();
+  uint64_t ran = 0;
+  for (uint64_t seed = 1; ran < problems; ++seed) {
+    ASSERT_LT(seed, 5 * problems);
     Draw draw(seed, 'e');
     const Case spec = random_case(draw, kernel, seed);
     const test::BlockListWish wish = list_wish(draw, kernel, spec);
