@@ -38,6 +38,11 @@ def test_transformers_needs_a_call(environment):
     }
 
 
+def test_comfyui_is_found_by_its_frontend(environment):
+    [line] = environment({"comfyui-frontend-package": "1.45.21"}).values()
+    assert line.startswith("1.45.21, uses flashspark when told: integrations/comfyui of")
+
+
 @pytest.mark.parametrize(
     ("version", "flash_attn", "diffusers"),
     [

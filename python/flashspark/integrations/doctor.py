@@ -37,6 +37,11 @@ PROGRAMS = {
     "Hugging Face kernels": Program(
         "kernels", 'make hf-kernel; get_local_kernel(Path("build/hf-kernel"))', needs="flashspark.interface"
     ),
+    "ComfyUI": Program(  # which is no distribution itself
+        "comfyui-frontend-package",
+        "integrations/comfyui of flashspark's sources in its custom_nodes (the version is its frontend's)",
+        needs="flashspark.integrations.comfyui",
+    ),
     "SGLang": Program("sglang", "--attention-backend flashspark", needs="flashspark.integrations.sglang"),
 }
 
