@@ -269,7 +269,7 @@ typedef struct flashspark_attention_params {
   int64_t num_blocks_q;               /* query blocks of a list: at least max_seqlen_q / block_size_q */
   int64_t block_batch, block_heads;   /* 1 or B, 1 or Hq: of the lists */
 
-  /* Dropout (docs/design/dropout.md): each p[i,j] becomes 0 with probability dropout_p, a multiple of 2^-16, and is
+  /* Dropout (docs/design/dropout.md): each p[i,j] becomes 0 with probability dropout_p, a multiple of 2^-15, and is
    * otherwise divided by 1 - dropout_p; lse is that of all of them. Which ones are dropped depends on seed, offset,
    * sequence, query head, query token and key alone: the same on every implementation, device, tile and split. */
   float dropout_p;               /* 0 <= dropout_p < 1; 0: none */

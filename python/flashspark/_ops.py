@@ -155,7 +155,7 @@ def flash_attn_func(
 
     q: (num_seqs, seqlen_q, num_heads, head_dim). k: (num_seqs, seqlen_k, num_heads_kv, head_dim). v: like k, with a
     head size of its own.
-    dropout_p: 0 <= dropout_p < 1: the part of the probabilities, a multiple of 2^-16, that become 0; the others are
+    dropout_p: 0 <= dropout_p < 1: the part of the probabilities, a multiple of 2^-15, that become 0; the others are
     divided by 1 - dropout_p. lse is that of all of them. softmax_scale: None: head_dim ** -0.5.
     causal: query i sees key j if j <= i + seqlen_k - seqlen_q: the last query sees every key.
     window_size: (left, right) keys around that position, inclusive; None or negative: open.
