@@ -43,6 +43,11 @@ def test_comfyui_is_found_by_its_frontend(environment):
     assert line.startswith("1.45.21, uses flashspark when told: integrations/comfyui of")
 
 
+def test_sglang_needs_an_argument(environment):
+    lines = environment({"sglang": "0.5.23"})
+    assert lines == {"SGLang": "0.5.23, uses flashspark when told: --attention-backend flashspark"}
+
+
 @pytest.mark.parametrize(
     ("version", "flash_attn", "diffusers"),
     [
@@ -91,6 +96,8 @@ def test_the_matrix_names_files_and_versions_that_are_there():
         assert re.search(rf"{name} {re.escape(version.removesuffix('.0'))}", TEXT) or f"CPU, {version[:4]}" in TEXT, (
             name
         )
+    version = re.search(r"sglang==([\d.]+)", pins)[1]
+    assert f"SGLang](#sglang) {version} " in TEXT
     targets = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([\w-]+)(?: ([\w-]+))?`", TEXT):
         assert all(re.search(rf"^{name}:", targets, flags=re.MULTILINE) for name in target if name), target

