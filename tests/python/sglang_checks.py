@@ -14,6 +14,7 @@ from unittest import mock
 
 sys.path[:0] = sys.argv[1:2]
 
+import sglang_argument_checks as on_arguments  # noqa: E402
 import sglang_world as world  # noqa: E402
 import torch  # noqa: E402
 
@@ -253,23 +254,6 @@ def deterministic():
 
 
 @check
-def arguments():
-    """The command line accepts the name, where it names a backend."""
-    import argparse
-
-    from sglang.srt import server_args
-
-    parser = argparse.ArgumentParser()
-    server_args.ServerArgs.add_cli_args(parser)
-    names = ("attention", "prefill-attention", "decode-attention", "speculative-draft-attention")
-    words = [word for name in names for word in (f"--{name}-backend", "flashspark")]
-    parsed = parser.parse_args(["--model-path", "m", *words])
-    assert {getattr(parsed, f"{name.replace('-', '_')}_backend") for name in names} == {"flashspark"}
-    assert "flashspark" in server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES
-    assert server_args.ATTENTION_BACKEND_CHOICES.count("flashspark") == 1
-
-
-@check
 def built_by_sglang():
     """What SGLang builds from the name, as its model runner does."""
     from sglang.srt.model_executor.model_runner_components import attention_backend_setup as setup
@@ -313,18 +297,6 @@ def hybrid_on_blackwell():
 
 
 @check
-def checks_of_models():
-    """gpt-oss and Gemma 4 have lists of their own, which are asked as for a peer; nobody else is."""
-    from sglang.srt.arg_groups import model_hook, overrides
-
-    config = SimpleNamespace(
-        attention_backend="flashspark", prefill_attention_backend=None, decode_attention_backend="fa3"
-    )
-    assert model_hook.attention_backends_of(config) == ("trtllm_mha", "fa3")
-    assert overrides.attention_backends_of(config) == ("flashspark", "fa3")
-
-
-@check
 def refusals():
     """What flashspark does not compute is refused when the backend is built, with what to do instead."""
     build = registry().ATTENTION_BACKENDS["flashspark"]
@@ -359,6 +331,10 @@ def others_are_untouched():
     import sgl_kernel.flash_attn
 
     assert isinstance(sgl_kernel.flash_attn, world._Absent), "flashspark stayed in sgl_kernel.flash_attn"
+
+
+for of_arguments in (on_arguments.arguments, on_arguments.resolved_arguments, on_arguments.checks_of_models):
+    check(of_arguments)
 
 
 def main() -> None:

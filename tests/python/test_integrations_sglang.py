@@ -25,8 +25,8 @@ FILES = Path(os.environ.get("FLASHSPARK_SGLANG_FILES") or Path(sys.prefix) / "in
 # Functions of sglang_checks.py, and how many checks each makes.
 CHECKS = {
     "modes": 6, "features": 15, "fp8_cache": 2, "target_verify": 3, "target_verify_tree": 3, "captured_graph": 3,
-    "draft": 1, "embeddings": 1, "deterministic": 1, "arguments": 1, "built_by_sglang": 1, "hybrid_on_blackwell": 1,
-    "checks_of_models": 1, "refusals": 1, "others_are_untouched": 1,
+    "draft": 1, "embeddings": 1, "deterministic": 1, "arguments": 1, "resolved_arguments": 1, "built_by_sglang": 1,
+    "hybrid_on_blackwell": 1, "checks_of_models": 1, "refusals": 1, "others_are_untouched": 1,
 }  # fmt: skip
 
 
