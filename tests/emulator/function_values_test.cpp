@@ -31,7 +31,9 @@ LaneResult lane(const FunctionArguments &a, const FunctionRow &row, const Functi
     uint32_t words[F::Score::kWords + 1];
     F::Score::row(a, row, inverse_scale, words);
     const auto at = F::Score::key(a, key);
-    result.score = F::Score::apply(a, words, at, score * inverse_scale, scale, inverse_scale, key) * scale;
+    float scaled = F::Score::apply(a, words, at, score * inverse_scale, scale, inverse_scale, key);
+    if constexpr (F::Score::kHasOffset) scaled += F::Score::offset(a, words, inverse_scale, key.first);
+    result.score = scaled * scale;
   }
   if constexpr (F::Mask::kExists) {
     uint32_t words[F::Mask::kWords + 1];
