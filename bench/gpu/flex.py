@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import event_seconds
 
 SHAPES = {"A": (4, 32, 8, 4096, 128), "B": (1, 16, 16, 8192, 64), "C": (1, 32, 8, 16384, 128)}
 CALLS, ROUNDS = 5, 11
@@ -26,16 +28,7 @@ def microseconds(call: Callable[[], Any]) -> float:
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(CALLS):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / CALLS)
-    return sorted(times)[ROUNDS // 2]
+    return statistics.median(1e6 * event_seconds(lambda: [call() for _ in range(CALLS)]) / CALLS for _ in range(ROUNDS))
 
 
 def functions(heads: int) -> list[tuple[str, Any, Any]]:

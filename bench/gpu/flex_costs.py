@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,11 @@ Row = dict[str, Any]
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def alibi_of(heads: int) -> Callable[..., Any]:
+    slopes = torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
+    return lambda score, b, h, q, kv: score + slopes[h] * kv
 
 
 def dropout(with_peer: bool = True) -> list[Row]:
@@ -65,11 +71,7 @@ def dropout(with_peer: bool = True) -> list[Row]:
 
 def decode() -> list[Row]:
     heads, heads_kv, width, rows = 64, 8, 128, []
-    slopes = torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
-
-    def alibi(score: Any, b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return score + slopes[h] * kv
-
+    alibi = alibi_of(heads)
     for batch in (1, 8):
         for keys in (2048, 8192, 32768):
             once = 4 * batch * keys * heads_kv * width
@@ -108,11 +110,7 @@ def masks() -> list[Row]:
 def host() -> list[Row]:
     q, k, v = (randn(4, 32, 1024, 128) for _ in range(3))
     dense = [x.transpose(1, 2) for x in (q, k, v)]
-    slopes = torch.rand(32, device="cuda")
-
-    def alibi(score: Any, b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return score + slopes[h] * kv
-
+    alibi = alibi_of(32)
     mask = flashspark.create_block_mask(lambda b, h, q, k: (q >= k) | (k < 100), None, None, 1024, 1024, device="cuda")
     numbers = torch.ones(1 << 20, device="cuda")
     calls: dict[str, Callable[[], Any]] = {
@@ -142,8 +140,6 @@ print(time.perf_counter() - start)
 
 
 def first() -> list[Row]:
-    import os
-
     rows = []
     for count in (1, 2000):
         for width in (64, 128, 256):

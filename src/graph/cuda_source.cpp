@@ -348,7 +348,8 @@ std::string Writer::key_member(int32_t n) {
 std::string Writer::sum(int32_t n) {
   std::vector<std::pair<int32_t, bool>> terms;
   add_terms(n, false, terms);
-  std::string rest, steps;
+  std::string rest;
+  std::vector<std::pair<std::string, bool>> steps;
   const auto add = [](std::string &to, bool negative, const std::string &text) {
     to += (negative ? " - " : (to.empty() ? "" : " + ")) + text;
   };
@@ -357,13 +358,13 @@ std::string Writer::sum(int32_t n) {
       add(offset_, negative, value(each_, term, Form::scaled));
     } else if (const auto linear = linear_in_key(term, Form::scaled)) {
       add(offset_, negative, linear->first);
-      add(steps, negative, linear->step);
+      steps.emplace_back(linear->step, negative);
     } else {
       add(rest, negative, value(each_, term, Form::scaled));
     }
   }
-  if (rest.empty() && steps.empty()) return "0.0f";
-  return rest + (steps.empty() || steps[0] == ' ' || rest.empty() ? "" : " + ") + steps;
+  for (const auto &[step, negative] : steps) add(rest, negative, step);
+  return rest.empty() ? "0.0f" : rest;
 }
 
 // A float's terms and whether they are subtracted.

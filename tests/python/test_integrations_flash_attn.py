@@ -14,7 +14,7 @@ import pytest
 
 for package in ("torch", "transformers"):
     if importlib.util.find_spec(package) is None:
-        pytest.skip("torch is not installed", allow_module_level=True)
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 import flashspark  # noqa: E402
 import torch  # noqa: E402

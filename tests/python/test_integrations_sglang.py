@@ -17,7 +17,7 @@ import pytest
 
 for package in ("torch", "transformers"):
     if importlib.util.find_spec(package) is None:
-        pytest.skip("torch is not installed", allow_module_level=True)
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 HERE = Path(__file__).resolve().parent
 # tools/dev/torch-cpu-venv.sh puts SGLang's files there, without what SGLang depends on.

@@ -9,7 +9,7 @@ import pytest
 
 for package in ("torch", "transformers"):
     if importlib.util.find_spec(package) is None:
-        pytest.skip("torch is not installed", allow_module_level=True)
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import flashspark.integrations.transformers  # noqa: E402
