@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <string_view>
 
 #include "cpu/engine.hpp"
 #include "cpu/thread_pool.hpp"
@@ -46,11 +47,17 @@ const T &checked(const T *params, void (*validate)(const T &) = fs::validate) {
   return *params;
 }
 
-flashspark_status create(const char *graph, bool is_score, flashspark_mod **mod) {
+flashspark_status create(const char *text, bool is_score, flashspark_mod **mod) {
   return guarded([&] {
     if (mod == nullptr) fs::fail("mod", "NULL", "must point to the result");
-    *mod = fs::make_mod(graph, is_score);
+    *mod = fs::make_mod(text, is_score);
   });
+}
+
+// The place of a name; -1: it is not there.
+int32_t index_of(const std::vector<std::string> &names, const char *name) {
+  const auto found = std::find(names.begin(), names.end(), std::string_view(name != nullptr ? name : ""));
+  return found != names.end() ? static_cast<int32_t>(found - names.begin()) : -1;
 }
 
 template <class T>
@@ -133,12 +140,20 @@ flashspark_status flashspark_attention_explain(const flashspark_attention_params
   });
 }
 
-flashspark_status flashspark_score_mod_create(const char *graph, flashspark_mod **mod) {
-  return create(graph, true, mod);
+flashspark_status flashspark_score_mod_create(const char *text, flashspark_mod **mod) {
+  return create(text, true, mod);
 }
 
-flashspark_status flashspark_mask_mod_create(const char *graph, flashspark_mod **mod) {
-  return create(graph, false, mod);
+flashspark_status flashspark_mask_mod_create(const char *text, flashspark_mod **mod) {
+  return create(text, false, mod);
+}
+
+int32_t flashspark_mod_tensor_index(const flashspark_mod *mod, const char *name) {
+  return index_of(mod->tensors, name);
+}
+
+int32_t flashspark_mod_scalar_index(const flashspark_mod *mod, const char *name) {
+  return index_of(mod->scalars, name);
 }
 
 void flashspark_mod_retain(flashspark_mod *mod) {

@@ -1,12 +1,14 @@
 #include "mod.hpp"
 
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "check.hpp"
 #include "dtype.hpp"
 #include "error.hpp"
 #include "graph/cuda_source.hpp"
+#include "graph/source.hpp"
 
 namespace flashspark {
 namespace {
@@ -133,21 +135,37 @@ int32_t flashspark_mod::row_words(bool wide) const {
 
 namespace flashspark {
 
+namespace {
+
+// The text is a graph's if it begins as one.
+graph::SourceFunction parsed_function(std::string_view text, bool is_score) {
+  if (!text.starts_with("flashspark-graph")) return graph::parse_source(text, is_score);
+  graph::SourceFunction function;
+  function.graph = graph::parse(text);
+  return function;
+}
+
+}  // namespace
+
 flashspark_mod *make_mod(const char *text, bool is_score) {
-  if (text == nullptr) fail("graph", "NULL", "must be the text of a graph");
-  graph::Graph parsed = graph::parse(text);
+  if (text == nullptr) fail("text", "NULL", "must be a function in C or the text of a graph");
+  graph::SourceFunction function = parsed_function(text, is_score);
+  const graph::Graph &parsed = function.graph;
   const std::string wanted = is_score ? "f32, as a score function's is" : "bool, as a mask function's is";
   if (parsed.results.size() != 1)
-    fail("graph", static_cast<int64_t>(parsed.results.size()), "must return one node, whose type is " + wanted);
+    fail("text", static_cast<int64_t>(parsed.results.size()), "must return one node, whose type is " + wanted);
   const graph::Node &result = parsed.nodes[static_cast<size_t>(parsed.results[0])];
   if (result.type != (is_score ? graph::Type::f32 : graph::Type::boolean))
-    fail("graph", graph::name(result.type), "is the type of the result, which must be " + wanted);
+    fail("text", graph::name(result.type), "is the type of the result, which must be " + wanted);
   for (const graph::Node &node : parsed.nodes) {
-    if (!is_score && node.op == graph::Op::Score) fail("graph", "score", "is no input of a mask function");
+    if (!is_score && node.op == graph::Op::Score) fail("text", "score", "is no input of a mask function");
   }
   graph::Graph simple = graph::simplified_function(parsed);
   const uint64_t id = id_of((is_score ? "score " : "mask ") + graph::to_text(simple));
-  return new flashspark_mod(std::move(simple), id, is_score);
+  auto mod = std::make_unique<flashspark_mod>(std::move(simple), id, is_score);
+  mod->tensors = std::move(function.tensors);
+  mod->scalars = std::move(function.scalars);
+  return mod.release();
 }
 
 FunctionBindings::FunctionBindings(const flashspark_function &function) {

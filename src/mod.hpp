@@ -17,6 +17,9 @@
 struct flashspark_mod {
   flashspark_mod(flashspark::graph::Graph simple, uint64_t number, bool makes_scores);
 
+  // Names that a source text gives to what it captures, by number; none of a graph's text.
+  std::vector<std::string> tensors, scalars;
+
   flashspark::graph::Graph graph;  // simplified
   flashspark::graph::Program program;
   uint64_t id;  // equal functions have equal ids
@@ -61,7 +64,8 @@ inline BlockListRow row_of(const flashspark_block_list &list, int64_t b, int64_t
                      query_block * list.index_block_stride};
 }
 
-// Throws naming the line; `is_score`: a score function, else a mask function.
+// From the text of a graph, or a function written in C. Throws naming the line; `is_score`: a score function, else a
+// mask function.
 flashspark_mod *make_mod(const char *text, bool is_score);
 
 // What a call gives to a function, as graphs take it.

@@ -120,7 +120,7 @@ typedef struct flashspark_scale {
   int64_t head_stride;
 } flashspark_scale;
 
-/* A function of scores or of positions, as a graph of operations whose text docs/design/score-graph.md describes:
+/* A function of scores or of positions:
  *
  *   score_mod(score, b, h, q_idx, kv_idx)   the new score; the result has type f32
  *   mask_mod(b, h, q_idx, kv_idx)           whether the row keeps the key; the result has type bool
@@ -396,9 +396,24 @@ FLASHSPARK_API void flashspark_attention_params_init(flashspark_attention_params
 FLASHSPARK_API void flashspark_append_params_init(flashspark_append_params *params);
 FLASHSPARK_API void flashspark_block_mask_params_init(flashspark_block_mask_params *params);
 
-/* Makes a function from the text of its graph, which is copied. Errors name the line and what is wrong with it. */
-FLASHSPARK_API flashspark_status flashspark_score_mod_create(const char *graph, flashspark_mod **mod);
-FLASHSPARK_API flashspark_status flashspark_mask_mod_create(const char *graph, flashspark_mod **mod);
+/* Makes a function from `text`, which is copied: one function in C, or a graph (docs/design/score-graph.md), which
+ * begins with "flashspark-graph". The same on every device; errors name the line and what is wrong with it.
+ *
+ *   float alibi(float score, int b, int h, int q_idx, int kv_idx, const float *slopes, int window) {
+ *     int distance = q_idx - kv_idx;
+ *     if (distance >= window) return -INFINITY;
+ *     return score - slopes[h] * distance;
+ *   }
+ *
+ * A mask function begins with (int b, int h, int q_idx, int kv_idx) and returns bool. Behind the positions stand what
+ * it captures: pointers are tensors, read by as many indices as they have dimensions, numbers are scalars, each counted
+ * in order; int parameters called seqlen_q, seqlen_k, offset_q and offset_k are those of the sequence. docs/flex.md has
+ * the statements, operators and functions. */
+FLASHSPARK_API flashspark_status flashspark_score_mod_create(const char *text, flashspark_mod **mod);
+FLASHSPARK_API flashspark_status flashspark_mask_mod_create(const char *text, flashspark_mod **mod);
+/* The number of the captured tensor, or scalar, whose parameter has this name in the C text; -1: there is none. */
+FLASHSPARK_API int32_t flashspark_mod_tensor_index(const flashspark_mod *mod, const char *name);
+FLASHSPARK_API int32_t flashspark_mod_scalar_index(const flashspark_mod *mod, const char *name);
 FLASHSPARK_API void flashspark_mod_retain(flashspark_mod *mod);  /* one reference more */
 FLASHSPARK_API void flashspark_mod_release(flashspark_mod *mod); /* one less; NULL is allowed */
 

@@ -6,11 +6,15 @@
 //   if (auto result = attention.forward(); !result) std::puts(result.error().c_str());
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "flashspark/flashspark.h"
 
@@ -69,6 +73,84 @@ Tensor strided(T *data, int64_t batch, int64_t tokens, int64_t heads, int64_t wi
   void *pointer = const_cast<std::remove_const_t<T> *>(data);
   return {{pointer, batch_stride, token_stride, head_stride, dtype_of<T>(), 0}, batch, tokens, heads, width};
 }
+
+// A score or mask function written in C (flashspark_score_mod_create), with what it captures, by the names of its
+// parameters. Captured memory is the caller's, on the device of the call.
+//
+//   flashspark::Function alibi = flashspark::Function::score(
+//       "float alibi(float score, int b, int h, int q, int kv, const float *slopes) { return score + slopes[h] * (kv -
+//       q); }");
+//   if (!alibi.result()) std::puts(alibi.result().error().c_str());
+//   alibi.tensor("slopes", slopes.data(), {heads_q});
+//   attention.params.score_mod = alibi.get();
+class Function {
+ public:
+  static Function score(const char *text) { return Function(text, flashspark_score_mod_create); }
+  static Function mask(const char *text) { return Function(text, flashspark_mask_mod_create); }
+
+  const Result &result() const { return result_; }
+
+  // Row-major. Returns false if the function has no tensor of this name.
+  template <class T>
+  bool tensor(const char *name, const T *data, std::initializer_list<int64_t> shape) {
+    const int32_t number = mod_ != nullptr ? flashspark_mod_tensor_index(mod_.get(), name) : -1;
+    if (number < 0 || shape.size() > FLASHSPARK_MAX_CAPTURED_RANK) return false;
+    flashspark_captured_tensor captured{};
+    captured.data = data;
+    captured.dtype = captured_dtype<T>();
+    captured.rank = static_cast<int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), captured.shape);
+    int64_t stride = 1;
+    for (int32_t n = captured.rank; n-- > 0; stride *= captured.shape[n]) captured.strides[n] = stride;
+    if (tensors_.size() <= static_cast<size_t>(number)) tensors_.resize(static_cast<size_t>(number) + 1);
+    tensors_[static_cast<size_t>(number)] = captured;
+    return true;
+  }
+  bool scalar(const char *name, double value) {
+    const int32_t number = mod_ != nullptr ? flashspark_mod_scalar_index(mod_.get(), name) : -1;
+    if (number < 0) return false;
+    if (scalars_.size() <= static_cast<size_t>(number)) scalars_.resize(static_cast<size_t>(number) + 1);
+    scalars_[static_cast<size_t>(number)] = value;
+    return true;
+  }
+
+  // For attention.params.score_mod or mask_mod; good as long as this object lives and is not changed.
+  flashspark_function get() const {
+    return {mod_.get(), tensors_.data(), scalars_.data(), static_cast<int32_t>(tensors_.size()),
+            static_cast<int32_t>(scalars_.size())};
+  }
+
+ private:
+  struct Release {
+    void operator()(flashspark_mod *mod) const { flashspark_mod_release(mod); }
+  };
+
+  Function(const char *text, flashspark_status (*create)(const char *, flashspark_mod **)) {
+    flashspark_mod *mod = nullptr;
+    result_ = Result(create(text, &mod));
+    mod_.reset(mod);
+  }
+
+  template <class T>
+  static constexpr flashspark_dtype captured_dtype() {
+    if constexpr (std::is_same_v<T, bool>) return FLASHSPARK_BOOL;
+    if constexpr (std::is_same_v<T, double>) return FLASHSPARK_FLOAT64;
+    if constexpr (std::is_same_v<T, uint8_t>) return FLASHSPARK_UINT8;
+    if constexpr (std::is_integral_v<T> && std::is_signed_v<T>) {
+      return sizeof(T) == 1   ? FLASHSPARK_INT8
+             : sizeof(T) == 2 ? FLASHSPARK_INT16
+             : sizeof(T) == 4 ? FLASHSPARK_INT32
+                              : FLASHSPARK_INT64;
+    } else if constexpr (!std::is_same_v<T, double> && !std::is_integral_v<T>) {
+      return dtype_of<T>();
+    }
+  }
+
+  std::unique_ptr<flashspark_mod, Release> mod_;
+  Result result_;
+  std::vector<flashspark_captured_tensor> tensors_;
+  std::vector<double> scalars_;
+};
 
 // A forward problem: tensors here, everything else in `params` (see flashspark.h). forward() and explain() first copy
 // the tensors' extents into params: dense by default, varlen with cu_seqlens_q / cu_seqlens_k, paged with page_table

@@ -8,6 +8,11 @@
 
 namespace flashspark {
 
+// Tiles of a list that lie next to each other: tile n of them, up to `end`, is key tile offset + n.
+struct KeyTileRun {
+  int32_t offset, end;
+};
+
 // What is read of the lists is clamped to what exists, as lengths are.
 struct ListedKeyTiles {
   const int32_t *masked, *full;  // key blocks
@@ -22,6 +27,21 @@ struct ListedKeyTiles {
     const Quotient q = divide(whole ? n - num_masked : n, tiles_per_block);
     const int32_t block = clamp((whole ? full : masked)[q.quotient], 0, last_block);
     return block * static_cast<int32_t>(tiles_per_block.value) + q.remainder;
+  }
+  // The tiles from n on that lie next to each other, in at most 32 blocks. Each lane looks at one entry of the list, so
+  // that a tile costs no access to memory, and no division.
+  FLASHSPARK_DEVICE KeyTileRun run_at(int32_t n) const {
+    const bool whole = keeps_all(n);
+    const int32_t first = whole ? num_masked : 0, count = whole ? num_full : num_masked;
+    const auto tiles = static_cast<int32_t>(tiles_per_block.value);
+    const Quotient q = divide(n - first, tiles_per_block);
+    const int32_t begin = n - q.remainder, lane = ptx::lane();
+    const bool exists = lane * tiles < first + count - begin;
+    const int32_t block = exists ? clamp((whole ? full : masked)[q.quotient + lane], 0, last_block) : 0;
+    const int32_t first_block = ptx::shuffle(block, 0);
+    const uint32_t others = ~ptx::ballot(exists && block == first_block + lane);
+    const int32_t blocks = others == 0 ? 32 : static_cast<int32_t>(ptx::lowest_bit(others));
+    return {first_block * tiles - begin, begin + blocks * tiles};
   }
 };
 

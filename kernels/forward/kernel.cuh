@@ -58,7 +58,7 @@ FLASHSPARK_DEVICE void compute(const typename T::KernelArguments &a, Scheduler &
                        make_tile_loader<T, KVOperand::key>(a, kv_rows, keys),
                        make_tile_loader<T, KVOperand::value>(a, kv_rows, keys),
                        tiles, begin, end, 0, 0, warp_bounds, ptx::shared_memory(), lane_offsets<T>(a),
-                       {}, {}, {}, {}, {}, {}};
+                       {}, {}, {}, {}, {}, {}, {}};
   // clang-format on
   scheduler.wait();
   mainloop.look_up(begin);

@@ -36,6 +36,20 @@ struct Mainloop {
   RowState<T> state;
   typename T::Mma::Scales scales;
   PhiloxKey dropout_key;
+  KeyTileRun listed;  // of block lists: the run that holds the tile in work
+
+  // The key tile that is tile n of `tiles`.
+  FLASHSPARK_DEVICE int32_t tile_at(int32_t n) const {
+    if constexpr (ScoreMod::kBlockSparse) {
+      if (n < listed.end) return n + listed.offset;
+    }
+    return tiles.at(n);
+  }
+  FLASHSPARK_DEVICE void enter(int32_t n) {
+    if constexpr (ScoreMod::kBlockSparse) {
+      if (n >= listed.end) listed = tiles.run_at(n);
+    }
+  }
 
   // The first tile takes the first stage: queries on their way to registers lie in the second.
   FLASHSPARK_DEVICE ptx::SharedAddress stage(int32_t n) const {
@@ -46,13 +60,13 @@ struct Mainloop {
 
   // Pages of tile n are looked up one step before they are used.
   FLASHSPARK_DEVICE void look_up(int32_t n) {
-    if (n < end) tile_copy.look_up(tiles.at(n));
+    if (n < end) tile_copy.look_up(tile_at(n));
   }
   FLASHSPARK_DEVICE void copy_keys(int32_t n) {
-    if (n < end) k.copy(tile_copy, tiles.at(n), stage(n));
+    if (n < end) k.copy(tile_copy, tile_at(n), stage(n));
   }
   FLASHSPARK_DEVICE void copy_values(int32_t n) {
-    if (n < end) v.copy(tile_copy, tiles.at(n), value_stage(n));
+    if (n < end) v.copy(tile_copy, tile_at(n), value_stage(n));
   }
   // A tile, whose pages were looked up last, and the pages of the tile behind it.
   FLASHSPARK_DEVICE void copy(int32_t n) {
@@ -64,7 +78,7 @@ struct Mainloop {
 
   // Whether all keys of tile n, which may not exist, take the short path of copies.
   FLASHSPARK_DEVICE bool is_full(int32_t n) const {
-    return n < end && k.columns() >= T::kHeadDim && v.columns() >= T::kHeadDimV && tile_copy.visits_all(tiles.at(n));
+    return n < end && k.columns() >= T::kHeadDim && v.columns() >= T::kHeadDimV && tile_copy.visits_all(tile_at(n));
   }
 
   // Moves the pointers on by `by` tiles of contiguous keys; pages are counted from where they began. Pointers of its
@@ -84,7 +98,7 @@ struct Mainloop {
     return ((T::kKeyGroups > 1 ? T::key_group(a) * kSubtiles : 0) + subtile) * T::kScoreKeys;
   }
   FLASHSPARK_DEVICE int32_t first_key(int32_t n, int32_t subtile) const {
-    return tiles.at(n) * T::kKeys + first_row_of(subtile);
+    return tile_at(n) * T::kKeys + first_row_of(subtile);
   }
 
   // Whether any of the warp's rows keeps a key of the subtile that begins at key `first`.
@@ -191,6 +205,7 @@ FLASHSPARK_DEVICE void run_single_buffered(Mainloop<T> &mainloop) {
   static_assert(T::kBuffering != Buffering::single_buffer || Mainloop<T>::kSubtiles == 1, "K is gone when V is used");
   FLASHSPARK_NO_UNROLL
   for (int32_t n = mainloop.begin; n < mainloop.end; ++n) {
+    mainloop.enter(n);
     const int32_t first = mainloop.first_key(n, 0);
     const bool visits = mainloop.visits(first);
     Scores<T> s;
@@ -285,7 +300,7 @@ FLASHSPARK_DEVICE void listed_step(Mainloop<T> &mainloop, int32_t n) {
     ScoreOffsets<T> offsets;
     mainloop.qk(s, n, subtile);
     if (subtile == 0) {
-      const int32_t next = mainloop.tiles.at(n + 1);
+      const int32_t next = mainloop.tile_at(n + 1);
       mainloop.k.copy_full(mainloop.tile_copy, next, mainloop.k.data + next * (T::kKeys * mainloop.a.k_strides.token),
                            mainloop.stage(n + 1));
       mainloop.v.copy_full(mainloop.tile_copy, next, mainloop.v.data + next * (T::kKeys * mainloop.a.v_strides.token),
@@ -319,7 +334,8 @@ FLASHSPARK_DEVICE void run_listed_tiles(Mainloop<T> &mainloop) {
   static_assert(!T::kTwoTilePrologue);
   FLASHSPARK_NO_UNROLL
   for (int32_t n = mainloop.begin; n < mainloop.end; ++n) {
-    const int32_t first = mainloop.tiles.at(n) * T::kKeys;
+    mainloop.enter(n);
+    const int32_t first = mainloop.tile_at(n) * T::kKeys;
     const Interval unmasked = mainloop.warp_bounds.unmasked[0];
     const bool keeps_all = mainloop.tiles.keeps_all(n) && first >= unmasked.begin && first + T::kKeys <= unmasked.end;
     // Warps may differ here: both steps have the same barriers and copies.

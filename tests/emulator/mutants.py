@@ -128,8 +128,9 @@ class Build:
         words = [word for word in self.link_line[program] if not re.search(r"emulator_(function_)?kernels\.dir", word)]
         at = words.index("-o")
         words[at + 1] = str(to)
-        # Before the libraries: the harness there belongs to the unchanged kernels.
-        self.run([*words[:at], *(str(item) for item in objects), *words[at:]])
+        # Before all others: of an inline function that several objects have, the linker takes the first, and those of
+        # the tests and of the harness in the library belong to the unchanged kernels.
+        self.run([words[0], *(str(item) for item in objects), *words[1:]])
 
     def make(self, folder: Path, kernels: Path, names: list[str], program: str) -> Path:
         objects = []

@@ -41,6 +41,37 @@ TEST(CppFace, TheDefaultScaleIsOneOverRootD) {
   EXPECT_EQ(p.q.batch_stride, 3 * 4 * 64);
 }
 
+TEST(CppFace, FunctionsWrittenInC) {
+  // Two keys of equal scores; the bias of the second is ln 3, so that the weights are 1 : 3.
+  std::vector<float> q(8), k(16), v(16), out(8);
+  v[0] = 4;
+  v[8] = 8;
+  const std::vector<double> bias = {0, std::log(3.0)};
+  Function score = Function::score(
+      "float f(float score, int b, int h, int q, int kv, float strength, const double *bias) {\n"
+      "  return score + strength * bias[kv];\n"
+      "}");
+  ASSERT_TRUE(score.result()) << score.result().error();
+  EXPECT_TRUE(score.tensor("bias", bias.data(), {2}));
+  EXPECT_TRUE(score.scalar("strength", 1));
+  EXPECT_FALSE(score.tensor("slopes", bias.data(), {2}));
+  EXPECT_FALSE(score.scalar("bias", 1));
+  Attention attention;
+  attention.q = dense(q.data(), 1, 1, 1, 8);
+  attention.k = dense(k.data(), 1, 2, 1, 8);
+  attention.v = dense(v.data(), 1, 2, 1, 8);
+  attention.out = dense(out.data(), 1, 1, 1, 8);
+  attention.params.score_mod = score.get();
+  ASSERT_TRUE(attention.forward());
+  EXPECT_NEAR(out[0], 7, 1e-5);
+  Function mask = Function::mask("bool f(int b, int h, int q, int kv) { return kv < 1; }");
+  attention.params.mask_mod = mask.get();
+  ASSERT_TRUE(attention.forward());
+  EXPECT_NEAR(out[0], 4, 1e-5);
+  const Function wrong = Function::mask("bool f(int b, int h, int q, int kv) {\n  return key < 1;\n}");
+  EXPECT_EQ(wrong.result().error(), "source, line 2: `key` is not declared");
+}
+
 TEST(CppFace, ErrorsArriveAsText) {
   std::vector<float> data(64);
   Attention attention;

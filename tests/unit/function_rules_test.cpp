@@ -51,17 +51,17 @@ std::string creation_error(const char *text, bool is_score) {
 TEST(FunctionRules, TextsThatAreNoFunctions) {
   const std::string head = "flashspark-graph 1\n";
   const auto text = [&](const std::string &lines) { return head + lines; };
-  EXPECT_EQ(creation_error(nullptr, true), "graph = NULL: must be the text of a graph");
+  EXPECT_EQ(creation_error(nullptr, true), "text = NULL: must be a function in C or the text of a graph");
   EXPECT_NE(creation_error("", true), "FLASHSPARK_OK");
   EXPECT_NE(creation_error(text("score\nadd 0 1\nreturn 1\n").c_str(), true).find("line"), std::string::npos);
   EXPECT_EQ(creation_error(text("score\nreturn 0 0\n").c_str(), true),
-            "graph = 2: must return one node, whose type is f32, as a score function's is");
+            "text = 2: must return one node, whose type is f32, as a score function's is");
   EXPECT_EQ(creation_error(text("kv_idx\nreturn 0\n").c_str(), true),
-            "graph = i32: is the type of the result, which must be f32, as a score function's is");
+            "text = i32: is the type of the result, which must be f32, as a score function's is");
   EXPECT_EQ(creation_error(text("kv_idx\nto_f32 0\nreturn 1\n").c_str(), false),
-            "graph = f32: is the type of the result, which must be bool, as a mask function's is");
+            "text = f32: is the type of the result, which must be bool, as a mask function's is");
   EXPECT_EQ(creation_error(text("score\nto_bool 0\nreturn 1\n").c_str(), false),
-            "graph = score: is no input of a mask function");
+            "text = score: is no input of a mask function");
   const std::string good = text("score\nreturn 0\n");
   EXPECT_EQ(flashspark_score_mod_create(good.c_str(), nullptr), FLASHSPARK_INVALID_ARGUMENT);
   EXPECT_EQ(std::string(flashspark_last_error()), "mod = NULL: must point to the result");
