@@ -8,6 +8,7 @@
 //                 Key, key(...)  that, computed once for all rows of a lane
 //   Score         apply(...)     a score as Q K^T gives it, to the same: the function's value divided by softmax_scale,
 //                                with which the softmax multiplies in any case
+//           kIsBias       whether apply() gives what the function adds to the score, which it does not depend on
 //           kHasOffset    whether apply() leaves out what the function adds alike to a lane's scores of a row:
 //           offset(...)   that, divided by softmax_scale
 //   Mask          keep(...)      whether the row keeps the key
@@ -26,13 +27,14 @@
 
 namespace flashspark {
 
-template <class Functions, bool native, bool block_sparse, bool block_status, bool dropout>
+template <class Functions, bool native, bool block_sparse, bool block_status, bool dropout, bool contiguous>
 struct FunctionScoreMod {
   using Score = typename Functions::Score;
   using Mask = typename Functions::Mask;
   static constexpr bool kNative = native, kFunction = true, kScoreFunction = Score::kExists,
                         kBlockSparse = block_sparse, kBlockStatus = block_status, kDropout = dropout,
-                        kScoreOffset = Score::kHasOffset;
+                        kContiguous = contiguous, kScoreOffset = Score::kHasOffset,
+                        kScoreBias = Score::kIsBias && !native;
   static constexpr int32_t kFunctionWords = Score::kWords + Mask::kWords;
   static constexpr int32_t kRowWords = kFunctionWords + (dropout ? kDropoutRowWords : 0);
 
@@ -73,18 +75,14 @@ FLASHSPARK_DEVICE void write_function_rows(const typename T::KernelArguments &a,
   }
 }
 
-struct IgnoreRow {
-  FLASHSPARK_DEVICE void operator()(int32_t, const uint32_t *, float) const {}
-};
-
 // Calls f(score, words of its row, what depends on its key, its key, row, column) for each of the lane's scores, which
-// lie in so many rows and columns, and g(row, its words, the lane's first key) for each of its rows.
+// lie in so many rows and columns.
 //
 // Row by row the words of one row are in registers at a time; column by column, what depends on the key is computed
 // once for all rows.
-template <class T, class Function, int32_t first_word, class F, class G = IgnoreRow>
+template <class T, class Function, int32_t first_word, class F>
 FLASHSPARK_DEVICE void for_each_function_score(Scores<T> &s, const FunctionArguments &a, ptx::SharedAddress rows,
-                                               int32_t first_key, F &&f, const G &g = {}) {
+                                               int32_t first_key, F &&f) {
   const int32_t column = first_key + ptx::lane() % 4 * 2;
   const auto column_f = static_cast<float>(column);
   const auto key_of = [&](int32_t c) {
@@ -97,7 +95,6 @@ FLASHSPARK_DEVICE void for_each_function_score(Scores<T> &s, const FunctionArgum
     for (int32_t n = 0; n < T::kLaneRows; ++n) {
       uint32_t words[Function::kWords + 1];
       load_row_words<T, first_word, Function::kWords>(rows, n, words);
-      g(n, words, column_f);
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) f(score(n, c), words, typename Function::Key{}, key_of(c), n, c);
     }
@@ -106,7 +103,6 @@ FLASHSPARK_DEVICE void for_each_function_score(Scores<T> &s, const FunctionArgum
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < T::kLaneRows; ++n) {
       load_row_words<T, first_word, Function::kWords>(rows, n, words[n]);
-      g(n, words[n], column_f);
     }
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < T::kScoreKeys / 4; ++c) {
@@ -131,22 +127,33 @@ FLASHSPARK_DEVICE void to_raw_scores(Scores<T> &s, float factor) {
 // difference to any product of 16-bit queries and keys.
 constexpr float kMinFunctionScale = 0x1p-40f;
 
-// `scale` gives natural units. first_key: as the function counts keys.
+// `scale` gives natural units. first_key: as the function counts keys. Where the function is a bias, the products begin
+// with what this leaves in `s`.
 template <class T>
-FLASHSPARK_DEVICE void apply_score_function(Scores<T> &s, ScoreOffsets<T> &offsets, const FunctionArguments &a,
-                                            ptx::SharedAddress rows, float scale, int32_t first_key) {
+FLASHSPARK_DEVICE void apply_score_function(Scores<T> &s, const FunctionArguments &a, ptx::SharedAddress rows,
+                                            float scale, int32_t first_key) {
   using Score = typename T::ScoreMod::Score;
-  if constexpr (Score::kExists) {
-    const float inverse_scale = 1.0f / scale;
-    for_each_function_score<T, Score, 0>(
-        s, a, rows, first_key,
-        [&](float &x, const uint32_t *words, const typename Score::Key &at, const FunctionKey &key, int32_t, int32_t) {
-          x = Score::apply(a, words, at, x, scale, inverse_scale, key);
-        },
-        [&]([[maybe_unused]] int32_t n, [[maybe_unused]] const uint32_t *words, [[maybe_unused]] float first) {
-          if constexpr (Score::kHasOffset)
-            offsets.at[n] = Score::offset(a, words, inverse_scale, first) * (scale * kLog2E);
-        });
+  const float inverse_scale = 1.0f / scale;
+  for_each_function_score<T, Score, 0>(
+      s, a, rows, first_key,
+      [&](float &x, const uint32_t *words, const typename Score::Key &at, const FunctionKey &key, int32_t, int32_t) {
+        const float y = Score::apply(a, words, at, x, scale, inverse_scale, key);
+        x = Score::kIsBias && !T::ScoreMod::kScoreBias ? x + y : y;
+      });
+}
+
+// What the function adds alike to a row's scores, in units of log2: behind the products, which have no registers for
+// it.
+template <class T>
+FLASHSPARK_DEVICE void find_score_offsets(ScoreOffsets<T> &offsets, const FunctionArguments &a, ptx::SharedAddress rows,
+                                          float scale, int32_t first_key) {
+  using Score = typename T::ScoreMod::Score;
+  const auto first = static_cast<float>(first_key + ptx::lane() % 4 * 2);
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < T::kLaneRows; ++n) {
+    uint32_t words[Score::kWords + 1];
+    load_row_words<T, 0, Score::kWords>(rows, n, words);
+    offsets.at[n] = Score::offset(a, words, 1.0f / scale, first) * (scale * kLog2E);
   }
 }
 

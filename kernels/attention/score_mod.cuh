@@ -9,6 +9,10 @@
 //   kScoreFunction    whether a score_mod is among them
 //   kBlockSparse      key tiles come from lists
 //   kBlockStatus      of tiles that the user's blocks do not fit: what these say is asked for each score
+//   kContiguous       whether there is no page table: the code for pages is left out
+//   kScoreBias        whether the user's score function adds to the score what does not depend on it: the products
+//   begin
+//                     with that, which costs less than adding it behind them (docs/experiments.md E84)
 //   kScoreOffset      whether the user's score function has a part that is the same for all scores of a row in a
 //   subtile kDropout          whether probabilities are dropped (attention/dropout.cuh) kRowWords         words of
 //   shared memory that the functions and dropout keep of each row
@@ -24,7 +28,8 @@ constexpr float kLog2E = 1.4426950408889634f;
 // The plain softmax. Masks are found anew for the few tiles that need one, instead of being kept in registers.
 struct NoScoreMod {
   static constexpr bool kNative = false, kFunction = false, kScoreFunction = false, kBlockSparse = false,
-                        kBlockStatus = false, kDropout = false, kScoreOffset = false;
+                        kBlockStatus = false, kDropout = false, kScoreBias = false, kScoreOffset = false,
+                        kContiguous = false;
   static constexpr int32_t kRowWords = 0;
   struct RowContext {};
 };
@@ -33,7 +38,8 @@ struct NoScoreMod {
 // attention chunks, which are masks (row_mask).
 struct NativeScoreMod {
   static constexpr bool kNative = true, kFunction = false, kScoreFunction = false, kBlockSparse = false,
-                        kBlockStatus = false, kDropout = false, kScoreOffset = false;
+                        kBlockStatus = false, kDropout = false, kScoreBias = false, kScoreOffset = false,
+                        kContiguous = false;
   static constexpr int32_t kRowWords = 0;
 
   struct RowContext {

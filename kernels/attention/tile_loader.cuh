@@ -79,7 +79,7 @@ FLASHSPARK_DEVICE KeyTileCopy<T> make_tile_copy(const typename T::Arguments &a, 
                                                 const KeyBounds &bounds) {
   using Copy = KeyTileCopy<T>;
   return {a,
-          keys.pages,
+          T::ScoreMod::kContiguous ? nullptr : keys.pages,
           {bounds.visited[0], bounds.visited[1]},
           T::KeyLayout::offset(Copy::row(), Copy::chunk()),
           T::kWarpPrivateKV || T::kPassRows > Copy::kGroupRows
@@ -203,7 +203,7 @@ FLASHSPARK_DEVICE TileLoader<T, operand> make_tile_loader(const typename T::Argu
   const int32_t first_column = Loader::kValue ? static_cast<int32_t>(ptx::cta_z()) * T::kHeadDimV : 0;
   const Strides &strides = loader.strides();
   loader.data += row_tile.head_kv * strides.head + first_column + Copy::chunk() * Loader::kChunkElements;
-  if (keys.pages != nullptr) {
+  if (!T::ScoreMod::kContiguous && keys.pages != nullptr) {
     loader.data += Copy::row() % Copy::kGroupRows * strides.token;
   } else {
     const int64_t batch = a.cu_seqlens_k != nullptr ? 0 : keys.batch;

@@ -58,9 +58,10 @@ FLASHSPARK_DEVICE void compute(const typename T::KernelArguments &a, Scheduler &
                        make_tile_loader<T, KVOperand::key>(a, kv_rows, keys),
                        make_tile_loader<T, KVOperand::value>(a, kv_rows, keys),
                        tiles, begin, end, 0, 0, warp_bounds, ptx::shared_memory(), lane_offsets<T>(a),
-                       {}, {}, {}, {}, {}, {}, {}};
+                       {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   // clang-format on
   scheduler.wait();
+  mainloop.open_lists();
   mainloop.look_up(begin);
   // Page numbers are in flight. A stale record's keys are within the page table, too.
   if (!scheduler.confirm()) return;

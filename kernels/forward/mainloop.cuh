@@ -36,18 +36,36 @@ struct Mainloop {
   RowState<T> state;
   typename T::Mma::Scales scales;
   PhiloxKey dropout_key;
-  KeyTileRun listed;  // of block lists: the run that holds the tile in work
+  // Of block lists: tile `current` of `tiles` is key tile `tile`, the one behind it is `next`, which lies in `run`.
+  // Looked up one step ahead, so that nothing waits for the list.
+  int32_t current, tile, next;
+  KeyTileRun run;
 
   // The key tile that is tile n of `tiles`.
   FLASHSPARK_DEVICE int32_t tile_at(int32_t n) const {
     if constexpr (ScoreMod::kBlockSparse) {
-      if (n < listed.end) return n + listed.offset;
+      if (n == current) return tile;
+      if (n == current + 1) return next;
     }
     return tiles.at(n);
   }
+  // Before the first tile is copied.
+  FLASHSPARK_DEVICE void open_lists() {
+    if constexpr (ScoreMod::kBlockSparse) {
+      current = begin - 1;
+      if (begin >= end) return;
+      run = tiles.run_at(begin);
+      next = begin + run.offset;
+    }
+  }
+  // Tile n is next in the loop.
   FLASHSPARK_DEVICE void enter(int32_t n) {
     if constexpr (ScoreMod::kBlockSparse) {
-      if (n >= listed.end) listed = tiles.run_at(n);
+      current = n;
+      tile = next;
+      if (n + 1 >= end) return;
+      if (n + 1 >= run.end) run = tiles.run_at(n + 1);
+      next = n + 1 + run.offset;
     }
   }
 
@@ -109,6 +127,8 @@ struct Mainloop {
     return some;
   }
   FLASHSPARK_DEVICE void qk(Scores<T> &s, int32_t n, int32_t subtile) const {
+    if constexpr (ScoreMod::kScoreBias)
+      apply_score_function<T>(s, a.functions, function_rows(), natural_scale(), first_key(n, subtile) - mask.begin);
     qk_product<T>(s, q, queries(), stage(n) + first_row_of(subtile) * T::KeyLayout::kPitch, lane);
   }
   // From scores to units of log2. A score function's are relative to softmax_scale, other modifications' are in them.
@@ -121,10 +141,12 @@ struct Mainloop {
   // Scales and modifies the scores of a subtile.
   FLASHSPARK_DEVICE void modify(Scores<T> &s, ScoreOffsets<T> &offsets, int32_t first) {
     if constexpr (ScoreMod::kNative) apply_score_mod<T>(s, contexts, a, scales.qk(a), first);
-    if constexpr (ScoreMod::kScoreFunction) {
+    if constexpr (ScoreMod::kScoreFunction && !ScoreMod::kScoreBias) {
       if constexpr (ScoreMod::kNative) to_raw_scores<T>(s, kLn2 / natural_scale());
-      apply_score_function<T>(s, offsets, a.functions, function_rows(), natural_scale(), first - mask.begin);
+      apply_score_function<T>(s, a.functions, function_rows(), natural_scale(), first - mask.begin);
     }
+    if constexpr (ScoreMod::kScoreOffset)
+      find_score_offsets<T>(offsets, a.functions, function_rows(), natural_scale(), first - mask.begin);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress function_rows() const {
     return shared + T::kFunctionRows + T::first_warp_row(a) * 4;
@@ -335,7 +357,7 @@ FLASHSPARK_DEVICE void run_listed_tiles(Mainloop<T> &mainloop) {
   FLASHSPARK_NO_UNROLL
   for (int32_t n = mainloop.begin; n < mainloop.end; ++n) {
     mainloop.enter(n);
-    const int32_t first = mainloop.tile_at(n) * T::kKeys;
+    const int32_t first = mainloop.tile * T::kKeys;
     const Interval unmasked = mainloop.warp_bounds.unmasked[0];
     const bool keeps_all = mainloop.tiles.keeps_all(n) && first >= unmasked.begin && first + T::kKeys <= unmasked.end;
     // Warps may differ here: both steps have the same barriers and copies.

@@ -15,7 +15,7 @@ struct FunctionKernelKey {
   uint64_t score, mask;  // flashspark_mod::id; 0: none
   InstanceIndex instance;
   KernelDType dtype;
-  bool native, block_sparse, block_tiles, wide_positions, dropout;
+  bool native, block_sparse, block_tiles, wide_positions, dropout, contiguous;
   int device;
 
   auto operator<=>(const FunctionKernelKey &) const = default;
@@ -40,12 +40,14 @@ CompileRequest function_request(const Params &p, const Plan &plan, const Functio
   request.headers = {{"user_functions.cuh", graph::cuda_source(graph_of(p.score_mod.mod), graph_of(p.mask_mod.mod),
                                                                {.wide_positions = functions.wide_positions})
                                                 .text}};
-  request.macros = {
-      macro("FLASHSPARK_NAME", plan.instance->name), macro("FLASHSPARK_NATIVE", functions.native ? "1" : "0"),
-      macro("FLASHSPARK_BLOCK_SPARSE", functions.block_tiles    ? "2"
-                                       : functions.block_sparse ? "1"
-                                                                : "0"),
-      macro("FLASHSPARK_DROPOUT", functions.dropout ? "1" : "0"), "FLASHSPARK_USER_FUNCTIONS=\"user_functions.cuh\""};
+  request.macros = {macro("FLASHSPARK_NAME", plan.instance->name),
+                    macro("FLASHSPARK_NATIVE", functions.native ? "1" : "0"),
+                    macro("FLASHSPARK_BLOCK_SPARSE", functions.block_tiles    ? "2"
+                                                     : functions.block_sparse ? "1"
+                                                                              : "0"),
+                    macro("FLASHSPARK_DROPOUT", functions.dropout ? "1" : "0"),
+                    macro("FLASHSPARK_CONTIGUOUS", functions.contiguous ? "1" : "0"),
+                    "FLASHSPARK_USER_FUNCTIONS=\"user_functions.cuh\""};
   if (plan.dtype == KernelDType::e4m3) request.macros.emplace_back("FLASHSPARK_ELEMENT_KV=E4m3");
   request.macros.push_back(macro("FLASHSPARK_ELEMENT", plan.dtype == KernelDType::bf16 ? "Bfloat16" : "Float16"));
   if (plan.dtype != KernelDType::fp16) request.macros.emplace_back("FLASHSPARK_FAST_TANH");
@@ -62,6 +64,7 @@ Kernel get_function_kernel(const Params &p, const Plan &plan, const FunctionPlan
                               functions.block_tiles.has_value(),
                               functions.wide_positions,
                               functions.dropout,
+                              functions.contiguous,
                               index};
   static auto *kernels = new LoadedKernels<FunctionKernelKey>;
   return kernels->get(key, index, plan.forward.shared_bytes,

@@ -65,6 +65,7 @@ FunctionPlan plan_functions(const Params &p, const Shape &shape, const Instance 
   plan.block_sparse = shape.block_sparse;
   plan.wide_positions = shape.wide_positions;
   plan.dropout = p.dropout_p > 0;
+  plan.contiguous = !is_paged(p);
   if (plan.dropout) plan.dropout_arguments = dropout_arguments(p);
   if (plan.block_sparse && fits_blocks(shape, tile)) {
     plan.arguments.blocks = blocks_of(p, shape, tile);

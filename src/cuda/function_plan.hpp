@@ -15,7 +15,7 @@
 namespace flashspark::cuda {
 
 struct FunctionPlan {
-  bool native = false, block_sparse = false, wide_positions = false, dropout = false;
+  bool native = false, block_sparse = false, wide_positions = false, dropout = false, contiguous = false;
   FunctionArguments arguments{};
   DropoutArguments dropout_arguments{};
   std::optional<BlockTilePlan> block_tiles;  // where the kernel does not take the user's lists as they are

@@ -1,5 +1,6 @@
 #include "graph/cuda_source.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -99,6 +100,7 @@ class Writer {
   std::vector<Range> ranges_;
   Part row_, key_, each_;
   std::string key_fields_, key_names_, offset_;
+  bool is_bias_ = false;  // whether the function adds to the score what does not depend on it
   int32_t words_ = 0;
 };
 
@@ -350,6 +352,17 @@ std::string Writer::sum(int32_t n) {
   add_terms(n, false, terms);
   std::string rest;
   std::vector<std::pair<std::string, bool>> steps;
+  const auto is_score = [&](const std::pair<int32_t, bool> &term) {
+    return node(term.first).op == Op::Score && !term.second;
+  };
+  const auto score = std::find_if(terms.begin(), terms.end(), is_score);
+  if (score != terms.end()) {
+    const int32_t added = score->first;
+    terms.erase(score);
+    is_bias_ = std::none_of(terms.begin(), terms.end(),
+                            [&](const auto &term) { return (node(term.first).depends & kDependsScore) != 0; });
+    if (!is_bias_) terms.emplace(terms.begin(), added, false);
+  }
   const auto add = [](std::string &to, bool negative, const std::string &text) {
     to += (negative ? " - " : (to.empty() ? "" : " + ")) + text;
   };
@@ -415,7 +428,7 @@ std::string Writer::members(bool is_score) {
   const std::string each = arguments + ", [[maybe_unused]] const uint32_t *w, [[maybe_unused]] const Key &at, ";
   return "    static constexpr bool kExists = true, kUsesKeys = " +
          std::string(key_fields_.empty() ? "false" : "true") +
-         ", kHasOffset = " + (offset_.empty() ? "false" : "true") +
+         ", kHasOffset = " + (offset_.empty() ? "false" : "true") + ", kIsBias = " + (is_bias_ ? "true" : "false") +
          ";\n    static constexpr int32_t kWords = " + std::to_string(words_) +
          ";\n    static FLASHSPARK_DEVICE void row(" + arguments +
          ", [[maybe_unused]] const FunctionRow &r, [[maybe_unused]] float inverse_scale, [[maybe_unused]] uint32_t *w) "
@@ -436,7 +449,7 @@ std::string Writer::members(bool is_score) {
 }
 
 constexpr const char *kNoMembers =
-    "    static constexpr bool kExists = false, kUsesKeys = false, kHasOffset = false;\n"
+    "    static constexpr bool kExists = false, kUsesKeys = false, kHasOffset = false, kIsBias = false;\n"
     "    static constexpr int32_t kWords = 0;\n"
     "    static FLASHSPARK_DEVICE void row(const FunctionArguments &, const FunctionRow &, float, uint32_t *) {}\n";
 

@@ -32,6 +32,7 @@ LaneResult lane(const FunctionArguments &a, const FunctionRow &row, const Functi
     F::Score::row(a, row, inverse_scale, words);
     const auto at = F::Score::key(a, key);
     float scaled = F::Score::apply(a, words, at, score * inverse_scale, scale, inverse_scale, key);
+    if constexpr (F::Score::kIsBias) scaled += score * inverse_scale;
     if constexpr (F::Score::kHasOffset) scaled += F::Score::offset(a, words, inverse_scale, key.first);
     result.score = scaled * scale;
   }

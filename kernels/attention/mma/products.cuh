@@ -49,6 +49,7 @@ FLASHSPARK_DEVICE void qk_product(Scores<T> &s, const Queries<T> &q, ptx::Shared
   Scores<T> part[kChains];
   FLASHSPARK_UNROLL
   for (int32_t chain = 0; chain < kChains; ++chain) part[chain] = Scores<T>{};
+  if constexpr (T::ScoreMod::kScoreBias) part[0] = s;
   FLASHSPARK_UNROLL
   for (int32_t d = 0; d < T::kDimSteps; ++d) {
     uint32_t a[T::kMAtoms][4];

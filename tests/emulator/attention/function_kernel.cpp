@@ -27,9 +27,10 @@ using Mma = MmaF16<ptx::FLASHSPARK_ELEMENT>;
 #endif
 using ElementKV = Mma::ElementKV;
 using Functions = FLASHSPARK_JOINED(UserFunctions_, EMULATED_NAME);
-using Chosen = Traits<InstanceIndex::FLASHSPARK_NAME, Architecture::EMULATED_TILES, Mma,
-                      FunctionScoreMod<Functions, FLASHSPARK_NATIVE != 0, FLASHSPARK_BLOCK_SPARSE != 0,
-                                       FLASHSPARK_BLOCK_SPARSE == 2, FLASHSPARK_DROPOUT != 0>>;
+using Chosen =
+    Traits<InstanceIndex::FLASHSPARK_NAME, Architecture::EMULATED_TILES, Mma,
+           FunctionScoreMod<Functions, FLASHSPARK_NATIVE != 0, FLASHSPARK_BLOCK_SPARSE != 0,
+                            FLASHSPARK_BLOCK_SPARSE == 2, FLASHSPARK_DROPOUT != 0, FLASHSPARK_CONTIGUOUS != 0>>;
 static_assert(Chosen::kInstance.score_mod == (FLASHSPARK_NATIVE != 0 ? ScoreMod::native : ScoreMod::none));
 
 const Registration kRegistration{{&kInstances[static_cast<int32_t>(InstanceIndex::FLASHSPARK_NAME)],
@@ -38,7 +39,7 @@ const Registration kRegistration{{&kInstances[static_cast<int32_t>(InstanceIndex
                                                                              : FLASHSPARK_FLOAT16,
                                   Architecture::EMULATED_TILES, nullptr, FLASHSPARK_TEXT(EMULATED_NAME),
                                   FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_BLOCK_SPARSE == 2, FLASHSPARK_DROPOUT != 0,
-                                  forward<Chosen>}};
+                                  FLASHSPARK_CONTIGUOUS != 0, forward<Chosen>}};
 
 }  // namespace
 }  // namespace flashspark::emulator

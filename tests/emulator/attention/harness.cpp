@@ -160,7 +160,7 @@ std::string name_of(const Kernel &kernel) {
          (kernel.block_tiles    ? "_block_tiles"
           : kernel.block_sparse ? "_lists"
                                 : "") +
-         (kernel.dropout ? "_dropout" : "");
+         (kernel.dropout ? "_dropout" : "") + (kernel.contiguous ? "_contiguous" : "");
 }
 
 std::span<const Kernel> kernels() {
@@ -182,7 +182,8 @@ bool can_run(const cases::Problem &problem) {
 }
 bool can_run(const Kernel &kernel, const cases::Problem &problem) {
   return kernels_take(problem) && kernel.dropout == (problem.params.dropout_p > 0) &&
-         kernel.dtype == problem.params.k.dtype && cuda::fits(*kernel.instance, problem.params);
+         !(kernel.contiguous && is_paged(problem.params)) && kernel.dtype == problem.params.k.dtype &&
+         cuda::fits(*kernel.instance, problem.params);
 }
 
 Run run(cases::Problem &problem, const Kernel *kernel, uint64_t seed) {

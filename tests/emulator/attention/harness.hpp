@@ -20,6 +20,7 @@ struct Kernel {
   const char *functions = nullptr;                 // their name in tests/support/named_graphs.hpp
   bool block_sparse = false, block_tiles = false;  // lists; those that are derived
   bool dropout = false;
+  bool contiguous = false;  // takes no pages
   void (*run_functions)(const FunctionForwardArguments &) = nullptr;
 };
 
