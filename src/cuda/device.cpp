@@ -85,7 +85,7 @@ const DeviceFacts &device_facts(int index) {
 }
 
 std::string device_unavailable_reason(int index) {
-  if (fatbins().empty()) return "this library was built without CUDA kernels";
+  if (fatbins().empty()) return why_no_fatbins();
   const Driver &d = driver();
   if (!d.unavailable_reason.empty()) return d.unavailable_reason;
   if (index >= d.device_count)

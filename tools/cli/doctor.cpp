@@ -244,6 +244,9 @@ Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env
                  const VllmReport &programs, const std::vector<Finding> &findings, const Limits *limits, bool healthy) {
   Json report = report_header();
   report["limits"] = limits ? to_json(*limits) : Json();
+  const bool none = cuda::fatbins().empty();
+  report["kernels"] = {{"architectures", none ? Json() : Json(cuda::fatbin_architectures())},
+                       {"missing", none ? Json(cuda::why_no_fatbins()) : Json()}};
   Json &implementations = report["implementations"] = Json::array();
   for (int n = 0; const char *name = flashspark_implementation_name(n); ++n) {
     implementations.push_back({{"name", name}, {"description", flashspark_implementation_description(n)}});
@@ -303,7 +306,7 @@ void print_machine(const Machine &m, const GpuFacts &gpu, const Limits *limits) 
     line("driver", fmt::format("{}, CUDA {}.{}", gpu.driver.empty() ? "unknown version" : gpu.driver,
                                gpu.cuda_version / 1000, gpu.cuda_version % 1000 / 10));
   }
-  std::string kernels = "this build has none";
+  std::string kernels = fmt::format("none: {}", cuda::why_no_fatbins());
   if (!cuda::fatbins().empty()) kernels = fmt::format("for {}", cuda::fatbin_architectures());
   if (!gpu.gpus.empty() && gpu_unavailable_reason().empty())
     kernels += fmt::format("; the GPU takes {}", cuda::architecture_name(cuda::device_facts(0).machine.arch));
