@@ -33,7 +33,7 @@ class Check(NamedTuple):
 
 
 def check_wheel(wheel: Path, machine: str, platform_tag: str, libraries: str = GLIBC) -> list[Check]:
-    """Tag, contents, size, machine, linked libraries (a pattern of those allowed), and that no kernel is there twice."""
+    """Tag, contents, size, machine, linked libraries (a pattern of those allowed), and no kernel twice."""
     folder = BUILD / "unpacked" / wheel.stem
     shutil.rmtree(folder, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
