@@ -9,9 +9,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pytest
-
 import flashspark
+import pytest
 from flashspark import _core, _elf
 
 PACKAGE = Path(flashspark.__file__).parent
