@@ -98,6 +98,8 @@ def build(machine: str, python: Path, folder: Path) -> Path:
         *("-C", "cmake.define.FLASHSPARK_CUDA=ON"),
         *("-C", "cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=", "-C", "cmake.define.CMAKE_C_COMPILER_LAUNCHER="),
         _PYTHON_HOST_PLATFORM=f"linux-{machine}",
+        CCACHE_BASEDIR=str(ROOT),  # as the Makefile has it: kernels that any build of this tree compiled
+        CCACHE_NOHASHDIR="1",
         FLASHSPARK_RELEASE=str(folder),
         FLASHSPARK_RELEASE_MACHINE=machine,
         SOURCE_DATE_EPOCH=run("git", "log", "-1", "--format=%ct").strip(),

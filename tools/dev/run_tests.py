@@ -62,8 +62,9 @@ def ruff(log: Log) -> None:
 
 
 def run_tests(log: Log) -> None:
-    """This program itself: nothing that it runs can be lost without a failure."""
+    """This program itself: nothing that it runs can be lost without a failure, no fault of a wheel be missed."""
     log.unittests(BIN / "python", "tools/dev/stage_log_test.py")
+    log.unittests(BIN / "python", "tools/dev/wheels_test.py")
 
 
 def nvrtc() -> dict[str, str]:
