@@ -91,6 +91,7 @@ def build(machine: str, python: Path, folder: Path) -> Path:
     print(f"{machine}: building in {folder}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     write_compilers(folder, machine, python)
+    dated = {"SOURCE_DATE_EPOCH": run("git", "log", "-1", "--format=%ct").strip()}
     run(
         *(BIN / "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", folder),
         *("-C", f"build-dir={folder}/cmake"),
@@ -102,10 +103,11 @@ def build(machine: str, python: Path, folder: Path) -> Path:
         CCACHE_NOHASHDIR="1",
         FLASHSPARK_RELEASE=str(folder),
         FLASHSPARK_RELEASE_MACHINE=machine,
-        SOURCE_DATE_EPOCH=run("git", "log", "-1", "--format=%ct").strip(),
+        **dated,
     )
     (wheel,) = folder.glob("flashspark-*.whl")
-    run(python / "python", "-m", "wheel", "tags", "--remove", "--platform-tag", platform_tag(machine), wheel)
+    tags = ("--remove", "--platform-tag", platform_tag(machine))
+    run(python / "python", "-m", "wheel", "tags", *tags, wheel, **dated)  # which writes RECORD again
     (wheel,) = folder.glob("flashspark-*.whl")
     return wheel
 
