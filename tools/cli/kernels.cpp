@@ -5,6 +5,7 @@
 // command must start where the library is missing, and say so.
 #include <dlfcn.h>
 #include <fmt/format.h>
+#include <sys/auxv.h>
 
 #include <filesystem>
 #include <string>
@@ -67,9 +68,16 @@ std::string take(const fs::path &library, Found &found) {
                      version == flashspark_version() ? "another build of " + version : version, flashspark_version());
 }
 
-Found find() {
+// Where this program is, also in a root without /proc.
+fs::path own_folder() {
   std::error_code error;
-  const fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path();
+  fs::path self = fs::read_symlink("/proc/self/exe", error);
+  if (error) self = fs::canonical(reinterpret_cast<const char *>(getauxval(AT_EXECFN)), error);
+  return self.parent_path();
+}
+
+Found find() {
+  const fs::path folder = own_folder();
   Found found;
   for (const fs::path &library : libraries(folder)) {
     const std::string reason = take(library, found);
