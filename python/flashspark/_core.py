@@ -26,6 +26,15 @@ def _find() -> str:
     )
 
 
+def _load(path: str) -> Any:
+    try:
+        return tvm_ffi.load_module(path)
+    except Exception as error:
+        from . import _elf
+
+        raise ImportError(_elf.why_not_loaded(path, str(error))) from error
+
+
 def _function(name: str) -> Callable[..., Any]:
     function = module.get_function(name)
     function.release_gil = True  # tvm-ffi's default, unless an environment variable says otherwise
@@ -34,7 +43,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 tvm_ffi.register_error("NotImplementedError", NotImplementedError)
 tvm_ffi.register_error("MemoryError", MemoryError)
-module = tvm_ffi.load_module(_find())
+module = _load(_find())
 
 attention_forward = _function("attention_forward")
 attention_explain = _function("attention_explain")

@@ -85,11 +85,14 @@ const DeviceFacts &device_facts(int index) {
 }
 
 std::string device_unavailable_reason(int index) {
-  if (fatbins().empty()) return "this library was built without CUDA kernels";
+  if (fatbins().empty()) return why_no_fatbins();
   const Driver &d = driver();
   if (!d.unavailable_reason.empty()) return d.unavailable_reason;
+  if (d.version < kOldestLoadingVersion)
+    return "the NVIDIA driver offers " + version_text(d.version) + ", too old to load the kernels" + kUpdateDriver;
   if (index >= d.device_count)
-    return "there is no " + name_of(index) + ": the driver has " + std::to_string(d.device_count);
+    return "there is no " + name_of(index) + ": the driver has " + std::to_string(d.device_count) +
+           visible_devices_text();
   if (index >= kMostDevices) return name_of(index) + " is beyond the first " + std::to_string(kMostDevices);
   return device_facts(index).unavailable_reason;
 }

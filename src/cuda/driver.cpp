@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <type_traits>
 
 #include "error.hpp"
@@ -23,6 +24,29 @@ bool take(Result (*get_address)(const char *, void **, int, uint64_t, int *), co
   return true;
 }
 
+// Why cuInit fails and what mends it, where that is known, as an addition to the driver's own words.
+const char *remedy_of(Result result) {
+  switch (result) {
+    case kNotInitialized:  // in a forked child whose parent has used the driver, for instance through torch
+      return ": was CUDA initialised before fork()? Then start processes by spawn";
+    case kStubLibrary:
+      return ": libcuda.so.1 is the toolkit's stub, for linking only; take its folder off LD_LIBRARY_PATH";
+    case kDeviceUnavailable:
+      return ": another process has the GPU to itself (nvidia-smi shows its compute mode)";
+    case kSystemNotReady:
+      return ": the GPUs are not ready yet; is nvidia-fabricmanager running?";
+    case kDriverMismatch:
+      return ": libcuda.so.1 and the kernel module are of different versions; reboot after an update, and in a "
+             "container "
+             "leave libcuda.so.1 to the NVIDIA container toolkit";
+    case kCompatNotSupported:
+      return ": the container's CUDA is newer than the driver, which only data-centre GPUs bridge; update the host's "
+             "driver";
+    default:
+      return "";
+  }
+}
+
 void load(Driver &d) {
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
@@ -33,20 +57,20 @@ void load(Driver &d) {
   using GetAddress = Result (*)(const char *, void **, int, uint64_t, int *);
   const auto get_address = reinterpret_cast<GetAddress>(dlsym(library, "cuGetProcAddress_v2"));
   if (get_address == nullptr) {
-    d.unavailable_reason = "the NVIDIA driver is older than CUDA 12.0";
+    d.unavailable_reason = std::string("the NVIDIA driver is older than CUDA 12.0") + kUpdateDriver;
     return;
   }
-#define FLASHSPARK_DRIVER_TAKE(name, ...)                                                 \
-  if (!take(get_address, #name, d.name)) {                                                \
-    d.unavailable_reason = "the NVIDIA driver has no " #name "; it must offer CUDA 12.0"; \
-    return;                                                                               \
+#define FLASHSPARK_DRIVER_TAKE(name, ...)                                                  \
+  if (!take(get_address, #name, d.name)) {                                                 \
+    d.unavailable_reason = std::string("the NVIDIA driver has no " #name) + kUpdateDriver; \
+    return;                                                                                \
   }
   FLASHSPARK_DRIVER_FUNCTIONS(FLASHSPARK_DRIVER_TAKE)
 #undef FLASHSPARK_DRIVER_TAKE
   d.cuDriverGetVersion(&d.version);
   Result result = d.init_result = d.cuInit(0);
   if (result == kNoDevice) {
-    d.unavailable_reason = "no GPU: the NVIDIA driver finds none";
+    d.unavailable_reason = "no GPU: the NVIDIA driver finds none" + visible_devices_text();
     return;
   }
   if (result == kSuccess) result = d.cuDeviceGetCount(&d.device_count);
@@ -54,10 +78,7 @@ void load(Driver &d) {
     pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
     return;
   }
-  d.unavailable_reason = error_text(d, "cuInit", result);
-  // What the driver says in a forked child whose parent has used it, for instance through torch.
-  if (result == kNotInitialized)
-    d.unavailable_reason += ": was CUDA initialised before fork()? Then start processes by spawn";
+  d.unavailable_reason = error_text(d, "cuInit", result) + remedy_of(result);
 }
 
 }  // namespace
@@ -74,6 +95,16 @@ const Driver &driver() {
                 "spawn, or fork before the first CUDA call");
   }
   return instance;
+}
+
+std::string version_text(int version) {
+  return "CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+std::string visible_devices_text() {
+  const char *value = std::getenv("CUDA_VISIBLE_DEVICES");
+  if (value == nullptr) return {};
+  return std::string(" with CUDA_VISIBLE_DEVICES=") + (*value != '\0' ? value : "\"\"");
 }
 
 std::string error_text(const Driver &d, const char *function, Result result) {

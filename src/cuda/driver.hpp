@@ -19,7 +19,8 @@ using Kernel = struct KernelObject *;
 using Function = struct FunctionObject *;
 using Address = uint64_t;
 
-constexpr Result kSuccess = 0, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice = 100;
+constexpr Result kSuccess = 0, kOutOfMemory = 2, kNotInitialized = 3, kStubLibrary = 34, kDeviceUnavailable = 46,
+                 kNoDevice = 100, kSystemNotReady = 802, kDriverMismatch = 803, kCompatNotSupported = 804;
 
 // CUdevice_attribute.
 constexpr int kSmCount = 16, kL2Bytes = 38, kMajor = 75, kMinor = 76, kSharedBytesPerSm = 81, kSharedBytesPerBlock = 97;
@@ -46,6 +47,9 @@ struct LaunchConfig {
 
 // Names and prototypes, of the newest versions up to kDriverVersion, which are those that cuGetProcAddress gives.
 constexpr int kDriverVersion = 12000;
+// What drivers must offer to load the kernels, which are compressed by nvcc's --compress-mode=size: those before 550 do
+// not read that. From 580 on, they load what any CUDA 13 has compiled.
+constexpr int kOldestLoadingVersion = 12040, kCertainlyLoadingVersion = 13000;
 #define FLASHSPARK_DRIVER_FUNCTIONS(F)                                                                                \
   F(cuInit, Result(unsigned))                                                                                         \
   F(cuDriverGetVersion, Result(int *))                                                                                \
@@ -102,6 +106,16 @@ const Driver &driver();
 
 // "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS (700)"
 std::string error_text(const Driver &driver, const char *function, Result result);
+
+// 12040: "CUDA 12.4"
+std::string version_text(int version);
+
+// The GPUs that CUDA_VISIBLE_DEVICES leaves, as an addition to a message: " with CUDA_VISIBLE_DEVICES=7"; "" if it is
+// not set.
+std::string visible_devices_text();
+
+// What to do about a driver that is too old, as an addition to a message.
+constexpr char kUpdateDriver[] = "; update it to version 580 or newer";
 
 // Throws Error: OUT_OF_MEMORY, or DEVICE_ERROR.
 void require(Result result, const char *function);

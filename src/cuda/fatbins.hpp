@@ -1,4 +1,5 @@
-// The compiled kernels, embedded in the library by cmake/Fatbin.cmake.
+// The compiled kernels, embedded in the library by cmake/Fatbin.cmake. The flashspark command takes them from the
+// library: tools/cli/kernels.cpp.
 #pragma once
 
 #include <iterator>
@@ -16,5 +17,8 @@ std::span<const Fatbin> fatbins();
 
 // What they were compiled for: "sm_80, sm_90, sm_120f"; "" when there are none.
 const char *fatbin_architectures();
+
+// Why there are none, in words; "" when there are.
+const char *why_no_fatbins();
 
 }  // namespace flashspark::cuda

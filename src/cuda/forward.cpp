@@ -123,7 +123,7 @@ size_t workspace(const Params &p) {
 }
 
 std::string detail(const Params &p) {
-  if (fatbins().empty()) return "built without CUDA kernels";
+  if (fatbins().empty()) return why_no_fatbins();
   if (p.device != FLASHSPARK_CUDA) return std::string("kernels for ") + fatbin_architectures();
   if (!device_unavailable_reason(p.device_index).empty()) return "not here";
   const DeviceFacts &device = device_facts(p.device_index);

@@ -31,12 +31,22 @@ class RelaxedCapture {
   int mode_ = kCaptureRelaxed;
 };
 
-Kernel load_from(const void *image, const std::string &entry) {
+// A driver that is older than the compiler may not read what that made, and only says that the image is invalid.
+void require_load(Result result, const char *function) {
   const Driver &d = driver();
+  if (result == kSuccess || result == kOutOfMemory || d.version >= kCertainlyLoadingVersion)
+    return require(result, function);
+  throw Error(FLASHSPARK_DEVICE_ERROR, "the NVIDIA driver offers " + version_text(d.version) +
+                                           " and does not load the kernels (" + error_text(d, function, result) + ")" +
+                                           kUpdateDriver);
+}
+#define FLASHSPARK_LOAD(function, ...) require_load(driver().function(__VA_ARGS__), #function)
+
+Kernel load_from(const void *image, const std::string &entry) {
   Library library = nullptr;
   Kernel kernel = nullptr;
-  FLASHSPARK_CUDA_CALL(d, cuLibraryLoadData, &library, image, nullptr, nullptr, 0, nullptr, nullptr, 0);
-  FLASHSPARK_CUDA_CALL(d, cuLibraryGetKernel, &kernel, library, entry.c_str());
+  FLASHSPARK_LOAD(cuLibraryLoadData, &library, image, nullptr, nullptr, 0, nullptr, nullptr, 0);
+  FLASHSPARK_LOAD(cuLibraryGetKernel, &kernel, library, entry.c_str());
   return kernel;
 }
 
@@ -50,7 +60,7 @@ Kernel load(const std::string &name) {
 // The driver loads lazily, at the first launch; here is a better place, since launches may be captured.
 void load_now(Kernel kernel) {
   Function unused = nullptr;
-  FLASHSPARK_CUDA_CALL(driver(), cuKernelGetFunction, &unused, kernel);
+  FLASHSPARK_LOAD(cuKernelGetFunction, &unused, kernel);
 }
 
 void allow_shared_memory(Kernel kernel, int index, uint32_t shared_bytes) {

@@ -44,7 +44,7 @@ Result fakeInit(unsigned) {
   return state().init_result;
 }
 Result fakeDriverGetVersion(int *version) {
-  *version = 13000;
+  *version = state().version;
   return kSuccess;
 }
 Result fakeDeviceGetCount(int *count) {
@@ -111,6 +111,7 @@ bool forbidden() {
 Result fakeLibraryLoadData(Library *library, const void *image, int *, void **, unsigned, int *, void **, unsigned) {
   const std::lock_guard lock(state().mutex);
   if (forbidden()) return kCaptureUnsupported;
+  if (state().load_result != kSuccess) return state().load_result;
   state().loads.push_back(image);
   static std::list<LibraryObject> loaded;
   *library = &loaded.emplace_back(LibraryObject{image});
@@ -240,12 +241,30 @@ Result fakeEventElapsedTime(float *milliseconds, Event, Event) {
 Result fakeGetErrorName(Result result, const char **name) {
   static const std::map<Result, const char *> names{{2, "CUDA_ERROR_OUT_OF_MEMORY"},
                                                     {3, "CUDA_ERROR_NOT_INITIALIZED"},
+                                                    {34, "CUDA_ERROR_STUB_LIBRARY"},
+                                                    {46, "CUDA_ERROR_DEVICE_UNAVAILABLE"},
+                                                    {200, "CUDA_ERROR_INVALID_IMAGE"},
                                                     {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+                                                    {802, "CUDA_ERROR_SYSTEM_NOT_READY"},
+                                                    {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"},
+                                                    {804, "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE"},
                                                     {999, "CUDA_ERROR_UNKNOWN"}};
   const auto found = names.find(result);
   if (found == names.end()) return kInvalidValue;
   *name = found->second;
   return kSuccess;
+}
+fake_cuda::State *state_of_environment() {
+  auto *s = new fake_cuda::State;  // never destroyed: buffers are freed until the process ends
+  const auto number = [](const char *name, int &value) {
+    if (const char *text = std::getenv(name)) value = std::atoi(text);
+  };
+  number("FAKE_CUDA_INIT", s->init_result);
+  number("FAKE_CUDA_LOAD", s->load_result);
+  number("FAKE_CUDA_VERSION", s->version);
+  if (const char *name = std::getenv("FAKE_CUDA_DEVICE")) s->devices = {{name}};
+  number("FAKE_CUDA_SMS", s->devices[0].sm_count);
+  return s;
 }
 // Stub of the functions that no test reaches.
 Result unreachable() {
@@ -255,8 +274,8 @@ Result unreachable() {
 }  // namespace
 
 fake_cuda::State &fake_cuda::state() {
-  static State &instance = *new State;  // never destroyed: buffers are freed until the process ends
-  return instance;
+  static State *const instance = state_of_environment();
+  return *instance;
 }
 
 int fake_cuda::current_device() {

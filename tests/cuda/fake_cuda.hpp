@@ -1,5 +1,7 @@
 // A libcuda.so.1 without a GPU. It enforces the driver's rules (contexts, attributes, captures) and records what it is
-// asked to do. The test links it, so that the library's dlopen() finds it already loaded.
+// asked to do. The test links it, so that the library's dlopen() finds it already loaded. Programs that find it on
+// LD_LIBRARY_PATH say by environment variables how it behaves: FAKE_CUDA_INIT and FAKE_CUDA_LOAD, results;
+// FAKE_CUDA_VERSION; FAKE_CUDA_DEVICE, the name of the only device, and FAKE_CUDA_SMS, how many SMs it has.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +38,8 @@ struct State {
   std::mutex mutex;
   // How the driver behaves. Set the devices before the first call that needs one.
   std::vector<Device> devices{{}, {}, {"NVIDIA Old", 7, 5}, {"NVIDIA Datacenter", 10, 0}, {"NVIDIA Hopper", 9, 0}};
-  int init_result = 0, launch_result = 0, allocate_result = 0;
+  int version = 13000;
+  int init_result = 0, load_result = 0, launch_result = 0, allocate_result = 0;
   bool capturing = false;
   // What the driver was asked to do.
   std::vector<Launch> launches;

@@ -699,23 +699,6 @@ TEST_F(Cuda, AForkedChildIsToldWhatToDo) {
   run(decode());  // the parent goes on
 }
 
-// The driver is asked once a process, so these have one of their own.
-[[noreturn]] void first_call_with(int init_result, const char *part) {
-  fake_cuda::state().init_result = init_result;
-  const Params p = decode();
-  const flashspark_status status = flashspark_attention_forward(&p);
-  std::fputs(flashspark_last_error(), stderr);
-  std::_Exit(status == FLASHSPARK_UNSUPPORTED && contains(flashspark_last_error(), part) ? 0 : 1);
-}
-
-TEST_F(CudaDeath, WhatTheDriverSaysAtFirstIsReported) {
-  GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(first_call_with(100, "no GPU: the NVIDIA driver finds none"), testing::ExitedWithCode(0), "");
-  EXPECT_EXIT(first_call_with(999, "cuInit: CUDA_ERROR_UNKNOWN (999)"), testing::ExitedWithCode(0), "");
-  EXPECT_EXIT(first_call_with(3, "CUDA_ERROR_NOT_INITIALIZED (3): was CUDA initialised before fork()?"),
-              testing::ExitedWithCode(0), "");
-}
-
 using CudaLast = Cuda;  // loads what other tests count the loads of
 
 TEST_F(CudaLast, EveryKeyHasAKernelOfItsOwn) {

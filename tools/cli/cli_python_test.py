@@ -152,6 +152,33 @@ class Troubles(Environment):
             self.assertEqual(len(found), 1, (part, findings))
             self.assertTrue(found[0]["mend"])
 
+    def test_two_installs(self) -> None:
+        self.install(self.venv.site)
+        self.check()
+        fake_package(self.other, "flashspark", "0.0.9")
+        (self.venv.site / "other.pth").write_text(f"{self.other}\n")
+        (text,) = self.venv.errors(1)
+        self.assertIn(f"installed 2 times, and Python imports the first: {VERSION} in ", text)
+        self.assertIn(f"0.0.9 in {os.path.realpath(self.other)}/flashspark-0.0.9.dist-info", text)
+        # The same folder twice on the path is one installation.
+        (self.venv.site / "other.pth").write_text(f"{self.venv.site}\n")
+        self.check(PYTHONPATH=str(self.venv.site))
+
+    def test_a_library_of_another_version_is_loaded(self) -> None:
+        self.install(self.venv.site)
+        fake_module(self.venv.site, "flashspark.rest")
+        (self.venv.site / "flashspark" / "__init__.py").write_text("def native_version(): return '0.0.9'\n")
+        self.assertEqual(self.venv.errors(1), [f"the Python package is {VERSION} but loads a library of 0.0.9"])
+
+    def test_a_library_that_does_not_load(self) -> None:
+        self.install(self.venv.site)
+        fake_module(self.venv.site, "flashspark.rest")
+        module = self.venv.site / "flashspark" / "__init__.py"
+        module.write_text("def native_version(): raise ImportError('is for aarch64\\nand more')\n")
+        self.assertEqual(self.venv.errors(1), ["flashspark cannot be imported: ImportError: is for aarch64"])
+        module.write_text("import os; os.abort()\n")
+        self.assertEqual(self.venv.errors(1), ["flashspark cannot be imported: the interpreter crashes"])
+
     def test_metadata_without_a_version(self) -> None:
         (self.venv.site / "numpy-2.1.0.dist-info").mkdir()
         (self.venv.site / "numpy-2.1.0.dist-info" / "METADATA").write_text("Name: numpy\n")

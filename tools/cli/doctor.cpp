@@ -2,14 +2,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
-#include <cctype>
-#include <cstdlib>
 #include <functional>
 #include <sstream>
 
 #include "cases/cases.hpp"
 #include "cli/cli.hpp"
+#include "cli/doctor_findings.hpp"
 #include "cli/gpu_run.hpp"
 #include "cli/json.hpp"
 #include "cli/machine.hpp"
@@ -22,38 +20,6 @@
 
 namespace flashspark::cli {
 namespace {
-
-struct Finding {
-  enum Level { kNote, kWarning, kError } level;
-  std::string text;
-  std::string mend;  // how to fix it; empty for notes
-};
-const char *level_name(Finding::Level level) {
-  return level == Finding::kNote ? "note" : level == Finding::kWarning ? "warning" : "error";
-}
-
-Finding::Level level_of(const std::string &name) {
-  return name == "error" ? Finding::kError : name == "warning" ? Finding::kWarning : Finding::kNote;
-}
-
-// The effect of environment variables. The library itself reports values that it does not accept.
-struct Switch {
-  const char *name;
-  const char *meaning;
-};
-constexpr Switch kSwitches[] = {
-    {"FLASHSPARK_FORCE_IMPLEMENTATION", "a name from the table of implementations, for every call"},
-    {"FLASHSPARK_CPU_TARGET", "SIMD target: AVX-512, AVX2, SSE4, NEON, as far as the build and the CPU have it"},
-    {"FLASHSPARK_NUM_THREADS", "CPU threads of a call, up to 1024; 0: all"},
-    {"FLASHSPARK_CHECK", "1: metadata in GPU memory is checked before every call; 0: it is not"},
-    {"FLASHSPARK", "0: vLLM keeps its own attention"},
-    {"FLASHSPARK_CAPABILITIES", "compute capabilities to take over in vLLM, such as 9.0,12.x"},
-};
-
-std::string value_of(const Switch &each) {
-  const char *value = std::getenv(each.name);
-  return value != nullptr ? value : "";
-}
 
 struct Choice {
   std::string problem;
@@ -138,112 +104,13 @@ std::vector<Choice> choices(bool gpu) {
   return list;
 }
 
-void look_at_machine(const Machine &m, const GpuFacts &gpu, std::vector<Finding> &findings) {
-  const auto add = [&](Finding::Level level, std::string text, std::string mend) {
-    findings.push_back({level, std::move(text), std::move(mend)});
-  };
-  if (gpu.gpus.empty()) {
-    if (!gpu.error.empty()) {
-      add(Finding::kWarning, "the NVIDIA driver's library gives no GPU: " + gpu.error,
-          "if the driver was just updated, reboot or reload its kernel module");
-    } else if (!gpu.driver.empty() && gpu.cuda_version == 0) {
-      add(Finding::kWarning, "kernel driver " + gpu.driver + " is loaded but libcuda.so.1 is not found",
-          "in a container, start it with --gpus all; else install the driver's user libraries");
-    }
-    add(Finding::kNote, "no GPU: everything runs on the CPU", "");
-  } else if (const std::string reason = gpu_unavailable_reason(); !reason.empty()) {
-    add(Finding::kWarning, "problems in GPU memory are refused: " + reason,
-        cuda::fatbins().empty() ? "build with nvcc 12.9 or newer, or install a wheel that has the kernels"
-                                : "a driver that offers CUDA 12.0 or newer, and a GPU that the kernels serve");
-  }
-  if (m.simd == "SCALAR" || m.simd == "SSE2" || m.simd == "EMU128") {
-    add(Finding::kWarning, "the SIMD target is " + m.simd + ": slow",
-        "a CPU with AVX2 or NEON; in a virtual machine, pass the host's CPU flags through");
-  }
-  if (m.cpu_limit > 0 && m.threads > m.cpu_limit + 0.5) {
-    add(Finding::kWarning, fmt::format("{} threads will share a quota of {:.1f} CPUs", m.threads, m.cpu_limit),
-        fmt::format("FLASHSPARK_NUM_THREADS={:.0f}", std::max(1.0, m.cpu_limit)));
-  }
-}
-
-void look_at_switches(std::vector<Finding> &findings) {
-  for (const Switch &each : kSwitches) {
-    if (const std::string value = value_of(each); !value.empty())
-      findings.push_back({Finding::kNote, fmt::format("{}={} is set", each.name, value), ""});
-  }
-  if (const std::string wrong = environment_error(); !wrong.empty())
-    findings.push_back({Finding::kError, "nothing runs: " + wrong, "unset the variable, or give it one of its values"});
-  std::string takeover = value_of({"FLASHSPARK", ""});
-  std::transform(takeover.begin(), takeover.end(), takeover.begin(), [](unsigned char c) { return std::tolower(c); });
-  constexpr std::array kKnown = {"", "0", "off", "false", "no", "1", "on", "true", "yes"};
-  if (std::find(kKnown.begin(), kKnown.end(), takeover) == kKnown.end())
-    findings.push_back(
-        {Finding::kError, "FLASHSPARK=" + takeover + " is neither on (1) nor off (0)", "unset FLASHSPARK"});
-}
-
-void look_at_python(const PythonEnvironment &env, const GpuFacts &gpu, std::vector<Finding> &findings) {
-  const auto add = [&](Finding::Level level, std::string text, std::string mend) {
-    findings.push_back({level, std::move(text), std::move(mend)});
-  };
-  if (env.interpreter.empty()) {
-    add(Finding::kNote, "no Python found; the C and C++ interfaces do not need it", "");
-    return;
-  }
-  if (!env.answered) {
-    add(Finding::kError, env.interpreter + " does not run: what is installed there is not known",
-        env.interpreter + " -c 'import importlib.metadata'  # shows why");
-    return;
-  }
-  const std::string pip = pip_install(env);
-  const auto found = env.packages.find("flashspark");
-  if (found == env.packages.end()) {
-    add(Finding::kNote, "flashspark is not installed in this Python", pip + "flashspark-*.whl");
-  } else {
-    if (found->second.version == "unknown") {
-      add(Finding::kNote, "flashspark is imported from " + found->second.folder + ", without metadata", "");
-    } else if (found->second.version != flashspark_version()) {
-      add(Finding::kError,
-          fmt::format("the Python package is {} but this program is {}", found->second.version, flashspark_version()),
-          pip + "--no-deps --force-reinstall flashspark-" + flashspark_version() + "-*.whl");
-    }
-    for (const std::string &requirement : found->second.requirements) {
-      const auto [name, clauses] = split_requirement(requirement);
-      const auto installed = env.packages.find(name);
-      const std::string mend = pip + "'" + name + clauses + "'";
-      if (installed == env.packages.end()) {
-        add(Finding::kError, "flashspark needs " + name + clauses + ", which is not installed", mend);
-      } else if (installed->second.version != "unknown" && !requirement_met(clauses, installed->second.version)) {
-        add(Finding::kError,
-            fmt::format("flashspark needs {}{} but {} is installed", name, clauses, installed->second.version), mend);
-      }
-    }
-  }
-  for (const auto &[name, package] : env.packages) {
-    if (package.version.empty()) {
-      add(Finding::kError, "broken installation: no version in " + package.folder, pip + "--force-reinstall " + name);
-    }
-  }
-  if (const auto torch = env.packages.find("torch"); torch != env.packages.end() && gpu.cuda_version > 0) {
-    // "2.9.1+cu130" needs a driver that supports the same major CUDA version.
-    const size_t at = torch->second.version.find("+cu");
-    const int wanted = at == std::string::npos ? 0 : std::atoi(torch->second.version.c_str() + at + 3) / 10;
-    if (wanted > gpu.cuda_version / 1000) {
-      add(Finding::kError,
-          fmt::format("torch {} needs CUDA {}, the driver offers {}", torch->second.version, wanted,
-                      gpu.cuda_version / 1000),
-          "update the NVIDIA driver, or install a torch for an older CUDA");
-    }
-  }
-  for (const std::string &file : env.shim_files) {
-    add(Finding::kWarning, "a community shim replaces vLLM's attention on SM12x: " + file,
-        "flashspark steps in front of it; remove it: rm " + file);
-  }
-}
-
 Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env, const VllmReport &vllm,
                  const VllmReport &programs, const std::vector<Finding> &findings, const Limits *limits, bool healthy) {
   Json report = report_header();
   report["limits"] = limits ? to_json(*limits) : Json();
+  const bool none = cuda::fatbins().empty();
+  report["kernels"] = {{"architectures", none ? Json() : Json(cuda::fatbin_architectures())},
+                       {"missing", none ? Json(cuda::why_no_fatbins()) : Json()}};
   Json &implementations = report["implementations"] = Json::array();
   for (int n = 0; const char *name = flashspark_implementation_name(n); ++n) {
     implementations.push_back({{"name", name}, {"description", flashspark_implementation_description(n)}});
@@ -264,6 +131,7 @@ Json doctor_json(const std::vector<Choice> &chosen, const PythonEnvironment &env
                       {"found_by", env.found_by},
                       {"site_folders", env.site_folders},
                       {"packages", packages},
+                      {"loaded_version", env.loaded_version.empty() ? Json() : Json(env.loaded_version)},
                       {"shim_files", env.shim_files},
                       {"hook_files", hook_files(env)}};
   report["vllm"] = vllm.json;
@@ -303,7 +171,7 @@ void print_machine(const Machine &m, const GpuFacts &gpu, const Limits *limits) 
     line("driver", fmt::format("{}, CUDA {}.{}", gpu.driver.empty() ? "unknown version" : gpu.driver,
                                gpu.cuda_version / 1000, gpu.cuda_version % 1000 / 10));
   }
-  std::string kernels = "this build has none";
+  std::string kernels = fmt::format("none: {}", cuda::why_no_fatbins());
   if (!cuda::fatbins().empty()) kernels = fmt::format("for {}", cuda::fatbin_architectures());
   if (!gpu.gpus.empty() && gpu_unavailable_reason().empty())
     kernels += fmt::format("; the GPU takes {}", cuda::architecture_name(cuda::device_facts(0).machine.arch));
@@ -366,7 +234,8 @@ int doctor(const DoctorOptions &options) {
   const Limits *limits = options.bandwidth ? &measured : nullptr;
 
   std::vector<Finding> findings;
-  look_at_machine(facts, gpu, findings);
+  look_at_gpu(gpu, findings);
+  look_at_machine(facts, findings);
   look_at_switches(findings);
   for (const Choice &c : chosen) {
     // If all problems fail for the same reason, report it once.

@@ -17,7 +17,9 @@ namespace {
 void ask_driver(GpuFacts &facts) {
   const cuda::Driver &d = cuda::driver();
   facts.cuda_version = d.version;
-  if (d.found && d.init_result != cuda::kNoDevice) facts.error = d.unavailable_reason;
+  facts.driver_found = d.found;
+  facts.none = d.init_result == cuda::kNoDevice;
+  facts.error = d.unavailable_reason;
   for (int index = 0; d.unavailable_reason.empty() && index < d.device_count; ++index) {
     cuda::Device device = 0;
     size_t bytes = 0;

@@ -39,10 +39,12 @@ struct Gpu {
 };
 struct GpuFacts {
   std::vector<Gpu> gpus;
-  std::string driver;    // "580.95.05"; empty if there is no kernel module
-  int cuda_version = 0;  // the newest that the driver supports: 13000; 0 without libcuda
-  std::string error;     // why libcuda.so.1 offers no devices although it is present
-  std::string toolkit;   // folder of the CUDA toolkit; empty if none
+  std::string driver;         // "580.95.05"; empty if there is no kernel module
+  int cuda_version = 0;       // the newest that the driver supports: 13000; 0 without libcuda
+  bool driver_found = false;  // libcuda.so.1 is present
+  bool none = false;          // it finds no GPU
+  std::string error;          // why there are no GPUs
+  std::string toolkit;        // folder of the CUDA toolkit; empty if none
   std::string toolkit_version;
 };
 GpuFacts gpu_facts();

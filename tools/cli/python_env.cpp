@@ -62,13 +62,30 @@ for name in names:
     if name == "flashspark":
         wanted = [re.split("[^A-Za-z0-9._-]", r)[0] for r in packages[name]["requirements"]]
         names += [n for n in (re.sub("[-_.]+", "-", w).lower() for w in wanted) if n not in names]
+copies = {os.path.realpath(str(d._path)): d.metadata["Version"] or "" for d in importlib.metadata.distributions(name="flashspark")
+          if hasattr(d, "_path")}
 sites = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
 sites = list(dict.fromkeys(os.path.realpath(s) for s in sites if os.path.isdir(s)))
 folders = list(dict.fromkeys([*sites, *(os.path.realpath(p) for p in sys.path)]))
 shim = ["fa4_sm120_shim.py", "zzz_fa4_sm120_shim.pth"]
 files = sorted(f for f in (os.path.join(p, s) for p in folders for s in shim) if os.path.isfile(f))
-print(json.dumps({"site_folders": sites, "packages": packages, "shim_files": files,
+print(json.dumps({"site_folders": sites, "packages": packages, "copies": [*copies.items()], "shim_files": files,
                   "has_pip": importlib.util.find_spec("pip") is not None}))
+)";
+
+// Whether flashspark's native library loads, in a process of its own, which may crash.
+constexpr char kImport[] = R"(
+import sys
+if sys.path and not sys.path[0]: del sys.path[0]  # the current folder
+import importlib.util
+if importlib.util.find_spec("flashspark") is None:
+    print("loaded")
+else:
+    try:
+        import flashspark
+        print("loaded", getattr(flashspark, "native_version", str)())
+    except Exception as e:
+        print(type(e).__name__ + ":", (str(e).splitlines() or [""])[0])
 )";
 
 void take_answer(PythonEnvironment &env, const nlohmann::json &answer) {
@@ -76,6 +93,7 @@ void take_answer(PythonEnvironment &env, const nlohmann::json &answer) {
   env.site_folders = answer.at("site_folders");
   env.shim_files = answer.at("shim_files");
   env.has_pip = answer.at("has_pip");
+  for (const auto &copy : answer.at("copies")) env.copies.push_back({copy.at(1), copy.at(0), {}});
   for (const auto &[name, package] : answer.at("packages").items())
     env.packages[name] = {package.at("version"), package.at("folder"), package.at("requirements")};
 }
@@ -167,6 +185,14 @@ PythonEnvironment python_environment() {
   if (env.interpreter.empty()) return env;
   const auto answer = nlohmann::json::parse(last_line_of(env, {"-c", kQuestion}), nullptr, /*allow_exceptions=*/false);
   if (answer.is_object() && answer.contains("has_pip")) take_answer(env, answer);
+  if (env.packages.contains("flashspark")) {
+    const std::string said = last_line_of(env, {"-c", kImport});
+    if (said.starts_with("loaded")) {
+      env.loaded_version = said.substr(std::min(said.size(), std::string("loaded ").size()));
+    } else {
+      env.import_error = said.empty() ? "the interpreter crashes" : said;
+    }
+  }
   return env;
 }
 

@@ -19,8 +19,11 @@ struct PythonEnvironment {
   bool answered = false;                  // otherwise nothing below is known
   std::vector<std::string> site_folders;  // existing folders whose .pth files are read: site-packages and dist-packages
   std::map<std::string, Package> packages;  // those found of flashspark, its requirements, torch and vllm
-  std::vector<std::string> shim_files;      // of the community's SM120 shim for vLLM
-  bool has_pip = false;                     // environments made by uv have none
+  std::vector<Package> copies;          // of flashspark, as the interpreter would find them; more than one is a fault
+  std::string loaded_version;           // of the native library that flashspark loads; empty if it was not asked
+  std::string import_error;             // why it loads none; empty if it does
+  std::vector<std::string> shim_files;  // of the community's SM120 shim for vLLM
+  bool has_pip = false;                 // environments made by uv have none
 };
 
 PythonEnvironment python_environment();

@@ -62,8 +62,9 @@ def ruff(log: Log) -> None:
 
 
 def run_tests(log: Log) -> None:
-    """This program itself: nothing that it runs can be lost without a failure."""
+    """This program itself: nothing that it runs can be lost without a failure, no fault of a wheel be missed."""
     log.unittests(BIN / "python", "tools/dev/stage_log_test.py")
+    log.unittests(BIN / "python", "tools/dev/wheels_test.py")
 
 
 def nvrtc() -> dict[str, str]:
@@ -199,7 +200,11 @@ print(flashspark.flash_attn_func(x, x, x).sum())
 
 def smoke(log: Log, venv: Path, what: str) -> None:
     log.check("16.0" in log.run(venv / "python", "-P", "-c", SMOKE, cwd=BUILD), f"{what}: the package does not compute")
-    log.check("0.1.0" in log.run(venv / "flashspark", "--version", cwd=BUILD), f"{what}: the command does not run")
+    said = json.loads(log.run(venv / "flashspark", "doctor", "--json", cwd=BUILD, check=False))
+    log.check(said["flashspark"] == "0.1.0", f"{what}: the command does not run")
+    # Those of the library that was installed with it: none where that was built without nvcc.
+    missing = said["kernels"]["missing"] or "built without"
+    log.check("built without" in missing, f"{what}: the command has no kernels: {missing}")
 
 
 def sdist(log: Log) -> None:
@@ -245,6 +250,9 @@ def cmake_package(log: Log) -> None:
         str(ROOT) not in "".join(p.read_text() for p in moved.rglob("*.cmake")), "the package names the source tree"
     )
     log.check("0.1.0" in log.run(moved / "bin/flashspark", "--version"), "the installed command does not run")
+    said = json.loads(log.run(moved / "bin/flashspark", "doctor", "--json", check=False))["kernels"]
+    built = json.loads(log.run(build / "tools/cli/flashspark", "doctor", "--json", check=False))["kernels"]
+    log.check(said == built, f"the installed command has other kernels than the built one: {said}")
 
 
 def aarch64(log: Log) -> None:

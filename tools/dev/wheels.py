@@ -1,17 +1,64 @@
-"""Checks the wheels that run_tests.py builds, and creates environments with them installed."""
+"""Checks wheels, and creates environments with them installed."""
 
 from __future__ import annotations
 
 import platform
 import re
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from stage_log import BUILD, ROOT, Failed, Log
 
 BIN = ROOT / ".venv/bin"
 HOST = platform.machine()
+MOST_BYTES = 12_000_000  # most of it is kernels, for three GPU architectures
+PARTS = (
+    "flashspark/__init__.py",
+    "flashspark/libflashspark.so",
+    "flashspark/_flashspark_ffi.so",
+    "flashspark/py.typed",
+    "flashspark.pth",
+    "flashspark.start",
+)
+GLIBC = r"libm|libc|libdl|libpthread|librt|ld-linux-.*"  # of these libraries every Linux has some version
+FATBIN = bytes.fromhex("50ed55ba")  # how a fatbin begins
+
+
+class Check(NamedTuple):
+    holds: bool
+    otherwise: str
+
+
+def check_wheel(wheel: Path, machine: str, platform_tag: str, libraries: str = GLIBC) -> list[Check]:
+    """Tag, contents, size, machine, linked libraries (a pattern of those allowed), and no kernel twice."""
+    folder = BUILD / "unpacked" / wheel.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(folder)
+    strays = [n for n in names if not re.match(r"flashspark(/|\.pth$|\.start$|-[\d.]+\.(dist-info|data)/)", n)]
+    size = wheel.stat().st_size
+    checks = [
+        Check(wheel.name.endswith(f"-py3-none-{platform_tag}.whl"), f"the tag is not py3-none-{platform_tag}"),
+        Check(size <= MOST_BYTES, f"{size} bytes, more than {MOST_BYTES}"),
+        *(Check(part in names, f"{part} is missing") for part in PARTS),
+        Check(not strays, f"strays: {strays}"),
+    ]
+    commands = list(folder.glob("*.data/scripts/flashspark"))
+    checks.append(Check(len(commands) == 1, "the command is missing"))
+    for binary in [*folder.rglob("*.so"), *commands]:
+        said = subprocess.check_output(["readelf", "-h", "-d", binary], text=True)
+        needed = re.findall(r"NEEDED.*\[(.*?)\]", said)
+        strange = [n for n in needed if not re.fullmatch(rf"(libflashspark|{libraries})\.so.*", n)]
+        checks.append(Check(not strange, f"{binary.name} needs {strange}"))
+        name = {"x86_64": "X86-64", "aarch64": "AArch64"}[machine]
+        checks.append(Check(name in said, f"{binary.name} is for another machine"))
+        twice = binary.name != "libflashspark.so" and FATBIN in binary.read_bytes()
+        checks.append(Check(not twice, f"{binary.name} has GPU kernels, which only libflashspark.so is to have"))
+    return checks
 
 
 def built_wheel(machine: str) -> Path:
@@ -22,36 +69,9 @@ def built_wheel(machine: str) -> Path:
 
 
 def inspect_wheel(log: Log, wheel: Path, machine: str) -> None:
-    """Tag, contents, linked libraries and size."""
-    log.check(f"-py3-none-linux_{machine}.whl" in wheel.name, f"{wheel.name}: tag is not py3-none-linux_{machine}")
-    # Most of the size is kernels, for three GPU architectures.
-    log.check(wheel.stat().st_size < 40 << 20, f"{wheel.name}: {wheel.stat().st_size} bytes, more than 40 MiB")
-    folder = BUILD / f"wheel-{machine}"
-    shutil.rmtree(folder, ignore_errors=True)
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(folder)
-    for part in (
-        "flashspark/__init__.py",
-        "flashspark/libflashspark.so",
-        "flashspark/_flashspark_ffi.so",
-        "flashspark/py.typed",
-        "flashspark.pth",
-        "flashspark.start",
-    ):
-        log.check(part in names, f"{part} is missing")
-    log.check(any(n.endswith(".data/scripts/flashspark") for n in names), "the command is missing")
-    strays = [n for n in names if not re.match(r"flashspark(/|\.pth$|\.start$|-[\d.]+\.(dist-info|data)/)", n)]
-    log.check(not strays, f"strays: {strays}")
-    for binary in [*folder.rglob("*.so"), *folder.rglob("scripts/flashspark")]:
-        dynamic = log.run("readelf", "-d", binary)
-        needed = re.findall(r"NEEDED.*\[(.*?)\]", dynamic)
-        allowed = r"(libflashspark|libstdc\+\+|libm|libgcc_s|libc|libdl|libpthread|ld-linux-.*)\.so.*"
-        log.check(all(re.fullmatch(allowed, n) for n in needed), f"{binary.name} needs {needed}")
-        header = log.run("readelf", "-h", binary)
-        log.check(
-            {"x86_64": "X86-64", "aarch64": "AArch64"}[machine] in header, f"{binary.name} is for another machine"
-        )
+    """A wheel of this machine's compiler, whose run-time libraries it may need."""
+    for check in check_wheel(wheel, machine, f"linux_{machine}", rf"libstdc\+\+|libgcc_s|{GLIBC}"):
+        log.check(check.holds, f"{wheel.name}: {check.otherwise}")
 
 
 def clean_venv(log: Log, name: str, *requirements: str | Path) -> Path:
