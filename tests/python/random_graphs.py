@@ -27,7 +27,7 @@ _PLACES = ("b", "h", "q_idx", "kv_idx", "q_idx", "kv_idx", "seqlen_q", "seqlen_k
 
 
 class Facts(NamedTuple):
-    """Of a number: whether engines agree on it; it lies within +-2**size and is a multiple of 2**-fraction, if exact."""
+    """Of a number: whether engines agree on it; it lies in +-2**size and is a multiple of 2**-fraction, if exact."""
 
     exact: bool = True
     size: int = 0
