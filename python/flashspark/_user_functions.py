@@ -201,15 +201,13 @@ def attending(
                 raise ValueError(f"{name} = {len(values)} values: must be None without score_mod and mask_mod")
         if block_sparse_tensors is None:
             return base
+    if base is not attend:  # that of flashspark.torch_ops
+        return base.with_functions(score_mod, mask_mod, aux_tensors, aux_scalars, _fa4_lists(block_sparse_tensors))
     known = _known.get((anchor_of(score_mod)[0], anchor_of(mask_mod)[0]))
-    if known is not None and base is attend and aux_scalars is None:
+    if known is not None and aux_scalars is None:
         more = known.extras(score_mod, mask_mod, aux_tensors or (), block_sparse_tensors)
         if more is not None:
             return _running(more, known.traces)
-    if base is not attend:
-        given = {"score_mod": score_mod, "mask_mod": mask_mod, "block_sparse_tensors": block_sparse_tensors}
-        named = next(name for name, value in given.items() if value is not None)
-        raise NotImplementedError(f"{named} = given: must be None in flashspark.torch_ops")
     aux = [x if is_direct(x) else array(f"aux_tensors[{i}]", x) for i, x in enumerate(aux_tensors or ())]
     numbers = list(aux_scalars) if aux_scalars else None
     score = traced(score_mod, "score", "fa4", aux, numbers) if score_mod is not None else None
