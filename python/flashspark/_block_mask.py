@@ -354,13 +354,18 @@ def as_block_mask(mask: Any) -> BlockMask:
 
 
 class BlockSparseTensors(NamedTuple):
-    """FlashAttention-4's lists: int32 counts (B, H, num_q_blocks) and indices (B, H, num_q_blocks, num_kv_blocks)."""
+    """FlashAttention-4's lists: int32 counts (B, H, num_q_blocks) and indices (B, H, num_q_blocks, num_kv_blocks).
+
+    With cu_seqlens_q they may be packed instead, and cu_total_m_blocks is given: see flashspark._packed_lists.
+    """
 
     mask_block_cnt: Array
     mask_block_idx: Array
     full_block_cnt: Array | None = None
     full_block_idx: Array | None = None
     block_size: tuple[int, int] | None = None
+    cu_total_m_blocks: Array | None = None
+    cu_block_idx_offsets: Array | None = None
 
 
 def to_block_sparse_tensors(mask: Any) -> BlockSparseTensors:

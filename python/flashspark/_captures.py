@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ._cute import BUILTINS as CUTE_BUILTINS
 from ._cute import replaced as cute_replaced
 from ._functions import FUNCTIONS
 from ._symbol import Dispatched, TraceError, Tracer
@@ -162,6 +163,7 @@ class Captures:
                 if not isinstance(value, types.ModuleType):
                     self.guards.names.append((function.__globals__, name, value))
                 names[name] = self.replaced(value)
+                _add_builtins_of_dsl(names, value)
         for cell, new in zip(function.__closure__ or (), cells):
             try:
                 value = cell.cell_contents
@@ -169,6 +171,7 @@ class Captures:
                 continue
             self.guards.cells.append((cell, value))
             new.cell_contents = self.replaced(value)
+            _add_builtins_of_dsl(names, value)
         for name in ("__defaults__", "__kwdefaults__"):
             value = getattr(function, name)
             if value is not None:
@@ -176,6 +179,13 @@ class Captures:
                 setattr(copy, name, self.replaced(value))
         self.guards.attribute(function, "__code__", function.__code__)
         return copy
+
+
+def _add_builtins_of_dsl(names: dict[str, Any], value: Any) -> None:
+    """Adds max and min as the DSL compiles them to the globals of a function that refers to one of its modules."""
+    if isinstance(value, types.ModuleType) and cute_replaced(value) is not value:
+        for name, stand_in in CUTE_BUILTINS.items():
+            names.setdefault(name, stand_in)
 
 
 def unwrapped(value: Any) -> Any:

@@ -5,6 +5,8 @@ A traced function finds these in place of the DSL's modules, functions and types
 
 from __future__ import annotations
 
+import functools
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -27,14 +29,23 @@ class Type:
         self.inf = float("inf")
 
     def __call__(self, value: Any) -> Any:
+        if self.name == "Uint32":
+            return _unsigned(value)
         if isinstance(value, (bool, int, float)):
             kind = type_of_dtype(self.name)
             return bool(value) if kind == "bool" else (float(value) if kind == "f32" else int(value))
         return converted(value, self.name)
 
 
+def _unsigned(value: Any) -> Any:
+    """32 bits without a sign, in 64 with one."""
+    return (value if isinstance(value, int) else converted(value, "int64")) & 0xFFFFFFFF
+
+
 class Fragment:
     """A register tensor of one element."""
+
+    shape = (1,)
 
     def __init__(self, dtype: Any) -> None:
         self._dtype = dtype
@@ -66,7 +77,7 @@ class Fragment:
 
 
 def _fragment(shape: Any, dtype: Any = None, *_: Any, **__: Any) -> Fragment:
-    if shape not in (1, (1,)):
+    if shape not in (1, (1,), ()):  # a symbol's shape is ()
         raise TraceError(f"a fragment of {shape} elements: must be 1: a function handles one score at a time")
     return Fragment(dtype)
 
@@ -81,6 +92,38 @@ def _like(_: Any, dtype: Any = None, **__: Any) -> Fragment:
 
 def _scalar_to_ssa(value: Any, dtype: Any) -> Any:
     return converted(value, dtype) if isinstance(value, Symbol) else Type(getattr(dtype, "name", str(dtype)))(value)
+
+
+def _size(x: Any, *_: Any, **__: Any) -> int:
+    shape = x if isinstance(x, (int, tuple)) else x.shape
+    return shape if isinstance(shape, int) else math.prod(shape)
+
+
+def _shift(name: str) -> Callable[..., Any]:
+    """PTX's shift of 32 bits without a sign: 0 for counts above 31."""
+
+    def function(value: Any, count: Any, *_: Any, **__: Any) -> Any:
+        value, count = _unsigned(value), _unsigned(count)
+        if isinstance(value, int) and isinstance(count, int):
+            return _unsigned(value << count if name == "shl" else value >> count) if count < 32 else 0
+        shifted = FUNCTIONS["bitwise_left_shift" if name == "shl" else "bitwise_right_shift"](value, count)
+        return FUNCTIONS["where"](count < 32, _unsigned(shifted), 0)
+
+    return function
+
+
+def _extreme(builtin: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Python's max or min, which the DSL compiles: of symbols, too."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, Symbol) for x in args) and not kwargs:
+            return functools.reduce(FUNCTIONS[name], args)
+        return builtin(*args, **kwargs)
+
+    return function
+
+
+BUILTINS = {"max": _extreme(max, "maximum"), "min": _extreme(min, "minimum")}  # of a function that uses the DSL
 
 
 def _plain(name: str) -> Callable[..., Any]:
@@ -101,9 +144,10 @@ _NAMES: dict[str, Callable[..., Any]] = {
     },
     **{"make_fragment": _fragment, "make_rmem_tensor": _fragment, "make_fragment_like": _like},
     **{"make_rmem_tensor_like": _like, "scalar_to_ssa": _scalar_to_ssa, "ssa_to_scalar": _first, "TensorSSA": _first},
+    **{"size": _size, "shl_u32": _shift("shl"), "shr_u32": _shift("shr")},
     **{"const_expr": _first, "Constexpr": _first, "range_constexpr": lambda *args, **_: range(*args)},
 }
-_TYPES = ("Float32", "Float16", "BFloat16", "Float64", "Int64", "Int32", "Int16", "Int8", "Uint8", "Boolean")
+_TYPES = ("Float32", "Float16", "BFloat16", "Float64", "Int64", "Int32", "Int16", "Int8", "Uint8", "Uint32", "Boolean")
 
 
 class Module:

@@ -93,6 +93,9 @@ def _is_identity(score: Traced | None) -> bool:
 def _lists(blocks: BlockMask, rows: int, keys: int) -> Lists:
     """The lists of a mask for exactly these lengths, or for others that end in the same blocks."""
     size = blocks.BLOCK_SIZE
+    for place, step in enumerate(size):
+        if step < 1:
+            raise ValueError(f"block_mask.BLOCK_SIZE[{place}] = {step}: must be a multiple of 16, above 0")
     known = [-(-length // step) for length, step in zip(blocks.seq_lengths, size)]
     if [-(-length // step) for length, step in zip((rows, keys), size)] != known:
         raise ValueError(

@@ -58,7 +58,8 @@ class TensorProxy(Dispatched):
             )
         dtype = dtype_of(self._array)
         if dtype not in LOADED:
-            raise TraceError(f"a captured tensor of {dtype}: must be of bool, an integer, or float16 to float64")
+            mend = f"; x.view({dtype[1:]}) has the same bits" if dtype in ("uint16", "uint32", "uint64") else ""
+            raise TraceError(f"a captured tensor of {dtype}: must be of bool, an integer, or float16 to float64{mend}")
         number = self._tracer.tensor_number(self._array)
         return self._tracer.symbol(self._tracer.build.load(number, dtype, self._axes))
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from ._captures import Captures, Guards, is_module, unwrapped
 from ._functions import FUNCTIONS
-from ._graph import Node, to_text, walk
+from ._graph import INTEGERS, Node, to_text, walk
 from ._symbol import PACKAGE, Symbol, TraceError, Tracer
 from .mods import Scalar, scalar
 
@@ -112,8 +112,16 @@ def trace(
         if aux_scalars is not None and _takes_scalars(function, len(arguments)):
             arguments.append(_Listed(_aux_scalars(tracer, captures, aux_scalars)))
     value = run_traced(rebuilt, arguments, location)
+    if kind == "mask" and face == "fa4" and getattr(function, "__vec_size__", 1) > 1:
+        value = _first_bit(value)
     result = _result(tracer, value, kind, location)
     return _finished(tracer, captures, result, kind, face, location, aux_tensors)
+
+
+def _first_bit(value: Any) -> Any:
+    """Of a vectorised mask_mod's value, whose bit i is that of key kv_idx + i: that of kv_idx."""
+    integer = isinstance(value, Symbol) and value.node.type in INTEGERS
+    return (value & 1) != 0 if integer else value
 
 
 def _aux_scalars(tracer: Tracer, captures: Captures, values: Sequence[float]) -> list[Symbol]:

@@ -17,6 +17,7 @@ import numpy as np
 from . import _core
 from ._call import Mode, attend, is_direct
 from ._call import _export as export
+from ._packed_lists import is_packed, padded_lists
 from ._signature import ATTENTION, NO_TAIL, in_tail
 from ._tensors import Array, array, empty_like, is_torch, stored
 from ._trace import Traced, anchor_of, reference, traced, without_aux
@@ -201,15 +202,15 @@ def attending(
                 raise ValueError(f"{name} = {len(values)} values: must be None without score_mod and mask_mod")
         if block_sparse_tensors is None:
             return base
+    if is_packed(block_sparse_tensors):
+        return _with_packed_lists(base, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
+    if base is not attend:  # that of flashspark.torch_ops
+        return base.with_functions(score_mod, mask_mod, aux_tensors, aux_scalars, _fa4_lists(block_sparse_tensors))
     known = _known.get((anchor_of(score_mod)[0], anchor_of(mask_mod)[0]))
-    if known is not None and base is attend and aux_scalars is None:
+    if known is not None and aux_scalars is None:
         more = known.extras(score_mod, mask_mod, aux_tensors or (), block_sparse_tensors)
         if more is not None:
             return _running(more, known.traces)
-    if base is not attend:
-        given = {"score_mod": score_mod, "mask_mod": mask_mod, "block_sparse_tensors": block_sparse_tensors}
-        named = next(name for name, value in given.items() if value is not None)
-        raise NotImplementedError(f"{named} = given: must be None in flashspark.torch_ops")
     aux = [x if is_direct(x) else array(f"aux_tensors[{i}]", x) for i, x in enumerate(aux_tensors or ())]
     numbers = list(aux_scalars) if aux_scalars else None
     score = traced(score_mod, "score", "fa4", aux, numbers) if score_mod is not None else None
@@ -218,6 +219,18 @@ def attending(
     if aux_scalars is None:
         _remember(score_mod, mask_mod, [x for x in (score, mask) if x is not None], aux)
     return _running(more, (score, mask))
+
+
+def _with_packed_lists(base: Callable[..., Any], *functions_and_lists: Any) -> Callable[..., Any]:
+    """attending() for lists whose shape depends on the call's lengths."""
+    *functions, lists = functions_and_lists
+    _fa4_lists(lists)
+
+    def run(face: int, tensors: Any, out: Any, lse: Any, want_lse: bool, mode: Any, head: Any, tail: Any) -> Any:
+        call = attending(base, *functions, padded_lists(lists, tensors, tail))
+        return call(face, tensors, out, lse, want_lse, mode, head, tail)
+
+    return run
 
 
 def _running(more: tuple[Any, ...], alive: Any) -> Callable[..., Any]:
@@ -292,11 +305,6 @@ def _fa4_lists(tensors: Any) -> Lists | None:
     for name in ("mask_block_cnt", "mask_block_idx"):
         if getattr(tensors, name, None) is None:
             raise TypeError(f"block_sparse_tensors = {type(tensors).__name__}: must have the field {name}")
-    if getattr(tensors, "cu_total_m_blocks", None) is not None:
-        raise NotImplementedError(
-            "block_sparse_tensors.cu_total_m_blocks = given: must be None; with cu_seqlens_q give the lists padded, "
-            "counts (num_seqs, num_heads, query blocks of the longest sequence)"
-        )
     full = (getattr(tensors, "full_block_cnt", None), getattr(tensors, "full_block_idx", None))
     if (full[0] is None) != (full[1] is None):
         raise ValueError("block_sparse_tensors.full_block_cnt and full_block_idx: must be given together")

@@ -14,6 +14,7 @@ The names, layout, defaults and meaning are those of torch.nn.attention.flex_att
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -149,6 +150,8 @@ def _checked(query: Array, key: Array, value: Array, enable_gqa: bool) -> tuple[
     """The tensors, key and value with as many sequences as query. Raises ValueError or TypeError."""
     query, key, value = array("query", query), array("key", key), array("value", value)
     for name, x in (("query", query), ("key", key), ("value", value)):
+        if is_jax(x) and isinstance(x, sys.modules["jax"].core.Tracer):
+            raise TypeError(f"{name} = a tracer of jax.jit or another transformation: must be an array with memory")
         if len(x.shape) != 4:
             raise ValueError(f"{name}.shape = {tuple(x.shape)}: must be (batch, heads, tokens, head size)")
         if x.dtype != query.dtype:

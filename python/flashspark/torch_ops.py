@@ -11,7 +11,8 @@ arguments only after it has written the new rows into the cache.
 
 The operators are flashspark::attention, which returns (out, lse), flashspark::attention_out, which fills given tensors,
 and flashspark::append_kv. Their arguments are those of bindings/signature.def, in its order; `face` says whose names
-errors use. A tensor that requires gradients raises ValueError.
+errors use. Calls with score_mod, mask_mod or block_sparse_tensors have operators of their own (_torch_functions.py). A
+tensor that requires gradients raises ValueError.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _cache, _call, _ops, _packed
+from . import _cache, _call, _core, _ops, _packed, _torch_functions
 from ._kinds import KINDS, any_flag, one_spelling
 from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature, in_tail
 from ._tensors import held, out_dtype
@@ -76,14 +77,14 @@ def _attention_out(q, k, v, *rest):
     _compute((q, k, v), options, out, lse, *more)
 
 
-def _compute(tensors, options, out, lse, face=0, strict=False):
+def _compute(tensors, options, out, lse, face=0, strict=False, function=_core.attention_forward):
     head, tail = options[:_HEAD], options[_HEAD:]
     if not tail[_DROPOUT] and tail[_DROPOUT + 1] is None:  # a float from torch is never the default itself
         tail = tail[:_DROPOUT]
     if all(map(is_, tail, NO_TAIL)):
         tail = ()
     mode = _call.Mode(strict=True) if strict else None
-    _call.attend(face, tensors, out, lse, False, mode, head, tail)
+    _call.attend(face, tensors, out, lse, False, mode, head, tail, function)
 
 
 def _fake_attention(q, k, v, *rest):
@@ -236,6 +237,19 @@ def _attend(
     tail: tuple[Any, ...],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """_call.attend, through the operators."""
+
+    def operator(settled, out, lse, want_lse, strict):
+        if out is None and lse is None:
+            return _operators.attention(*settled, want_lse, face, strict)
+        _operators.attention_out(*settled, out, lse, face, strict)
+        return out, lse
+
+    return _through(operator, face, tensors, out, lse, want_lse, mode, head, tail)
+
+
+def _through(operator, face, tensors, out, lse, want_lse, mode, head, tail):
+    """Settles a call's arguments for an operator(settled ones, out, lse, want_lse, strict), and allocates what is not
+    given where the caller gives a part of the results."""
     explain, strict, spelled = mode or (False, False, {})
     if explain:
         raise ValueError("explain = True: must be False in flashspark.torch_ops; use the package's own function")
@@ -245,16 +259,22 @@ def _attend(
         q, k, v, out, lse, *options = _settled(
             ATTENTION.kinds[_FIRST:], ATTENTION.words[face][_FIRST:], fallbacks, values
         )
-        if out is None and lse is None:
-            out, lse = _operators.attention(q, k, v, *options, want_lse, face, strict)
-            return out, lse if want_lse else None
-        empty_out, empty_lse = _results((q, k, v), options, want_lse, face)
-        out = empty_out if out is None else out
-        lse = empty_lse if lse is None and want_lse else lse
-        _operators.attention_out(q, k, v, *options, out, lse, face, strict)
-        return out, lse
+        if out is not None or lse is not None:
+            empty_out, empty_lse = _results((q, k, v), options, want_lse, face)
+            out = empty_out if out is None else out
+            lse = empty_lse if lse is None and want_lse else lse
+            return operator((q, k, v, *options), out, lse, want_lse, strict)
+        out, lse = operator((q, k, v, *options), None, None, want_lse, strict)
+        return out, lse if want_lse else None
     except (ValueError, TypeError, NotImplementedError) as error:
         raise _call.respelled(error, spelled) from None
+
+
+_attend.with_functions = _torch_functions.register(
+    _torch_functions.Base(
+        _library, NAMESPACE, _GIVEN, 3 + len(_NAMES), _results, _compute, _through, _same_device, _words
+    )
+)
 
 
 def append_kv(

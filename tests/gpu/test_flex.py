@@ -223,3 +223,15 @@ def test_threads_share_one_kernel():
     with ThreadPoolExecutor(8) as pool:
         outs = list(pool.map(lambda _: flashspark.flex_attention(q, k, v, lambda s, b, h, i, j: s * number), range(8)))
     assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("name", ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"])
+def test_a_list_on_another_device(name):
+    q, k, v = tensors(1, 4, 2, 200, 200, 64, torch.bfloat16)
+    mask = flashspark.create_block_mask(lambda b, h, i, j: (i >= j) & (j % 3 != h), 1, 4, 200, 200, device="cuda")
+    setattr(mask, name, getattr(mask, name).cpu())
+    with pytest.raises(ValueError, match=rf"^block_mask\.{name}\.device = cpu"):
+        flashspark.flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    table = torch.rand(200)
+    with pytest.raises(ValueError, match="device = cpu"):
+        flashspark.flex_attention(q, k, v, lambda s, b, h, i, j: s + table[j], enable_gqa=True)

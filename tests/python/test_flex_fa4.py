@@ -331,8 +331,8 @@ def test_explain(normal):
         ({"block_sparse_tensors": 3}, TypeError, "must have the field mask_block_cnt"),
         (
             {"block_sparse_tensors": SimpleNamespace(mask_block_cnt=1, mask_block_idx=1, cu_total_m_blocks=1)},
-            NotImplementedError,
-            "cu_total_m_blocks = given",
+            ValueError,
+            "cu_total_m_blocks = given: must be None without cu_seqlens_q",
         ),
         ({"score_mod": alibi, "aux_tensors": [SLOPES[:2]]}, ValueError, "score_mod: index 2 of captured tensor 0"),
     ],

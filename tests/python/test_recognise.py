@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 
+import flashspark
 import numpy as np
 import pytest
 from flashspark._recognise import built_in, recognise
 from flashspark._trace import trace
+from flex_reference import check, kept_by
 
 DOCS = np.array([0, 0, 1, 1, 2, 2, 2, 3], np.int32)
 SLOPES = np.array([0.5, 0.25, 0.125])
@@ -197,3 +199,55 @@ def test_large_functions_are_not_walked_for_ever():
         return kept
 
     assert recognise(trace(doubled, "score")) is None and recognise(trace(many, "mask")) is None
+
+
+S, WINDOW, CHUNK = 48, 9, 16
+PROMPT, LENGTHS = np.array([10, 21], np.int32), np.array([5, 0], np.int32)
+TABLE = np.linspace(-1, 1, 2 * S * 3).reshape(3, -1).astype(np.float32)
+# docs/flex.md has the same list: what the package has built in, written as a function -> (score function, mask
+# function, what explain says that the call requires of an implementation).
+BUILT_IN = {
+    "causal": (None, lambda b, h, q, k: q >= k, {"causal"}),
+    "window": (None, lambda b, h, q, k: abs(q - k) <= WINDOW, {"window"}),
+    "causal window": (None, lambda b, h, q, k: (q >= k) & (q - k < WINDOW), {"causal", "window"}),
+    "causal, as a score function": (lambda s, b, h, q, k: np.where(q >= k, s, -np.inf), None, {"causal"}),
+    "no mask": (None, lambda b, h, q, k: True, set()),
+    "soft-capping": (lambda s, b, h, q, k: 20 * np.tanh(s / 20), None, {"softcap"}),
+    "ALiBi": (lambda s, b, h, q, k: s - SINGLE[h] * abs(q - k), None, {"alibi"}),
+    "causal ALiBi": (lambda s, b, h, q, k: s + SINGLE[h] * (k - q), lambda b, h, q, k: q >= k, {"alibi", "causal"}),
+    "all of them": (
+        lambda s, b, h, q, k: np.where(q >= k, 5 * np.tanh(s / 5), -np.inf),
+        lambda b, h, q, k: q - k < WINDOW,
+        {"softcap", "causal", "window"},
+    ),
+}
+COMPILED = {
+    "PrefixLM": (None, lambda b, h, q, k: (k < PROMPT[b]) | (q >= k), {"mask_mod", "block lists"}),
+    "R-SWA": (
+        None,
+        lambda b, h, q, k: (q >= k) & ((k < LENGTHS[b]) | (q - k < WINDOW)),
+        {"mask_mod", "block lists"},
+    ),
+    "chunks": (None, lambda b, h, q, k: (q >= k) & (q // CHUNK == k // CHUNK), {"mask_mod", "block lists"}),
+    "sink tokens": (None, lambda b, h, q, k: (q >= k) & ((q - k < WINDOW) | (k < 4)), {"mask_mod", "block lists"}),
+    "relative bias": (lambda s, b, h, q, k: s + TABLE[h, q - k + S], None, {"score_mod"}),
+    "ALiBi of half its slopes": (lambda s, b, h, q, k: s - SINGLE[h] / 2 * abs(q - k), None, {"score_mod"}),
+    "soft-capping with a captured number": (
+        lambda s, b, h, q, k: SINGLE[0] * np.tanh(s / SINGLE[0]),
+        None,
+        {"score_mod"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, *COMPILED])
+def test_what_explain_says(normal, name):
+    """Built-in ones are served without a function; others are the user's own, which a GPU compiles."""
+    score, mask, wanted = (BUILT_IN | COMPILED)[name]
+    tensors = [normal(2, 3, S, 16) for _ in range(3)]
+    blocks = mask and flashspark.create_block_mask(mask, 2, None, S, S, "numpy", 16)
+    text = flashspark.flex_explain(*tensors, score_mod=score, block_mask=blocks)
+    line = next(line for line in text.splitlines() if line.startswith("required: "))
+    assert {x.strip() for x in line.removeprefix("required: ").split(",")} - {"float32"} == wanted
+    out, lse = flashspark.flex_attention(*tensors, score, blocks, return_lse=True)
+    check(out, *tensors, score, kept_by(mask, 2, 3, S, S), lse=lse)

@@ -9,11 +9,12 @@
 #                                            another TREE is selected by FLASHSPARK_BUILT=NAME
 #          tools/dev/gpu.sh test [PYTEST ARGUMENTS]
 #          tools/dev/gpu.sh fuzz [CASES]     in several processes (5000)
+#          tools/dev/gpu.sh functions [PROCESSES]   the matrix of score functions, and 5,000 random ones (15)
 #          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
 #          tools/dev/gpu.sh decode [ARGUMENTS OF bench/gpu/decode.py]
 #          tools/dev/gpu.sh sanitize [TOOL ...]
 #
-# Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
+# Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, FUNCTIONS_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
 # FLASHSPARK_WHEEL names another wheel, which is installed beside the first, to compare two builds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -133,9 +134,9 @@ peers() {
 test_with() { timeout "$1" "$python" -P -m pytest -q --no-header -p no:cacheprovider --tb=short -rfE "${@:2}"; }
 
 run_tests() {
-  local failed=0 where=tests/gpu
-  [[ " $* " == *" tests/gpu/"* ]] && where=
-  test_with "${TEST_LIMIT:-240}" ${where:+$where} --durations=3 "$@" >"$out/test.log" 2>&1 || failed=$?
+  local failed=0 where=(tests/gpu --ignore=tests/gpu/test_flex_matrix.py --ignore=tests/gpu/test_flex_random.py)
+  [[ " $* " == *" tests/gpu/"* ]] && where=()
+  test_with "${TEST_LIMIT:-240}" "${where[@]}" --durations=3 "$@" >"$out/test.log" 2>&1 || failed=$?
   grep -E '^(FAILED|ERROR)' "$out/test.log" | head -n 20 || true
   grep -E '^E  ' "$out/test.log" | cut -c1-400 | sort | uniq -c | sort -rn | head -n 12 || true
   tail -n 6 "$out/test.log"
@@ -158,6 +159,23 @@ run_fuzz() {
   tail -qn 1 "$out"/fuzz-*.log
   ((failed)) && grep -hE '^E  |^seed' "$out"/fuzz-*.log | cut -c1-900 | head -n 12
   cat "$out"/fuzz-*.log >"$out/fuzz.log" && rm "$out"/fuzz-*.log
+  return $failed
+}
+
+# Compiling functions keeps a core busy, so as many processes run as the host has cores, nearly.
+run_functions() {
+  local count=${1:-15} number failed=0 pids=()
+  for ((number = 0; number < count; ++number)); do
+    FLASHSPARK_MATRIX_PART=$number/$count FLASHSPARK_RANDOM_PART=$number/$count OMP_NUM_THREADS=1 \
+      OPENBLAS_NUM_THREADS=1 test_with "${FUNCTIONS_LIMIT:-540}" tests/gpu/test_flex_matrix.py \
+      tests/gpu/test_flex_random.py --durations=3 >"$out/functions-$number.log" 2>&1 &
+    pids+=($!)
+  done
+  for number in "${!pids[@]}"; do
+    wait "${pids[$number]}" || failed=1
+  done
+  tail -qn 1 "$out"/functions-*.log
+  grep -hE '^(FAILED|ERROR|E  )' "$out"/functions-*.log | cut -c1-600 | head -n 30
   return $failed
 }
 
@@ -201,6 +219,7 @@ case $stage in
   build) build "$@" ;;
   test) install && run_tests "$@" ;;
   fuzz) install && run_fuzz "$@" ;;
+  functions) install && run_functions "$@" ;;
   bench) install && run_bench bench/gpu "$@" ;;
   decode) install && run_bench bench/gpu/decode.py "$@" ;;
   sanitize) install && run_sanitizers "$@" ;;
