@@ -175,7 +175,7 @@ def _operands(kind: str, function: Any, aux: list[torch.Tensor], numbers: list[f
     """A function's graph, tensors and scalars."""
     if function is None:
         return "", [], []
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         found = traced(function, kind, "fa4", aux, numbers or None)
         for x in found.tensors:
             _require_tensor(f"{kind}_mod's captured tensor", x)
@@ -271,6 +271,10 @@ def _guard(function: Any, guards: Any, scalars: Iterable[Scalar]) -> None:
         return guards.holds() and all(x.value == value for x, value in then)
 
     def create(builder: Any, guard: Any) -> None:
-        builder.guard_manager.root.add_lambda_guard(holds, ["flashspark: score_mod or mask_mod"], guard.user_stack)
+        what = holds, ["flashspark: score_mod or mask_mod"]
+        try:
+            builder.guard_manager.root.add_lambda_guard(*what, guard.user_stack)
+        except TypeError:  # torch before 2.10
+            builder.guard_manager.root.add_lambda_guard(*what)
 
     install_guard(GlobalStateSource().make_guard(create))

@@ -204,8 +204,9 @@ def attending(
             return base
     if is_packed(block_sparse_tensors):
         return _with_packed_lists(base, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
-    if base is not attend:  # that of flashspark.torch_ops
-        return base.with_functions(score_mod, mask_mod, aux_tensors, aux_scalars, _fa4_lists(block_sparse_tensors))
+    through_operators = getattr(base, "with_functions", None)  # of flashspark.torch_ops
+    if through_operators is not None:
+        return through_operators(score_mod, mask_mod, aux_tensors, aux_scalars, _fa4_lists(block_sparse_tensors))
     known = _known.get((anchor_of(score_mod)[0], anchor_of(mask_mod)[0]))
     if known is not None and aux_scalars is None:
         more = known.extras(score_mod, mask_mod, aux_tensors or (), block_sparse_tensors)

@@ -50,10 +50,10 @@ class Group:
         if self.kind == "score":
             self._functions["score"] = chosen
         rows, keys = (sum(x[i] for x in LENGTHS) for i in range(2))
-        # The score is one product, which every type holds.
-        self.q, self.k = np.zeros((rows, count, WIDTH), np.float16), np.zeros((keys, 1, WIDTH), np.float16)
+        # The score is one product, which every type holds. As many heads of keys: packed heads would be many rows.
+        self.q, self.k = np.zeros((rows, count, WIDTH), np.float16), np.zeros((keys, count, WIDTH), np.float16)
         self.q[..., 0] = rng.integers(-63, 64, (rows, count)) / 4
-        self.k[..., 0] = rng.choice([-1, 1], (keys, 1))
+        self.k[..., 0] = rng.choice([-1, 1], (keys, count))
 
     def run(self, moved: Moved, implementation: str | None = None) -> np.ndarray:
         """lse (functions, rows)."""
@@ -77,7 +77,7 @@ class Group:
     def check(self, lse: np.ndarray) -> None:
         """Asserts that each function gave its values."""
         points = _points()
-        score = self.q[points["row"], :, 0].astype(np.float64) * self.k[points["key"], :, 0]
+        score = self.q[points["row"], :, 0].astype(np.float64) * self.k[points["key"], :, 0]  # (points, functions)
         for n, graph in enumerate(self.graphs):
             inputs = {**points, "h": np.int32(n), "score": score[:, n]}
             got = lse[n].astype(np.float64)

@@ -205,6 +205,21 @@ def test_shapes_of_tensors_that_a_function_reads():
         assert torch.equal(model(args, last, aux), want)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs(strict):
+    """The operator holds the functions' texts, so that a program needs no Python of theirs."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, slopes, tokens):
+            return torch_ops.flash_attn_func(
+                q, k, v, score_mod=weighted, mask_mod=near, aux_tensors=[slopes, tokens], causal=True
+            )
+
+    args = (*dense(), SLOPES, TOKENS)
+    program = torch.export.export(Model(), args, strict=strict)
+    assert torch.equal(program.module()(*args), Model()(*args))
+
+
 def test_dynamic_shapes():
     counter = CompileCounterWithBackend("eager")
     model, aux = compiled(counter), [SLOPES, TOKENS]
