@@ -29,12 +29,12 @@ from ._recognise import served
 from ._symbol import TraceError
 from ._trace import Traced, trace
 from ._user_functions import (
+    Functions,
     Lists,
     arguments,
     empty_result,
     extras_of,
     native_of_text,
-    with_extras,
 )
 from .torch_ops import NAMESPACE, _refuses_gradients
 
@@ -71,7 +71,19 @@ def _flex(query, key, value, score, score_tensors, mask, mask_tensors, *rest):
     out, lse, nothing = _results(query, value)
     tensors = tuple(x.transpose(1, 2) for x in (query, key, value))
     more = extras_of(functions, lists)
-    respelling(WORDS, attend, FUNC, tensors, out.transpose(1, 2), lse, True, None, head, tail, with_extras(more, None))
+    respelling(
+        WORDS,
+        attend,
+        FUNC,
+        tensors,
+        out.transpose(1, 2),
+        lse,
+        True,
+        None,
+        head,
+        tail,
+        Functions(lambda: (None, None, None), more),
+    )
     return out, lse.div_(math.log(2)), nothing
 
 
