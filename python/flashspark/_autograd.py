@@ -178,6 +178,11 @@ def attend(
         for kind, word, x in zip(ATTENTION.kinds[HEAD:TAIL], words[HEAD:TAIL], head)
     )
     functions = function if isinstance(function, Functions) else None
+    if functions is not None and (score := functions.traces()[0]) is not None and score.detaches:
+        raise NotImplementedError(
+            f"score_mod = the function at {score.location}, which calls detach(): must not where a gradient is wanted; "
+            "detach captured tensors outside of it"
+        )
     problem = Problem(face, tensors, mode, head, tail, functions)
     problem.heads_first = heads_first
     captured = () if functions is None else [x for each in functions.traces()[:2] if each for x in each.tensors]

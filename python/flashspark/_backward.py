@@ -16,7 +16,7 @@ from ._call import Mode, as_torch_raises, call, learn_torch, required, respelled
 from ._kinds import settled
 from ._ops import flash_attn_func, flash_attn_varlen_func
 from ._signature import ATTENTION, BACKWARD, NO_TAIL, in_tail
-from ._tensors import FLOAT32, Array, array, empty_like, is_torch, stored
+from ._tensors import FLOAT32, Array, array, bump, empty_like, is_torch, stored
 from ._user_functions import Functions
 
 _INDEX = {name: index for index, name in enumerate(ATTENTION.names)}
@@ -45,11 +45,17 @@ class Forward(NamedTuple):
 
 
 def gradients(
-    forward: Forward, dout: Array, dlse: Array | None, wanted: Sequence[bool], explain: bool = False
+    forward: Forward,
+    dout: Array,
+    dlse: Array | None,
+    wanted: Sequence[bool],
+    explain: bool = False,
+    given: Sequence[Array | None] = (None, None, None),
 ) -> list[Array | None] | str:
     """The gradients of ARGUMENTS and then of score_mod's captured tensors, None where one is not wanted.
 
-    Those of q, k and v have their types and layouts; the others are float32. explain: what would run, instead.
+    Those of q, k and v have their types and layouts; the others are float32. explain: what would run, instead. given:
+    memory for those of q, k and v.
     """
     face, (q, k, v) = forward.face, forward.tensors
     learn_torch(q)
@@ -70,7 +76,10 @@ def gradients(
     if args[_INDEX["softmax_scale"]] is None and len(q.shape) > 0 and q.shape[-1] > 0:
         args[_INDEX["softmax_scale"]] = q.shape[-1] ** -0.5  # by the head size before padding
     step = _layout.step_of(k)
-    made = [_layout.beside(x, step) if want else None for x, want in zip((q, k, v), wanted)]
+    made = [
+        None if not want else _layout.beside(x, step) if into is None else _layout.writable(into, x.shape[-1], step)
+        for x, want, into in zip((q, k, v), wanted, given)
+    ]
     others = [args[_INDEX[name]] for name in ARGUMENTS[_ROWS:]]
     others += [array("captured tensor", x) for x in forward.captured]
     floats = [_floats_like(x) if want and x is not None else None for x, want in zip(others, wanted[_ROWS:])]
@@ -91,7 +100,13 @@ def gradients(
         raise (as_torch_raises(error) if is_torch(q) else error) from None
     if explain:
         return str(text)
-    return [None if x is None else x[..., : of.shape[-1]] for x, of in zip(made, (q, k, v))] + floats
+    rows = [None if x is None else x[..., : of.shape[-1]] for x, of in zip(made, (q, k, v))]
+    for i, (memory, into) in enumerate(zip(made, given)):
+        if memory is not None and into is not None:
+            _layout.hand_over(memory, into)
+            bump(into)
+            rows[i] = into
+    return rows + floats
 
 
 def _floats_like(x: Array) -> Array:
@@ -140,6 +155,9 @@ def flash_attn_backward(
     rng_state: Array | tuple[int, int] | None = None,
     *,
     dlse: Array | None = None,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
     wanted: Sequence[str] = ("q", "k", "v"),
     explain: bool = False,
     **options: Any,
@@ -150,6 +168,7 @@ def flash_attn_backward(
     them. out, softmax_lse: what it returned with return_softmax_lse. rng_state: dropout's, which must then be given.
     deterministic: the same bits on every run and for any number of threads; it is slower on a GPU.
     dlse: the gradient of softmax_lse, float32; None: 0. explain: return a text that says what would run and why.
+    dq, dk, dv: written in place and returned; any strides. None: allocated.
     wanted: of "q", "k", "v", "sinks", "rel_logits", "alibi_slopes" and "aux_tensors".
 
     Returns the wanted gradients in that order: those of q, k and v in their type, "aux_tensors" a list with one for
@@ -161,7 +180,7 @@ def flash_attn_backward(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         rng_state=_given(dropout_p, rng_state), out=out, lse=softmax_lse, _attend=collected, **options,
     )  # fmt: skip
-    return _gradients(collected, dout, dlse, wanted, explain, options.get("aux_tensors"))
+    return _gradients(collected, dout, dlse, (dq, dk, dv), wanted, explain, options.get("aux_tensors"))
 
 
 def flash_attn_varlen_backward(
@@ -185,6 +204,9 @@ def flash_attn_varlen_backward(
     rng_state: Array | tuple[int, int] | None = None,
     *,
     dlse: Array | None = None,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
     wanted: Sequence[str] = ("q", "k", "v"),
     explain: bool = False,
     **options: Any,
@@ -196,7 +218,7 @@ def flash_attn_varlen_backward(
         softcap, alibi_slopes, deterministic, rng_state=_given(dropout_p, rng_state), out=out, lse=softmax_lse,
         _attend=collected, **options,
     )  # fmt: skip
-    return _gradients(collected, dout, dlse, wanted, explain, options.get("aux_tensors"))
+    return _gradients(collected, dout, dlse, (dq, dk, dv), wanted, explain, options.get("aux_tensors"))
 
 
 def _given(dropout_p: Any, rng_state: Any) -> Any:
@@ -206,7 +228,13 @@ def _given(dropout_p: Any, rng_state: Any) -> Any:
 
 
 def _gradients(
-    collected: _Collected, dout: Array, dlse: Array | None, wanted: Sequence[str], explain: bool, aux: Any
+    collected: _Collected,
+    dout: Array,
+    dlse: Array | None,
+    memory: tuple[Array | None, ...],
+    wanted: Sequence[str],
+    explain: bool,
+    aux: Any,
 ) -> Any:
     wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     for name in wanted:
@@ -224,7 +252,11 @@ def _gradients(
     ]
     _require_arguments(forward, wanted)
     try:
-        given = gradients(forward, dout, dlse, [*(name in wanted for name in ARGUMENTS), *tensors], explain)
+        memory = tuple(
+            None if x is None or name not in wanted else array(f"d{name}", x, written=True)
+            for name, x in zip("qkv", memory)
+        )
+        given = gradients(forward, dout, dlse, [*(name in wanted for name in ARGUMENTS), *tensors], explain, memory)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise respelled(error, {"lse": "softmax_lse", **collected.mode.spelled}) from None
     if explain:

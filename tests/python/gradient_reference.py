@@ -1,8 +1,8 @@
 """Attention by the formula in torch, of any precision, so that torch's autograd gives the gradients. Shares no code
 with the library.
 
-In float64 it is the reference; in a narrow type every operation rounds to that type, as torch's own math attention does,
-and its error is what ours is measured by.
+In float64 it is the reference; in a narrow type every operation rounds to that type, as torch's own math attention
+does, and its error is what ours is measured by.
 """
 
 from __future__ import annotations
