@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import _call, _core
 from ._backward import ARGUMENTS, Forward, gradients
@@ -128,6 +129,14 @@ class Attention(torch.autograd.Function):
             if target is not None and need and got[target] is not None:
                 found[place] = got[target].to(tensors[place].dtype)
         return None, *found
+
+
+def below_transforms(problem: Any, *tensors: Array) -> tuple[Array, Array]:
+    """Attention.apply for kernels of operators: there the dispatcher takes torch.func's transformations apart."""
+    if not torch._C._are_functorch_transforms_active():
+        return Attention.apply(problem, *tensors)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, Attention).apply(problem, *tensors)
 
 
 class _Gradients(torch.autograd.Function):

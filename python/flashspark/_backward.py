@@ -61,10 +61,12 @@ def gradients(
     learn_torch(q)
     tail = [*forward.tail, *NO_TAIL[len(forward.tail) :]]
     tail[_SCHEDULE] = None
-    args = settled(ATTENTION, face, (0, 0, q, k, v, forward.out, forward.lse, *forward.head, *tail))
+    args = settled(ATTENTION, face, (0, 0, q, k, v, None, None, *forward.head, *tail))
     args[0], words = face, ATTENTION.words[face]
-    q, k, v, out, lse = (args[_INDEX[name]] for name in ("q", "k", "v", "out", "lse"))
-    for name, x in zip(("q", "k", "v", "out", "lse"), (q, k, v, out, lse)):
+    for name, x in (("out", forward.out), ("lse", forward.lse)):  # which are only read here
+        args[_INDEX[name]] = array(words[_INDEX[name]], x)
+    q, k, v, lse = (args[_INDEX[name]] for name in ("q", "k", "v", "lse"))
+    for name, x in zip("qkv", (q, k, v)):
         required(words[_INDEX[name]], x)
     dout = array("dout", dout)
     if dlse is not None:  # which must have lse's strides

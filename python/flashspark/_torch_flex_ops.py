@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ._autograd import Attention
+from ._autograd import below_transforms
 from ._backward import ARGUMENTS, Forward, gradients
 from ._call import FUNC, attend, respelling
 from ._flex_call import WORDS as _NAMES
@@ -100,7 +100,7 @@ def _fake_backward(dout, dlse, out, lse, *args):
 
 
 class _Problem:
-    """A call whose passes are the operators: what `Attention` asks for (flashspark._autograd.Problem)."""
+    """A call whose passes are the operators: what Attention asks for (flashspark._autograd.Problem)."""
 
     def __init__(self, args: Sequence[Any]) -> None:
         leaves = [*args[:_ROWS], args[_SLOPES], *args[_SCORE], *args[_MASK], *args[_LISTS : _LISTS + 4]]
@@ -146,7 +146,7 @@ def _differentiable(*args):
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
-    out, lse = Attention.apply(_Problem(args), *tensors)
+    out, lse = below_transforms(_Problem(args), *tensors)
     return out, lse, out.new_empty(0, dtype=torch.float32)
 
 

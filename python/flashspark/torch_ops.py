@@ -26,7 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _cache, _call, _ops, _packed
-from ._autograd import Attention, Problem, refuse
+from ._autograd import Problem, below_transforms, refuse
 from ._backward import ARGUMENTS, Forward, gradients
 from ._kinds import KINDS, any_flag, one_spelling
 from ._layout import padded
@@ -188,7 +188,7 @@ def _differentiable_attention(q, k, v, *rest):
             return _operators.attention(q, k, v, *rest)
     refuse(face, (q, k, v, None, None, *options))
     mode = _call.Mode(strict=strict)
-    return Attention.apply(_OnOperators(face, (q, k, v), mode, options[:_HEAD], options[_HEAD:]), *tensors)
+    return below_transforms(_OnOperators(face, (q, k, v), mode, options[:_HEAD], options[_HEAD:]), *tensors)
 
 
 def _append(*args):

@@ -202,7 +202,7 @@ def test_one_gradient(rng):
     [
         ({"dout": None}, TypeError, "dout = None"),
         ({"dout": np.zeros((2, 13, 4, 8), np.float32)}, ValueError, r"dout\.shape\[3\] = 8: must be out's, 16"),
-        ({"dout": np.zeros((2, 13, 4, 16), np.float16)}, TypeError, "dout.dtype = f16"),
+        ({"dout": np.zeros((2, 13, 4, 16), np.float16)}, TypeError, "dout.dtype = float16: must be q's"),
         ({"out": None}, TypeError, "out = None"),
         ({"softmax_lse": None}, TypeError, "softmax_lse = None"),
         ({"softmax_lse": np.zeros((2, 4, 12), np.float32)}, ValueError, r"softmax_lse\.shape\[2\] = 12"),

@@ -293,18 +293,18 @@ def test_packed(dtype):
 
 
 def test_views_and_expanded_arguments():
-    """Transposed q, keys of one sequence for all, one slope and one bias for all: autograd sums what was expanded."""
+    """Transposed q, keys of one sequence for all, slopes of one sequence and a bias of one head for all: autograd sums what was expanded."""
     generator = torch.Generator().manual_seed(1)
     made = {
         "q": torch.randn(2, 4, 20, 32, generator=generator), "k": torch.randn(1, 30, 2, 32, generator=generator),
-        "v": torch.randn(1, 30, 2, 32, generator=generator), "slope": torch.rand(1, generator=generator),
-        "bias": torch.randn(1, 20, 1, 7, generator=generator),
+        "v": torch.randn(1, 30, 2, 32, generator=generator), "slope": torch.rand(1, 4, generator=generator),
+        "bias": torch.randn(2, 20, 1, 7, generator=generator),
     }  # fmt: skip
 
     def call(x, function):
         return function(
             x["q"].transpose(1, 2), x["k"].expand(2, -1, -1, -1), x["v"].expand(2, -1, -1, -1),
-            alibi_slopes=x["slope"].expand(2, 4), rel_logits=x["bias"].expand(2, -1, 4, -1),
+            alibi_slopes=x["slope"].expand(2, 4), rel_logits=x["bias"].expand(-1, -1, 4, -1),
         )  # fmt: skip
 
     def reference(q, k, v, alibi_slopes, rel_logits):
@@ -313,7 +313,7 @@ def test_views_and_expanded_arguments():
 
     grads = []
     for dtype, function in ((torch.float32, flashspark.flash_attn_func), (torch.float64, reference)):
-        x = {name: value.to(dtype).requires_grad_() for name, value in made.items()}
+        x = {name: value.detach().to(dtype).requires_grad_() for name, value in made.items()}
         weighted(call(x, function), None).backward()
         grads.append({name: value.grad.double() for name, value in x.items()})
     for name, got in grads[0].items():
