@@ -186,10 +186,10 @@ class Table(torch.nn.Module):
 def test_a_module_trains():
     """Steps of gradient descent on a module's table, whose values change in place between the calls."""
     module, optimised = Table(), None
-    optimised = torch.optim.SGD(module.parameters(), lr=0.5)
+    optimised = torch.optim.SGD(module.parameters(), lr=2e-3)
     other = Table()
     other.load_state_dict(module.state_dict())
-    other_optimised = torch.optim.SGD(other.parameters(), lr=0.5)
+    other_optimised = torch.optim.SGD(other.parameters(), lr=2e-3)
     mask, losses = block_mask("causal"), []
     for _ in range(4):
         for function, steps, m in (("ours", optimised, module), ("formula", other_optimised, other)):

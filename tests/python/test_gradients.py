@@ -293,7 +293,8 @@ def test_packed(dtype):
 
 
 def test_views_and_expanded_arguments():
-    """Transposed q, keys of one sequence for all, slopes of one sequence and a bias of one head for all: autograd sums what was expanded."""
+    """Transposed q, keys and slopes of one sequence for all, a bias of one head for all: autograd sums what was
+    expanded."""
     generator = torch.Generator().manual_seed(1)
     made = {
         "q": torch.randn(2, 4, 20, 32, generator=generator), "k": torch.randn(1, 30, 2, 32, generator=generator),
