@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "cpu/append.hpp"
+#include "cpu/backward.hpp"
 #include "cpu/block_mask.hpp"
 #include "cpu/engine.hpp"
 #include "cpu/reference.hpp"
@@ -190,7 +191,10 @@ constexpr Implementation kImplementations[] = {
      .unsupported = nullptr,
      .forward = without_scratch<cpu::engine_forward, Params>,
      .workspace = no_workspace,
-     .backward = {},
+     .backward = {.features = kAllGradients,
+                  .max_head_dim = kMaxHeadDim,
+                  .run = without_scratch<cpu::engine_backward, BackwardParams>,
+                  .workspace = no_backward_workspace},
      .append = cpu::append_kv,
      .schedule = no_schedule,
      .schedule_size = no_schedule_size,

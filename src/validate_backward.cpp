@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <vector>
 
 #include "check.hpp"
 #include "dtype.hpp"
@@ -51,19 +52,18 @@ void check_captured_gradient(const flashspark_captured_tensor &tensor, const fla
   }
   if (reinterpret_cast<uintptr_t>(gradient.data) % sizeof(float) != 0)
     fail(dtensor(n, ".data"), "misaligned", "must be aligned to 4 bytes");
-  int32_t order[FLASHSPARK_MAX_CAPTURED_RANK], dims = 0;
+  std::vector<int32_t> order;  // of dimensions, by strides
   for (int32_t d = 0; d < tensor.rank; ++d) {
     if (tensor.shape[d] == 1) continue;               // never multiplied by anything but 0
     constexpr int64_t kMaxOffset = int64_t{1} << 55;  // of one dimension; eight of them are below 2^58
     if (std::abs(std::clamp(gradient.strides[d], -kMaxOffset, kMaxOffset)) > kMaxOffset / (tensor.shape[d] - 1))
       fail(dtensor(n, ".strides") + "[" + std::to_string(d) + "]", gradient.strides[d], "reaches beyond 2^55 elements");
-    order[dims++] = d;
+    order.push_back(d);
   }
   const auto step = [&](int32_t d) { return std::abs(gradient.strides[d]); };
-  std::sort(order, order + dims, [&](int32_t a, int32_t b) { return step(a) < step(b); });
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return step(a) < step(b); });
   int64_t inner = 1;  // elements that the dimensions so far span
-  for (int32_t m = 0; m < dims; ++m) {
-    const int32_t d = order[m];
+  for (const int32_t d : order) {
     if (step(d) < inner) {
       fail(dtensor(n, ".strides") + "[" + std::to_string(d) + "]", gradient.strides[d],
            "elements overlap: must be at least " + std::to_string(inner));

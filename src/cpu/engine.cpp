@@ -3,15 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/functions.hpp"
+#include "cpu/scratch_memory.hpp"
 #include "cpu/thread_pool.hpp"
 #include "cpu/tile.hpp"
+#include "cpu/tile_mask.hpp"
 #include "dtype.hpp"
 
 namespace flashspark::cpu {
@@ -25,24 +24,6 @@ constexpr int64_t kSerialWork = 400'000;
 
 int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
-}
-
-struct FreeDeleter {
-  void operator()(void *pointer) const { std::free(pointer); }
-};
-
-// Scratch memory of the calling thread, kept between calls.
-float *thread_scratch(size_t floats) {
-  thread_local std::unique_ptr<float, FreeDeleter> memory;
-  thread_local size_t size = 0;
-  if (size < floats) {
-    memory.reset();
-    size = 0;
-    memory.reset(static_cast<float *>(std::aligned_alloc(64, round_up(floats * sizeof(float), 64))));
-    if (!memory) throw std::bad_alloc();
-    size = floats;
-  }
-  return memory.get();
 }
 
 // A tile of query rows, and into how many splits its keys are cut.
@@ -69,62 +50,6 @@ struct Plan {
   int64_t partial_rows = 0;  // rows of the largest split tile
   int64_t work = 0;          // multiply-adds, about
 };
-
-// The masks of a tile's tokens, and the union of the keys that they keep, or a part of it.
-struct TileMask {
-  std::vector<RowMask> masks;
-  std::vector<Interval> spans;
-
-  // `h_kv`: whose block lists hold.
-  void set_tokens(const Params &p, const Sequence &s, int64_t h_kv, int64_t first, int64_t last) {
-    masks.clear();
-    for (int64_t i = first; i <= last; ++i) masks.push_back(row_mask(p, s, i));
-    spans.clear();
-    for (const RowMask &mask : masks) {
-      if (!mask.first.empty()) spans.push_back(mask.first);
-      if (!mask.second.empty()) spans.push_back(mask.second);
-    }
-    const auto before = [](const Interval &a, const Interval &b) { return a.begin < b.begin; };
-    if (!std::is_sorted(spans.begin(), spans.end(), before)) std::sort(spans.begin(), spans.end(), before);
-    size_t kept = 0;
-    for (const Interval &span : spans) {
-      if (kept > 0 && span.begin <= spans[kept - 1].end) {
-        spans[kept - 1].end = std::max(spans[kept - 1].end, span.end);
-      } else {
-        spans[kept++] = span;
-      }
-    }
-    spans.resize(kept);
-    if (!has_block_lists(p)) return;
-    const int64_t group = p.num_heads_q / p.num_heads_kv;
-    spans = intersection(spans, listed_keys(p, s, h_kv * group, h_kv * group + group - 1, first, last));
-  }
-
-  int64_t num_keys() const {
-    int64_t sum = 0;
-    for (const Interval &span : spans) sum += span.end - span.begin;
-    return sum;
-  }
-
-  // Reduces the union to its keys number [begin, end).
-  void clip(int64_t begin, int64_t end) {
-    int64_t seen = 0;
-    size_t kept = 0;
-    for (const Interval span : spans) {
-      const int64_t length = span.end - span.begin;
-      const Interval part{span.begin + std::clamp<int64_t>(begin - seen, 0, length),
-                          span.begin + std::clamp<int64_t>(end - seen, 0, length)};
-      seen += length;
-      if (!part.empty()) spans[kept++] = part;
-    }
-    spans.resize(kept);
-  }
-};
-
-TileMask &thread_mask() {
-  thread_local TileMask mask;
-  return mask;
-}
 
 void cut_into_row_tiles(const Params &p, Plan &plan) {
   const int64_t group = p.num_heads_q / p.num_heads_kv;

@@ -77,6 +77,9 @@ class TileFunctions {
   void apply(int64_t first, int64_t rows, int64_t key, int64_t count, float *scores, int64_t row_stride,
              int64_t key_stride);
 
+  const Functions &functions() const { return *functions_; }
+  const graph::Row *rows() const { return rows_.data(); }
+
  private:
   // A part of apply()'s work in which all rows and keys have one status, or in which they differ.
   struct Piece {

@@ -81,10 +81,11 @@ inline HWY_ATTR void pack_block(const Tile &t, int64_t count, const char **keys,
   with_type(t.p->k.dtype, pack);
 }
 
-// c[6][kPanel] (+)= a[6][depth] * b[depth][kPanel]. The one inner loop of the engine.
-template <bool kAccumulate>
-HWY_NOINLINE HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b,
-                                    int64_t depth, float *HWY_RESTRICT c, int64_t c_stride) {
+// c[6][kPanel] (+)= a[6][depth] * b[depth][kPanel]. The one inner loop of the engine. kTransposed: a is [depth][6], so
+// that a_stride leads from one step of the depth to the next.
+template <bool kAccumulate, bool kTransposed>
+HWY_INLINE HWY_ATTR void multiply_strided(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b,
+                                          int64_t b_stride, int64_t depth, float *HWY_RESTRICT c, int64_t c_stride) {
   const DN d;
   VN acc[kRowGroup][kPanelVecs];
   HWY_UNROLL(kRowGroup)
@@ -93,12 +94,12 @@ HWY_NOINLINE HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_strid
       acc[r][v] = kAccumulate ? hn::LoadU(d, c + r * c_stride + v * kLanes) : hn::Zero(d);
     }
   }
-  for (int64_t n = 0; n < depth; ++n, b += kPanel, ++a) {
+  for (int64_t n = 0; n < depth; ++n, b += b_stride, a += kTransposed ? a_stride : 1) {
     VN row[kPanelVecs];
     for (int v = 0; v < kPanelVecs; ++v) row[v] = hn::Load(d, b + v * kLanes);
     HWY_UNROLL(kRowGroup)
     for (int r = 0; r < kRowGroup; ++r) {
-      const VN x = hn::Set(d, a[r * a_stride]);
+      const VN x = hn::Set(d, kTransposed ? a[r] : a[r * a_stride]);
       for (int v = 0; v < kPanelVecs; ++v) acc[r][v] = hn::MulAdd(x, row[v], acc[r][v]);
     }
   }
@@ -106,6 +107,13 @@ HWY_NOINLINE HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_strid
   for (int r = 0; r < kRowGroup; ++r) {
     for (int v = 0; v < kPanelVecs; ++v) hn::StoreU(acc[r][v], d, c + r * c_stride + v * kLanes);
   }
+}
+
+// With b as pack_keys() and pack_values() leave it.
+template <bool kAccumulate>
+HWY_NOINLINE HWY_ATTR void multiply(const float *HWY_RESTRICT a, int64_t a_stride, const float *HWY_RESTRICT b,
+                                    int64_t depth, float *HWY_RESTRICT c, int64_t c_stride) {
+  multiply_strided<kAccumulate, false>(a, a_stride, b, kPanel, depth, c, c_stride);
 }
 
 // Scores s[0, count) of one row become weights; o and row_sum follow the new maximum. `count` is whole vectors.

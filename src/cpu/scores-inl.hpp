@@ -73,12 +73,11 @@ inline HWY_ATTR void cap_scores(float softcap, int64_t count, float *s, int64_t 
   }
 }
 
-// Softcap, relative-position bias and ALiBi for the scores of row r against keys [key, key + count), at s[n * stride];
-// leaves them in units of log2, or in natural units where a score function follows (add_function_terms).
-inline HWY_ATTR void add_score_terms(const Tile &t, int64_t r, int64_t key, int64_t count, float *s, int64_t stride) {
+// Relative-position bias and ALiBi for the scores of row r against keys [key, key + count), at s[n * stride], in
+// natural units.
+inline HWY_ATTR void add_biases(const Tile &t, int64_t r, int64_t key, int64_t count, float *s, int64_t stride) {
   const Params &p = *t.p;
   const int64_t i = t.token(r), h = t.head(r), pos = t.s.pos(i);
-  if (p.softcap > 0) cap_scores(p.softcap, count, s, stride);
   if (p.rel_logits != nullptr) {
     const int64_t base = token_row(p, t.s, i) * p.rel_token_stride + h * p.rel_head_stride;
     const int64_t first = pos - p.rel_extent + 1 > key ? pos - p.rel_extent + 1 : key;
@@ -94,6 +93,14 @@ inline HWY_ATTR void add_score_terms(const Tile &t, int64_t r, int64_t key, int6
       s[n * stride] -= slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
   }
+}
+
+// Softcap and biases; leaves the scores in units of log2, or in natural units where a score function follows
+// (add_function_terms).
+inline HWY_ATTR void add_score_terms(const Tile &t, int64_t r, int64_t key, int64_t count, float *s, int64_t stride) {
+  const Params &p = *t.p;
+  if (p.softcap > 0) cap_scores(p.softcap, count, s, stride);
+  add_biases(t, r, key, count, s, stride);
   if (p.score_mod.mod != nullptr) return;
   for (int64_t n = 0; n < count; ++n) s[n * stride] *= kLog2e;
 }

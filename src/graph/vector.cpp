@@ -122,6 +122,26 @@ void Program::score_tile(const Bindings &bindings, const Row *rows, int32_t num_
   });
 }
 
+void Program::index_tile(const Bindings &bindings, const Row *rows, int32_t num_rows, int32_t kv_begin,
+                         int32_t num_keys, const float *scores, int64_t row_stride, int64_t key_stride,
+                         int64_t *to) const {
+  if (num_rows <= 0 || num_keys <= 0) return;
+  Tile tile(*this, bindings, {rows, num_rows, kv_begin, num_keys}, nullptr);
+  tile.scores = scores;
+  tile.row_stride = row_stride;
+  tile.key_stride = key_stride;
+  tile.run([&](const Operand &result, int32_t first, int32_t count) {
+    const auto copy = [&]<class T>(T) {
+      for (int64_t r = 0; r < count; ++r) {
+        const T *from = result.row<T>(r);
+        for (int64_t k = 0; k < num_keys; ++k) to[(first + r) * num_keys + k] = from[k & result.mask];
+      }
+    };
+    if (result_type_ == Type::i64) return copy(int64_t{});
+    copy(int32_t{});
+  });
+}
+
 void Program::mask_tile(const Bindings &bindings, const Row *rows, int32_t num_rows, int32_t kv_begin, int32_t num_keys,
                         uint8_t *keep, OutOfRange *oor) const {
   if (result_type_ != Type::boolean)

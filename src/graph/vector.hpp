@@ -37,6 +37,10 @@ class Program {
   void score_tile(const Bindings &bindings, const Row *rows, int32_t num_rows, int32_t kv_begin, int32_t num_keys,
                   float *scores, int64_t row_stride, int64_t key_stride, OutOfRange *oor) const;
 
+  // to[r * num_keys + k] becomes the result, an i32 or i64.
+  void index_tile(const Bindings &bindings, const Row *rows, int32_t num_rows, int32_t kv_begin, int32_t num_keys,
+                  const float *scores, int64_t row_stride, int64_t key_stride, int64_t *to) const;
+
   // keep[r * num_keys + k] becomes 1 or 0.
   void mask_tile(const Bindings &bindings, const Row *rows, int32_t num_rows, int32_t kv_begin, int32_t num_keys,
                  uint8_t *keep, OutOfRange *oor) const;

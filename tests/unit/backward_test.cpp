@@ -1,0 +1,120 @@
+// The backward pass of the CPU: every case of the matrix that has gradients, engine against oracle.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "cases/backward.hpp"
+
+namespace flashspark::cases {
+namespace {
+
+std::vector<Case> cases_with_gradients() {
+  std::vector<Case> cases;
+  for (Case &c : feature_matrix()) {
+    if (has_gradients(c)) cases.push_back(c);
+  }
+  return cases;
+}
+
+class BackwardMatrix : public testing::TestWithParam<Case> {};
+
+TEST_P(BackwardMatrix, EngineAgreesWithTheOracle) {
+  BackwardProblem problem(GetParam());
+  const Gradients expected = problem.run("cpu-reference"), got = problem.run("cpu-engine");
+  const GradientComparison c = compare(problem, got, expected);
+  EXPECT_TRUE(c.passed()) << c.worst << ", ratio " << c.ratio;
+}
+
+std::string case_name(const testing::TestParamInfo<Case> &info) {
+  std::string name = std::to_string(info.index) + "_";
+  for (const char c : info.param.name) name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BackwardMatrix, testing::ValuesIn(cases_with_gradients()), case_name);
+
+Case small_case() {
+  Case c;
+  c.name = "probe";
+  c.lens = {{130, 250}, {0, 7}, {7, 3}, {200, 200}};
+  c.heads_q = 4, c.heads_kv = 2, c.head_dim = 40, c.head_dim_v = 24;
+  c.causal = c.sinks = c.alibi = true;
+  c.rel_extent = 60, c.dropout = 0.25f;
+  return c;
+}
+
+// The comparison itself can fail.
+TEST(Backward, TheComparisonSeesAWrongGradient) {
+  BackwardProblem problem(small_case());
+  const Gradients expected = problem.run("cpu-reference"), good = problem.run("cpu-engine");
+  ASSERT_TRUE(compare(problem, good, expected).passed()) << compare(problem, good, expected).worst;
+  for (std::vector<float> Gradients::*field :
+       {&Gradients::dq, &Gradients::dk, &Gradients::dv, &Gradients::dsinks, &Gradients::drel, &Gradients::dalibi}) {
+    ASSERT_FALSE((good.*field).empty());
+    Gradients wrong = good;
+    float largest = 0;
+    for (const float x : good.*field) largest = std::max(largest, std::fabs(x));
+    (wrong.*field)[(wrong.*field).size() / 2] += 0.05f * largest;
+    EXPECT_FALSE(compare(problem, wrong, expected).passed());
+    (wrong.*field)[(wrong.*field).size() / 2] = std::numeric_limits<float>::quiet_NaN();
+    EXPECT_FALSE(compare(problem, wrong, expected).passed());
+  }
+}
+
+bool same_bits(const Gradients &a, const Gradients &b) {
+  return a.dq == b.dq && a.dk == b.dk && a.dv == b.dv && a.dsinks == b.dsinks && a.drel == b.drel &&
+         a.dalibi == b.dalibi;
+}
+
+TEST(Backward, DeterministicGradientsDoNotDependOnTheThreads) {
+  for (const int64_t heads_kv : {1, 4}) {
+    Case c = small_case();
+    c.heads_kv = heads_kv;
+    c.lens = {{700, 900}, {7, 3}};
+    BackwardProblem problem(c);
+    problem.params.forward.deterministic = 1;
+    const Gradients one = problem.run("cpu-engine", 1);
+    ASSERT_EQ(one.status, FLASHSPARK_OK) << one.error;
+    for (const int threads : {2, 3, 8}) EXPECT_TRUE(same_bits(one, problem.run("cpu-engine", threads))) << threads;
+    const GradientComparison against = compare(problem, one, problem.run("cpu-reference"));
+    EXPECT_TRUE(against.passed()) << against.worst;
+  }
+}
+
+// With more threads than heads the keys of a head are shared.
+TEST(Backward, SharedHeadsAgreeWithTheOracle) {
+  Case c = small_case();
+  c.heads_q = 2, c.heads_kv = 1;
+  c.lens = {{300, 1300}, {100, 100}};
+  BackwardProblem problem(c);
+  const GradientComparison against = compare(problem, problem.run("cpu-engine", 5), problem.run("cpu-reference"));
+  EXPECT_TRUE(against.passed()) << against.worst;
+}
+
+TEST(Backward, OnlyWantedGradientsAreWritten) {
+  BackwardProblem problem(small_case());
+  const Gradients whole = problem.run("cpu-engine", 1);
+  const flashspark_attention_backward_params all = problem.params;
+  for (int wanted = 0; wanted < 64; ++wanted) {
+    problem.params = all;
+    if ((wanted & 1) == 0) problem.params.dq.data = nullptr;
+    if ((wanted & 2) == 0) problem.params.dk.data = nullptr;
+    if ((wanted & 4) == 0) problem.params.dv.data = nullptr;
+    if ((wanted & 8) == 0) problem.params.dsinks = nullptr;
+    if ((wanted & 16) == 0) problem.params.drel_logits = nullptr;
+    if ((wanted & 32) == 0) problem.params.dalibi_slopes = nullptr;
+    const Gradients part = problem.run("cpu-engine", 1);
+    ASSERT_EQ(part.status, FLASHSPARK_OK) << part.error;
+    EXPECT_EQ(part.dq, (wanted & 1) != 0 ? whole.dq : std::vector<float>()) << wanted;
+    EXPECT_EQ(part.dk, (wanted & 2) != 0 ? whole.dk : std::vector<float>()) << wanted;
+    EXPECT_EQ(part.dv, (wanted & 4) != 0 ? whole.dv : std::vector<float>()) << wanted;
+    EXPECT_EQ(part.dsinks, (wanted & 8) != 0 ? whole.dsinks : std::vector<float>()) << wanted;
+    EXPECT_EQ(part.drel, (wanted & 16) != 0 ? whole.drel : std::vector<float>()) << wanted;
+    EXPECT_EQ(part.dalibi, (wanted & 32) != 0 ? whole.dalibi : std::vector<float>()) << wanted;
+  }
+}
+
+}  // namespace
+}  // namespace flashspark::cases
