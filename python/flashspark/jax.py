@@ -120,6 +120,20 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     return batch
 
 
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, part of a first derivative, which refuses to be differentiated itself."""
+
+    @jax.custom_jvp
+    def once(*arrays: Array) -> Any:
+        return function(*arrays)
+
+    @once.defjvp
+    def refuse_second(*_: Any) -> Any:
+        raise NotImplementedError("a second derivative of flashspark.jax.flash_attn_func: its gradients have none")
+
+    return once
+
+
 @functools.lru_cache(maxsize=256)
 def _call(names: tuple[str, ...], head: tuple[Any, ...]) -> Callable[..., Any]:
     """The custom call as a function of q, k, v and the optional tensors, with its gradients."""
@@ -142,25 +156,17 @@ def _call(names: tuple[str, ...], head: tuple[Any, ...]) -> Callable[..., Any]:
         results += [jax.ShapeDtypeStruct(arrays[place].shape, jnp.float32) for place in floats]
         return jax.ffi.ffi_call(_backward_target(names), tuple(results))(*arrays, **attributes)
 
-    @jax.custom_jvp
-    def once(*arrays: Array) -> Any:
-        return backward(*arrays)
-
-    @once.defjvp
-    def refuse_second(*_: Any) -> Any:
-        raise NotImplementedError("a second derivative of flashspark.jax.flash_attn_func: its gradients have none")
-
     @jax.custom_vjp
     def differentiable(*arrays: Array) -> Any:
         return forward(*arrays)
 
     def with_residuals(*arrays: Array) -> Any:
-        results = forward(*arrays)
+        results = _once(forward)(*arrays)
         return results, (arrays, results)
 
     def gradients(residuals: Any, cotangents: Any) -> Any:
         arrays, results = residuals
-        found = once(*arrays, *results, *cotangents)
+        found = _once(backward)(*arrays, *results, *cotangents)
         given = [*found[:3], *[None] * len(names)]
         for place, x in zip(floats, found[3:]):
             given[place] = x.astype(arrays[place].dtype)

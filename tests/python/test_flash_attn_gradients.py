@@ -69,7 +69,7 @@ def by_formula(case: Case, dropout: float, given: dict, dout, dtype):
         out, _ = attend(x["q"][rows], x["k"][keys], x["v"][keys], options, keep)
         loss = loss + (out.double() * dout[rows].double()).sum()
     loss.backward()
-    return {n: x[n].grad for n in FLOATS if n in x}
+    return {n: torch.zeros_like(x[n]) if x[n].grad is None else x[n].grad for n in FLOATS if n in x}
 
 
 @pytest.mark.parametrize(("kind", "seed", "number"), SAMPLES, ids=["-".join(map(str, s)) for s in SAMPLES])
@@ -91,7 +91,9 @@ def test_flash_attentions_rule(kind, seed, number):
     theirs = by_formula(case, dropout, given, dout, dtype)
     for name, exact in want.items():
         got = leaves[name].grad
-        assert got.isfinite().all(), f"{name} of {case}"
+        assert got.isfinite().all() and got.shape == exact.shape, f"{name} of {case}"
+        if not got.numel():
+            continue
         error, other = ((x.double() - exact).abs().max().item() for x in (got, theirs[name]))
         # flash-attention's tolerance: what adding and taking away 0.3 loses in this type, twice.
         narrow = exact.to(got.dtype)

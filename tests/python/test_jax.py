@@ -135,12 +135,12 @@ def formula(q, k, v, causal=False, softcap=0.0, alibi_slopes=None, sinks=None, s
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
     s = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[3] ** -0.5
     rows, keys = s.shape[2:]
-    distance = jnp.arange(rows)[:, None] + keys - rows - jnp.arange(keys)
+    used = jnp.full(q.shape[0], keys) if seqused_k is None else seqused_k
+    distance = (jnp.arange(rows)[:, None] + used[:, None, None] - rows - jnp.arange(keys))[:, None]
     s = softcap * jnp.tanh(s / softcap) if softcap else s
     if alibi_slopes is not None:
         s = s - alibi_slopes.reshape(-1, q.shape[2], 1, 1) * jnp.abs(distance)
-    if seqused_k is not None:
-        s = jnp.where((jnp.arange(keys) < seqused_k[:, None])[:, None, None], s, -jnp.inf)
+    s = jnp.where((jnp.arange(keys) < used[:, None])[:, None, None], s, -jnp.inf)
     s = jnp.where(distance >= 0, s, -jnp.inf) if causal else s
     if sinks is not None:
         s = jnp.concatenate([s, jnp.broadcast_to(sinks[:, None, None], (*s.shape[:3], 1))], -1)

@@ -22,9 +22,9 @@ BOTH = ("flashspark", "eager")
 
 
 def inputs(side="none"):
-    """A batch with labels; those of padding are left out of the loss."""
+    """A batch with labels. What padding predicts is left out of the loss, also the first token behind it."""
     ids, mask = tiny.padded([23, 23, 23] if side == "none" else [23, 5, 14], side)
-    labels = ids.masked_fill(mask == 0, -100)
+    labels = ids.masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": tiny.position_ids(mask), "labels": labels}
 
 
