@@ -31,6 +31,8 @@ class Reader {
     num_names_ = count;
     rest_ = rest;
   }
+  // From now on argument 0 is what argument `by` was.
+  void move(int32_t by) { args_ += by, count_ -= by; }
   const char *name(int32_t index) const { return index < num_names_ ? names_[index] : rest_; }
   bool has(int32_t index) const { return index < count_; }
 

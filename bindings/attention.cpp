@@ -1,23 +1,14 @@
 // Attention from Python: tensors become flashspark_attention_params. The arguments are those of signature.def.
+#include "attention.hpp"
+
 #include <cmath>
 
 #include "exports.hpp"
-#include "functions.hpp"
-#include "names.hpp"
 
 namespace flashspark::ffi {
 namespace {
 
 using A = attention::Argument;
-
-struct Call {
-  Face face = kFunc;
-  flashspark_attention_params params;
-  std::string implementation;
-  FunctionArguments functions;
-};
-
-enum { kStoredQ, kStoredK, kStoredV, kStoredOut, kStoredSinks, kStoredRel };  // indices in `stored_as`
 
 // q, out, lse and the fields that follow from q's layout.
 void read_queries(const Tensor &q, const Tensor &out, const Tensor &lse, const Tensor &cu_seqlens_q,
@@ -214,17 +205,19 @@ void read_options(const Reader &args, Call &call) {
   p.check_device = args.flag(A::check_device, 0);
 }
 
+}  // namespace
+
 void read_call(Reader &args, Call &call) {
   flashspark_attention_params &p = call.params;
   flashspark_attention_params_init(&p);
   const int64_t code = args.integer(A::face, 0), face = code & ~kHeadsFirst;
   if (face < 0 || face >= kNumFaces) fail_value("face", std::to_string(face), "must be 0, 1 or 2");
   call.face = static_cast<Face>(face);
+  call.heads_first = (code & kHeadsFirst) != 0;
   args.set_names(attention::kNames[face], attention::kCount, "captured tensor");
-  const int64_t stored_as = args.integer(A::stored_as, 0);
+  const int64_t stored_as = call.stored_as = args.integer(A::stored_as, 0);
   const auto rows = [&](int32_t index, int stored) {
-    const Tensor tensor = args.tensor(index, stored_type(stored_as, stored));
-    return (code & kHeadsFirst) != 0 ? tensor.heads_first() : tensor;
+    return call.in_order(args.tensor(index, stored_type(stored_as, stored)));
   };
   const Tensor q = rows(A::q, kStoredQ), k = rows(A::k, kStoredK), v = rows(A::v, kStoredV);
   const Tensor out = rows(A::out, kStoredOut);
@@ -250,38 +243,21 @@ void require_ok(flashspark_status status, Face face) {
   throw CallError{error_kind(status), in_callers_words(flashspark_last_error(), kAttentionNames, face)};
 }
 
-// Scratch memory from the allocator of the caller's framework, if it has set one for the call: torch's respects streams
-// and graph captures, and is faster than the driver's, which the library uses otherwise.
-class Scratch {
- public:
-  explicit Scratch(int32_t device_index) : device_index_(device_index) {}
-  ~Scratch() {
-    if (tensor_ != nullptr) TVMFFIObjectDecRef(tensor_);  // the allocator reuses memory in stream order
-  }
-  Scratch(const Scratch &) = delete;
-  Scratch &operator=(const Scratch &) = delete;
+void *Scratch::allocate(void *scratch, size_t bytes) {
+  auto &self = *static_cast<Scratch *>(scratch);
+  int64_t shape[] = {static_cast<int64_t>(bytes)};
+  DLTensor prototype{};
+  prototype.device = {kDLCUDA, self.device_index_};
+  prototype.ndim = 1;
+  prototype.dtype = {kDLUInt, 8, 1};
+  prototype.shape = shape;
+  self.failed_ = TVMFFIEnvTensorAlloc(&prototype, &self.tensor_) != 0;
+  return self.failed_ ? nullptr : TVMFFITensorGetDLTensorPtr(self.tensor_)->data;
+}
 
-  // A flashspark_allocator. An error of the framework's stays raised there (failed()): it must not pass through C.
-  static void *allocate(void *scratch, size_t bytes) {
-    auto &self = *static_cast<Scratch *>(scratch);
-    int64_t shape[] = {static_cast<int64_t>(bytes)};
-    DLTensor prototype{};
-    prototype.device = {kDLCUDA, self.device_index_};
-    prototype.ndim = 1;
-    prototype.dtype = {kDLUInt, 8, 1};
-    prototype.shape = shape;
-    self.failed_ = TVMFFIEnvTensorAlloc(&prototype, &self.tensor_) != 0;
-    return self.failed_ ? nullptr : TVMFFITensorGetDLTensorPtr(self.tensor_)->data;
-  }
-  bool failed() const { return failed_; }
-
- private:
-  int32_t device_index_;
-  bool failed_ = false;
-  TVMFFIObjectHandle tensor_ = nullptr;
-};
-
-}  // namespace
+flashspark_allocator Scratch::allocator() {
+  return TVMFFIEnvGetDLPackManagedTensorAllocator() != nullptr ? allocate : nullptr;
+}
 
 const char *error_kind(flashspark_status status) {
   switch (status) {
@@ -302,9 +278,8 @@ void attention_forward(Reader &args) {
   Call call;
   read_call(args, call);
   Scratch scratch(call.params.device_index);
-  const bool has_allocator = TVMFFIEnvGetDLPackManagedTensorAllocator() != nullptr;
   const flashspark_status status =
-      flashspark_attention_forward_with_allocator(&call.params, has_allocator ? Scratch::allocate : nullptr, &scratch);
+      flashspark_attention_forward_with_allocator(&call.params, scratch.allocator(), &scratch);
   if (scratch.failed()) throw AlreadyRaised{};
   require_ok(status, call.face);
 }
@@ -319,11 +294,7 @@ void attention_validate(Reader &args) {
 std::string attention_explain(Reader &args) {
   Call call;
   read_call(args, call);
-  std::string text(8192, '\0');
-  const flashspark_status status = flashspark_attention_explain(&call.params, text.data(), text.size());
-  if (status != FLASHSPARK_UNSUPPORTED) require_ok(status, call.face);
-  text.resize(text.find('\0'));
-  return text;
+  return explained(call.face, flashspark_attention_explain, call.params);
 }
 
 }  // namespace flashspark::ffi

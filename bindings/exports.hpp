@@ -15,6 +15,8 @@ void read_scheduler_metadata(const Tensor &metadata, flashspark_attention_params
 void attention_forward(Reader &args);
 std::string attention_explain(Reader &args);
 void attention_validate(Reader &args);
+void attention_backward(Reader &args);
+std::string attention_backward_explain(Reader &args);
 int64_t attention_schedule(Reader &args);  // the number of elements of scheduler_metadata
 void append_kv(Reader &args);
 void create_block_mask(Reader &args);

@@ -48,6 +48,21 @@ FLASHSPARK_EXPORT(attention_validate) {
   });
 }
 
+FLASHSPARK_EXPORT(attention_backward) {
+  static_cast<void>(result);
+  return guarded([&] {
+    Reader reader(args, count);
+    flashspark::ffi::attention_backward(reader);
+  });
+}
+
+FLASHSPARK_EXPORT(attention_backward_explain) {
+  return guarded([&] {
+    Reader reader(args, count);
+    give_text(flashspark::ffi::attention_backward_explain(reader), result);
+  });
+}
+
 FLASHSPARK_EXPORT(attention_schedule) {
   return guarded([&] {
     Reader reader(args, count);

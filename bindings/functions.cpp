@@ -81,8 +81,10 @@ void FunctionArguments::read(Reader &args, flashspark_attention_params &p) {
   p.block_size_k = args.integer(kBlockSizeK, 0);
   read_list(args, kMaskedCounts, p, p.masked_blocks);
   read_list(args, kFullCounts, p, p.full_blocks);
-  captured_.read(args, kCaptured, p.score_mod.num_tensors + p.mask_mod.num_tensors,
-                 p.score_mod.num_scalars + p.mask_mod.num_scalars);
+  const int32_t tensors = p.score_mod.num_tensors + p.mask_mod.num_tensors;
+  const int32_t scalars = p.score_mod.num_scalars + p.mask_mod.num_scalars;
+  captured_.read(args, kCaptured, tensors, scalars);
+  end_ = kCaptured + 2 * tensors + scalars;
   p.score_mod.tensors = captured_.tensors();
   p.mask_mod.tensors = captured_.tensors() + p.score_mod.num_tensors;
   p.score_mod.scalars = captured_.scalars();

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "args.hpp"
+#include "signature.hpp"
 
 namespace flashspark::ffi {
 
@@ -32,9 +33,11 @@ class CapturedArguments {
 class FunctionArguments {
  public:
   void read(Reader &args, flashspark_attention_params &params);
+  int32_t end() const { return end_; }  // the index of what follows
 
  private:
   CapturedArguments captured_;
+  int32_t end_ = attention::kCount;
 };
 
 flashspark_mod *mod_of(int64_t handle);

@@ -29,6 +29,18 @@ inline constexpr const char *kNames[kNumFaces][kCount] = {{
                                                           }};
 }  // namespace attention
 
+namespace backward {
+enum Argument : int32_t {
+#define BACKWARD(kind, name, fallback) name,
+#include "signature.def"
+  kCount
+};
+inline constexpr const char *kNames[] = {
+#define BACKWARD(kind, name, fallback) #name,
+#include "signature.def"
+};
+}  // namespace backward
+
 namespace append {
 enum Argument : int32_t {
 #define APPEND(kind, name, fallback) name,
@@ -55,6 +67,7 @@ inline constexpr const char *kNames[] = {
 inline constexpr const char *kSignature =
 #define ATTENTION(kind, field, fallback, func, cache, forward) \
   "attention " #kind " " #field " " #fallback " " func " " cache " " forward "\n"
+#define BACKWARD(kind, name, fallback) "backward " #kind " " #name " " #fallback " " #name "\n"
 #define APPEND(kind, name, fallback) "append " #kind " " #name " " #fallback " " #name "\n"
 #define SCHEDULE(kind, name, fallback, word) "schedule " #kind " " #name " " #fallback " " word "\n"
 #include "signature.def"

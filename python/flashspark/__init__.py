@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from . import flex, mods
+    from ._backward import flash_attn_backward, flash_attn_varlen_backward
     from ._block_mask import BlockMask, BlockSparseTensors, and_masks, create_block_mask, noop_mask, or_masks
     from ._cache import append_kv, flash_attn_with_kvcache
     from ._fwd import _flash_attn_fwd as _flash_attn_fwd
@@ -47,9 +48,11 @@ _HOME = {
     "cpu_target": "_info",
     "cpu_threads": "_info",
     "create_block_mask": "_block_mask",
+    "flash_attn_backward": "_backward",
     "flash_attn_func": "_ops",
     "flash_attn_kvpacked_func": "_packed",
     "flash_attn_qkvpacked_func": "_packed",
+    "flash_attn_varlen_backward": "_backward",
     "flash_attn_varlen_func": "_ops",
     "flash_attn_varlen_kvpacked_func": "_packed",
     "flash_attn_varlen_qkvpacked_func": "_packed",
@@ -76,9 +79,11 @@ __all__ = [
     "cpu_target",
     "cpu_threads",
     "create_block_mask",
+    "flash_attn_backward",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_backward",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",

@@ -23,6 +23,7 @@ from ._tensors import (
     LAST_NUMPY_TYPE,
     Array,
     bump,
+    differentiable,
     empty_lse,
     empty_out,
     is_cupy,
@@ -244,9 +245,19 @@ def attend(
             return result, logs
     mode = mode or Mode()
     try:
+        if _needs_gradients((*tensors, out, lse, *tail), function):
+            from ._autograd import attend as attend_with_gradients
+
+            return attend_with_gradients(face, tensors, out, lse, want_lse, mode, head, tail, function)
         return _attend_any(face, (*tensors, out, lse, *head, *tail), want_lse, mode, function)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise respelled(error, mode.spelled) from None
+
+
+def _needs_gradients(given: tuple[Any, ...], function: Callable[..., Any]) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    return any(map(differentiable, given)) or any(map(differentiable, getattr(function, "captured", ())))
 
 
 def _attend_any(

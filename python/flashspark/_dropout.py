@@ -45,7 +45,8 @@ def dropping(
         result = base(face, tensors, out, lse, want_lse, mode, head, (*_filled(tail), *dropout))
         if explains or p == 0 or not want_probabilities:
             return result
-        return (*result, _signed_probabilities(base, plain, face, tensors, head, _filled(tail), dropout))
+        with sys.modules["torch"].no_grad() if is_torch(tensors[0]) else nullcontext():  # they have no gradient
+            return (*result, _signed_probabilities(base, plain, face, tensors, head, _filled(tail), dropout))
 
     return run
 

@@ -281,6 +281,15 @@ def _same(x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
+def _detached(x: Value, *_: Any, **__: Any) -> Value:
+    """The same number. No operation of graphs stops a gradient, so that calls with gradients refuse such a graph."""
+    tracer = tracer_of(x)
+    node: Node = tracer.lift(x)
+    if node.type == "f32" and node.op != "const":
+        tracer.detaches = True
+    return x
+
+
 def _floating(x: Value) -> bool:
     node: Node = tracer_of(x).lift(x)
     return node.type == "f32"
@@ -328,10 +337,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: (lambda x, _kind=kind: converted(x, _kind)) for name, kind in _DTYPES.items() if name != "boolean"},
     **{"short": lambda x: converted(x, "int16"), "char": lambda x: converted(x, "int8")},
     "int": lambda x: converted(x, "int32"),
-    **{
-        name: _same for name in ("clone", "detach", "contiguous", "view", "reshape", "expand", "squeeze", "cpu", "cuda")
-    },
+    **{name: _same for name in ("clone", "contiguous", "view", "reshape", "expand", "squeeze", "cpu", "cuda")},
     **{name: _same for name in ("conj", "real", "requires_grad_", "copy", "asarray", "array")},
+    **{"detach": _detached, "stop_gradient": _detached},
     **{name: _item for name in ("item", "tolist", "numpy")},
     **{"dim": lambda x: 0, "numel": lambda x: 1, "size": lambda x, *_: (), "is_floating_point": _floating},
 }

@@ -83,6 +83,21 @@ def _zeros(x: Array, shape: tuple[int, ...]) -> Array:
     return np.zeros(shape, x.dtype)
 
 
+def beside(x: Array, step: int) -> Array:
+    """Uninitialised memory for the gradient of x (.., width), in x's type; wider where readable() pads x."""
+    width = padded(x.shape[-1], step) if len(x.shape) > 0 else 0
+    if not _can_copy(x) or len(x.shape) < 3 or not 0 < width <= MAX_HEAD_DIM:
+        return x  # the native call reports what is wrong with x
+    if is_torch(x):
+        torch = sys.modules["torch"]
+        return torch.empty_like(x) if width == x.shape[-1] else x.new_empty((*x.shape[:-1], width))
+    shape = (*x.shape[:-1], width)
+    if is_cupy(x):
+        with x.device:
+            return sys.modules["cupy"].empty(shape, x.dtype)
+    return np.empty(shape, x.dtype)
+
+
 def writable(out: Array, width: int, step: int) -> Array:
     """out (.., width), or memory for the native call to write into instead; `hand_over` then copies it to out."""
     if not _can_copy(out) or len(out.shape) < 3 or out.shape[-1] != width or not 0 < width <= MAX_HEAD_DIM:
@@ -109,6 +124,14 @@ def contiguous_rows(x: Array | None) -> Array | None:
     if x is None or not _can_copy(x) or len(x.shape) < 1 or _contiguous_last(x):
         return x
     return copied("", x)
+
+
+def contiguous(x: Array) -> Array:
+    """x, or a contiguous copy of it."""
+    if is_torch(x):
+        return x.contiguous()
+    flags = getattr(x, "flags", None)
+    return x if flags is None or flags.c_contiguous else x.copy()
 
 
 def copied(name: str, x: Array) -> Array:

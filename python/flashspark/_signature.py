@@ -34,6 +34,7 @@ class Signature:
 
 _text = str(_core.signature())
 ATTENTION = Signature("attention", _text)
+BACKWARD = Signature("backward", _text)  # these stand before attention's
 APPEND = Signature("append", _text)
 SCHEDULE = Signature("schedule", _text)
 

@@ -79,6 +79,7 @@ class Tracer:
         self.functions = functions
         self.face = face
         self.tensors: list[Any] = []
+        self.detaches = False  # whether the function stops a gradient
         self.loader: Callable[[Tracer, Any, Any], Any] | None = None
 
     def symbol(self, node: Node) -> Symbol:

@@ -54,6 +54,15 @@ def is_masked(x: object) -> bool:
     return masked is not None and isinstance(x, masked.MaskedArray)
 
 
+def differentiable(x: object) -> bool:
+    """Whether x is a torch tensor through which a gradient flows: one that requires it, outside of torch.no_grad(), or
+    one inside a transformation of torch.func."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return False
+    return (x.requires_grad and torch.is_grad_enabled()) or torch._C._functorch.is_gradtrackingtensor(x)
+
+
 def array(name: str, x: Any, written: bool = False) -> Array:
     """`x` as an array whose memory holds its values, without a gradient. Raises an error that names it if it is none.
 
@@ -91,12 +100,12 @@ def _first_line(error: BaseException) -> str:
 def _torch_array(name: str, x: Array, written: bool) -> Array:
     torch = sys.modules["torch"]
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        raise TypeError(f"{name} = tensor inside torch.func or vmap: flashspark's functions cannot be transformed")
+        raise TypeError(f"{name} = tensor inside torch.func: must be a plain tensor, it cannot be transformed here")
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise ValueError(
                 f"{name}.requires_grad = True: must be False, or call under torch.no_grad(): "
-                "flashspark computes inference only"
+                "no gradient is computed for it"
             )
         x = x.detach()
     kind = type(x)

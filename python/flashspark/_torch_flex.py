@@ -9,7 +9,6 @@ texts, so that it means the same in another process. What flashspark cannot do i
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,72 +22,15 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx, 
 from torch.utils import _pytree as pytree
 
 from ._aten import AtenGraph
-from ._call import FUNC, attend, respelling
-from ._flex_call import WORDS
 from ._recognise import served
 from ._symbol import TraceError
+from ._torch_flex_ops import WORDS as _WORDS
+from ._torch_flex_ops import operator as _operator
 from ._trace import Traced, trace
-from ._user_functions import (
-    Lists,
-    arguments,
-    empty_result,
-    extras_of,
-    native_of_text,
-    with_extras,
-)
-from .torch_ops import NAMESPACE, _refuses_gradients
 
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _NO_BLOCKS = 1 << 30  # torch's size of blocks for a call without a mask
 _UNSUPPORTED = (TraceError, NotImplementedError)
-
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
-    "flex_attention(Tensor query, Tensor key, Tensor value, str score_graph, Tensor[] score_tensors, str mask_graph, "
-    "Tensor[] mask_tensors, Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? full_kv_num_blocks, "
-    "Tensor? full_kv_indices, SymInt block_size_q, SymInt block_size_k, float scale, float softcap, "
-    "Tensor? alibi_slopes) -> (Tensor, Tensor, Tensor)"
-)
-_WORDS = ("query", "key", "value")
-
-
-@functools.lru_cache(maxsize=256)
-def _native(kind: str, text: str) -> Any:
-    return native_of_text(kind, text)
-
-
-def _flex(query, key, value, score, score_tensors, mask, mask_tensors, *rest):
-    """out, lse in units of log(2) as torch's operator has it, and an empty tensor in place of max_scores."""
-    counts, indices, full_counts, full_indices, size_q, size_k, scale, softcap, slopes = rest
-    functions = [
-        (_native(kind, text) if text else None, tensors)
-        for kind, text, tensors in (("score", score, score_tensors), ("mask", mask, mask_tensors))
-    ]
-    lists = None if counts is None else Lists((counts, indices), (full_counts, full_indices), (size_q, size_k))
-    parameters = {"softcap": softcap, **({} if slopes is None else {"alibi": slopes})}
-    head, tail = arguments(parameters, scale, None)
-    key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
-    out, lse, nothing = _results(query, value)
-    tensors = tuple(x.transpose(1, 2) for x in (query, key, value))
-    more = extras_of(functions, lists)
-    respelling(WORDS, attend, FUNC, tensors, out.transpose(1, 2), lse, True, None, head, tail, with_extras(more, None))
-    return out, lse.div_(math.log(2)), nothing
-
-
-def _fake(query, key, value, *_):
-    return _results(query, value)
-
-
-def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = empty_result(query, value)
-    return out, query.new_empty(query.shape[:-1], dtype=torch.float32), query.new_empty(0, dtype=torch.float32)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("flex_attention", _flex, _device)
-torch.library.register_fake(f"{NAMESPACE}::flex_attention", _fake, lib=_library)
-_operator = getattr(torch.ops, NAMESPACE).flex_attention.default
-_library.impl("flex_attention", _refuses_gradients(_operator, lambda _: _WORDS), "Autograd")
 
 
 def _traced(graph: Callable[..., Any], kind: str, buffers: Sequence[Any]) -> Traced:
@@ -105,11 +47,37 @@ def _aten(function: Callable[..., Any], query: torch.Tensor, count: int, buffers
     """A graph of ATen's operations."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
+    with TransformGetItemToIndex(), torch.no_grad():
+        if make is None:
+            return _aten_aside(function, query, count, buffers)
+        return make(function)(*_examples(query, count), *buffers)
+
+
+def _examples(query: torch.Tensor, count: int) -> list[torch.Tensor]:
     examples = [query.new_zeros((), dtype=torch.int) for _ in range(4)]
-    if count == 5:
-        examples.insert(0, query.new_zeros(()))
-    with TransformGetItemToIndex():
-        return make(function)(*examples, *buffers)
+    return examples if count == 4 else [query.new_zeros(()), *examples]
+
+
+def _aten_aside(function: Callable[..., Any], query: torch.Tensor, count: int, buffers: Sequence[Any]) -> Any:
+    """The same outside of whatever torch is tracing at the moment, with fake tensors in place of the buffers."""
+    from torch._dispatch.python import suspend_functionalization
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.functional_tensor import disable_functional_mode
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    def like(x: Any) -> Any:
+        return (
+            torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+            if isinstance(x, torch.Tensor)
+            else x
+        )
+
+    with suspend_functionalization(), disable_functional_mode(), disable_proxy_modes_tracing():
+        with detect_fake_mode([query, *buffers]) or FakeTensorMode(allow_non_fake_inputs=True):
+            scalar = torch.zeros((), dtype=query.dtype, device=query.device)
+            examples, held = _examples(scalar, count), [like(x) for x in buffers]
+        return make_fx(function)(*examples, *held)
 
 
 def _operands(make, query, key, value, score_mod, block_mask, scale, options, score_buffers=(), mask_buffers=()):
@@ -130,6 +98,8 @@ def _operands(make, query, key, value, score_mod, block_mask, scale, options, sc
     lists = (counts, indices, full_counts, full_indices, size_q, size_k)
     if mask is None and min(size_q, size_k) >= _NO_BLOCKS:
         lists = (None, None, None, None, 0, 0)
+    if score is not None and score.detaches and torch.is_grad_enabled():
+        raise NotImplementedError("score_mod calls detach(), which a graph does not have")
     texts = [part for x in (score, mask) for part in (("", []) if x is None else (x.text, list(x.tensors)))]
     softcap = float(parameters.get("softcap", 0.0))
     return (query, key, value, *texts, *lists, float(scale), softcap, parameters.get("alibi"))
@@ -139,12 +109,18 @@ _training = threading.local()  # .active: within a call whose gradient torch com
 
 
 def _with_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around the higher-order operator's rule for gradients, above the other two."""
+    """In place of the higher-order operator's rule for gradients, above the other two."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        needed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if needed:
+            try:
+                return _operator(*_operands(None, *args, **kwargs))
+            except _UNSUPPORTED as error:
+                _left_to_torch(error)
         before = getattr(_training, "active", False)
-        _training.active = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        _training.active = needed
         try:
             return original(*args, **kwargs)
         finally:
@@ -199,20 +175,26 @@ def _called(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
             return ours(query, key, value, score_mod, block_mask, *args, **kwargs)
         except _UNSUPPORTED as error:
             _left_to_torch(error)
-        except ValueError as error:
-            if "requires_grad" not in str(error):
-                raise
         return original(query, key, value, score_mod, block_mask, *args, **kwargs)
 
     return flex_attention
 
 
+def _any_device(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of torch's check, which refuses calls on the CPU that need gradients."""
+
+    def validate_device(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        if query.device.type != "cpu":
+            original(query, key, value)
+
+    return validate_device
+
+
 def _is_ours(*tensors: Any) -> bool:
-    """Whether an eager call is computed here: plain tensors that need no gradient."""
+    """Whether an eager call is computed here: plain tensors."""
     return all(
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and x.dtype in _TYPES
-        and not (x.requires_grad and torch.is_grad_enabled())
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         for x in tensors
     )
@@ -274,6 +256,8 @@ def _install(undo: list[Callable[[], None]], ours: Callable[..., Any]) -> None:
     gradients = DispatchKey.Autograd
     put(tables[1], gradients, _with_gradients(tables[1][gradients]), True)
     put(higher_order, "_cacheable", False, False)  # torch's caches know graphs by the higher-order operator
+    if hasattr(theirs, "_validate_device"):
+        put(theirs, "_validate_device", _any_device(theirs._validate_device), False)
     put(theirs, "flex_attention", _called(theirs.flex_attention, ours), False)
     higher_order._dispatch_cache.clear()
     undo.append(higher_order._dispatch_cache.clear)

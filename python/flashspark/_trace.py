@@ -42,7 +42,8 @@ class Traced:
     """A function as a graph.
 
     kind: "score" or "mask". text: the graph. tensors: the captured arrays in order of number. location: "file:line".
-    sources: for each tensor its place in aux_tensors, or None if it is captured. result: the graph's node.
+    sources: for each tensor its place in aux_tensors, or None if it is captured. result: the graph's node. detaches:
+    whether the function stops a gradient somewhere, which the graph does not say.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Traced:
     location: str
     guards: Guards = field(repr=False)
     numbers: list[Scalar | _AuxScalar] = field(repr=False)
+    detaches: bool = False
 
     @property
     def scalars(self) -> list[float]:
@@ -194,7 +196,8 @@ def _finished(
     except ValueError as error:
         raise TraceError(str(error), location) from None
     held = [captures.scalars[number] for number in numbers]
-    return Traced(kind, face, text, result, tensors, sources, "{}:{}".format(*location), captures.guards, held)
+    place = "{}:{}".format(*location)
+    return Traced(kind, face, text, result, tensors, sources, place, captures.guards, held, tracer.detaches)
 
 
 def _renumbered(tracer: Tracer, result: Node, tensors: list[int], scalars: list[int]) -> Node:

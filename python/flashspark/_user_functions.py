@@ -19,7 +19,7 @@ from ._call import Mode, attend, is_direct
 from ._call import _export as export
 from ._packed_lists import is_packed, padded_lists
 from ._signature import ATTENTION, NO_TAIL, in_tail
-from ._tensors import Array, array, empty_like, is_torch, stored
+from ._tensors import Array, array, differentiable, empty_like, is_torch, stored
 from ._trace import Traced, anchor_of, reference, traced, without_aux
 
 _FIXED = len(ATTENTION.names)
@@ -175,13 +175,43 @@ def padded(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args if len(args) == _FIXED else (*args, *NO_TAIL[len(args) - _FIXED :])
 
 
-def with_extras(
-    more: tuple[Any, ...], mode: Mode | None, function: Callable[..., Any] = _core.attention_forward
-) -> Callable[..., Any]:
-    """The native call for `attend` that passes on the user's functions. more: `extras` of them."""
-    if mode is not None and mode.explain:
-        function = _core.attention_explain
-    return lambda *args: function(*padded(args), *more)
+class Functions:
+    """The native call for `attend` with the user's functions: called with the arguments of signature.def, it adds what
+    follows these.
+
+    score, mask, lists: the functions' traces and the block lists. more: `extras` of them, where they are known already.
+    """
+
+    __slots__ = ("_more", "native", "traces")
+
+    def __init__(
+        self,
+        traces: Callable[[], tuple[Traced | None, Traced | None, Lists | None]],
+        more: tuple[Any, ...] | None = None,
+        native: Callable[..., Any] = _core.attention_forward,
+    ) -> None:
+        """traces: gives score, mask and lists, and keeps alive what `more` refers to."""
+        self.traces, self._more, self.native = traces, more, native
+
+    @classmethod
+    def of(cls, score: Traced | None, mask: Traced | None, lists: Lists | None, mode: Mode | None) -> Functions:
+        """mode: of the call."""
+        native = _core.attention_explain if mode is not None and mode.explain else _core.attention_forward
+        return cls(lambda: (score, mask, lists), None, native)
+
+    def extras(self) -> tuple[Any, ...]:
+        if self._more is None:
+            self._more = extras(*self.traces())
+        return self._more
+
+    def __call__(self, *args: Any) -> Any:
+        return self.native(*padded(args), *self.extras())
+
+    @property
+    def captured(self) -> Sequence[Array]:
+        """What score_mod captures, whose gradients may be wanted."""
+        score = self.traces()[0]
+        return () if score is None else score.tensors
 
 
 def attending(
@@ -208,18 +238,33 @@ def attending(
     if through_operators is not None:
         return through_operators(score_mod, mask_mod, aux_tensors, aux_scalars, _fa4_lists(block_sparse_tensors))
     known = _known.get((anchor_of(score_mod)[0], anchor_of(mask_mod)[0]))
-    if known is not None and aux_scalars is None:
-        more = known.extras(score_mod, mask_mod, aux_tensors or (), block_sparse_tensors)
+    if known is not None and base is attend and aux_scalars is None:
+        lists = _fa4_lists(block_sparse_tensors)
+        more = known.extras(score_mod, mask_mod, aux_tensors or (), lists)
         if more is not None:
-            return _running(more, known.traces)
-    aux = [x if is_direct(x) else array(f"aux_tensors[{i}]", x) for i, x in enumerate(aux_tensors or ())]
+            aux = list(aux_tensors or ())
+            return _running(lambda _alive=known: _traces(score_mod, mask_mod, aux, None, lists), more)
+    aux = [
+        x if is_direct(x) or differentiable(x) else array(f"aux_tensors[{i}]", x)
+        for i, x in enumerate(aux_tensors or ())
+    ]
     numbers = list(aux_scalars) if aux_scalars else None
+    traces = _traces(score_mod, mask_mod, aux, numbers, _fa4_lists(block_sparse_tensors))
+    if aux_scalars is None:
+        _remember(score_mod, mask_mod, [x for x in traces[:2] if x is not None], aux)
+    return _running(lambda: traces, None, base)
+
+
+def _traces(
+    score_mod: Callable[..., Any] | None,
+    mask_mod: Callable[..., Any] | None,
+    aux: list[Array],
+    numbers: list[float] | None,
+    lists: Lists | None,
+) -> tuple[Traced | None, Traced | None, Lists | None]:
     score = traced(score_mod, "score", "fa4", aux, numbers) if score_mod is not None else None
     mask = traced(mask_mod, "mask", "fa4", aux, numbers) if mask_mod is not None else None
-    more = extras(score, mask, _fa4_lists(block_sparse_tensors))
-    if aux_scalars is None:
-        _remember(score_mod, mask_mod, [x for x in (score, mask) if x is not None], aux)
-    return _running(more, (score, mask))
+    return score, mask, lists
 
 
 def _with_packed_lists(base: Callable[..., Any], *functions_and_lists: Any) -> Callable[..., Any]:
@@ -234,11 +279,15 @@ def _with_packed_lists(base: Callable[..., Any], *functions_and_lists: Any) -> C
     return run
 
 
-def _running(more: tuple[Any, ...], alive: Any) -> Callable[..., Any]:
-    """alive: what the handles in `more` belong to."""
+def _running(
+    traces: Callable[[], Any], more: tuple[Any, ...] | None, base: Callable[..., Any] = attend
+) -> Callable[..., Any]:
+    """A function like `attend`, with the functions that `traces` gives."""
 
-    def run(*args: Any, function: Callable[..., Any] = _core.attention_forward, alive: Any = alive) -> Any:
-        return attend(*args, with_extras(more, args[_MODE], function))
+    def run(*args: Any, function: Callable[..., Any] = _core.attention_forward) -> Any:
+        mode = args[_MODE]
+        explains = mode is not None and mode.explain
+        return base(*args, Functions(traces, more, _core.attention_explain if explains else function))
 
     return run
 
@@ -258,7 +307,7 @@ class _Known:
         ]
         self.scalars = [number for each in traces for number in each.numbers]
 
-    def extras(self, score: Any, mask: Any, aux: Sequence[Array], lists: Any) -> tuple[Any, ...] | None:
+    def extras(self, score: Any, mask: Any, aux: Sequence[Array], lists: Lists | None) -> tuple[Any, ...] | None:
         """extras() for another call; None if something has changed that the traces depend on."""
         if self.score() is not anchor_of(score)[1] or self.mask() is not anchor_of(mask)[1]:
             return None
@@ -274,7 +323,7 @@ class _Known:
             if place is None and not is_direct(x):
                 return None
             captured += (0, x if place is None else aux[place])
-        return (*self.start, *_blocks(_fa4_lists(lists)), *captured, *[float(x.value) for x in self.scalars])
+        return (*self.start, *_blocks(lists), *captured, *[float(x.value) for x in self.scalars])
 
 
 _known: dict[tuple[Any, Any], _Known] = {}

@@ -22,8 +22,8 @@ import numpy as np
 
 from ._call import FUNC, Mode, attend, learn_torch, respelling
 from ._flex_call import WORDS, needs, remember, warm
-from ._tensors import Array, array, empty_like, is_cupy, is_jax, is_torch
-from ._user_functions import arguments, empty_result, extras, with_extras
+from ._tensors import Array, array, differentiable, empty_like, is_cupy, is_jax, is_torch
+from ._user_functions import Functions, arguments, empty_result
 
 
 class AuxOutput(NamedTuple):
@@ -111,16 +111,22 @@ def _run(
     query, key, value = _checked(*tensors, enable_gqa)
     learn_torch(query)
     needed = needs(score_mod, block_mask, query, key)
-    more = respelling(WORDS, extras, needed.score, needed.mask, needed.lists)
+    function = Functions.of(needed.score, needed.mask, needed.lists, mode)
     head, tail = arguments(needed.parameters, scale, implementation)
     token_major = tuple(_tokens_first(x) for x in (query, key, value))
+    if mode is None and any(map(differentiable, (query, key, value, *tail, *function.captured))):
+        from ._autograd import attend as attend_with_gradients
+
+        out, lse = respelling(
+            WORDS, attend_with_gradients, FUNC, token_major, None, None, True, None, head, tail, function, True
+        )
+        return _tokens_first(out), lse
     if is_jax(query):  # whose views are copies
         batch, heads, rows, _ = query.shape
         out = memory = empty_like(query, (batch, rows, heads, value.shape[-1]), query.dtype)
     else:
         out = empty_result(query, value)
         memory = _tokens_first(out)
-    function = with_extras(more, mode)
     result = respelling(WORDS, attend, FUNC, token_major, memory, None, want_lse, mode, head, tail, function)
     if mode is not None:
         return result
@@ -148,7 +154,8 @@ def _tokens_first(x: Array) -> Array:
 
 def _checked(query: Array, key: Array, value: Array, enable_gqa: bool) -> tuple[Array, Array, Array]:
     """The tensors, key and value with as many sequences as query. Raises ValueError or TypeError."""
-    query, key, value = array("query", query), array("key", key), array("value", value)
+    given = (("query", query), ("key", key), ("value", value))
+    query, key, value = (x if differentiable(x) else array(name, x) for name, x in given)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if is_jax(x) and isinstance(x, sys.modules["jax"].core.Tracer):
             raise TypeError(f"{name} = a tracer of jax.jit or another transformation: must be an array with memory")

@@ -5,13 +5,14 @@
     out = flash_attn_func(q, k, v, causal=True)  # (num_seqs, seqlen_q, num_heads, head_dim)
 
 Needs the package jax-tvm-ffi (pip install jax-tvm-ffi), which passes XLA's buffers to the native function: nothing is
-copied, and plain calls enter no Python. Calls with alibi_slopes, sinks or lengths pass through a few lines of Python at
-run time and so need the interpreter's lock.
+copied, and plain calls enter no Python. Calls with alibi_slopes, sinks or lengths, and gradients, pass through a few
+lines of Python at run time and so need the interpreter's lock.
 
 Tested on the CPU. On a GPU the same call is given XLA's stream by jax-tvm-ffi; that was never run.
 
-Inference only: a derivative raises NotImplementedError, and so does jax.vmap, as num_seqs already is the batch. Sharded
-arrays need jax.shard_map around the call, as every custom call does.
+jax.grad and jax.vjp give the gradients of q, k, v, alibi_slopes and sinks. Second derivatives and jax.vmap raise
+NotImplementedError, the latter since num_seqs already is the batch; jax.jvp raises JAX's own TypeError. Sharded arrays
+need jax.shard_map around the call, as every custom call does.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _STEP = 8  # head sizes are padded to multiples of it
 _END = ATTENTION.index("implementation")
 _HEAD, _REST_OF_HEAD = ATTENTION.names[HEAD:_END], ATTENTION.fallbacks[_END:TAIL]
 _OPTIONAL = ("alibi_slopes", "sinks", "seqused_q", "seqused_k")
+_DIFFERENTIABLE = frozenset({"alibi_slopes", "sinks"})
 _TARGET = "flashspark_attention"
 
 
@@ -77,20 +79,37 @@ def _target(names: tuple[str, ...]) -> str:
     return name
 
 
-@functools.lru_cache(maxsize=256)
-def _call(names: tuple[str, ...], head: tuple[Any, ...]) -> Callable[..., Any]:
-    """The custom call as a function of q, k, v and the optional tensors, which refuses JAX's transformations."""
-    target, attributes = _target(names), dict(zip(_HEAD, head))
-    attributes |= {"face": np.int64(0), "stored_as": np.int64(0)}
+def _backward_with_optional(names: tuple[str, ...]) -> Any:
+    """The native gradients: of q, k and v, and of those of the optional tensors that have some."""
+    places = [in_tail(name) for name in names]
+    floats = [name for name in names if name in _DIFFERENTIABLE]
 
-    @jax.custom_batching.custom_vmap
-    def batch(*arrays: Array) -> Any:
-        q, _, v = arrays[:3]
-        results = (
-            jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
-            jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
-        )
-        return jax.ffi.ffi_call(target, results)(*arrays, **attributes)
+    def function(face: int, stored_as: int, q: Any, k: Any, v: Any, *rest: Any) -> None:
+        tensors, (out, lse, dout, dlse, dq, dk, dv, *rest) = rest[: len(names)], rest[len(names) :]
+        others, head = dict(zip(floats, rest)), rest[len(floats) :]
+        tail = list(NO_TAIL)
+        for place, x in zip(places, tensors):
+            tail[place] = x
+        gradients = (dout, dlse, dq, dk, dv, others.get("sinks"), None, others.get("alibi_slopes"))
+        forward = (face, stored_as, q, k, v, out, lse, *head, *_REST_OF_HEAD, *tail)
+        _core.attention_backward(*gradients, *forward)
+
+    return tvm_ffi.convert(function)
+
+
+@functools.cache
+def _backward_target(names: tuple[str, ...]) -> str:
+    """As _target, of the gradients."""
+    name = "_".join((_TARGET, "backward", *names))
+    arguments = ["attrs.face", "attrs.stored_as", "args", "rets", *(f"attrs.{option}" for option in _HEAD)]
+    for platform, more in (("cpu", {}), ("gpu", {"allow_cuda_graph": False})):
+        _bridge().register_ffi_target(name, _backward_with_optional(names), arguments, platform=platform, **more)
+    return name
+
+
+def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which refuses jax.vmap."""
+    batch = jax.custom_batching.custom_vmap(function)
 
     @batch.def_vmap
     def refuse_vmap(*_: Any) -> Any:
@@ -98,14 +117,62 @@ def _call(names: tuple[str, ...], head: tuple[Any, ...]) -> Callable[..., Any]:
             "jax.vmap of flashspark.jax.flash_attn_func: fold the mapped axis into num_seqs, q's, k's and v's first"
         )
 
+    return batch
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, part of a first derivative, which refuses to be differentiated itself."""
+
     @jax.custom_jvp
+    def once(*arrays: Array) -> Any:
+        return function(*arrays)
+
+    @once.defjvp
+    def refuse_second(*_: Any) -> Any:
+        raise NotImplementedError("a second derivative of flashspark.jax.flash_attn_func: its gradients have none")
+
+    return once
+
+
+@functools.lru_cache(maxsize=256)
+def _call(names: tuple[str, ...], head: tuple[Any, ...]) -> Callable[..., Any]:
+    """The custom call as a function of q, k, v and the optional tensors, with its gradients."""
+    target, attributes = _target(names), dict(zip(_HEAD, head))
+    attributes |= {"face": np.int64(0), "stored_as": np.int64(0)}
+    floats = [place for place, name in enumerate(names, 3) if name in _DIFFERENTIABLE]
+
+    @_refusing
+    def forward(*arrays: Array) -> Any:
+        q, _, v = arrays[:3]
+        results = (
+            jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
+            jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
+        )
+        return jax.ffi.ffi_call(target, results)(*arrays, **attributes)
+
+    @_refusing
+    def backward(*arrays: Array) -> Any:
+        results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
+        results += [jax.ShapeDtypeStruct(arrays[place].shape, jnp.float32) for place in floats]
+        return jax.ffi.ffi_call(_backward_target(names), tuple(results))(*arrays, **attributes)
+
+    @jax.custom_vjp
     def differentiable(*arrays: Array) -> Any:
-        return batch(*arrays)
+        return forward(*arrays)
 
-    @differentiable.defjvp
-    def refuse_jvp(*_: Any) -> Any:
-        raise NotImplementedError("a derivative of flashspark.jax.flash_attn_func: flashspark computes inference only")
+    def with_residuals(*arrays: Array) -> Any:
+        results = _once(forward)(*arrays)
+        return results, (arrays, results)
 
+    def gradients(residuals: Any, cotangents: Any) -> Any:
+        arrays, results = residuals
+        found = _once(backward)(*arrays, *results, *cotangents)
+        given = [*found[:3], *[None] * len(names)]
+        for place, x in zip(floats, found[3:]):
+            given[place] = x.astype(arrays[place].dtype)
+        return tuple(given)
+
+    differentiable.defvjp(with_residuals, gradients)
     return differentiable
 
 
@@ -177,15 +244,17 @@ def flash_attn_func(
     dropout_p: must be 0. softmax_scale: None: head_dim ** -0.5.
     causal, window_size, softcap: as in flashspark.flash_attn_func; the last query sees every key.
     alibi_slopes: float32 (num_heads,) or (num_seqs, num_heads). sinks: (num_heads,) float32, float16 or bfloat16.
-    seqused_q, seqused_k: int32 (num_seqs,): rows and keys in use. Result rows past seqused_q hold anything.
+    seqused_q, seqused_k: int32 (num_seqs,): rows and keys in use. Result rows past seqused_q hold anything, and have no
+    gradients.
+    deterministic: also of gradients.
     Arrays may be traced; all other arguments must be Python numbers.
 
     Returns out (num_seqs, seqlen_q, num_heads, head_dim of v) in q's type, or (out, lse) with return_softmax_lse: lse
     float32 (num_seqs, num_heads, seqlen_q).
 
     Raises ValueError (a shape or number breaks its rule) and TypeError (a type) when it is called or traced,
-    NotImplementedError for jax.vmap, derivatives and dropout, ImportError without jax-tvm-ffi. What values alone show,
-    as a length out of range, or what no implementation supports is an error of XLA's at run time, with our text.
+    NotImplementedError for jax.vmap, second derivatives and dropout, ImportError without jax-tvm-ffi. What values alone
+    show, as a length out of range, or what no implementation supports is an error of XLA's at run time, with our text.
     """
     if dropout_p is not None and real("dropout_p", dropout_p) != 0:
         raise NotImplementedError(f"dropout_p = {dropout_p!r}: must be 0 in flashspark.jax")

@@ -4,15 +4,16 @@
 
 and flash-attention's packed forms of the first two.
 
-These take and return what the package's functions of the same names do, for torch tensors; inference only. Outside
-torch.compile the package's own functions have less overhead. Fake and meta tensors give results of the right shapes and
-types, without memory. Two differences: `explain` is not offered, and flash_attn_with_kvcache checks the attention's
-arguments only after it has written the new rows into the cache.
+These take and return what the package's functions of the same names do, for torch tensors, with gradients where those
+have them. Outside torch.compile the package's own functions have less overhead. Fake and meta tensors give results of
+the right shapes and types, without memory. Two differences: `explain` is not offered, and flash_attn_with_kvcache
+checks the attention's arguments only after it has written the new rows into the cache.
 
-The operators are flashspark::attention, which returns (out, lse), flashspark::attention_out, which fills given tensors,
-and flashspark::append_kv. Their arguments are those of bindings/signature.def, in its order; `face` says whose names
-errors use. Calls with score_mod, mask_mod or block_sparse_tensors have operators of their own (_torch_functions.py). A
-tensor that requires gradients raises ValueError.
+The operators are flashspark::attention, which returns (out, lse), flashspark::attention_backward, its gradients,
+flashspark::attention_out, which fills given tensors, and flashspark::append_kv. Their arguments are those of
+bindings/signature.def, in its order; `face` says whose names errors use. Calls with score_mod, mask_mod or
+block_sparse_tensors have operators of their own (_torch_functions.py), without gradients. A tensor that requires
+gradients raises ValueError where none is computed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _cache, _call, _core, _ops, _packed, _torch_functions
+from ._autograd import Problem, below_transforms, refuse
+from ._backward import ARGUMENTS, Forward, gradients
 from ._kinds import KINDS, any_flag, one_spelling
+from ._layout import padded
 from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature, in_tail
 from ._tensors import held, out_dtype
 
@@ -34,6 +38,7 @@ _NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and ls
 _KINDS, _FALLBACKS = ATTENTION.kinds[HEAD:], ATTENTION.fallbacks[HEAD:]
 _HEAD = len(_NAMES) - len(NO_TAIL)
 _FIRST = ATTENTION.index("q")
+_STEP = 8  # head sizes are padded to multiples of it
 _DROPOUT = in_tail("dropout_p")  # and rng_state: the last two
 _TYPES = {
     **{"integer": "SymInt", "bound": "SymInt", "window": "SymInt"},
@@ -57,6 +62,11 @@ _GIVEN = f"Tensor q, Tensor k, Tensor v, {_schema(ATTENTION, HEAD, False)}"
 NAMESPACE = __name__.partition(".")[0]  # the Hugging Face loader imports the package under another name
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"attention({_GIVEN}, bool want_lse, int face=0, bool strict=False) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_GIVEN}, bool[] wanted, int face=0) -> ("
+    + ", ".join(["Tensor"] * len(ARGUMENTS))
+    + ")"
+)
 _library.define(f"attention_out({_GIVEN}, Tensor(a!) out, Tensor(b!)? lse, int face=0, bool strict=False) -> ()")
 _library.define(f"append_kv({_schema(APPEND, 1, True)}, bool strict=False) -> ()")
 _operators = getattr(torch.ops, NAMESPACE)
@@ -135,12 +145,59 @@ def _results(tensors, options, want_lse, face=0, _strict=False):
     return out, q.new_empty(shape, dtype=torch.float32)
 
 
+def _attention_backward(dout, dlse, out, lse, q, k, v, *rest):
+    options, (wanted, *more) = rest[: len(_NAMES)], rest[len(_NAMES) :]
+    face = more[0] if more else 0
+    forward = Forward(face, (q, k, v), out, lse, options[:_HEAD], options[_HEAD:])
+    found = gradients(forward, dout, dlse, wanted)
+    return tuple(q.new_empty(0) if x is None else x.contiguous() if x.shape[-1] % _STEP else x for x in found)
+
+
+def _fake_attention_backward(dout, dlse, out, lse, q, k, v, *rest):
+    options, (wanted, *_) = rest[: len(_NAMES)], rest[len(_NAMES) :]
+    arguments = (q, k, v, *(options[_HEAD + in_tail(name)] for name in ARGUMENTS[3:]))
+    made = []
+    for i, (x, want) in enumerate(zip(arguments, wanted)):
+        if not want:
+            made.append(q.new_empty(0))
+        elif i < 3:
+            made.append(torch.empty_like(x) if padded(x.shape[-1], _STEP) == x.shape[-1] else x.new_empty(x.shape))
+        else:
+            made.append(x.new_empty(x.shape, dtype=torch.float32))
+    return tuple(made)
+
+
+class _OnOperators(Problem):
+    """A call whose passes are operators, which torch.compile keeps in its graphs."""
+
+    def forward(self, tensors):
+        (q, k, v), tail, *_ = self.parts(tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operators.attention(q, k, v, *self.head, *tail, True, self.face, self.mode is not None)
+
+    def backward(self, wanted, dout, dlse, tensors, out, lse):
+        (q, k, v), tail, *_ = self.parts(tensors)
+        return _operators.attention_backward(dout, dlse, out, lse, q, k, v, *self.head, *tail, wanted, self.face)
+
+
+def _differentiable_attention(q, k, v, *rest):
+    """The kernel of flashspark::attention for autograd. With gradients lse is computed even if it is not wanted."""
+    options, (_, face, strict) = rest[: len(_NAMES)], (*rest[len(_NAMES) :], 0, False)[:3]
+    tensors = [x for x in (q, k, v, *options) if isinstance(x, torch.Tensor)]
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operators.attention(q, k, v, *rest)
+    refuse(face, (q, k, v, None, None, *options))
+    mode = _call.Mode(strict=strict)
+    return below_transforms(_OnOperators(face, (q, k, v), mode, options[:_HEAD], options[_HEAD:]), *tensors)
+
+
 def _append(*args):
     _cache.append_kv(**dict(zip((*APPEND.names[1:], "strict"), args)))
 
 
 def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
-    """The operator's kernel for autograd: there is no backward pass, and a gradient must not be lost silently."""
+    """The operator's kernel for autograd where no gradient is computed: none must be lost silently."""
 
     def kernel(*args):
         if torch.is_grad_enabled():
@@ -148,7 +205,7 @@ def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any,
                 if isinstance(x, torch.Tensor) and x.requires_grad:
                     raise ValueError(
                         f"{name}.requires_grad = True: must be False, or call under torch.no_grad(): "
-                        "flashspark computes inference only"
+                        "no gradient is computed for it"
                     )
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
@@ -178,18 +235,28 @@ def _attention_words(others: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Ite
     return lambda args: (*_words(args[first] if len(args) > first else 0), *others)
 
 
-def _register(name: str, kernel: Any, fake: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> None:
+def _register(
+    name: str,
+    kernel: Any,
+    fake: Any,
+    words: Callable[[tuple[Any, ...]], Iterable[str]],
+    differentiable: Callable[..., Any] | None = None,
+) -> None:
     # The last key is for all other backends (sparse, quantized ..), whose tensors the kernel refuses by name.
     for device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         _library.impl(name, kernel, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     operator = getattr(_operators, name).default
-    _library.impl(name, _refuses_gradients(operator, words), "Autograd")
+    _library.impl(name, differentiable or _refuses_gradients(operator, words), "Autograd")
     for lazily in ("Negative", "ZeroTensor"):
         _library.impl(name, _resolves(operator, words), lazily)
 
 
-_register("attention", _attention, _fake_attention, _attention_words(("want_lse",)))
+_register("attention", _attention, _fake_attention, _attention_words(("want_lse",)), _differentiable_attention)
+_register(
+    *("attention_backward", _attention_backward, _fake_attention_backward),
+    lambda args: ("dout", "dlse", "out", "lse", *_words(args[-1] if isinstance(args[-1], int) else 0)),
+)
 _register("attention_out", _attention_out, _fake_attention_out, _attention_words(("out", "lse")))
 _register("append_kv", _append, _fake_append, lambda _: APPEND.words[0][1:])
 

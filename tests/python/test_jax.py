@@ -121,9 +121,96 @@ def test_transformations_are_refused(rng):
         jax.vmap(ours.flash_attn_func)(q[None], k[None], v[None])
     with pytest.raises(NotImplementedError, match="fold the mapped axis"):
         jax.jit(jax.vmap(lambda q: ours.flash_attn_func(q, k, v)))(q[None])
-    for transform in (jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (x,)), jax.jit):
-        with pytest.raises(NotImplementedError, match="computes inference only"):
-            transform(jax.grad(lambda q: ours.flash_attn_func(q, k, v).sum()))(q)
+    loss = lambda q: ours.flash_attn_func(q, k, v).sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match="a second derivative"):
+        jax.grad(lambda q: jax.grad(loss)(q).sum())(q)
+    with pytest.raises(TypeError, match="jvp"):
+        jax.jvp(loss, (q,), (q,))
+    with pytest.raises(NotImplementedError, match="fold the mapped axis"):
+        jax.vmap(jax.grad(loss))(q[None])
+
+
+def formula(q, k, v, causal=False, softcap=0.0, alibi_slopes=None, sinks=None, seqused_k=None):
+    """out and lse in JAX's own operations."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
+    s = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[3] ** -0.5
+    rows, keys = s.shape[2:]
+    used = jnp.full(q.shape[0], keys) if seqused_k is None else seqused_k
+    distance = (jnp.arange(rows)[:, None] + used[:, None, None] - rows - jnp.arange(keys))[:, None]
+    s = softcap * jnp.tanh(s / softcap) if softcap else s
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.reshape(-1, q.shape[2], 1, 1) * jnp.abs(distance)
+    s = jnp.where((jnp.arange(keys) < used[:, None])[:, None, None], s, -jnp.inf)
+    s = jnp.where(distance >= 0, s, -jnp.inf) if causal else s
+    if sinks is not None:
+        s = jnp.concatenate([s, jnp.broadcast_to(sinks[:, None, None], (*s.shape[:3], 1))], -1)
+    p = jax.nn.softmax(s, -1)[..., :keys]
+    return jnp.einsum("bhts,bshd->bthd", p, v), jax.nn.logsumexp(s, -1)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize(
+    ("options", "tensors", "sizes"),
+    [
+        ({"causal": True}, (), {}),
+        ({"softcap": 3.0, "deterministic": True}, (), {"heads": 4, "heads_kv": 1}),
+        ({"causal": True}, ("alibi_slopes", "sinks"), {}),
+        ({}, ("alibi_slopes", "seqused_k"), {}),
+        ({"causal": True}, (), {"width": 20, "width_v": 12}),
+        ({}, (), {"width": 64, "width_v": 32, "rows": 40}),
+    ],
+    ids=str,
+)
+def test_gradients(rng, options, tensors, sizes, jit):
+    """Of out and of lse, for q, k, v, slopes and sinks, against JAX's own operations."""
+    given = {
+        "alibi_slopes": rng.uniform(0, 0.5, (2, 4)).astype(np.float32),
+        "sinks": rng.standard_normal(4).astype(np.float32),
+        "seqused_k": np.array([9, 4], np.int32),
+    }
+    arrays = [jnp.asarray(x) for x in inputs(rng, **sizes)] + [jnp.asarray(given[name]) for name in tensors]
+    places = [i for i, x in enumerate(arrays) if x.dtype == jnp.float32]
+    weights = [jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for x in formula(*arrays[:3])]
+
+    def loss(function):
+        def value(*args):
+            results = function(*args[:3], **dict(zip(tensors, args[3:])))
+            return sum((x * w).sum() for x, w in zip(results, weights))
+
+        return value
+
+    own = jax.grad(loss(lambda *x, **y: ours.flash_attn_func(*x, **y, **options, return_softmax_lse=True)), places)
+    used = {name: x for name, x in options.items() if name != "deterministic"}
+    want = jax.grad(loss(lambda *x, **y: formula(*x, **y, **used)), places)(*arrays)
+    for got, expected in zip((jax.jit(own) if jit else own)(*arrays), want):
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_in_narrow_types(rng):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(rng))
+    sinks = jnp.asarray(rng.standard_normal(4), jnp.bfloat16)
+    loss = lambda f: lambda q, sinks: (f(q, k, v, sinks=sinks)[0].astype(jnp.float32) ** 2).sum()  # noqa: E731
+    call = lambda *x, **y: ours.flash_attn_func(*x, **y, return_softmax_lse=True)  # noqa: E731
+    got = jax.grad(loss(call), (0, 1))(q, sinks)
+    wide = lambda q, k, v, sinks: formula(*(x.astype(jnp.float32) for x in (q, k, v)), sinks=sinks)  # noqa: E731
+    want = jax.grad(loss(wide), (0, 1))(q, sinks.astype(jnp.float32))
+    for x, y in zip(got, want):
+        assert x.dtype == jnp.bfloat16
+        np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=5e-2, atol=5e-2)
+
+
+def test_a_training_loop(rng):
+    """Gradient descent inside a compiled loop."""
+    q, k, v = (jnp.asarray(x) for x in inputs(rng))
+    target = ours.flash_attn_func(q, k, v, causal=True)
+
+    def loss(x):
+        return ((ours.flash_attn_func(x, k, v, causal=True) - target) ** 2).sum()
+
+    start = jnp.zeros_like(q)
+    end = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, x: x - 0.5 * jax.grad(loss)(x), x))(start)
+    assert loss(end) < 0.2 * loss(start)
 
 
 @pytest.mark.parametrize(

@@ -143,13 +143,17 @@ def test_kvcache_with_rotary():
     flashspark.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=7)
 
 
-def test_gradients_are_refused_clearly():
+def test_gradients_that_there_are_not_are_refused_clearly():
     q, k, v = dense()
     q.requires_grad_()
-    with pytest.raises(ValueError, match=r"q\.requires_grad = True.*no_grad"):
-        flashspark.flash_attn_func(q, k, v)
+    with pytest.raises(ValueError, match=r"q\.requires_grad = True.*no_grad.*for flash_attn_with_kvcache"):
+        flashspark.flash_attn_with_kvcache(q, k, v)
+    with pytest.raises(ValueError, match=r"q\.requires_grad = True.*no_grad.*beside out"):
+        flashspark.flash_attn_func(q, k, v, out=torch.empty_like(q))
+    with pytest.raises(ValueError, match=r"q\.requires_grad = True.*for k\.dtype = float8_e4m3fn"):
+        flashspark.flash_attn_func(q, *(x.to(torch.float8_e4m3fn) for x in (k, v)))
     with torch.no_grad():
-        assert flashspark.flash_attn_func(q, k, v).shape == q.shape
+        assert flashspark.flash_attn_with_kvcache(q, k, v).shape == q.shape
 
 
 def test_mixed_numpy_and_torch():

@@ -97,15 +97,13 @@ def test_parameters_and_gradients(qkv, general):
             both(qkv, score, lambda s, b, h, q, k: s + back(table)[k])
             table.normal_()
     assert len(general) == 1
-    with pytest.raises(ValueError, match=r"captured tensor\.requires_grad = True"):
-        flex_attention(*qkv, score)
+    assert flex_attention(*qkv, score).requires_grad
     table.requires_grad_(False)
     both(qkv, score, lambda s, b, h, q, k: s + back(table)[k])
     for place, name in enumerate(("query", "key", "value")):
         tensors = list(qkv)
         tensors[place] = tensors[place].clone().requires_grad_()
-        with pytest.raises(ValueError, match=rf"{name}\.requires_grad = True"):
-            flex_attention(*tensors, score)
+        assert flex_attention(*tensors, score).requires_grad, name
         with torch.no_grad():
             both(tensors, score, lambda s, b, h, q, k: s + back(table)[k])
 
@@ -121,7 +119,7 @@ def test_tensors_of_other_kinds(qkv, general):
     assert out.transpose(1, 2).is_contiguous()
     with torch.inference_mode():
         both([x.clone() for x in qkv], score, on_numpy)
-    with pytest.raises(TypeError, match=r"torch\.func or vmap"):
+    with pytest.raises(TypeError, match=r"tensor inside torch\.func"):
         torch.func.vmap(lambda x: flex_attention(x, k, v, score))(q[None])
     with pytest.raises((TypeError, NotImplementedError), match="query"):
         flex_attention(q.to("meta"), k.to("meta"), v.to("meta"), score)

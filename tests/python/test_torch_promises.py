@@ -18,9 +18,11 @@ from torch_arrays import back, moved  # noqa: E402
 
 SMALL = Case(longest=(3, 9), dims=(16, 16), dtype="float32", heads=(2, 1), sinks=True, alibi=1, given=2)
 CALLS = {
-    "dense": replace(SMALL, dtype="float8_e4m3fn", given=0),  # has factors, too
+    "fp8": replace(SMALL, dtype="float8_e4m3fn", given=0),  # has factors, too
+    "dense": replace(SMALL, given=0),
     "dense given": SMALL,
-    "varlen": replace(SMALL, kind="varlen"),
+    "varlen": replace(SMALL, kind="varlen", given=0),
+    "varlen given": replace(SMALL, kind="varlen"),
     "paged": replace(SMALL, kind="varlen", page_size=4),
     "cache": replace(SMALL, kind="cache", new=2, rotary=1.0, causal=True),
     "cache paged": replace(SMALL, kind="cache", new=2, rotary=1.0, causal=True, page_size=4),
@@ -45,11 +47,19 @@ def differentiable(name: str) -> list[str]:
     return [n for n, x in call.arrays.items() if moved(x).is_floating_point() and moved(x).itemsize > 1]
 
 
+def flows(name: str, argument: str) -> bool:
+    """Whether the argument of this call gets a gradient."""
+    return name in ("dense", "varlen") and argument not in ("out", "lse")
+
+
 GRADIENTS = [(c, n, d) for c in CALLS for d in DOORS for n in differentiable(c) if d != "compiled" or "paged" not in c]
 
 
 @pytest.mark.parametrize(("name", "argument", "door"), GRADIENTS, ids=["-".join(g) for g in GRADIENTS])
 def test_no_gradient_is_lost(name, argument, door):
+    if flows(name, argument):
+        gradient_arrives(make(CALLS[name]), argument, door)
+        return
     call = make(CALLS[name])
     given = {n: moved(x) for n, x in call.arrays.items()}
     given[argument] = given[argument].requires_grad_()
@@ -67,6 +77,21 @@ def test_no_gradient_is_lost(name, argument, door):
     assert not any(x.requires_grad for x in (out, lse) if x is not given[argument])
 
 
+def gradient_arrives(call, argument, door):
+    """That of out alone, of lse alone, and of both: the sum."""
+    found = []
+    for used in ([0], [1], [0, 1]):
+        given = {n: moved(x) for n, x in call.arrays.items()}
+        given[argument].requires_grad_()
+        torch._dynamo.reset()
+        results = DOORS[door](call.function, {**given, **call.options})
+        sum(results[i].square().sum() for i in used).backward()
+        assert all(x.grad is None for n, x in given.items() if n != argument)
+        found.append(given[argument].grad)
+    assert found[0].abs().max() > 0 and (argument == "v" or found[1].abs().max() > 0)
+    torch.testing.assert_close(found[0] + found[1], found[2], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("argument", ["q", "k", "v", "alibi_slopes", "sinks", "out"])
 def test_no_gradient_is_lost_in_vllm(argument):
     from flashspark.vllm import attention
@@ -81,7 +106,7 @@ def test_no_gradient_is_lost_in_vllm(argument):
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", ["dense given", "varlen", "cache", "cache paged"])
+@pytest.mark.parametrize("name", ["dense given", "varlen given", "cache", "cache paged"])
 def test_versions_count_up(name, door):
     """The version of a written tensor increases; that of a tensor only read does not."""
     call = make(CALLS[name])

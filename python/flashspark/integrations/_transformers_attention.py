@@ -120,7 +120,8 @@ def _masked(
             documents = documents_of(mask)
             return _unpadded(query, key, value, documents, documents, options)
         mask = mask != 0
-    if torch.compiler.is_compiling() or not (padding := padding_of(mask)).whole or "dropout_p" in options:
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if trains or torch.compiler.is_compiling() or "dropout_p" in options or not (padding := padding_of(mask)).whole:
         queries = rows_of(mask, rows) if rows <= columns else rows_of(mask.new_ones(len(mask), rows), rows)
         return _unpadded(query, key, value, queries, rows_of(mask, columns), options)
     # Where nothing depends on a query's position, rows need not be left out, and may even belong to another sequence.

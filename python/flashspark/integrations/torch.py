@@ -20,11 +20,11 @@ _scaled_dot_product_flash_attention and _flash_attention_forward, which nested t
 torch.nn.attention.varlen.varlen_attn call; on the CPU _scaled_dot_product_flash_attention_for_cpu. varlen_attn, which
 torch has for CUDA only, then runs on the CPU, too.
 
-The forward pass only. A call goes to torch's own kernel, as if nothing were switched on, if an argument requires
-gradients, if dropout is asked for, if there is a mask, or if flashspark does not support the types or sizes; the
-results' shapes, types and strides are torch's either way. `calls` says how many calls ran where, and why.
-torch.compile takes training apart into a forward and a backward graph: the compiled forward pass runs on flashspark,
-and torch's backward pass is given the same two results, out and logsumexp, as its own forward pass would give it.
+Training, too: the operators' backward passes are overridden as well. A call goes to torch's own kernel, as if nothing
+were switched on, if dropout is asked for, if there is a mask, or if flashspark does not support the types or sizes; the
+results' shapes, types and strides are torch's either way. `calls` says how many calls ran where, and why. Each pass is
+chosen for itself, as both implementations give the same two results, out and logsumexp, and take them: a forward pass
+inside `enabled()` may have its backward pass outside.
 
 torch asks its flash kernels only for what they can do: on CUDA 16-bit types, no mask, head_dim up to 256, and
 is_causal only where both lengths are equal. The rest goes to its other kernels, here as ever.
@@ -43,36 +43,20 @@ from typing import Any
 import torch
 
 from .. import _ops
+from . import _torch_backward
+from ._torch_backward import LeftToTorch as _LeftToTorch
+from ._torch_backward import cut_for_cpu, demand
 
 NAME = "FLASHSPARK"  # of the implementation, for torch.nn.attention.activate_flash_attention_impl
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # dispatch keys
-_TYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _REFUSALS = (NotImplementedError, ValueError, TypeError)  # flashspark raises them before it computes anything
 
 
-class _LeftToTorch(Exception):
-    """Its text says why flashspark does not compute a call."""
-
-
-def _demand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, **given: Any) -> None:
-    """Raises _LeftToTorch unless flashspark computes such calls. given: arguments that must be None or False."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise _LeftToTorch("an argument requires gradients")
-    if dropout_p:
-        raise _LeftToTorch("dropout")
-    for name, x in given.items():
-        if x is not None and x is not False:
-            raise _LeftToTorch(name)
-    if query.dtype not in _TYPES or key.dtype is not query.dtype or value.dtype is not query.dtype:
-        raise _LeftToTorch(f"dtype {query.dtype}")
-    if query.numel() == 0 or key.numel() == 0:
-        raise _LeftToTorch("no elements")
-
-
 def _attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """One call of flashspark, whose refusals become reasons to leave the call to torch."""
+    """One call of flashspark, whose refusals become reasons to leave the call to torch. Autograd's node is torch's."""
     try:
-        function(*args, deterministic=torch.are_deterministic_algorithms_enabled(), **kwargs)
+        with torch.no_grad():
+            function(*args, deterministic=torch.are_deterministic_algorithms_enabled(), **kwargs)
     except _REFUSALS as error:
         raise _LeftToTorch(str(error).partition("\n")[0][:200]) from None
 
@@ -105,17 +89,9 @@ def _for_cpu(
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """_scaled_dot_product_flash_attention_for_cpu."""
-    _demand(query, key, value, dropout_p, attn_mask=attn_mask)
+    demand(query, key, value, dropout_p, attn_mask=attn_mask)
     batch, heads, rows, _ = query.shape
-    keys, window = key.shape[2], (-1, -1)
-    if is_causal and rows != keys:
-        # Here causal means that query i sees keys 0 to i, from the top left corner on. flashspark counts from the
-        # bottom right corner. The two agree on square problems, which this becomes if the keys that no query sees
-        # are cut off; where there are more queries than keys, a window moves the diagonal.
-        key, value = key[:, :, :rows], value[:, :, :rows]
-        is_causal = rows < keys
-        if not is_causal:
-            window = (-1, rows - keys)
+    key, value, is_causal, window = cut_for_cpu(rows, key, value, is_causal)
     out = torch.empty_like(query)
     lse = query.new_empty((batch, rows, heads), dtype=torch.float32).transpose(1, 2)
     _dense(query, key, value, out, lse, scale, is_causal, window)
@@ -133,7 +109,7 @@ def _for_cuda(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     """_scaled_dot_product_flash_attention, whose causal mask starts from the bottom right as flashspark's does."""
-    _demand(query, key, value, dropout_p, return_debug_mask=return_debug_mask)
+    demand(query, key, value, dropout_p, return_debug_mask=return_debug_mask)
     out = torch.empty_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     _dense(query, key, value, out, lse, scale, is_causal)
@@ -179,7 +155,7 @@ def _flash_forward_into(
 ) -> torch.Tensor:
     """_flash_attention_forward_no_dropout_inplace: (batch, length, heads, head_dim), or (total, heads, head_dim) with
     cum_seq_q. Arguments that a later torch may add are left to torch."""
-    _demand(query, key, value, dropout_p, return_debug_mask=return_debug_mask, **unknown)
+    demand(query, key, value, dropout_p, return_debug_mask=return_debug_mask, **unknown)
     options: dict[str, Any] = {
         "softmax_scale": scale,
         "causal": is_causal,
@@ -228,8 +204,8 @@ _VARLEN = {
     "_flash_attention_forward_no_dropout_inplace": _flash_forward_into,
 }
 _OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {
-    "CPU": {"_scaled_dot_product_flash_attention_for_cpu": _for_cpu, **_VARLEN},
-    "CUDA": {"_scaled_dot_product_flash_attention": _for_cuda, **_VARLEN},
+    "CPU": {"_scaled_dot_product_flash_attention_for_cpu": _for_cpu, **_VARLEN, **_torch_backward.CPU},
+    "CUDA": {"_scaled_dot_product_flash_attention": _for_cuda, **_VARLEN, **_torch_backward.CUDA},
 }
 _calls: Counter[str] = Counter()
 

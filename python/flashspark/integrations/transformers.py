@@ -6,7 +6,7 @@
 
 Padded batches (left, right, both), packed ones, sliding windows, softcap, attention sinks, static caches, continuous
 batching (as "paged|flashspark", which transformers chooses by itself), and masks that flash-attention cannot express,
-such as Gemma 3's for images, which are read as they are. Inference. docs/integrations.md says more.
+such as Gemma 3's for images, which are read as they are. Inference and training. docs/integrations.md says more.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import flashspark
 import torch
@@ -85,11 +85,70 @@ def _as_the_extension(
     return out, lse, dropped[0], torch.zeros(2, dtype=torch.int64, device=q.device) if state is None else state
 
 
-def bwd(*args: Any) -> NoReturn:
-    """Raises NotImplementedError."""
-    raise NotImplementedError(
-        "the backward pass of attention: this flash_attn is flashspark's, which computes inference"
-    )
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    alibi_slopes: Tensor | None,
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    gen: Any,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of fwd's q, k and v, written into dq, dk and dv where these are given, and the sums of dout * out
+    over the head size. gen is not looked at: rng_state says what was dropped."""
+    given = flashspark.flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, p_dropout, softmax_scale, is_causal, (window_size_left, window_size_right),
+        softcap, alibi_slopes, deterministic, rng_state if p_dropout else None, dq=dq, dk=dk, dv=dv,
+    )  # fmt: skip
+    return (*given, _sums(dout, out).transpose(1, 2))
 
 
-varlen_bwd = bwd
+def varlen_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    gen: Any,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As bwd, of varlen_fwd. zero_tensors changes nothing: rows of no sequence have gradients of 0."""
+    given = flashspark.flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout,
+        softmax_scale, is_causal, (window_size_left, window_size_right), softcap, alibi_slopes, deterministic,
+        rng_state if p_dropout else None, dq=dq, dk=dk, dv=dv,
+    )  # fmt: skip
+    return (*given, _sums(dout, out).transpose(0, 1))
+
+
+def _sums(dout: Tensor, out: Tensor) -> Tensor:
+    return torch.linalg.vecdot(dout.float(), out.float())

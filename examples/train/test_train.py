@@ -1,0 +1,83 @@
+"""The small GPT trains on the CPU: its loss falls, and is that of torch's attention. Skipped without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import train as program  # noqa: E402
+from documents import batches, texts  # noqa: E402
+from gpt import GPT, Config, flashspark_attention, torch_attention  # noqa: E402
+
+STEPS, TOKENS = 8, 512
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {name: program.train(name, STEPS, TOKENS, rate=2e-3) for name in program.ATTENTION}
+
+
+def test_size():
+    assert 9e6 < sum(p.numel() for p in GPT().parameters()) < 11e6
+
+
+def test_loss_falls(runs):
+    losses = runs["flashspark"]["losses"]
+    assert losses[0] == pytest.approx(5.55, abs=0.1)  # log(256): nothing is known yet
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_losses_are_those_of_torchs_attention(runs):
+    ours, theirs = (runs[name]["losses"] for name in ("flashspark", "torch"))
+    assert ours == pytest.approx(theirs, rel=2e-3)
+    assert ours[:2] == pytest.approx(theirs[:2], rel=1e-5)
+
+
+def test_gradients_are_those_of_torchs_attention():
+    x, y, packed = next(batches(texts(), TOKENS, 200, 3))
+    assert len(packed.offsets) > 3 and packed.offsets[-1] == TOKENS == len(x)
+    found = []
+    for attention in (flashspark_attention, torch_attention):
+        torch.manual_seed(0)
+        model = GPT(Config(layers=2), attention)
+        torch.nn.functional.cross_entropy(model(x, packed), y).backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-9)
+
+
+def test_documents_do_not_see_each_other():
+    x, _, packed = next(batches(texts(), TOKENS, 100, 1))
+    model = GPT(Config(layers=2)).eval()
+    with torch.no_grad():
+        before = model(x, packed)
+        first = packed.offsets[1]
+        x[:first] = 0
+        after = model(x, packed)
+    assert torch.equal(before[first:], after[first:]) and not torch.equal(before[:first], after[:first])
+
+
+def test_batches_are_whole_and_repeat():
+    a, b = (next(batches(texts(), TOKENS, 64, 5)) for _ in range(2))
+    assert torch.equal(a[0], b[0]) and len(a[0]) == len(a[1]) == TOKENS
+    inside = torch.ones(TOKENS, dtype=torch.bool)
+    inside[a[2].offsets[1:].long() - 1] = False
+    assert torch.equal(a[0][1:][inside[:-1]], a[1][:-1][inside[:-1]])  # a target is the next input
+    assert a[2].places.max() < 64 and (a[2].places == 0).sum() == len(a[2].offsets) - 1
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    words = ["--steps", "2", "--tokens", "128", "--compare", "--device", "cpu"]
+    words += ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    program.main()
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert [run["attention"] for run in result["runs"]] == ["flashspark", "torch"]
+    assert all(len(run["losses"]) == 2 and run["tokens_per_second"] > 0 for run in result["runs"])
+    assert (tmp_path / "a.svg").read_text().count("<polyline") == 2 and "tokens/s" in capsys.readouterr().out
