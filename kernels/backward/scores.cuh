@@ -1,0 +1,103 @@
+// From S^T and dP^T to P^T and dS^T, in units of log2 until the exponential.
+#pragma once
+
+#include "attention/softmax.cuh"
+#include "backward/products.cuh"
+
+namespace flashspark {
+
+// The tokens that keep a key. Both ends of a row's interval rise with the row, so the inverse is an interval, too.
+FLASHSPARK_DEVICE Interval tokens_of_key(const SequenceArguments &a, const SequenceMask &mask, int32_t key,
+                                         int32_t tokens) {
+  if (key < mask.begin || key >= mask.end) return {0, 0};
+  return tokens_of_keys<false>(a, mask, {key, key + 1}, tokens).visited;
+}
+
+// Scores that the mask removes become -inf. first_row: token of the tile's first row.
+template <class T>
+FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const SequenceArguments &a, const SequenceMask &mask,
+                                       int32_t first_key, int32_t first_row, int32_t tokens) {
+  const int32_t lane = ptx::lane(), row = first_row + lane % 4 * 2;
+  FLASHSPARK_UNROLL
+  for (int32_t m = 0; m < T::kMAtoms; ++m) {
+    FLASHSPARK_UNROLL
+    for (int32_t x = 0; x < 2; ++x) {
+      const Interval kept = tokens_of_key(a, mask, first_key + m * 16 + x * 8 + lane / 4, tokens);
+      const Interval here{kept.begin - row, kept.end - row};
+      FLASHSPARK_UNROLL
+      for (int32_t c = 0; c < T::kScoreRows / 4; ++c) {
+        const int32_t at = c / 2 * 8 + c % 2;
+        if (at < here.begin || at >= here.end) scores.at[m][c / 2][2 * x + c % 2] = minus_infinity();
+      }
+    }
+  }
+}
+
+// Calls f(n8 tile, values of the lane's two rows in it) for a tile's rows, of which `values` has a float each.
+template <class T, class F>
+FLASHSPARK_DEVICE void for_row_pairs(ptx::SharedAddress values, F &&f) {
+  FLASHSPARK_UNROLL
+  for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+    uint32_t words[2];
+    ptx::load_shared_8(words, values + (j * 8 + ptx::lane() % 4 * 2) * 4);
+    f(j, ptx::as_float(words[0]), ptx::as_float(words[1]));
+  }
+}
+
+// P from scores in units of log2 (times `scale`) and the rows' lse.
+template <class T>
+FLASHSPARK_DEVICE void scores_to_probabilities(ScoreTile<T> &scores, float scale, ptx::SharedAddress row_lse) {
+  for_row_pairs<T>(row_lse, [&](int32_t j, float first, float second) {
+    FLASHSPARK_UNROLL
+    for (int32_t m = 0; m < T::kMAtoms; ++m) {
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) {
+        float &s = scores.at[m][j][e];
+        s = ptx::exp2_approx(s * scale - (e % 2 == 0 ? first : second));
+      }
+    }
+  });
+}
+
+// Each element minus the row's delta: where the sum over columns begins.
+template <class T>
+FLASHSPARK_DEVICE void begin_with_delta(ScoreTile<T> &scores, ptx::SharedAddress row_delta) {
+  for_row_pairs<T>(row_delta, [&](int32_t j, float first, float second) {
+    FLASHSPARK_UNROLL
+    for (int32_t m = 0; m < T::kMAtoms; ++m) {
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) scores.at[m][j][e] = e % 2 == 0 ? -first : -second;
+    }
+  });
+}
+
+template <class T>
+FLASHSPARK_DEVICE void pack_scores(ScoreOperand<T> &to, const ScoreTile<T> &from) {
+  FLASHSPARK_UNROLL
+  for (int32_t m = 0; m < T::kMAtoms; ++m) {
+    FLASHSPARK_UNROLL
+    for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 2; ++x)
+        to.pair(m, j, x) = ptx::pack<typename T::Element>(from.at[m][j][2 * x], from.at[m][j][2 * x + 1]);
+    }
+  }
+}
+
+// Stores dS^T of the warp's keys; first_row: of the tile in the block.
+template <class T>
+FLASHSPARK_DEVICE void store_scores(ScoreOperand<T> &scores, ptx::SharedAddress to, uint32_t lane, int32_t first_row) {
+  using Layout = typename T::ScoreLayout;
+  FLASHSPARK_UNROLL
+  for (int32_t m = 0; m < T::kMAtoms; ++m) {
+    FLASHSPARK_UNROLL
+    for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+      const uint32_t offset = Layout::step(lane, static_cast<uint32_t>(first_row / 8 + j));
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 2; ++x)
+        ptx::store_shared_4(to + offset + (m * 16 + x * 8) * Layout::kPitch, scores.pair(m, j, x));
+    }
+  }
+}
+
+}  // namespace flashspark
