@@ -59,6 +59,22 @@ T &result(T *size) {
   return *size;
 }
 
+// Writes what explain() says of the problem, and fails where `choose` does.
+template <class T, class Choice>
+flashspark_status explained(const T *params, Choice (*choose)(const T &), char *buffer, size_t size) {
+  if (buffer != nullptr && size > 0) *buffer = '\0';
+  return guarded([&] {
+    const T &p = checked(params);
+    const std::string text = fs::explain(p);
+    if (buffer != nullptr && size > 0) {
+      const size_t length = std::min(text.size(), size - 1);
+      std::memcpy(buffer, text.data(), length);
+      buffer[length] = '\0';
+    }
+    choose(p);
+  });
+}
+
 }  // namespace
 
 void flashspark_attention_params_init(flashspark_attention_params *params) {
@@ -68,6 +84,13 @@ void flashspark_attention_params_init(flashspark_attention_params *params) {
   params->softmax_scale = 1.0f;
   params->window_left = -1;
   params->window_right = -1;
+}
+
+void flashspark_attention_backward_params_init(flashspark_attention_backward_params *params) {
+  *params = {};
+  params->struct_size = sizeof *params;
+  params->abi_version = FLASHSPARK_ABI_VERSION;
+  flashspark_attention_params_init(&params->forward);
 }
 
 void flashspark_append_params_init(flashspark_append_params *params) {
@@ -120,17 +143,36 @@ flashspark_status flashspark_attention_validate(const flashspark_attention_param
 }
 
 flashspark_status flashspark_attention_explain(const flashspark_attention_params *params, char *buffer, size_t size) {
-  if (buffer != nullptr && size > 0) *buffer = '\0';
+  return explained(params, fs::choose, buffer, size);
+}
+
+flashspark_status flashspark_attention_backward(const flashspark_attention_backward_params *params) {
+  return flashspark_attention_backward_with_allocator(params, nullptr, nullptr);
+}
+
+flashspark_status flashspark_attention_backward_with_allocator(const flashspark_attention_backward_params *params,
+                                                               flashspark_allocator allocate, void *context) {
   return guarded([&] {
-    const fs::Params &p = checked(params);
-    const std::string text = fs::explain(p);
-    if (buffer != nullptr && size > 0) {
-      const size_t length = std::min(text.size(), size - 1);
-      std::memcpy(buffer, text.data(), length);
-      buffer[length] = '\0';
-    }
-    fs::choose(p);
+    const fs::BackwardParams &p = checked(params);
+    fs::choose_backward(p).run(p, {allocate, context});
   });
+}
+
+flashspark_status flashspark_attention_backward_workspace_size(const flashspark_attention_backward_params *params,
+                                                               size_t *size) {
+  return guarded([&] {
+    const fs::BackwardParams &p = checked(params);
+    result(size) = fs::choose_backward(p).workspace(p);
+  });
+}
+
+flashspark_status flashspark_attention_backward_validate(const flashspark_attention_backward_params *params) {
+  return guarded([&] { checked(params); });
+}
+
+flashspark_status flashspark_attention_backward_explain(const flashspark_attention_backward_params *params,
+                                                        char *buffer, size_t size) {
+  return explained(params, fs::choose_backward, buffer, size);
 }
 
 flashspark_status flashspark_score_mod_create(const char *graph, flashspark_mod **mod) {

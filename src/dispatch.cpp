@@ -73,18 +73,46 @@ constexpr Feature kFeatures[] = {
     {"deterministic", [](const Params &p) { return p.deterministic != 0; }},
 };
 constexpr size_t kNumFeatures = std::size(kFeatures);
-static_assert(kNumFeatures < 64);
-constexpr FeatureSet kAllFeatures = (FeatureSet{1} << kNumFeatures) - 1;
 
-constexpr FeatureSet without(std::initializer_list<std::string_view> left_out) {
-  FeatureSet set = kAllFeatures;
-  for (size_t n = 0; n < kNumFeatures; ++n) {
-    for (const std::string_view name : left_out) set &= ~(FeatureSet{name == kFeatures[n].name} << n);
+// What only a backward pass is asked for. Its bits follow those of kFeatures.
+struct GradientFeature {
+  const char *name;
+  bool (*required)(const BackwardParams &p);
+};
+bool wants_captured(const BackwardParams &p) {
+  if (p.dtensors == nullptr) return false;
+  return std::any_of(p.dtensors, p.dtensors + p.forward.score_mod.num_tensors,
+                     [](const flashspark_captured_gradient &gradient) { return gradient.data != nullptr; });
+}
+constexpr GradientFeature kGradientFeatures[] = {
+    {"gradient of lse", [](const BackwardParams &p) { return p.dlse != nullptr; }},
+    {"gradient of sinks", [](const BackwardParams &p) { return p.dsinks != nullptr; }},
+    {"gradient of rel_logits", [](const BackwardParams &p) { return p.drel_logits != nullptr; }},
+    {"gradient of alibi_slopes", [](const BackwardParams &p) { return p.dalibi_slopes != nullptr; }},
+    {"gradients of captured tensors", wants_captured},
+};
+constexpr size_t kNumGradientFeatures = std::size(kGradientFeatures), kAllBits = kNumFeatures + kNumGradientFeatures;
+static_assert(kAllBits < 64);
+constexpr FeatureSet kAllFeatures = (FeatureSet{1} << kNumFeatures) - 1;
+constexpr std::string_view name_of(size_t bit) {
+  return bit < kNumFeatures ? kFeatures[bit].name : kGradientFeatures[bit - kNumFeatures].name;
+}
+
+constexpr FeatureSet without(FeatureSet set, std::initializer_list<std::string_view> left_out) {
+  for (size_t n = 0; n < kAllBits; ++n) {
+    for (const std::string_view name : left_out) set &= ~(FeatureSet{name == name_of(n)} << n);
   }
   return set;
 }
-constexpr FeatureSet kCudaFeatures = without({"float32"});
+constexpr FeatureSet kCudaFeatures = without(kAllFeatures, {"float32"});
 static_assert(std::popcount(kCudaFeatures) == kNumFeatures - 1);
+
+// All that has gradients: validate(BackwardParams) refuses the others.
+constexpr FeatureSet kAllGradients =
+    without((FeatureSet{1} << kAllBits) - 1,
+            {"fp8 q", "fp8 kv", "fp8 out", "out dtype other than q's", "paged kv", "page_size % 16 != 0",
+             "page_table without seqused_k", "page_table with kv_batch_index", "leftpad_k", "kv_batch_index"});
+static_assert(std::popcount(kAllGradients) == kAllBits - 10);
 
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;
@@ -92,10 +120,18 @@ FeatureSet required_features(const Params &p) {
   return set;
 }
 
+// lse is always there, and nothing splits a backward pass: neither says anything.
+FeatureSet required_features(const BackwardParams &p) {
+  FeatureSet set = without(required_features(p.forward), {"lse", "num_splits"});
+  for (size_t n = 0; n < kNumGradientFeatures; ++n)
+    set |= FeatureSet{kGradientFeatures[n].required(p)} << (kNumFeatures + n);
+  return set;
+}
+
 std::string names(FeatureSet set) {
   std::string text;
-  for (size_t n = 0; n < kNumFeatures; ++n) {
-    if (set >> n & 1) text += (text.empty() ? "" : ", ") + std::string(kFeatures[n].name);
+  for (size_t n = 0; n < kAllBits; ++n) {
+    if (set >> n & 1) text += (text.empty() ? "" : ", ") + std::string(name_of(n));
   }
   return text;
 }
@@ -118,9 +154,12 @@ void no_schedule(const Params &) {}
 int64_t no_schedule_size(const Params &) {
   return 0;
 }
-template <void (*kForward)(const Params &)>
-void without_scratch(const Params &p, const ScratchSource &) {
-  kForward(p);
+size_t no_backward_workspace(const BackwardParams &) {
+  return 0;
+}
+template <auto kRun, class P>
+void without_scratch(const P &p, const ScratchSource &) {
+  kRun(p);
 }
 
 constexpr Implementation kImplementations[] = {
@@ -135,7 +174,7 @@ constexpr Implementation kImplementations[] = {
      .unsupported = cuda::unsupported,
      .forward = cuda::forward,
      .workspace = cuda::workspace,
-     .backward = nullptr,
+     .backward = {},
      .append = cuda::append_kv,
      .schedule = cuda::schedule,
      .schedule_size = cuda::schedule_size,
@@ -149,9 +188,9 @@ constexpr Implementation kImplementations[] = {
      .plan = nullptr,
      .unavailable = nullptr,
      .unsupported = nullptr,
-     .forward = without_scratch<cpu::engine_forward>,
+     .forward = without_scratch<cpu::engine_forward, Params>,
      .workspace = no_workspace,
-     .backward = nullptr,
+     .backward = {},
      .append = cpu::append_kv,
      .schedule = no_schedule,
      .schedule_size = no_schedule_size,
@@ -165,9 +204,12 @@ constexpr Implementation kImplementations[] = {
      .plan = nullptr,
      .unavailable = nullptr,
      .unsupported = nullptr,
-     .forward = without_scratch<cpu::reference_forward>,
+     .forward = without_scratch<cpu::reference_forward, Params>,
      .workspace = no_workspace,
-     .backward = nullptr,
+     .backward = {.features = kAllGradients,
+                  .max_head_dim = kMaxHeadDim,
+                  .run = without_scratch<cpu::reference_backward, BackwardParams>,
+                  .workspace = no_backward_workspace},
      .append = cpu::append_kv,
      .schedule = no_schedule,
      .schedule_size = no_schedule_size,
@@ -178,19 +220,49 @@ constexpr Implementation kImplementations[] = {
   throw Error(FLASHSPARK_UNSUPPORTED, why);
 }
 
-// What keeps an implementation from a problem that requires these features; empty if nothing.
-std::string obstacles(const Implementation &candidate, const Params &p, FeatureSet required) {
+// What an implementation is asked for: attention, or its gradients.
+struct Request {
+  const Params &problem;
+  const BackwardParams *gradients;  // NULL: attention
+  FeatureSet required;
+};
+Request request(const Params &p) {
+  return {p, nullptr, required_features(p)};
+}
+Request request(const BackwardParams &p) {
+  return {p.forward, &p, required_features(p)};
+}
+
+std::string unsupported(const Implementation &candidate, const Request &r) {
+  if (r.gradients == nullptr) return candidate.unsupported != nullptr ? candidate.unsupported(r.problem) : "";
+  return candidate.backward.unsupported != nullptr ? candidate.backward.unsupported(*r.gradients) : "";
+}
+
+std::string plan_of(const Implementation &candidate, const Request &r) {
+  if (r.gradients == nullptr) return candidate.plan != nullptr ? candidate.plan(r.problem) : "";
+  return candidate.backward.plan != nullptr ? candidate.backward.plan(*r.gradients) : "";
+}
+
+// What keeps an implementation from what it is asked for; empty if nothing.
+std::string obstacles(const Implementation &candidate, const Request &r) {
+  const Params &p = r.problem;
+  const bool forward = r.gradients == nullptr;
   std::string text;
   const auto add = [&](const std::string &what) { text += (text.empty() ? "" : "; ") + what; };
   if (candidate.device != p.device)
     add(candidate.device == FLASHSPARK_CPU ? "runs on the CPU only" : "runs on CUDA only");
-  if (const FeatureSet missing = required & ~candidate.features) add("lacks " + names(missing));
+  if (!forward && candidate.backward.run == nullptr) {
+    add("has no backward pass");
+    return text;
+  }
+  const FeatureSet features = forward ? candidate.features : candidate.backward.features;
+  if (const FeatureSet missing = r.required & ~features) add("lacks " + names(missing));
   const int64_t widest = std::max(p.head_dim, p.head_dim_v);
-  if (widest > candidate.max_head_dim)
-    add("head_dim " + std::to_string(widest) + " > " + std::to_string(candidate.max_head_dim));
+  const int64_t limit = forward ? candidate.max_head_dim : candidate.backward.max_head_dim;
+  if (widest > limit) add("head_dim " + std::to_string(widest) + " > " + std::to_string(limit));
   if (candidate.device != p.device) return text;
   std::string why = candidate.unavailable != nullptr ? candidate.unavailable(p.device_index) : "";
-  if (why.empty() && candidate.unsupported != nullptr) why = candidate.unsupported(p);
+  if (why.empty()) why = unsupported(candidate, r);
   if (!why.empty()) add(why);
   return text;
 }
@@ -202,24 +274,25 @@ const char *forced_name(const Params &p) {
   return name.empty() ? nullptr : name.c_str();
 }
 
-std::string problem_text(const Params &p, FeatureSet required) {
-  std::string text = "problem: " + device_name(p) + ", q " + dtype_name(p.q.dtype) + ", kv " + dtype_name(p.k.dtype) +
-                     ", out " + dtype_name(p.out.dtype) + ", num_seqs " + std::to_string(p.num_seqs) + ", heads " +
-                     std::to_string(p.num_heads_q) + "/" + std::to_string(p.num_heads_kv) + ", head_dim " +
-                     std::to_string(p.head_dim);
+std::string problem_text(const Request &r) {
+  const Params &p = r.problem;
+  std::string text = (r.gradients == nullptr ? "problem: " : "problem: gradients, ") + device_name(p) + ", q " +
+                     dtype_name(p.q.dtype) + ", kv " + dtype_name(p.k.dtype) + ", out " + dtype_name(p.out.dtype) +
+                     ", num_seqs " + std::to_string(p.num_seqs) + ", heads " + std::to_string(p.num_heads_q) + "/" +
+                     std::to_string(p.num_heads_kv) + ", head_dim " + std::to_string(p.head_dim);
   if (p.head_dim_v != p.head_dim) text += "/" + std::to_string(p.head_dim_v);
   text += ", max_seqlen " + std::to_string(p.max_seqlen_q) + "/" + std::to_string(p.max_seqlen_k);
   if (is_paged(p)) text += ", page_size " + std::to_string(p.page_size);
-  return text + "\nrequired: " + names(required) + "\n";
+  return text + "\nrequired: " + names(r.required) + "\n";
 }
 
-const Implementation *find(const Params &p, FeatureSet required) {
-  const char *forced = forced_name(p);
+const Implementation *find(const Request &r) {
+  const char *forced = forced_name(r.problem);
   bool known = forced == nullptr;
   for (const Implementation &candidate : kImplementations) {
     if (forced != nullptr && std::strcmp(forced, candidate.name) != 0) continue;
     known = true;
-    if (obstacles(candidate, p, required).empty()) return &candidate;
+    if (obstacles(candidate, r).empty()) return &candidate;
   }
   // The environment's name is a known one: check_environment().
   if (!known) fail("implementation", forced, "must be one of " + implementation_names());
@@ -249,6 +322,30 @@ std::string indented(const std::string &lines) {
   return text;
 }
 
+std::string explain(const Request &r) {
+  const Implementation *chosen = find(r);
+  const bool forced = forced_name(r.problem) != nullptr;
+  std::string text = problem_text(r);
+  for (const Implementation &candidate : kImplementations) {
+    const std::string why_not = obstacles(candidate, r);
+    text += std::string(candidate.name) + " (" + candidate.detail(r.problem) + "): ";
+    if (&candidate == chosen) {
+      text += forced ? "chosen, as asked for\n" : "chosen\n";
+      text += indented(plan_of(candidate, r));
+    } else {
+      text += why_not.empty() ? (forced ? "fits, but another was asked for\n" : "fits, comes later in the table\n")
+                              : why_not + "\n";
+    }
+  }
+  if (chosen == nullptr) text += "no implementation fits\n";
+  return text;
+}
+
+const Implementation &choose(const Request &r) {
+  if (const Implementation *chosen = find(r)) return *chosen;
+  refuse("no implementation fits\n" + explain(r));
+}
+
 }  // namespace
 
 std::span<const Implementation> implementations() {
@@ -262,28 +359,19 @@ std::string implementation_names() {
 }
 
 std::string explain(const Params &p) {
-  const FeatureSet required = required_features(p);
-  const Implementation *chosen = find(p, required);
-  const bool forced = forced_name(p) != nullptr;
-  std::string text = problem_text(p, required);
-  for (const Implementation &candidate : kImplementations) {
-    const std::string why_not = obstacles(candidate, p, required);
-    text += std::string(candidate.name) + " (" + candidate.detail(p) + "): ";
-    if (&candidate == chosen) {
-      text += forced ? "chosen, as asked for\n" : "chosen\n";
-      if (candidate.plan != nullptr) text += indented(candidate.plan(p));
-    } else {
-      text += why_not.empty() ? (forced ? "fits, but another was asked for\n" : "fits, comes later in the table\n")
-                              : why_not + "\n";
-    }
-  }
-  if (chosen == nullptr) text += "no implementation fits\n";
-  return text;
+  return explain(request(p));
+}
+
+std::string explain(const BackwardParams &p) {
+  return explain(request(p));
 }
 
 const Implementation &choose(const Params &p) {
-  if (const Implementation *chosen = find(p, required_features(p))) return *chosen;
-  refuse("no implementation fits\n" + explain(p));
+  return choose(request(p));
+}
+
+const BackwardPass &choose_backward(const BackwardParams &p) {
+  return choose(request(p)).backward;
 }
 
 const Implementation &choose_append(const AppendParams &p) {

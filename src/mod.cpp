@@ -25,33 +25,6 @@ uint64_t id_of(const std::string &text) {
 }
 
 // The graph's type of a captured tensor; throws for one that it has not.
-graph::DataType captured_type(int32_t dtype) {
-  switch (dtype) {
-    case FLASHSPARK_FLOAT32:
-      return graph::DataType::f32;
-    case FLASHSPARK_FLOAT16:
-      return graph::DataType::f16;
-    case FLASHSPARK_BFLOAT16:
-      return graph::DataType::bf16;
-    case FLASHSPARK_FLOAT64:
-      return graph::DataType::f64;
-    case FLASHSPARK_BOOL:
-      return graph::DataType::boolean;
-    case FLASHSPARK_UINT8:
-      return graph::DataType::u8;
-    case FLASHSPARK_INT8:
-      return graph::DataType::i8;
-    case FLASHSPARK_INT16:
-      return graph::DataType::i16;
-    case FLASHSPARK_INT32:
-      return graph::DataType::i32;
-    case FLASHSPARK_INT64:
-      return graph::DataType::i64;
-    default:
-      fail("dtype", int64_t{dtype}, "is no type of a captured tensor");
-  }
-}
-
 // The names of a function's fields. Errors take them from here, so that a call without errors makes no text.
 struct FunctionNames {
   const char *function, *mod, *num_tensors, *num_scalars, *tensors, *scalars;
@@ -131,7 +104,59 @@ int32_t flashspark_mod::row_words(bool wide) const {
   return words.count;
 }
 
+const flashspark::ScoreDerivative &flashspark_mod::derivative() const {
+  std::call_once(derivative_once_, [&] { derivative_ = std::make_unique<flashspark::ScoreDerivative>(graph); });
+  return *derivative_;
+}
+
 namespace flashspark {
+
+ScoreDerivative::ScoreDerivative(const graph::Graph &score) : function(graph::derivative(score)) {
+  const auto compile = [](const graph::Graph &from) {
+    std::vector<graph::Program> programs;
+    graph::Graph one = from;
+    for (const int32_t result : from.results) {
+      one.results = {result};
+      programs.emplace_back(one);
+    }
+    return programs;
+  };
+  results = compile(function.graph);
+  for (const graph::LoadGradient &load : function.loads) {
+    graph::Graph place = score;
+    const std::span<const int32_t> inputs = score.nodes[static_cast<size_t>(load.node)].inputs();
+    place.results.assign(inputs.begin(), inputs.end());
+    indices.push_back(compile(place));
+    places.push_back(std::move(place));
+  }
+}
+
+graph::DataType captured_type(int32_t dtype) {
+  switch (dtype) {
+    case FLASHSPARK_FLOAT32:
+      return graph::DataType::f32;
+    case FLASHSPARK_FLOAT16:
+      return graph::DataType::f16;
+    case FLASHSPARK_BFLOAT16:
+      return graph::DataType::bf16;
+    case FLASHSPARK_FLOAT64:
+      return graph::DataType::f64;
+    case FLASHSPARK_BOOL:
+      return graph::DataType::boolean;
+    case FLASHSPARK_UINT8:
+      return graph::DataType::u8;
+    case FLASHSPARK_INT8:
+      return graph::DataType::i8;
+    case FLASHSPARK_INT16:
+      return graph::DataType::i16;
+    case FLASHSPARK_INT32:
+      return graph::DataType::i32;
+    case FLASHSPARK_INT64:
+      return graph::DataType::i64;
+    default:
+      fail("dtype", int64_t{dtype}, "is no type of a captured tensor");
+  }
+}
 
 flashspark_mod *make_mod(const char *text, bool is_score) {
   if (text == nullptr) fail("graph", "NULL", "must be the text of a graph");

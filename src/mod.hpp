@@ -4,15 +4,31 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "graph/bindings.hpp"
+#include "graph/derivative.hpp"
 #include "graph/graph.hpp"
 #include "graph/vector.hpp"
 #include "problem.hpp"
+
+namespace flashspark {
+
+// What a score function's gradients are computed with.
+struct ScoreDerivative {
+  explicit ScoreDerivative(const graph::Graph &function);
+
+  graph::Derivative function;                        // its graph's results, and which loads they belong to
+  std::vector<graph::Graph> places;                  // for each of these loads, its indices as results
+  std::vector<graph::Program> results;               // of function.graph, compiled one by one
+  std::vector<std::vector<graph::Program>> indices;  // of places, the same way
+};
+
+}  // namespace flashspark
 
 struct flashspark_mod {
   flashspark_mod(flashspark::graph::Graph simple, uint64_t number, bool makes_scores);
@@ -27,12 +43,17 @@ struct flashspark_mod {
   // that it is written when a GPU first asks, not when a function is made.
   int32_t row_words(bool wide) const;
 
+  // Of a score function; made when first asked for. Throws if it is too large.
+  const flashspark::ScoreDerivative &derivative() const;
+
  private:
   struct Words {
     std::once_flag once;
     int32_t count = 0;
   };
   mutable Words words_[2];
+  mutable std::once_flag derivative_once_;
+  mutable std::unique_ptr<flashspark::ScoreDerivative> derivative_;
 };
 
 namespace flashspark {
@@ -63,6 +84,9 @@ inline BlockListRow row_of(const flashspark_block_list &list, int64_t b, int64_t
 
 // Throws naming the line; `is_score`: a score function, else a mask function.
 flashspark_mod *make_mod(const char *text, bool is_score);
+
+// Of a flashspark_dtype; throws for one that no captured tensor has.
+graph::DataType captured_type(int32_t dtype);
 
 // What a call gives to a function, as graphs take it.
 class FunctionBindings {

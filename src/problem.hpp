@@ -10,6 +10,7 @@
 namespace flashspark {
 
 using Params = flashspark_attention_params;
+using BackwardParams = flashspark_attention_backward_params;
 using AppendParams = flashspark_append_params;
 using BlockMaskParams = flashspark_block_mask_params;
 
@@ -127,6 +128,33 @@ inline int64_t kv_offset(const Params &p, const flashspark_tensor &t, const Sequ
 inline int64_t lse_offset(const Params &p, const Sequence &s, int64_t i, int64_t h) {
   const int64_t batch = is_varlen_q(p) ? 0 : s.index * p.lse_batch_stride;
   return batch + h * p.lse_head_stride + (s.q_row + i) * p.lse_token_stride;
+}
+
+// Rows of q and out, and of k and v, as (batch, tokens): a page of a paged cache is a batch row.
+struct Extents {
+  int64_t q_batch, q_tokens, kv_batch, kv_tokens;
+};
+inline Extents extents_of(const Params &p) {
+  const bool varlen = is_varlen_q(p);
+  Extents e{varlen ? 1 : p.num_seqs, varlen ? p.total_q : p.max_seqlen_q, 1, p.total_k};
+  if (is_paged(p)) {
+    e.kv_batch = p.num_pages, e.kv_tokens = p.page_size;
+  } else if (!is_varlen_k(p)) {
+    e.kv_batch = num_kv_seqs(p), e.kv_tokens = p.max_seqlen_k;
+  }
+  return e;
+}
+
+// Tables of one value a row as tensors whose rows are one element, or rel_extent elements, wide.
+inline flashspark_tensor as_lse_tensor(const Params &p, const float *data) {
+  return {const_cast<float *>(data), p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride, FLASHSPARK_FLOAT32, 0};
+}
+inline flashspark_tensor as_rel_tensor(const Params &p, const void *data, int32_t dtype) {
+  return {const_cast<void *>(data), 0, p.rel_token_stride, p.rel_head_stride, dtype, 0};
+}
+// Rows of rel_logits.
+inline int64_t rel_tokens(const Params &p) {
+  return is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q;
 }
 
 // Row of the per-token tables (rel_logits, prefix_ranges): dense q counts b * max_seqlen_q + i.

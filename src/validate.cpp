@@ -73,42 +73,14 @@ void check_types(const Params &p) {
   }
 }
 
-// Rows of q and out, and of k and v.
-struct Extents {
-  int64_t q_batch, q_tokens, kv_batch, kv_tokens;
-};
-
-Extents extents_of(const Params &p) {
-  const bool varlen = is_varlen_q(p);
-  Extents e{varlen ? 1 : p.num_seqs, varlen ? p.total_q : p.max_seqlen_q, 1, p.total_k};
-  if (is_paged(p)) {
-    e.kv_batch = p.num_pages, e.kv_tokens = p.page_size;
-  } else if (!is_varlen_k(p)) {
-    e.kv_batch = num_kv_seqs(p), e.kv_tokens = p.max_seqlen_k;
-  }
-  return e;
-}
-
-flashspark_tensor lse_tensor(const Params &p) {
-  return {p.lse, p.lse_batch_stride, p.lse_token_stride, p.lse_head_stride, FLASHSPARK_FLOAT32, 0};
-}
-
-flashspark_tensor rel_tensor(const Params &p) {
-  return {const_cast<void *>(p.rel_logits), 0, p.rel_token_stride, p.rel_head_stride, p.rel_dtype, 0};
-}
-
-int64_t rel_tokens(const Params &p) {
-  return is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q;
-}
-
 void check_tensors(const Params &p) {
   const Extents e = extents_of(p);
   check::tensor("q", p.q, e.q_batch, e.q_tokens, p.num_heads_q);
   check::tensor("out", p.out, e.q_batch, e.q_tokens, p.num_heads_q);
   check::distinct("out", p.out, e.q_batch, e.q_tokens, p.num_heads_q, p.head_dim_v);
   if (p.lse != nullptr) {
-    check::tensor("lse", lse_tensor(p), e.q_batch, e.q_tokens, p.num_heads_q);
-    check::distinct("lse", lse_tensor(p), e.q_batch, e.q_tokens, p.num_heads_q, 1);
+    check::tensor("lse", as_lse_tensor(p, p.lse), e.q_batch, e.q_tokens, p.num_heads_q);
+    check::distinct("lse", as_lse_tensor(p, p.lse), e.q_batch, e.q_tokens, p.num_heads_q, 1);
   }
   check::tensor("k", p.k, e.kv_batch, e.kv_tokens, p.num_heads_kv);
   check::tensor("v", p.v, e.kv_batch, e.kv_tokens, p.num_heads_kv);
@@ -120,7 +92,7 @@ constexpr int64_t kMostInPlaceOnGpu = 256;
 
 void check_overlap(const Params &p) {
   const Extents e = extents_of(p);
-  const flashspark_tensor lse_t = lse_tensor(p), rel_t = rel_tensor(p);
+  const flashspark_tensor lse_t = as_lse_tensor(p, p.lse), rel_t = as_rel_tensor(p, p.rel_logits, p.rel_dtype);
   const check::View q{"q", p.q, e.q_batch, e.q_tokens, p.num_heads_q, p.head_dim},
       k{"k", p.k, e.kv_batch, e.kv_tokens, p.num_heads_kv, p.head_dim},
       v{"v", p.v, e.kv_batch, e.kv_tokens, p.num_heads_kv, p.head_dim_v},
@@ -160,7 +132,7 @@ void check_scores(const Params &p) {
   if (p.rel_logits != nullptr) {
     check::dtype("rel_dtype", p.rel_dtype, false);
     check::in_range("rel_extent", p.rel_extent, 1, kMaxTokens);
-    check::tensor("rel_logits", rel_tensor(p), 1, rel_tokens(p), p.num_heads_q);
+    check::tensor("rel_logits", as_rel_tensor(p, p.rel_logits, p.rel_dtype), 1, rel_tokens(p), p.num_heads_q);
   }
   if (p.alibi_slopes != nullptr) {
     if (reinterpret_cast<uintptr_t>(p.alibi_slopes) % 4 != 0)

@@ -295,6 +295,60 @@ typedef struct flashspark_attention_params {
   size_t workspace_size; /* bytes */
 } flashspark_attention_params;
 
+/* Where the gradient of a floating-point tensor goes that score_mod captures: float32, of the tensor's shape. */
+typedef struct flashspark_captured_gradient {
+  float *data;                                   /* NULL: not wanted */
+  int64_t strides[FLASHSPARK_MAX_CAPTURED_RANK]; /* elements; no two elements share an address */
+} flashspark_captured_gradient;
+
+/* The gradients of flashspark_attention_forward(), from dout, the gradient of its out, and dlse, that of its lse. With
+ * the modified scores s and the probabilities of the formula above,
+ *
+ *   p[i,j]  = exp(s[i,j] - lse[i])                      0 for keys that the mask drops, and where lse = -inf
+ *   z[i,j]  = dropped(i, j) ? 0 : 1 / (1 - dropout_p)   1 without dropout
+ *   dv[j]   = sum_i p[i,j] z[i,j] dout[i]
+ *   ds[i,j] = p[i,j] (z[i,j] dot(dout[i], v[j]) - dot(dout[i], out[i]) + dlse[i])
+ *
+ * and from ds, the gradient of a modified score, by the chain rule those of everything that the score was made of. A
+ * key with p = 0 adds nothing to any gradient. dk and dv of a KV head are the sums over its query heads. Probabilities
+ * come from lse, which may also be that of a longer row of keys of which this call has a part: with its out, and dout,
+ * the call gives this part's gradients.
+ *
+ * Every gradient is written, not added to, and whole: what belongs to no token in use (seqused_q, seqused_k, rows
+ * outside all sequences) becomes 0. Not taken: page_table, kv_batch_index, leftpad_k, fp8 tensors, output_scale, an out
+ * of another dtype than q's, or one that is q itself.
+ *
+ * NaN and infinity go through the formula, with the exception that an implementation other than cpu-reference may
+ * multiply dout by p = 0: where dout is not finite, dv of keys that the row's mask drops may become NaN, too.
+ *
+ * Memory. Each gradient shares no element with any input or other gradient; interleaved views are allowed as above. */
+typedef struct flashspark_attention_backward_params {
+  uint32_t struct_size; /* sizeof(flashspark_attention_backward_params) */
+  uint32_t abi_version; /* FLASHSPARK_ABI_VERSION */
+
+  /* The problem as the forward call had it. out and lse hold what that call gave; both are read, none is written.
+   * num_splits, scheduler_metadata and workspace are not looked at. deterministic: 1 asks that gradients are the same
+   * to the last bit on every run, on the CPU with any number of threads. With seqused_k and cu_seqlens_k no sequence
+   * may reach beyond its own keys: the CPU refuses it, on a GPU dk and dv are undefined. */
+  flashspark_attention_params forward;
+
+  flashspark_tensor dout; /* as out; dtype of q */
+  flashspark_tensor dq;   /* as q, k and v, with strides of their own; dtype of q. data == NULL: not wanted */
+  flashspark_tensor dk;
+  flashspark_tensor dv;
+  const float *dlse; /* laid out as lse, with its strides. NULL: 0 everywhere */
+
+  /* Gradients of what else the scores depend on. NULL: not wanted. */
+  float *dsinks;        /* (Hq) contiguous */
+  float *drel_logits;   /* laid out as rel_logits, with its strides, in which no two elements share an address */
+  float *dalibi_slopes; /* contiguous: (Hq), or (B, Hq) if alibi_batch_stride != 0 */
+  const flashspark_captured_gradient *dtensors; /* (score_mod.num_tensors) in host memory; the data on the device */
+
+  /* Scratch memory on the device, 16-byte aligned. flashspark_attention_backward_workspace_size() says how much. */
+  void *workspace;
+  size_t workspace_size; /* bytes */
+} flashspark_attention_backward_params;
+
 /* Writes new keys and values into a dense or paged cache, turning the new keys (and q, in place) by rotary embedding
  * when cos and sin are given. Row i of sequence b goes to row seqlens[b] + i of its cache, or, with slot_mapping, row t
  * to slot slot_mapping[t] of the cache. It turns by position seqlens[b] + i, left padding included, or
@@ -393,6 +447,7 @@ typedef struct flashspark_block_mask_params {
 
 /* Zeroes the struct and sets struct_size, abi_version, open windows and softmax_scale = 1. */
 FLASHSPARK_API void flashspark_attention_params_init(flashspark_attention_params *params);
+FLASHSPARK_API void flashspark_attention_backward_params_init(flashspark_attention_backward_params *params);
 FLASHSPARK_API void flashspark_append_params_init(flashspark_append_params *params);
 FLASHSPARK_API void flashspark_block_mask_params_init(flashspark_block_mask_params *params);
 
@@ -444,6 +499,18 @@ FLASHSPARK_API flashspark_status flashspark_attention_validate(const flashspark_
  * `buffer` may be NULL; it is always terminated when size > 0. */
 FLASHSPARK_API flashspark_status flashspark_attention_explain(const flashspark_attention_params *params, char *buffer,
                                                               size_t size);
+
+/* Computes the gradients that are wanted. On the CPU it returns when done; on a GPU when the work is on the stream. The
+ * other four are to it what their namesakes above are to flashspark_attention_forward(). */
+FLASHSPARK_API flashspark_status flashspark_attention_backward(const flashspark_attention_backward_params *params);
+FLASHSPARK_API flashspark_status flashspark_attention_backward_with_allocator(
+    const flashspark_attention_backward_params *params, flashspark_allocator allocate, void *context);
+FLASHSPARK_API flashspark_status
+flashspark_attention_backward_workspace_size(const flashspark_attention_backward_params *params, size_t *size);
+FLASHSPARK_API flashspark_status
+flashspark_attention_backward_validate(const flashspark_attention_backward_params *params);
+FLASHSPARK_API flashspark_status
+flashspark_attention_backward_explain(const flashspark_attention_backward_params *params, char *buffer, size_t size);
 
 FLASHSPARK_API flashspark_status flashspark_append_kv(const flashspark_append_params *params);
 

@@ -70,6 +70,18 @@ Tensor strided(T *data, int64_t batch, int64_t tokens, int64_t heads, int64_t wi
   return {{pointer, batch_stride, token_stride, head_stride, dtype_of<T>(), 0}, batch, tokens, heads, width};
 }
 
+namespace detail {
+
+template <class P>
+std::string explained(flashspark_status (*explain)(const P *, char *, size_t), const P &p) {
+  std::string text(8192, '\0');
+  const flashspark_status status = explain(&p, text.data(), text.size());
+  text.resize(text.find('\0'));
+  return status == FLASHSPARK_OK || !text.empty() ? text : std::string(flashspark_last_error());
+}
+
+}  // namespace detail
+
 // A forward problem: tensors here, everything else in `params` (see flashspark.h). forward() and explain() first copy
 // the tensors' extents into params: dense by default, varlen with cu_seqlens_q / cu_seqlens_k, paged with page_table
 // (then also set num_page_slots and page_table_stride, num_kv_seqs with kv_batch_index, and max_seqlen_k, which is the
@@ -92,10 +104,7 @@ class Attention {
   // Which implementation would run, and why; or the error's text.
   std::string explain() const {
     const flashspark_attention_params p = filled();
-    std::string text(8192, '\0');
-    const flashspark_status status = flashspark_attention_explain(&p, text.data(), text.size());
-    text.resize(text.find('\0'));
-    return status == FLASHSPARK_OK || !text.empty() ? text : std::string(flashspark_last_error());
+    return detail::explained(flashspark_attention_explain, p);
   }
 
   flashspark_attention_params filled() const {
@@ -125,6 +134,39 @@ class Attention {
       p.num_kv_seqs = k.batch;
       p.max_seqlen_k = k.tokens;
     }
+    return p;
+  }
+};
+
+// The gradients of a forward problem: dout and those of dq, dk and dv that are wanted here, dlse and the other
+// gradients in `params` (see flashspark.h). `forward` is the problem as it was called, with out and with lse.
+class AttentionBackward {
+ public:
+  explicit AttentionBackward(const Attention &forward_problem) : forward(forward_problem) {
+    flashspark_attention_backward_params_init(&params);
+  }
+
+  Attention forward;
+  Tensor dout, dq, dk, dv;
+  flashspark_attention_backward_params params;
+
+  Result backward() const {
+    const flashspark_attention_backward_params p = filled();
+    return Result(flashspark_attention_backward(&p));
+  }
+
+  std::string explain() const {
+    const flashspark_attention_backward_params p = filled();
+    return detail::explained(flashspark_attention_backward_explain, p);
+  }
+
+  flashspark_attention_backward_params filled() const {
+    flashspark_attention_backward_params p = params;
+    p.forward = forward.filled();
+    p.dout = dout.view;
+    p.dq = dq.view;
+    p.dk = dk.view;
+    p.dv = dv.view;
     return p;
   }
 };

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/functions.hpp"
+#include "cpu/reference_scores.hpp"
 #include "cpu/thread_pool.hpp"
 #include "dropout.hpp"
 #include "dtype.hpp"
@@ -15,48 +16,6 @@ namespace flashspark::cpu {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// Whether query row i keeps key j. pos is the query's position on the key axis.
-bool keep(const Params &p, const Sequence &s, int64_t i, int64_t j) {
-  const int64_t pos = s.pos(i);
-  if (p.rswa_window > 0) return j <= pos && (j < p.rswa_prefix_lens[s.index] || pos - j < p.rswa_window);
-
-  const bool in_left_window = p.window_left < 0 || pos - j <= p.window_left;
-  const bool in_right_window = p.window_right < 0 || j - pos <= p.window_right;
-  const auto chunk = [&](int64_t at) { return std::floor(double(at) / double(p.attention_chunk)); };
-  const bool in_chunk = p.attention_chunk == 0 || chunk(j) == chunk(pos);
-  const bool visible = (!s.causal || j <= pos) && in_left_window && in_right_window && in_chunk;
-  if (visible || p.prefix_mode == FLASHSPARK_PREFIX_NONE) return visible;
-
-  if (p.prefix_clamp_window && !in_left_window) return false;
-  if (p.prefix_mode == FLASHSPARK_PREFIX_PER_TOKEN) {
-    const int32_t *range = p.prefix_ranges + 2 * token_row(p, s, i);
-    return j >= range[0] && j <= range[1];
-  }
-  for (int64_t r = 0; r < p.num_prefix_ranges; ++r) {
-    const int32_t *range = p.prefix_ranges + 2 * (s.index * p.num_prefix_ranges + r);
-    if (pos >= range[0] && pos <= range[1] && j >= range[0] && j <= range[1]) return true;
-  }
-  return false;
-}
-
-double score(const Params &p, const Sequence &s, int64_t i, int64_t j, int64_t h, double scale) {
-  const int64_t q0 = q_offset(p, p.q, s, i, h);
-  const int64_t k0 = kv_offset(p, p.k, s, j, h / (p.num_heads_q / p.num_heads_kv));
-  double dot = 0;
-  for (int64_t d = 0; d < p.head_dim; ++d) {
-    dot += double{load_as_float(p.q.data, q0 + d, p.q.dtype)} * double{load_as_float(p.k.data, k0 + d, p.k.dtype)};
-  }
-  double result = scale * dot;
-  if (p.softcap > 0) result = p.softcap * std::tanh(result / p.softcap);
-  const int64_t distance = s.pos(i) - j;
-  if (p.rel_logits != nullptr && distance >= 0 && distance < p.rel_extent) {
-    const int64_t at = token_row(p, s, i) * p.rel_token_stride + h * p.rel_head_stride + distance;
-    result += load_as_float(p.rel_logits, at, p.rel_dtype);
-  }
-  if (p.alibi_slopes != nullptr) result -= double{alibi_slope(p, s.index, h)} * std::fabs(double(distance));
-  return result;
-}
 
 void attend_row(const Params &p, const Functions &functions, const Dropout &dropout, const Sequence &s, int64_t i,
                 int64_t h) {
@@ -70,7 +29,7 @@ void attend_row(const Params &p, const Functions &functions, const Dropout &drop
   double largest = sink;
   for (int64_t j = 0; j < s.seqlen_k; ++j) {
     if (!keep(p, s, i, j)) continue;
-    double modified = score(p, s, i, j, h, scale);
+    double modified = capped(p, scale * query_key(p, s, i, j, h)) + bias(p, s, i, j, h);
     if (functions.any() && !functions.apply(s, i, h, j, modified)) continue;
     kept.push_back(j);
     scores.push_back(modified);

@@ -22,6 +22,10 @@ TEST(Abi, ZeroedStructsAreRefused) {
   std::memset(&attention, 0, sizeof attention);
   EXPECT_EQ(flashspark_attention_forward(&attention), FLASHSPARK_VERSION_MISMATCH);
   EXPECT_NE(std::string(flashspark_last_error()).find("struct_size = 0"), std::string::npos) << flashspark_last_error();
+  flashspark_attention_backward_params backward;
+  std::memset(&backward, 0, sizeof backward);
+  EXPECT_EQ(flashspark_attention_backward(&backward), FLASHSPARK_VERSION_MISMATCH);
+  EXPECT_NE(std::string(flashspark_last_error()).find("flashspark_attention_backward_params"), std::string::npos);
   flashspark_append_params append;
   std::memset(&append, 0, sizeof append);
   EXPECT_EQ(flashspark_append_kv(&append), FLASHSPARK_VERSION_MISMATCH);
@@ -39,6 +43,9 @@ TEST(Abi, AnotherVersionIsRefusedWithoutReadingFurther) {
     const auto *params = reinterpret_cast<const flashspark_attention_params *>(memory.data());
     EXPECT_EQ(flashspark_attention_forward(params), FLASHSPARK_VERSION_MISMATCH);
     EXPECT_EQ(flashspark_attention_validate(params), FLASHSPARK_VERSION_MISMATCH);
+    const auto *backward = reinterpret_cast<const flashspark_attention_backward_params *>(memory.data());
+    EXPECT_EQ(flashspark_attention_backward(backward), FLASHSPARK_VERSION_MISMATCH);
+    EXPECT_EQ(flashspark_attention_backward_validate(backward), FLASHSPARK_VERSION_MISMATCH);
     EXPECT_EQ(flashspark_append_kv(reinterpret_cast<const flashspark_append_params *>(memory.data())),
               FLASHSPARK_VERSION_MISMATCH);
     EXPECT_EQ(flashspark_create_block_mask(reinterpret_cast<const flashspark_block_mask_params *>(memory.data())),
@@ -54,6 +61,11 @@ TEST(Abi, NullPointersAreRefused) {
   EXPECT_EQ(flashspark_attention_workspace_size(nullptr, &size), FLASHSPARK_INVALID_ARGUMENT);
   EXPECT_EQ(flashspark_attention_explain(nullptr, nullptr, 0), FLASHSPARK_INVALID_ARGUMENT);
   EXPECT_EQ(flashspark_append_kv(nullptr), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(flashspark_attention_backward(nullptr), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(flashspark_attention_backward_with_allocator(nullptr, nullptr, nullptr), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(flashspark_attention_backward_validate(nullptr), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(flashspark_attention_backward_workspace_size(nullptr, &size), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_EQ(flashspark_attention_backward_explain(nullptr, nullptr, 0), FLASHSPARK_INVALID_ARGUMENT);
 }
 
 TEST(Abi, InitSetsTheDefaultsThatAreNotZero) {
@@ -70,6 +82,21 @@ TEST(Abi, InitSetsTheDefaultsThatAreNotZero) {
   EXPECT_EQ(p.q.data, nullptr);
   EXPECT_EQ(p.lse, nullptr);
   EXPECT_EQ(p.implementation, nullptr);
+  EXPECT_EQ(p.workspace, nullptr);
+}
+
+TEST(Abi, InitOfTheBackwardPassInitsTheForwardProblem) {
+  flashspark_attention_backward_params p;
+  std::memset(&p, 0xee, sizeof p);
+  flashspark_attention_backward_params_init(&p);
+  EXPECT_EQ(p.struct_size, sizeof p);
+  EXPECT_EQ(p.abi_version, FLASHSPARK_ABI_VERSION);
+  EXPECT_EQ(p.forward.struct_size, sizeof p.forward);
+  EXPECT_EQ(p.forward.window_left, -1);
+  EXPECT_EQ(p.forward.softmax_scale, 1.0f);
+  EXPECT_EQ(p.dq.data, nullptr);
+  EXPECT_EQ(p.dlse, nullptr);
+  EXPECT_EQ(p.dtensors, nullptr);
   EXPECT_EQ(p.workspace, nullptr);
 }
 
@@ -113,6 +140,14 @@ TEST(Abi, CpuNeedsNoWorkspace) {
   EXPECT_EQ(flashspark_attention_workspace_size(&p, &size), FLASHSPARK_OK) << flashspark_last_error();
   EXPECT_EQ(size, 0u);
   EXPECT_EQ(flashspark_attention_workspace_size(&p, nullptr), FLASHSPARK_INVALID_ARGUMENT);
+  flashspark_attention_backward_params backward;
+  flashspark_attention_backward_params_init(&backward);
+  backward.forward = p;
+  backward.dout.dtype = FLASHSPARK_FLOAT32;
+  size = 99;
+  EXPECT_EQ(flashspark_attention_backward_workspace_size(&backward, &size), FLASHSPARK_OK) << flashspark_last_error();
+  EXPECT_EQ(size, 0u);
+  EXPECT_EQ(flashspark_attention_backward_workspace_size(&backward, nullptr), FLASHSPARK_INVALID_ARGUMENT);
 }
 
 // The CPU has nothing to schedule, and neither addresses nor strides of tensors are asked for.

@@ -28,6 +28,39 @@ TEST(CppFace, DenseProblemInFourLines) {
   EXPECT_NE(attention.explain().find("cpu-engine"), std::string::npos);
 }
 
+// The same problem: p = (1/3, 2/3), out = 7, so dv = p dout and ds = p (v dout - out dout) = (-4/3, 4/3) for dout = 1.
+TEST(CppFace, GradientsInFourLinesMore) {
+  std::vector<float> q(8), k(16), v(16), out(8), lse(1), dout(8), dq(8), dk(16), dv(16);
+  q[0] = std::log(2.0f);
+  k[8] = 1;
+  v[0] = 3;
+  v[8] = 9;
+  dout[0] = 1;
+  Attention attention;
+  attention.q = dense(q.data(), 1, 1, 1, 8);
+  attention.k = dense(k.data(), 1, 2, 1, 8);
+  attention.v = dense(v.data(), 1, 2, 1, 8);
+  attention.out = dense(out.data(), 1, 1, 1, 8);
+  attention.params.softmax_scale = 1;
+  attention.params.lse = lse.data();
+  attention.params.lse_head_stride = attention.params.lse_token_stride = 1;
+  ASSERT_TRUE(attention.forward());
+  AttentionBackward gradients(attention);
+  gradients.dout = dense(dout.data(), 1, 1, 1, 8);
+  gradients.dq = dense(dq.data(), 1, 1, 1, 8);
+  gradients.dk = dense(dk.data(), 1, 2, 1, 8);
+  gradients.dv = dense(dv.data(), 1, 2, 1, 8);
+  const Result result = gradients.backward();
+  ASSERT_TRUE(result) << result.error();
+  EXPECT_NEAR(dv[0], 1.0 / 3, 1e-6);
+  EXPECT_NEAR(dv[8], 2.0 / 3, 1e-6);
+  EXPECT_NEAR(dk[0], -4.0 / 3 * q[0], 1e-5);
+  EXPECT_NEAR(dk[8], 4.0 / 3 * q[0], 1e-5);
+  EXPECT_NEAR(dq[0], 4.0 / 3, 1e-5);
+  EXPECT_EQ(dq[1], 0);
+  EXPECT_NE(gradients.explain().find("problem: gradients"), std::string::npos) << gradients.explain();
+}
+
 TEST(CppFace, TheDefaultScaleIsOneOverRootD) {
   std::vector<bfloat16> q(2 * 3 * 4 * 64);
   Attention attention;

@@ -115,13 +115,51 @@ TEST(Dispatch, EveryRowHasItsOperations) {
   for (const Implementation &each : implementations()) {
     EXPECT_NE(each.forward, nullptr) << each.name;
     EXPECT_NE(each.workspace, nullptr) << each.name;
-    EXPECT_EQ(each.backward, nullptr) << each.name;
+    EXPECT_EQ(each.backward.run == nullptr, each.backward.workspace == nullptr) << each.name;
     EXPECT_NE(each.append, nullptr) << each.name;
     EXPECT_EQ(each.schedule == nullptr, each.schedule_size == nullptr) << each.name;
   }
   AppendParams append{};
   EXPECT_STREQ(choose_append(append).name, "cpu-engine");
   EXPECT_STREQ(choose_schedule(Tiny().p).name, "cpu-engine");
+}
+
+struct TinyBackward : Tiny {
+  std::vector<float> lse = std::vector<float>(1), dout = q, dq = out, dk = out, dv = out;
+  flashspark_attention_backward_params b;
+
+  TinyBackward() {
+    flashspark_attention_backward_params_init(&b);
+    b.forward = p;
+    b.forward.lse = lse.data();
+    b.dout = b.dq = b.dk = b.dv = p.out;
+    b.dout.data = dout.data(), b.dq.data = dq.data(), b.dk.data = dk.data(), b.dv.data = dv.data();
+  }
+  std::string explain(flashspark_status expected) const {
+    std::string text(8192, '?');
+    EXPECT_EQ(flashspark_attention_backward_explain(&b, text.data(), text.size()), expected) << flashspark_last_error();
+    return text.c_str();
+  }
+};
+
+TEST(Dispatch, GradientsAreChosenByTheirOwnFeatures) {
+  TinyBackward t;
+  t.b.dlse = t.lse.data();
+  t.b.forward.causal = 1;
+  const std::string text = t.explain(FLASHSPARK_OK);
+  EXPECT_EQ(text.rfind("problem: gradients, the CPU, ", 0), 0u) << text;
+  const std::string required = text.substr(text.find("required:"), text.find('\n', text.find("required:")));
+  for (const char *feature : {"float32", "causal", "gradient of lse"}) EXPECT_TRUE(contains(required, feature)) << text;
+  EXPECT_FALSE(contains(required, "gradient of sinks")) << text;
+  t.b.forward.implementation = "cpu-reference";
+  const std::string forced = t.explain(FLASHSPARK_OK);
+  EXPECT_TRUE(contains(line_of(forced, "cpu-reference"), "chosen, as asked for")) << forced;
+  t.b.forward.implementation = "cuda";
+  EXPECT_EQ(flashspark_attention_backward(&t.b), FLASHSPARK_UNSUPPORTED);
+  EXPECT_TRUE(contains(line_of(flashspark_last_error(), "cuda"), "runs on CUDA only")) << flashspark_last_error();
+  t.b.forward.implementation = "gpu-wishful";
+  EXPECT_EQ(flashspark_attention_backward(&t.b), FLASHSPARK_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(flashspark_last_error(), "implementation = gpu-wishful")) << flashspark_last_error();
 }
 
 TEST(Dispatch, OperationsWithoutAnImplementationAreRefused) {
