@@ -20,10 +20,9 @@ namespace flashspark {
 template <class T>
 struct BackwardLoop {
   const BackwardArguments &a;
-  const KeyTile &tile;
-  SequenceMask mask;
-  int32_t tokens, first_padded_row;
-  Interval unmasked, warp_visited;  // tokens
+  KeyMask mask;
+  int32_t seq, first_key;  // of the CTA
+  int32_t first_padded_row;
   QueryLoader<T> q;
   GradientLoader<T> dout;
   ptx::SharedAddress shared;
@@ -45,7 +44,7 @@ struct BackwardLoop {
   FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
     return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
   }
-  FLASHSPARK_DEVICE int32_t warp_key() const { return tile.first + lane.warp_key; }
+  FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + lane.warp_key; }
 
   FLASHSPARK_DEVICE void copy_queries(const RowWalk &at, int32_t stage) {
     q.copy(at, queries(stage));
@@ -53,7 +52,7 @@ struct BackwardLoop {
   }
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
     if constexpr (T::kNative) {
-      if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, tile.seq, tile.first, at, kept(stage));
+      if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, seq, first_key, at, kept(stage));
     }
   }
 
@@ -65,10 +64,11 @@ struct BackwardLoop {
     const ptx::SharedAddress lse = rows(stage) + first_row * 4, delta = lse + T::kRows * 4;
     ScoreTile<T> scores{}, gradients{};
     ScoreOperand<T> p{}, ds{};
-    if (token < warp_visited.end && token + T::kScoreRows > warp_visited.begin) {
+    const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    if (token < visited.end && token + T::kScoreRows > visited.begin) {
       score_product<T, typename T::KeyLayout>(scores, keys, shared, q_rows, lane);
       if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
-        mask_score_tile(scores, a, mask, warp_key(), token, tokens);
+        mask_score_tile(scores, mask, warp_key(), token);
       if constexpr (!T::kNative) begin_with_delta<T>(gradients, delta);
       score_product<T, typename T::ValueLayout>(gradients, values, shared + T::kMemory.values, dout_rows, lane);
       if constexpr (T::kNative) {
@@ -148,17 +148,13 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   const Keys keys = find_keys(a, tile.seq);
   const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
   const Interval own{tile.first, min_of(tile.first + T::kKeys, keys.end)};
-  const TokenBounds tokens = tokens_of_keys<false>(a, mask, own, rows.seqlen_q);
-  const int32_t warp_key = tile.first + ptx::warp() * T::kWarpKeys;
-  const TokenBounds of_warp = tokens_of_keys<false>(a, mask, {warp_key, warp_key + T::kWarpKeys}, rows.seqlen_q);
-  const bool whole = warp_key + T::kWarpKeys <= keys.end;
+  const Interval tokens = uniform(tokens_of_keys<false>(a, mask, own, rows.seqlen_q).visited);
 
   KeyBounds visited = no_keys();
   visited.visited[0] = own;
   const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
   const int32_t group = static_cast<int32_t>(a.group.value);
-  const int32_t begin = tokens.visited.begin / T::kRows,
-                end = is_empty(tokens.visited) ? begin : ceil_div(tokens.visited.end, T::kRows);
+  const int32_t begin = tokens.begin / T::kRows, end = is_empty(tokens) ? begin : ceil_div(tokens.end, T::kRows);
   const int32_t count = (end - begin) * group;
   const int32_t padded = first_padded_row(a, tile.seq, rows.q_row);
   const ptx::SharedAddress shared = ptx::shared_memory();
@@ -173,8 +169,7 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   PhiloxKey key{};
   if constexpr (T::kNative) key = dropout_key(a.dropout);
   // clang-format off
-  BackwardLoop<T> loop{a, tile, mask, rows.seqlen_q, padded,
-                       whole ? of_warp.unmasked : Interval{INT32_MAX, 0}, of_warp.visited,
+  BackwardLoop<T> loop{a, key_mask(a, mask), tile.seq, tile.first, padded,
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
                        shared, backward_offsets<T>(), key, {}, {}, {}, {}};
@@ -182,8 +177,10 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   if (count > 0) loop.run({begin, end, tile.head_kv * group, begin}, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
   const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
-  store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, loop.dk, a.softmax_scale, a.head_dim, shared);
-  store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, loop.dv, value_scale, a.head_dim_v, shared);
+  // Found again, instead of being kept through the loop.
+  const KeyTile stored = find_key_tile(a, T::kKeys);
+  store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, stored, loop.dk, a.softmax_scale, a.head_dim, shared);
+  store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, stored, loop.dv, value_scale, a.head_dim_v, shared);
 }
 
 }  // namespace flashspark

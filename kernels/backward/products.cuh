@@ -35,7 +35,6 @@ struct KeyGradient {
 struct TileOffsets {
   uint32_t columns;  // as the second operand of a product over columns
   uint32_t rows;     // of a product over rows
-  uint32_t keys;     // of the warp's keys, as a first operand over columns
 };
 template <class T>
 struct BackwardOffsets {
@@ -61,9 +60,7 @@ template <class T, class Layout>
 FLASHSPARK_DEVICE TileOffsets tile_offsets() {
   const auto lane = static_cast<uint32_t>(ptx::lane());
   return {keep_in_register(T::Mma::template key_lane_offset<Layout>(lane)),
-          keep_in_register(T::Mma::template value_lane_offset<Layout>(lane)),
-          keep_in_register(T::Mma::template value_lane_offset<Layout>(lane) +
-                           static_cast<uint32_t>(ptx::warp()) * T::kWarpKeys * Layout::kPitch)};
+          keep_in_register(T::Mma::template value_lane_offset<Layout>(lane))};
 }
 
 template <class T>
@@ -95,8 +92,8 @@ FLASHSPARK_DEVICE void load_key_operand(KeyOperand<T, columns, in_registers> &op
     for (int32_t m = 0; m < T::kMAtoms; ++m) {
       FLASHSPARK_UNROLL
       for (int32_t d = 0; d < columns / 16; ++d)
-        ptx::ldmatrix_x4(operand.at[m][d],
-                         keys + m * 16 * Layout::kPitch + Layout::step(lane.template of<Layout>().keys, 2 * d));
+        ptx::ldmatrix_x4(operand.at[m][d], keys + m * 16 * Layout::kPitch + lane.warp_key * Layout::kPitch +
+                                               Layout::step(lane.template of<Layout>().rows, 2 * d));
     }
   }
 }
@@ -114,7 +111,8 @@ FLASHSPARK_DEVICE void score_product(ScoreTile<T> &scores, const KeyOperand<T, c
         FLASHSPARK_UNROLL
         for (int32_t x = 0; x < 4; ++x) a[m][x] = operand.at[m][d][x];
       } else {
-        ptx::ldmatrix_x4(a[m], keys + m * 16 * Layout::kPitch + Layout::step(lane.template of<Layout>().keys, 2 * d));
+        ptx::ldmatrix_x4(a[m], keys + m * 16 * Layout::kPitch + lane.warp_key * Layout::kPitch +
+                                   Layout::step(lane.template of<Layout>().rows, 2 * d));
       }
     }
     FLASHSPARK_UNROLL

@@ -6,28 +6,44 @@
 
 namespace flashspark {
 
-// The tokens that keep a key. Both ends of a row's interval rise with the row, so the inverse is an interval, too.
-FLASHSPARK_DEVICE Interval tokens_of_key(const SequenceArguments &a, const SequenceMask &mask, int32_t key,
-                                         int32_t tokens) {
-  if (key < mask.begin || key >= mask.end) return {0, 0};
-  return tokens_of_keys<false>(a, mask, {key, key + 1}, tokens).visited;
+// The tokens that keep key j of a sequence: [j + low, j + high), where they exist; none of a key from `end` on. Both
+// ends of a row's interval of keys rise with the row, so that the inverse is an interval, too.
+struct KeyMask {
+  int32_t low, high, end;
+
+  // Of keys [first, first + keys): the tokens that may keep one of them, and those that keep all.
+  FLASHSPARK_DEVICE Interval visited(int32_t first, int32_t keys) const {
+    return {first + low, min_of(first + keys, end) - 1 + high};
+  }
+  FLASHSPARK_DEVICE Interval unmasked(int32_t first, int32_t keys) const {
+    if (first + keys > end) return {0, 0};
+    return {first + keys - 1 + low, first + high};
+  }
+};
+FLASHSPARK_DEVICE KeyMask key_mask(const SequenceArguments &a, const SequenceMask &mask) {
+  // Open windows are 2^30. What reaches so far reaches over all tokens.
+  const int64_t left = int64_t{a.window_left} + 1 - mask.shift;
+  const int32_t right = mask.causal ? min_of(a.window_right, 0) : a.window_right;
+  constexpr int32_t kFar = 1 << 30;
+  return {ptx::uniform(max_of(-kFar, -right - mask.shift)),
+          ptx::uniform(left < kFar ? static_cast<int32_t>(left) : kFar), ptx::uniform(mask.end)};
 }
 
 // Scores that the mask removes become -inf. first_row: token of the tile's first row.
 template <class T>
-FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const SequenceArguments &a, const SequenceMask &mask,
-                                       int32_t first_key, int32_t first_row, int32_t tokens) {
+FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const KeyMask &mask, int32_t first_key,
+                                       int32_t first_row) {
   const int32_t lane = ptx::lane(), row = first_row + lane % 4 * 2;
   FLASHSPARK_UNROLL
   for (int32_t m = 0; m < T::kMAtoms; ++m) {
     FLASHSPARK_UNROLL
     for (int32_t x = 0; x < 2; ++x) {
-      const Interval kept = tokens_of_key(a, mask, first_key + m * 16 + x * 8 + lane / 4, tokens);
-      const Interval here{kept.begin - row, kept.end - row};
+      const int32_t key = first_key + m * 16 + x * 8 + lane / 4;
+      const Interval kept{key + mask.low - row, key < mask.end ? key + mask.high - row : INT32_MIN};
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < T::kScoreRows / 4; ++c) {
         const int32_t at = c / 2 * 8 + c % 2;
-        if (at < here.begin || at >= here.end) scores.at[m][c / 2][2 * x + c % 2] = minus_infinity();
+        if (at < kept.begin || at >= kept.end) scores.at[m][c / 2][2 * x + c % 2] = minus_infinity();
       }
     }
   }

@@ -53,5 +53,100 @@ TEST(Backward, Masks) {
   }
 }
 
+TEST(Backward, NarrowHeads) {
+  for (const int64_t width : {8, 40, 64, 80, 104}) {
+    BackwardSpec s;
+    s.head_dim = width, s.head_dim_v = width == 80 ? 72 : width;
+    s.tokens = {70}, s.keys = {130};
+    check_all(s, static_cast<uint64_t>(width), false);
+  }
+}
+
+TEST(Backward, SharedKeys) {
+  BackwardSpec s;
+  s.tokens = {70, 20}, s.keys = {130, 260};
+  s.heads_q = 6, s.heads_kv = 2, s.causal = true;
+  check_all(s, 3);
+  s.heads_q = 3, s.heads_kv = 1, s.heads_first = true;
+  check_all(s, 4);
+}
+
+TEST(Backward, Sequences) {
+  uint64_t seed = 50;
+  for (const bool varlen_q : {false, true}) {
+    for (const bool varlen_k : {false, true}) {
+      for (const bool unused : {false, true}) {
+        BackwardSpec s;
+        s.tokens = {70, 0, 3, 129}, s.keys = {40, 70, 0, 129};
+        s.varlen_q = varlen_q, s.varlen_k = varlen_k, s.unused_rows = unused;
+        s.causal = true, s.heads_q = 2;
+        check_all(s, ++seed);
+      }
+    }
+  }
+  // More sequences than lanes, most of them short.
+  BackwardSpec s;
+  s.tokens.assign(40, 2), s.keys.assign(40, 3);
+  s.tokens[35] = 70, s.keys[35] = 140;
+  s.varlen_q = s.varlen_k = true;
+  check_all(s, ++seed);
+}
+
+TEST(Backward, CausalBySequence) {
+  BackwardSpec s;
+  s.tokens = {70, 70}, s.keys = {90, 90}, s.causal_per_seq = true;
+  check_all(s, 70);
+}
+
+TEST(Backward, LseAndSinks) {
+  BackwardSpec s;
+  s.tokens = {70, 100}, s.keys = {90, 60}, s.heads_q = 2, s.causal = true;
+  s.dlse = true;
+  check_all(s, 80);
+  s.sinks = true;
+  check_all(s, 81);
+  s.varlen_q = s.varlen_k = s.unused_rows = true;
+  check_all(s, 82);
+}
+
+TEST(Backward, Softcap) {
+  BackwardSpec s;
+  s.tokens = {70}, s.keys = {150}, s.causal = true;
+  s.softcap = 2.0f;
+  check_all(s, 90);
+  s.softcap = 20.0f, s.spread = 4;
+  check_all(s, 91);
+}
+
+TEST(Backward, Dropout) {
+  uint64_t seed = 100;
+  for (const float p : {0.1f, 0.5f, 0.9f}) {
+    BackwardSpec s;
+    s.tokens = {70, 30}, s.keys = {150, 200}, s.heads_q = 4, s.heads_kv = 2;
+    s.dropout_p = p;
+    check_all(s, ++seed);
+    s.causal = true, s.softcap = 5;
+    check_all(s, ++seed);
+    s.varlen_q = s.varlen_k = true;
+    check_all(s, ++seed);
+  }
+}
+
+TEST(Backward, PeakedScores) {
+  BackwardSpec s;
+  s.tokens = {130}, s.keys = {130}, s.causal = true;
+  s.spread = 8;
+  check_all(s, 110);
+}
+
+TEST(Backward, NotWanted) {
+  for (int n = 0; n < 7; ++n) {
+    BackwardSpec s;
+    s.tokens = {70}, s.keys = {130};
+    s.wanted_q = n & 1, s.wanted_k = n & 2, s.wanted_v = n & 4;
+    check_all(s, 120);
+  }
+}
+
 }  // namespace
 }  // namespace flashspark::emulator
