@@ -45,9 +45,11 @@ void print_launch(const char *arch, const BackwardInstance &instance, const Back
   const auto place = [](bool in_registers) { return in_registers ? "registers" : "shared"; };
   std::printf(
       ", \"%s\": {\"threads\": %d, \"min_ctas\": %d, \"shared_bytes\": %d, \"warps\": %d, \"warp_keys\": %d, "
-      "\"rows\": %d, \"score_rows\": %d, \"k\": \"%s\", \"v\": \"%s\", \"query_stages\": %d}",
+      "\"rows\": %d, \"score_rows\": %d, \"k\": \"%s\", \"v\": \"%s\", \"query_stages\": %d, "
+      "\"row_groups\": %d}",
       arch, tile.threads(), tile.min_ctas, shared_bytes(instance, tile), tile.warps, tile.warp_keys, tile.rows,
-      tile.score_rows, place(tile.keys_in_registers), place(tile.values_in_registers), tile.query_stages);
+      tile.score_rows, place(tile.keys_in_registers), place(tile.values_in_registers), tile.query_stages,
+      tile.row_groups);
 }
 
 void print(const KernelKey &key) {

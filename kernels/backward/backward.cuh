@@ -44,6 +44,10 @@ struct BackwardLoop {
   FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
     return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
   }
+  // Of the warp's rows in a block.
+  FLASHSPARK_DEVICE static int32_t first_row() {
+    return T::kRowGroups == 1 ? 0 : ptx::uniform(ptx::warp() / T::kKeyWarps) * T::kGroupRows;
+  }
   FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + lane.warp_key; }
 
   FLASHSPARK_DEVICE void copy_queries(const RowWalk &at, int32_t stage) {
@@ -116,7 +120,7 @@ struct BackwardLoop {
       if (T::kStages > 1 && has_next) copy_queries(next, 1 - stage);
       ptx::cp_async_commit();
       FLASHSPARK_NO_UNROLL
-      for (int32_t row = 0; row < T::kRows; row += T::kScoreRows) add_rows(at, stage, row);
+      for (int32_t row = 0; row < T::kGroupRows; row += T::kScoreRows) add_rows(at, stage, first_row() + row);
       if (has_next) draw(next, 1 - stage);
       ptx::cta_barrier();  // dS^T is here; all are done with dO
       if (has_next) {
@@ -176,6 +180,9 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   // clang-format on
   if (count > 0) loop.run({begin, end, tile.head_kv * group, begin}, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
+  if constexpr (T::kRowGroups > 1) {
+    if (!join_row_groups<T>(loop.dk, loop.dv, shared)) return;
+  }
   const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
   // Found again, instead of being kept through the loop.
   const KeyTile stored = find_key_tile(a, T::kKeys);

@@ -7,6 +7,43 @@
 
 namespace flashspark {
 
+// A lane's accumulators, 16 bytes of all lanes at a time, behind those that have gone before.
+template <class T, int32_t columns, class F>
+FLASHSPARK_DEVICE void for_each_vector(KeyGradient<T, columns> &gradient, ptx::SharedAddress &at, F &&f) {
+  FLASHSPARK_UNROLL
+  for (int32_t m = 0; m < T::kMAtoms; ++m) {
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < columns / 8; ++n, at += 32 * 16) f(gradient.at[m][n], at + ptx::lane() * 16);
+  }
+}
+
+// The second row group hands its sums to the first, which adds them to its own; false: the warp is done. All threads of
+// the CTA call it, behind a barrier.
+template <class T>
+FLASHSPARK_DEVICE bool join_row_groups(KeyGradient<T, T::kHeadDim> &dk, KeyGradient<T, T::kHeadDimV> &dv,
+                                       ptx::SharedAddress shared) {
+  constexpr int32_t kWarpBytes = T::kWarpKeys * (T::kHeadDim + T::kHeadDimV) * 4;
+  ptx::SharedAddress at = shared + ptx::warp() % T::kKeyWarps * kWarpBytes;
+  const bool hands_over = ptx::warp() >= T::kKeyWarps;
+  if (hands_over) {
+    const auto store = [](const float(&x)[4], ptx::SharedAddress to) { store_4(to, x[0], x[1], x[2], x[3]); };
+    for_each_vector(dk, at, store);
+    for_each_vector(dv, at, store);
+  }
+  ptx::cta_barrier();
+  const auto add = [](float(&x)[4], ptx::SharedAddress from) {
+    const ptx::Vector16 v = ptx::load_shared_16(from);
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < 4; ++n) x[n] += ptx::as_float(v.word[n]);
+  };
+  if (!hands_over) {
+    for_each_vector(dk, at, add);
+    for_each_vector(dv, at, add);
+  }
+  ptx::cta_barrier();  // results pass through the same memory
+  return !hands_over;
+}
+
 // Each warp's keys pass through its own part of shared memory, so that rows are written 16 bytes at a time. Keys that
 // the sequence has but does not use have a gradient of 0, as no row has seen them.
 template <class T, class Layout, int32_t columns>
@@ -15,7 +52,7 @@ FLASHSPARK_DEVICE void store_gradient(void *data, const Strides &strides, const 
                                       ptx::SharedAddress shared) {
   using Element = typename T::Element;
   if (data == nullptr) return;
-  const int32_t lane = ptx::lane(), first = ptx::warp() * T::kWarpKeys;
+  const int32_t lane = ptx::lane(), first = ptx::warp() % T::kKeyWarps * T::kWarpKeys;
   const ptx::SharedAddress own = shared + first * Layout::kPitch;
   ptx::warp_barrier();  // all lanes have read what passed here before
   FLASHSPARK_UNROLL

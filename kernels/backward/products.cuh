@@ -71,7 +71,8 @@ FLASHSPARK_DEVICE BackwardOffsets<T> backward_offsets() {
   o.of_head = tile_offsets<T, typename T::KeyLayout>();
   if constexpr (!std::is_same_v<typename T::KeyLayout, typename T::ValueLayout>)
     o.of_head_v = tile_offsets<T, typename T::ValueLayout>();
-  o.score_store = keep_in_register(Scores::offset(warp * T::kWarpKeys + lane / 4, 0) + lane % 4 * 4);
+  const uint32_t warp_key = warp % T::kKeyWarps * T::kWarpKeys;
+  o.score_store = keep_in_register(Scores::offset(warp_key + lane / 4, 0) + lane % 4 * 4);
   const uint32_t chunk = warp / T::kSumColumnWarps * (2 * T::kSumAtoms) + lane / 8 % 2;
   o.sum_rows = keep_in_register(Scores::step(Scores::offset(lane % 8 + lane / 16 * 8, chunk % Scores::kGroup),
                                              chunk / Scores::kGroup * Scores::kGroup));
@@ -80,7 +81,7 @@ FLASHSPARK_DEVICE BackwardOffsets<T> backward_offsets() {
     o.sum_columns[n] =
         keep_in_register(T::KeyLayout::step(T::Mma::template value_lane_offset<typename T::KeyLayout>(lane),
                                             warp % T::kSumColumnWarps * (T::kSumColumns / 8) + 2 * n));
-  o.warp_key = ptx::uniform(static_cast<int32_t>(warp * T::kWarpKeys));
+  o.warp_key = ptx::uniform(static_cast<int32_t>(warp_key));
   return o;
 }
 

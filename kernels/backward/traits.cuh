@@ -38,7 +38,10 @@ struct BackwardTraits {
   static constexpr int32_t kScoreRows = kTile.score_rows;
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr int32_t kStages = kTile.query_stages;
-  static_assert(kWarpKeys % 16 == 0 && kScoreRows % 16 == 0 && kRows % kScoreRows == 0);
+  static constexpr int32_t kRowGroups = kTile.row_groups;
+  static constexpr int32_t kKeyWarps = kWarps / kRowGroups;  // warp w has the keys of warp w % kKeyWarps
+  static constexpr int32_t kGroupRows = kRows / kRowGroups;
+  static_assert(kWarpKeys % 16 == 0 && kScoreRows % 16 == 0 && kGroupRows % kScoreRows == 0);
 
   // dQ of a block of rows: warps share its rows and columns, so that each loads about as much of dS as of K.
   static constexpr int32_t kSumAtoms = kWarps >= kRows / 32 && kHeadDim % (16 * (kWarps / (kRows / 32))) == 0 ? 2 : 1;
@@ -52,6 +55,8 @@ struct BackwardTraits {
   using ScoreLayout = TileLayout<kRows>;      // dS^T: a key a row
   static constexpr BackwardMemory kMemory = backward_memory(kInstance, kTile);
   static_assert(kMemory.total <= kMaxSharedBytes);
+  // What the second row group hands to the first lies where operands were.
+  static_assert(kRowGroups == 1 || (kRowGroups == 2 && kKeys * (kHeadDim + kHeadDimV) * 4 <= kMemory.total));
 
   // Copies: 8 (or 4) neighbouring threads read one row. The names are what attention/tile_loader.cuh asks for.
   static constexpr bool kWarpPrivateKV = false;

@@ -29,7 +29,7 @@ struct BackwardPlan {
   KernelKey postprocess_key() const { return {Operation::attention_backward_postprocess, dtype}; }
 };
 
-// Whether an instance can run the problem at all; make_backward_plan() takes the narrowest of those that do.
+// Whether an instance can run the problem at all.
 bool fits(const BackwardInstance &instance, const Params &forward);
 
 // p has passed validate() and unsupported_backward(). `instance`: NULL, or one that fits and is to be taken. Pure

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <tuple>
 
 #include "cuda/arguments.hpp"
 #include "cuda/backward.hpp"
@@ -9,14 +10,31 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-const BackwardInstance *choose_instance(const Params &p) {
+// About how long an instance takes, in products of a row with a key: CTAs take turns on the SMs, and under a causal
+// mask or a window they differ in length, so that others fill the gaps.
+double cost(const BackwardInstance &instance, const Params &p, const Machine &machine) {
+  const BackwardTile &tile = instance.tile(machine.arch);
+  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  const auto longest = static_cast<double>(tile.keys() * p.max_seqlen_q * group);
+  const int64_t key_tiles =
+      is_varlen_k(p) ? ceil_div(p.total_k, tile.keys()) : ceil_div(p.max_seqlen_k, tile.keys()) * p.num_seqs;
+  const int64_t ctas = key_tiles * p.num_heads_kv, places = int64_t{machine.sm_count} * tile.min_ctas;
+  const bool differ = p.causal != 0 || p.window_left >= 0 || p.window_right >= 0;
+  const double turns = differ ? std::max(1.0, 0.5 * static_cast<double>(ctas) / static_cast<double>(places))
+                              : static_cast<double>(ceil_div(ctas, places));
+  // Fewer keys a CTA: each row is read and dQ added to more often.
+  constexpr double kCostOfRowGroups = 1.15;
+  return turns * longest * tile.min_ctas * (tile.row_groups > 1 ? kCostOfRowGroups : 1);
+}
+
+// The narrowest that can run it; of those that are equally narrow the fastest.
+const BackwardInstance *choose_instance(const Params &p, const Machine &machine) {
   const BackwardInstance *best = nullptr;
+  const auto rank = [&](const BackwardInstance &i) {
+    return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none, cost(i, p, machine));
+  };
   for (const BackwardInstance &candidate : kBackwardInstances) {
-    if (!fits(candidate, p)) continue;
-    const auto width = [](const BackwardInstance &i) {
-      return std::pair(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none);
-    };
-    if (best == nullptr || width(candidate) < width(*best)) best = &candidate;
+    if (fits(candidate, p) && (best == nullptr || rank(candidate) < rank(*best))) best = &candidate;
   }
   return best;
 }
@@ -73,7 +91,7 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   const Params &p = params.forward;
   const Shape shape = shape_of(p);
   BackwardPlan plan;
-  plan.instance = instance != nullptr ? instance : choose_instance(p);
+  plan.instance = instance != nullptr ? instance : choose_instance(p, machine);
   plan.tile = &plan.instance->tile(machine.arch);
   plan.dtype = p.q.dtype == FLASHSPARK_BFLOAT16 ? KernelDType::bf16 : KernelDType::fp16;
   BackwardArguments &a = plan.arguments;

@@ -34,6 +34,7 @@ class Launch:
     k: str = ""
     v: str = ""
     query_stages: int = 0
+    row_groups: int = 0
 
 
 @dataclass(frozen=True)
