@@ -26,6 +26,8 @@ struct BackwardArguments : AttentionArguments {
   int32_t num_key_tiles;  // of a KV head of one sequence, or with cu_seqlens_k of all sequences (bound)
 
   float scale_log2;  // softmax_scale times log2(e); softmax_scale itself is in natural units here
+  float cap_log2;    // softcap times log2(e)
+  float cap_factor;  // softmax_scale times 2 log2(e) / softcap: e^(2 score / softcap) as a power of two
   DropoutArguments dropout;
 };
 

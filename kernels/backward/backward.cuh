@@ -110,11 +110,10 @@ struct BackwardLoop {
     ptx::cta_barrier();  // K and V are here
     load_key_operand<T, typename T::KeyLayout>(keys, shared, lane);
     load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
-    int32_t stage = 0;
     FLASHSPARK_NO_UNROLL
-    for (int32_t n = 0; n < count; ++n) {
+    for (int32_t left = count, stage = 0; left > 0; --left, stage = 1 - stage) {
       const RowWalk next = at.next();
-      const bool has_next = n + 1 < count;
+      const bool has_next = left > 1;
       ptx::cp_async_wait<0>();
       ptx::cta_barrier();  // Q and dO are here; all are done with dS^T and the other stage, and have V in registers
       if (T::kStages > 1 && has_next) copy_queries(next, 1 - stage);
@@ -130,7 +129,6 @@ struct BackwardLoop {
       ptx::cp_async_commit();
       if (a.dq_sum != nullptr) add_to_dq(at);
       at = next;
-      stage = 1 - stage;
     }
   }
 };

@@ -77,7 +77,6 @@ FLASHSPARK_DEVICE void modified_scores(const BackwardArguments &a, ScoreTile<T> 
                                        ptx::SharedAddress bits, int32_t first_row, ScoreOperand<T> &p,
                                        ScoreOperand<T> &ds) {
   const bool capped = a.softcap > 0, drops = a.dropout.scale != 1.0f;
-  const float cap = a.softcap * kLog2E, factor = a.softmax_scale * (2 * kLog2E / a.softcap);
   KeptScores<T> kept{};
   if (drops) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL
@@ -95,8 +94,8 @@ FLASHSPARK_DEVICE void modified_scores(const BackwardArguments &a, ScoreTile<T> 
         float slope = 1.0f, score = s * a.scale_log2;
         if (capped) {
           // tanh y = 1 - 2 r and its derivative 4 r (1 - r), with r = 1 / (e^2y + 1). A masked score is -inf: r = 1.
-          const float r = ptx::reciprocal_approx(ptx::exp2_approx(s * factor) + 1);
-          score = s == minus_infinity() ? s : cap - 2 * cap * r;
+          const float r = ptx::reciprocal_approx(ptx::exp2_approx(s * a.cap_factor) + 1);
+          score = s == minus_infinity() ? s : a.cap_log2 - 2 * a.cap_log2 * r;
           slope = 4 * r * (1 - r);
         }
         const float x = ptx::exp2_approx(score - ptx::as_float(lse[e % 2]));

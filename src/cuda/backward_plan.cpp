@@ -97,6 +97,8 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   BackwardArguments &a = plan.arguments;
   static_cast<AttentionArguments &>(a) = arguments_of(p, shape, ScoreMod::native);  // scale in natural units
   a.scale_log2 = a.softmax_scale * kLog2e;
+  a.cap_log2 = a.softcap * kLog2e;
+  a.cap_factor = a.softcap > 0 ? a.softmax_scale * (2 * kLog2e / a.softcap) : 0.0f;
   a.dropout = dropout_arguments(p);
   set_gradients(params, a);
   a.sum_columns = plan.instance->head_dim;
