@@ -11,6 +11,10 @@
 
 namespace flashspark {
 
+constexpr bool is_native(const BackwardInstance &instance) {
+  return instance.score_mod == ScoreMod::native;
+}
+
 template <BackwardIndex index, Architecture arch, class Element_>
 struct BackwardTraits {
   using Arguments = BackwardArguments;
@@ -24,7 +28,7 @@ struct BackwardTraits {
 #else
   static constexpr BackwardTile kTile = kInstance.tile(arch);
 #endif
-  static constexpr bool kNative = kInstance.score_mod == ScoreMod::native;
+  static constexpr bool kNative = is_native(kInstance);
   using ScoreMod = std::conditional_t<kNative, NativeScoreMod, NoScoreMod>;
 
   static constexpr int32_t kHeadDim = kInstance.head_dim;

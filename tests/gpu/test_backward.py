@@ -83,8 +83,8 @@ def make(case: Case, seed: int, device: torch.device):
 
 def by_formula(case: Case, dtype: torch.dtype, q, k, v, dout, sinks, dlse):
     """Gradients of q, k, v and sinks by torch's autograd."""
-    inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-    sinks = None if sinks is None else sinks.double().requires_grad_()
+    inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+    sinks = None if sinks is None else sinks.to(torch.float64, copy=True).requires_grad_()
     i = j = 0
     total = torch.zeros((), dtype=torch.float64, device=q.device)
     for b, (rows, keys) in enumerate(case.lengths):
