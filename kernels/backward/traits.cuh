@@ -23,8 +23,8 @@ struct BackwardTraits {
   using Mma = MmaF16<Element>;
   static constexpr BackwardInstance kInstance = kBackwardInstances[static_cast<int32_t>(index)];
 #if defined(TUNE_WARPS)  // bench/gpu/backward_tune.sh tries others
-  static constexpr BackwardTile kTile{TUNE_WARPS, TUNE_KEYS, TUNE_ROWS,   TUNE_SCORES,
-                                      TUNE_K,     TUNE_V,    TUNE_STAGES, TUNE_CTAS};
+  static constexpr BackwardTile kTile{TUNE_WARPS, TUNE_KEYS,   TUNE_ROWS,   TUNE_SCORES, TUNE_K,
+                                      TUNE_V,     TUNE_STAGES, TUNE_GROUPS, TUNE_CTAS};
 #else
   static constexpr BackwardTile kTile = kInstance.tile(arch);
 #endif
