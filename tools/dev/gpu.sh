@@ -11,6 +11,7 @@
 #          tools/dev/gpu.sh fuzz [CASES]     in several processes (5000)
 #          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
 #          tools/dev/gpu.sh decode [ARGUMENTS OF bench/gpu/decode.py]
+#          tools/dev/gpu.sh backward [ARGUMENTS OF bench/gpu/backward.py]
 #          tools/dev/gpu.sh sanitize [TOOL ...]
 #
 # Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
@@ -203,6 +204,7 @@ case $stage in
   fuzz) install && run_fuzz "$@" ;;
   bench) install && run_bench bench/gpu "$@" ;;
   decode) install && run_bench bench/gpu/decode.py "$@" ;;
+  backward) install && timeout -s INT "${BENCH_LIMIT:-300}" "$python" bench/gpu/backward.py --out "$out/backward.md" "$@" ;;
   sanitize) install && run_sanitizers "$@" ;;
   *) usage ;;
 esac
