@@ -1,7 +1,7 @@
 // Times one tile of one backward instance on dense problems, to choose the tiles in kernels/backward/instances.def;
 // each problem is checked on some of its rows and keys.
 //   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -DFLASHSPARK_NAME=d128 -DTUNE_WARPS=8 -DTUNE_KEYS=16 -DTUNE_ROWS=64
-//     -DTUNE_SCORES=32 -DTUNE_K=false -DTUNE_V=true -DTUNE_STAGES=2 -DTUNE_GROUPS=1 -DTUNE_CTAS=1
+//     -DTUNE_SCORES=32 -DTUNE_K=false -DTUNE_V=true -DTUNE_STAGES=2 -DTUNE_SHARING=none -DTUNE_CTAS=1
 //     bench/gpu/backward_tune.cu
 // Columns are the TFLOP/s of each problem, of all three kernels and of the main one alone (2.5 times the forward FLOP,
 // causal half). An argument leaves dq out, and its check: what the rest takes.
@@ -175,7 +175,7 @@ int main(int argc, char **) {
   constexpr BackwardTile t = Kernel::kTile;
   std::printf("%s %dx%d rows %d/%d k%d v%d s%d g%d c%d | %d reg %zu spill %d CTAs |", Kernel::kInstance.name, t.warps,
               t.warp_keys, t.rows, t.score_rows, t.keys_in_registers, t.values_in_registers, t.query_stages,
-              t.row_groups, t.min_ctas, attributes.numRegs, attributes.localSizeBytes, resident);
+              static_cast<int>(t.sharing), t.min_ctas, attributes.numRegs, attributes.localSizeBytes, resident);
   constexpr Shape kWide[] = {{4, 32, 32, 4096, false}, {4, 32, 32, 4096, true}, {4, 32, 8, 4096, true},
                              {1, 16, 8, 2048, false},  {1, 16, 8, 2048, true},  {1, 16, 8, 1024, false},
                              {1, 16, 8, 1024, true},   {8, 16, 16, 512, false}, {8, 16, 16, 512, true}};

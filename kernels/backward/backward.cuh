@@ -95,6 +95,41 @@ struct BackwardLoop {
     }
   }
 
+  // The same by a pair of warps: one computes P^T and sums dV, the other one dP^T, and dS^T from both, and sums dK. P^T
+  // passes from lane to lane through the words where dS^T then lies. A pair has `keys` as its operand, K or V, and its
+  // sums in dk.
+  FLASHSPARK_DEVICE void add_rows_of_pair(const RowWalk &at, int32_t stage, int32_t first_row) {
+    const int32_t token = at.block * T::kRows + first_row;
+    const bool values_summed = T::sums_values();
+    const ptx::SharedAddress q_rows = queries(stage) + first_row * T::KeyLayout::kPitch;
+    const ptx::SharedAddress dout_rows = shared + T::kMemory.dout + first_row * T::ValueLayout::kPitch;
+    const ptx::SharedAddress lse = rows(stage) + first_row * 4, delta = lse + T::kRows * 4;
+    const ptx::SharedAddress dscores = shared + T::kMemory.dscores;
+    ScoreTile<T> scores{};
+    ScoreOperand<T> operand{};
+    const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    if (token >= visited.end || token + T::kScoreRows <= visited.begin) {
+      if (!values_summed) store_scores(operand, dscores, lane.score_store, first_row);
+      return;
+    }
+    if (!values_summed) begin_with_delta<T>(scores, delta);
+    score_product<T, typename T::KeyLayout>(scores, keys, shared, values_summed ? q_rows : dout_rows, lane);
+    if (values_summed) {
+      if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
+        mask_score_tile(scores, mask, warp_key(), token);
+      scores_to_probabilities(scores, a.scale_log2, lse);
+      pack_scores(operand, scores);
+      store_scores(operand, dscores, lane.score_store, first_row);
+    }
+    ptx::pair_barrier();  // P^T is here
+    if (!values_summed) {
+      multiply_by_stored(scores, dscores, lane.score_store, first_row);
+      pack_scores(operand, scores);
+      store_scores(operand, dscores, lane.score_store, first_row);
+    }
+    gradient_product<T, typename T::KeyLayout>(dk, operand, values_summed ? dout_rows : q_rows, lane);
+  }
+
   FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at) const {
     const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
     add_query_gradient<T>(a.dq_sum + row * T::kHeadDim, shared + T::kMemory.dscores, shared, lane);
@@ -108,8 +143,12 @@ struct BackwardLoop {
     draw(at, 0);
     ptx::cp_async_wait<1>();
     ptx::cta_barrier();  // K and V are here
-    load_key_operand<T, typename T::KeyLayout>(keys, shared, lane);
-    load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
+    if constexpr (T::kPaired) {
+      load_key_operand<T, typename T::KeyLayout>(keys, T::sums_values() ? shared : shared + T::kMemory.values, lane);
+    } else {
+      load_key_operand<T, typename T::KeyLayout>(keys, shared, lane);
+      load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
+    }
     FLASHSPARK_NO_UNROLL
     for (int32_t left = count, stage = 0; left > 0; --left, stage = 1 - stage) {
       const RowWalk next = at.next();
@@ -119,7 +158,13 @@ struct BackwardLoop {
       if (T::kStages > 1 && has_next) copy_queries(next, 1 - stage);
       ptx::cp_async_commit();
       FLASHSPARK_NO_UNROLL
-      for (int32_t row = 0; row < T::kGroupRows; row += T::kScoreRows) add_rows(at, stage, first_row() + row);
+      for (int32_t row = 0; row < T::kGroupRows; row += T::kScoreRows) {
+        if constexpr (T::kPaired) {
+          add_rows_of_pair(at, stage, row);
+        } else {
+          add_rows(at, stage, first_row() + row);
+        }
+      }
       if (has_next) draw(next, 1 - stage);
       ptx::cta_barrier();  // dS^T is here; all are done with dO
       if (has_next) {
@@ -181,11 +226,19 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   if constexpr (T::kRowGroups > 1) {
     if (!join_row_groups<T>(loop.dk, loop.dv, shared)) return;
   }
-  const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
   // Found again, instead of being kept through the loop.
   const KeyTile stored = find_key_tile(a, T::kKeys);
-  store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, stored, loop.dk, a.softmax_scale, a.head_dim, shared);
-  store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, stored, loop.dv, value_scale, a.head_dim_v, shared);
+  if constexpr (T::kPaired) {
+    const bool of_values = T::sums_values();
+    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, stored,
+                                             loop.dk, of_values ? 1.0f : a.softmax_scale,
+                                             of_values ? a.head_dim_v : a.head_dim,
+                                             shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
+  } else {
+    const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
+    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, stored, loop.dk, a.softmax_scale, a.head_dim, shared);
+    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, stored, loop.dv, value_scale, a.head_dim_v, shared);
+  }
 }
 
 }  // namespace flashspark

@@ -3,6 +3,7 @@
 
 #include "attention/mask.cuh"
 #include "backward/arguments.hpp"
+#include "ptx/backward.cuh"
 
 namespace flashspark {
 

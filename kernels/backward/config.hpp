@@ -5,6 +5,10 @@
 
 namespace flashspark {
 
+// What two warps with the same keys have apart: nothing, as every warp has keys of its own; the rows of every block,
+// whose sums are joined at the end; or the gradients: one sums dV, the other one dK.
+enum class KeySharing : uint8_t { none, rows, gradients };
+
 // A CTA owns `keys()` keys, a warp warp_keys of them, and all walk over blocks of `rows` rows of one query head.
 struct BackwardTile {
   int32_t warps, warp_keys, rows;
@@ -12,11 +16,12 @@ struct BackwardTile {
   bool keys_in_registers;    // a warp's keys stay in registers as the operand of the scores
   bool values_in_registers;  // the same of its values, whose shared memory other operands then take
   int32_t query_stages;      // blocks of q in shared memory
-  int32_t row_groups;        // groups of warps that split the rows of every block; their sums are joined at the end
-  int32_t min_ctas;          // resident CTAs an SM that the registers must allow
+  KeySharing sharing;
+  int32_t min_ctas;  // resident CTAs an SM that the registers must allow
 
   bool operator==(const BackwardTile &) const = default;
-  constexpr int32_t keys() const { return warps / row_groups * warp_keys; }
+  constexpr int32_t key_warps() const { return sharing == KeySharing::none ? warps : warps / 2; }
+  constexpr int32_t keys() const { return key_warps() * warp_keys; }
   constexpr int32_t threads() const { return warps * 32; }
 };
 
@@ -39,8 +44,8 @@ struct BackwardInstance {
   }
 };
 
-#define FLASHSPARK_TILE(warps, warp_keys, rows, score_rows, keys, values, query_stages, row_groups, min_ctas) \
-  {warps, warp_keys, rows, score_rows, keys, values, query_stages, row_groups, min_ctas}
+#define FLASHSPARK_TILE(warps, warp_keys, rows, score_rows, keys, values, query_stages, sharing, min_ctas) \
+  {warps, warp_keys, rows, score_rows, keys, values, query_stages, KeySharing::sharing, min_ctas}
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, score_mod, tile_90, tile_120f) \
   {BackwardIndex::name, #name, head_dim, head_dim_v, ScoreMod::score_mod, tile_90, tile_120f},
 namespace backward_instances {

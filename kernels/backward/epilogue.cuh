@@ -52,7 +52,7 @@ FLASHSPARK_DEVICE void store_gradient(void *data, const Strides &strides, const 
                                       ptx::SharedAddress shared) {
   using Element = typename T::Element;
   if (data == nullptr) return;
-  const int32_t lane = ptx::lane(), first = ptx::warp() % T::kKeyWarps * T::kWarpKeys;
+  const int32_t lane = ptx::lane(), first = T::key_warp() * T::kWarpKeys;
   const ptx::SharedAddress own = shared + first * Layout::kPitch;
   ptx::warp_barrier();  // all lanes have read what passed here before
   FLASHSPARK_UNROLL

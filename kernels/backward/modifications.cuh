@@ -65,7 +65,7 @@ FLASHSPARK_DEVICE void load_kept(KeptScores<T> &kept, ptx::SharedAddress from, i
     FLASHSPARK_UNROLL
     for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
       const int32_t pair = first_row / 2 + j * 4 + ptx::lane() % 4;
-      kept.at[m][j] = ptx::load_shared_4(from + (pair * kGroups + ptx::warp() % T::kKeyWarps * T::kMAtoms + m) * 4);
+      kept.at[m][j] = ptx::load_shared_4(from + (pair * kGroups + T::key_warp() * T::kMAtoms + m) * 4);
     }
   }
 }

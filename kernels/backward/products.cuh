@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward/traits.cuh"
+#include "ptx/backward.cuh"
 
 namespace flashspark {
 
@@ -71,7 +72,7 @@ FLASHSPARK_DEVICE BackwardOffsets<T> backward_offsets() {
   o.of_head = tile_offsets<T, typename T::KeyLayout>();
   if constexpr (!std::is_same_v<typename T::KeyLayout, typename T::ValueLayout>)
     o.of_head_v = tile_offsets<T, typename T::ValueLayout>();
-  const uint32_t warp_key = warp % T::kKeyWarps * T::kWarpKeys;
+  const uint32_t warp_key = static_cast<uint32_t>(T::key_warp()) * T::kWarpKeys;
   o.score_store = keep_in_register(Scores::offset(warp_key + lane / 4, 0) + lane % 4 * 4);
   const uint32_t chunk = warp / T::kSumColumnWarps * (2 * T::kSumAtoms) + lane / 8 % 2;
   o.sum_rows = keep_in_register(Scores::step(Scores::offset(lane % 8 + lane / 16 * 8, chunk % Scores::kGroup),

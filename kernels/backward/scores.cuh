@@ -100,7 +100,28 @@ FLASHSPARK_DEVICE void pack_scores(ScoreOperand<T> &to, const ScoreTile<T> &from
   }
 }
 
-// Stores dS^T of the warp's keys; first_row: of the tile in the block.
+// Each pair of numbers times that of P^T, which lies where the lane then stores the product.
+template <class T>
+FLASHSPARK_DEVICE void multiply_by_stored(ScoreTile<T> &scores, ptx::SharedAddress from, uint32_t lane,
+                                          int32_t first_row) {
+  using Element = typename T::Element;
+  using Layout = typename T::ScoreLayout;
+  FLASHSPARK_UNROLL
+  for (int32_t m = 0; m < T::kMAtoms; ++m) {
+    FLASHSPARK_UNROLL
+    for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+      const uint32_t offset = Layout::step(lane, static_cast<uint32_t>(first_row / 8 + j));
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 2; ++x) {
+        const uint32_t word = ptx::load_shared_4(from + offset + (m * 16 + x * 8) * Layout::kPitch);
+        scores.at[m][j][2 * x] *= ptx::to_float(Element{static_cast<uint16_t>(word)});
+        scores.at[m][j][2 * x + 1] *= ptx::to_float(Element{static_cast<uint16_t>(word >> 16)});
+      }
+    }
+  }
+}
+
+// Stores P^T or dS^T of the warp's keys; first_row: of the tile in the block.
 template <class T>
 FLASHSPARK_DEVICE void store_scores(ScoreOperand<T> &scores, ptx::SharedAddress to, uint32_t lane, int32_t first_row) {
   using Layout = typename T::ScoreLayout;

@@ -23,8 +23,8 @@ struct BackwardTraits {
   using Mma = MmaF16<Element>;
   static constexpr BackwardInstance kInstance = kBackwardInstances[static_cast<int32_t>(index)];
 #if defined(TUNE_WARPS)  // bench/gpu/backward_tune.sh tries others
-  static constexpr BackwardTile kTile{TUNE_WARPS, TUNE_KEYS,   TUNE_ROWS,   TUNE_SCORES, TUNE_K,
-                                      TUNE_V,     TUNE_STAGES, TUNE_GROUPS, TUNE_CTAS};
+  static constexpr BackwardTile kTile{
+      TUNE_WARPS, TUNE_KEYS, TUNE_ROWS, TUNE_SCORES, TUNE_K, TUNE_V, TUNE_STAGES, KeySharing::TUNE_SHARING, TUNE_CTAS};
 #else
   static constexpr BackwardTile kTile = kInstance.tile(arch);
 #endif
@@ -42,8 +42,9 @@ struct BackwardTraits {
   static constexpr int32_t kScoreRows = kTile.score_rows;
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr int32_t kStages = kTile.query_stages;
-  static constexpr int32_t kRowGroups = kTile.row_groups;
-  static constexpr int32_t kKeyWarps = kWarps / kRowGroups;  // warp w has the keys of warp w % kKeyWarps
+  static constexpr int32_t kRowGroups = kTile.sharing == KeySharing::rows ? 2 : 1;
+  static constexpr bool kPaired = kTile.sharing == KeySharing::gradients;
+  static constexpr int32_t kKeyWarps = kTile.key_warps();
   static constexpr int32_t kGroupRows = kRows / kRowGroups;
   static_assert(kWarpKeys % 16 == 0 && kScoreRows % 16 == 0 && kGroupRows % kScoreRows == 0);
 
@@ -70,6 +71,13 @@ struct BackwardTraits {
   static constexpr int32_t kPassRows = kThreads / kRowThreads;
   static constexpr int32_t kPasses = kCopyRows / kPassRows;
   static_assert(kCopyRows % kPassRows == 0);
+  static_assert(!kPaired ||
+                (kHeadDim == kHeadDimV && kTile.keys_in_registers && kTile.values_in_registers && !kNative));
+
+  // Which of the CTA's parts of keys a warp has. Of a pair, two neighbours have the same.
+  static FLASHSPARK_DEVICE int32_t key_warp() { return kPaired ? ptx::warp() / 2 : ptx::warp() % kKeyWarps; }
+  // Of a pair: whether the warp sums dV. The warps of a quarter of the SM, four apart, sum one of each.
+  static FLASHSPARK_DEVICE bool sums_values() { return (ptx::warp() % 2 == 0) == (ptx::warp() / 4 % 2 == 0); }
 };
 
 }  // namespace flashspark

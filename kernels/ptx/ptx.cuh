@@ -99,21 +99,6 @@ FLASHSPARK_DEVICE void fence() {
   __threadfence();
 }
 
-// red.global.add.f32: adds to what lies in memory, in no order. Four at once, aligned to 16 bytes, are one instruction
-// from 9.0 on.
-FLASHSPARK_DEVICE void add_to_memory(float *to, float x) {
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x) : "memory");
-}
-FLASHSPARK_DEVICE void add_to_memory_4(float *to, const float (&x)[4]) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(x[0]),
-               "f"(x[1]), "f"(x[2]), "f"(x[3])
-               : "memory");
-#else
-  for (int n = 0; n < 4; ++n) add_to_memory(to + n, x[n]);
-#endif
-}
-
 // cp.async.cg: 16 bytes from global to shared memory past L1; both aligned to 16. They may land at any time until the
 // wait for their group. With valid = false nothing is read and 16 zero bytes land.
 FLASHSPARK_DEVICE void cp_async_16(SharedAddress to, const void *from) {
@@ -177,9 +162,6 @@ FLASHSPARK_DEVICE void store_shared_16(SharedAddress to, Vector16 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                "r"(v.word[3])
                : "memory");
-}
-FLASHSPARK_DEVICE void load_shared_8(uint32_t (&words)[2], SharedAddress from) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
 }
 FLASHSPARK_DEVICE uint32_t load_shared_4(SharedAddress from) {
   uint32_t word;

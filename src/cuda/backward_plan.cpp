@@ -24,7 +24,7 @@ double cost(const BackwardInstance &instance, const Params &p, const Machine &ma
                               : static_cast<double>(ceil_div(ctas, places));
   // Fewer keys a CTA: each row is read and dQ added to more often.
   constexpr double kCostOfRowGroups = 1.15;
-  return turns * longest * tile.min_ctas * (tile.row_groups > 1 ? kCostOfRowGroups : 1);
+  return turns * longest * tile.min_ctas * (tile.sharing == KeySharing::rows ? kCostOfRowGroups : 1);
 }
 
 // The narrowest that can run it; of those that are equally narrow the fastest.

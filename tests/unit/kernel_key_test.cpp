@@ -50,9 +50,11 @@ TEST(KernelKey, InstancesAreNamedAfterTheirColumns) {
 }
 
 TEST(KernelKey, BackwardInstancesAreNamedAfterTheirColumns) {
+  constexpr const char *kSharings[] = {"", "_short", "_pair"};
   for (const BackwardInstance &instance : kBackwardInstances) {
     EXPECT_EQ(&kBackwardInstances[static_cast<int32_t>(instance.index)], &instance);
-    EXPECT_EQ(instance.name, "d" + std::to_string(instance.head_dim) + (instance.sm_90.row_groups > 1 ? "_short" : "") +
+    EXPECT_EQ(instance.name, "d" + std::to_string(instance.head_dim) +
+                                 kSharings[static_cast<int32_t>(instance.sm_90.sharing)] +
                                  (instance.score_mod == ScoreMod::none ? "" : "_mod"));
   }
 }

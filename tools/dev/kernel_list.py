@@ -34,7 +34,7 @@ class Launch:
     k: str = ""
     v: str = ""
     query_stages: int = 0
-    row_groups: int = 0
+    sharing: str = ""
 
 
 @dataclass(frozen=True)

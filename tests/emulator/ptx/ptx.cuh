@@ -85,15 +85,6 @@ inline int32_t load_of_device(const int32_t *from) {
 }
 inline void fence() {}
 
-// Threads run one after another, CTAs in random order.
-inline void add_to_memory(float *to, float x) {
-  *to += x;
-}
-inline void add_to_memory_4(float *to, const float (&x)[4], FLASHSPARK_CALLER) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulator::fail("add_to_memory_4 of a misaligned address", site);
-  for (int n = 0; n < 4; ++n) to[n] += x[n];
-}
-
 inline void cp_async_16(SharedAddress to, const void *from, FLASHSPARK_CALLER) {
   emulator::copy_async(to, from, true, site);
 }
@@ -141,9 +132,6 @@ inline void store_shared_16(SharedAddress to, Vector16 v, FLASHSPARK_CALLER) {
 inline void store_shared_8(SharedAddress to, uint32_t first, uint32_t second, FLASHSPARK_CALLER) {
   const uint32_t both[] = {first, second};
   emulator::store_shared(to, both, 8, site);
-}
-inline void load_shared_8(uint32_t (&words)[2], SharedAddress from, FLASHSPARK_CALLER) {
-  emulator::load_shared(words, from, 8, site);
 }
 inline uint32_t load_shared_4(SharedAddress from, FLASHSPARK_CALLER) {
   uint32_t word;
