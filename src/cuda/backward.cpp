@@ -1,6 +1,8 @@
 #include "cuda/backward.hpp"
 
+#include <algorithm>
 #include <bit>
+#include <iterator>
 
 #include "cuda/arguments.hpp"
 #include "cuda/device.hpp"
@@ -19,6 +21,10 @@ std::string unsupported_backward(const BackwardParams &params) {
   };
   add(misaligned_rows(p, "out", p.out));
   add(misaligned_rows(p, "dout", params.dout));
+  if (std::none_of(std::begin(kBackwardInstances), std::end(kBackwardInstances),
+                   [&](const BackwardInstance &instance) { return fits(instance, p); }) &&
+      std::max(p.head_dim, p.head_dim_v) <= kMaxBackwardHeadDim)
+    add("softcap and dropout with a head_dim of more than 128");
   const int64_t padded = (is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q) + 64 * (p.num_seqs + 1);
   if (padded > kMaxTokens) add("tokens of all sequences, each up to whole blocks of 64, > 2^30");
   return text;

@@ -39,7 +39,7 @@ BackwardPlan make_backward_plan(const BackwardParams &p, const Machine &machine,
 std::string to_string(const BackwardPlan &plan);
 
 // The widest head that the instances have.
-inline constexpr int64_t kMaxBackwardHeadDim = 128;
+inline constexpr int64_t kMaxBackwardHeadDim = 256;
 
 // As of the forward pass (cuda/forward.hpp).
 std::string unsupported_backward(const BackwardParams &p);

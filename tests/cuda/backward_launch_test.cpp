@@ -113,6 +113,10 @@ TEST_F(Backward, KernelsByHeadTypeAndModification) {
   EXPECT_EQ(kernel(), "attention_backward_d64_fp16");
   b.forward.head_dim = 72;
   EXPECT_EQ(kernel(), "attention_backward_d96_fp16");
+  b.forward.head_dim = 136;
+  EXPECT_EQ(kernel(), "attention_backward_d192_pair_fp16");
+  b.forward.head_dim = 256;
+  EXPECT_EQ(kernel(), "attention_backward_d256_pair_fp16");
 }
 
 TEST_F(Backward, RefusesWhatItCannotDo) {
@@ -121,7 +125,12 @@ TEST_F(Backward, RefusesWhatItCannotDo) {
   b.forward.attention_chunk = 0, b.forward.deterministic = 1;
   expect_refused("lacks deterministic");
   b.forward.deterministic = 0;
-  b.dout.token_stride = 1028, b.dout.batch_stride = 1028 * 100;
+  b.forward.softcap = 5, b.forward.head_dim = b.forward.head_dim_v = 256;
+  for (flashspark_tensor *t : {&b.forward.q, &b.forward.k, &b.forward.v, &b.forward.out, &b.dout, &b.dq, &b.dk, &b.dv})
+    t->batch_stride *= 2, t->token_stride *= 2, t->head_stride *= 2;
+  expect_refused("softcap and dropout with a head_dim of more than 128");
+  b.forward.softcap = 0;
+  b.dout.token_stride = 1028, b.dout.batch_stride = 1028 * 200;
   expect_refused("dout token_stride 1028 is not a multiple of 8");
 }
 

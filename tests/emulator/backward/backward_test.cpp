@@ -57,9 +57,9 @@ TEST(Backward, Masks) {
 }
 
 TEST(Backward, NarrowHeads) {
-  for (const int64_t width : {8, 40, 64, 80, 104}) {
+  for (const int64_t width : {8, 40, 64, 80, 104, 136, 200}) {
     BackwardSpec s;
-    s.head_dim = width, s.head_dim_v = width == 80 ? 72 : width;
+    s.head_dim = width, s.head_dim_v = width == 80 ? 72 : width == 200 ? 128 : width;
     s.tokens = {70}, s.keys = {130};
     check(s, static_cast<uint64_t>(width), Kernels::all, false);
   }
