@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "backward/smem_plan.hpp"
 #include "cuda/kernel_key.hpp"
 #include "forward/smem_plan.hpp"
 
@@ -17,6 +18,7 @@ const char *name_in(const char *const (&names)[n], auto value) {
 constexpr const char *kTilings[] = {"prefill", "short_q", "decode"};
 constexpr const char *kScoreMods[] = {"none", "native"};
 constexpr const char *kBufferings[] = {"single_buffer", "double_buffer"};
+constexpr const char *kSharings[] = {"none", "rows", "gradients"};
 constexpr const char *kQueries[] = {"shared", "registers", "shared_dedicated"};
 
 // As the sources spell the types (element.hpp).
@@ -40,9 +42,21 @@ void print_launch(const char *arch, const KernelKey &key, const Tile *tile) {
   std::printf("}");
 }
 
+void print_launch(const char *arch, const BackwardInstance &instance, const BackwardTile &tile) {
+  const auto place = [](bool in_registers) { return in_registers ? "registers" : "shared"; };
+  std::printf(
+      ", \"%s\": {\"threads\": %d, \"min_ctas\": %d, \"shared_bytes\": %d, \"warps\": %d, \"warp_keys\": %d, "
+      "\"rows\": %d, \"score_rows\": %d, \"k\": \"%s\", \"v\": \"%s\", \"query_stages\": %d, "
+      "\"sharing\": \"%s\"}",
+      arch, tile.threads(), tile.min_ctas, shared_bytes(instance, tile), tile.warps, tile.warp_keys, tile.rows,
+      tile.score_rows, place(tile.keys_in_registers), place(tile.values_in_registers), tile.query_stages,
+      name_in(kSharings, tile.sharing));
+}
+
 void print(const KernelKey &key) {
   const OperationTraits &traits = traits_of(key.operation);
   const Instance *instance = key.instance_traits();
+  const BackwardInstance *backward = key.backward_traits();
   const std::string name = key.name();
   std::printf("{\"name\": \"%s\", \"operation\": \"%s\", \"source\": \"%s\", \"dtype\": \"%s\"", name.c_str(),
               traits.name, traits.source, name_of(key.dtype));
@@ -52,11 +66,20 @@ void print(const KernelKey &key) {
         instance->name, instance->head_dim, instance->head_dim_v, name_in(kTilings, instance->tiling),
         name_in(kScoreMods, instance->score_mod));
   }
+  if (backward != nullptr) {
+    std::printf(", \"instance\": \"%s\", \"head_dim\": %d, \"head_dim_v\": %d, \"score_mod\": \"%s\"", backward->name,
+                backward->head_dim, backward->head_dim_v, name_in(kScoreMods, backward->score_mod));
+  }
   std::printf(", \"macros\": [\"FLASHSPARK_ENTRY=flashspark_%s\"%s", name.c_str(), name_in(kElementMacros, key.dtype));
-  if (instance != nullptr) std::printf(", \"FLASHSPARK_NAME=%s\"", instance->name);
+  if (*key.instance_name() != '\0') std::printf(", \"FLASHSPARK_NAME=%s\"", key.instance_name());
   std::printf("]");
-  print_launch("sm_90", key, instance != nullptr ? &instance->sm_90 : nullptr);  // sm_80's, too
-  print_launch("sm_120f", key, instance != nullptr ? &instance->sm_120f : nullptr);
+  if (backward != nullptr) {
+    print_launch("sm_90", *backward, backward->sm_90);  // sm_80's, too
+    print_launch("sm_120f", *backward, backward->sm_120f);
+  } else {
+    print_launch("sm_90", key, instance != nullptr ? &instance->sm_90 : nullptr);
+    print_launch("sm_120f", key, instance != nullptr ? &instance->sm_120f : nullptr);
+  }
   std::printf("}");
 }
 

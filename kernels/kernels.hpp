@@ -17,10 +17,13 @@ enum class Operation : int32_t {
 #undef FLASHSPARK_OPERATION
 };
 
+// The table that has an operation's instances.
+enum class InstanceTable : uint8_t { none, forward, backward };
+
 struct OperationTraits {
   const char *name;
   const char *source;
-  bool instances = false;
+  InstanceTable instances = InstanceTable::none;
   KernelDType dtypes[kNumKernelDTypes - 1] = {};  // ends with the first `none`
   uint32_t threads = 0, min_ctas = 0, shared_bytes = 0, rows = 0;
 };

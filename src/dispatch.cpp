@@ -14,6 +14,7 @@
 #include "cpu/thread_pool.hpp"
 #include "cuda/append.hpp"
 #include "cuda/arguments.hpp"
+#include "cuda/backward.hpp"
 #include "cuda/block_mask.hpp"
 #include "cuda/device.hpp"
 #include "cuda/forward.hpp"
@@ -115,6 +116,13 @@ constexpr FeatureSet kAllGradients =
              "page_table without seqused_k", "page_table with kv_batch_index", "leftpad_k", "kv_batch_index"});
 static_assert(std::popcount(kAllGradients) == kAllBits - 10);
 
+// What the kernels of the backward pass have not got yet.
+constexpr FeatureSet kCudaGradients =
+    without(kAllGradients, {"float32", "attention_chunk", "prefix ranges", "rswa", "rel_logits", "alibi", "score_mod",
+                            "mask_mod", "block lists", "deterministic", "gradient of rel_logits",
+                            "gradient of alibi_slopes", "gradients of captured tensors"});
+static_assert(std::popcount(kCudaGradients) == std::popcount(kAllGradients) - 13);
+
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;
   for (size_t n = 0; n < kNumFeatures; ++n) set |= FeatureSet{kFeatures[n].required(p)} << n;
@@ -175,7 +183,12 @@ constexpr Implementation kImplementations[] = {
      .unsupported = cuda::unsupported,
      .forward = cuda::forward,
      .workspace = cuda::workspace,
-     .backward = {},
+     .backward = {.features = kCudaGradients,
+                  .max_head_dim = cuda::kMaxBackwardHeadDim,
+                  .plan = cuda::backward_plan_text,
+                  .unsupported = cuda::unsupported_backward,
+                  .run = cuda::backward,
+                  .workspace = cuda::backward_workspace},
      .append = cuda::append_kv,
      .schedule = cuda::schedule,
      .schedule_size = cuda::schedule_size,

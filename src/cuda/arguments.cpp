@@ -170,6 +170,12 @@ ForwardArguments arguments_of(const Params &p, const Shape &shape, ScoreMod scor
   return a;
 }
 
+std::string misaligned_rows(const Params &p, const char *name, const flashspark_tensor &t) {
+  const bool varlen = is_varlen_q(p);
+  const int64_t tokens = varlen ? p.total_q : p.max_seqlen_q;
+  return misaligned({name, t, 8, !varlen && p.num_seqs > 1, tokens > 1, p.num_heads_q > 1});
+}
+
 std::string unsupported(const Params &p) {
   std::string text;
   const auto add = [&](const std::string &what) {
@@ -186,8 +192,7 @@ std::string unsupported(const Params &p) {
   } else if (p.out.dtype != p.q.dtype && p.out.dtype != FLASHSPARK_FLOAT8_E4M3) {
     add("out must have q's type or be float8_e4m3 unless k and v are float8_e4m3");
   }
-  const int64_t tokens_q = shape.varlen_q ? p.total_q : p.max_seqlen_q;
-  add(misaligned({"q", p.q, 8, !shape.varlen_q && p.num_seqs > 1, tokens_q > 1, p.num_heads_q > 1}));
+  add(misaligned_rows(p, "q", p.q));
   const int64_t tokens_k = is_paged(p) ? p.page_size : (is_varlen_k(p) ? p.total_k : p.max_seqlen_k);
   const bool batches_k = !is_varlen_k(p) && (is_paged(p) ? p.num_pages : num_kv_seqs(p)) > 1;
   const int64_t elements = shape.dequantizes_kv ? 16 : 8;

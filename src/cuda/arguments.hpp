@@ -39,4 +39,7 @@ ForwardArguments arguments_of(const Params &p, const Shape &shape, ScoreMod scor
 // What the kernels cannot take of this problem, in words; empty if nothing.
 std::string unsupported(const Params &p);
 
+// Which field of a 16-bit tensor like q is not aligned as copies of 16 bytes ask, and its value; empty: none.
+std::string misaligned_rows(const Params &p, const char *name, const flashspark_tensor &t);
+
 }  // namespace flashspark::cuda

@@ -1,6 +1,5 @@
 #include "cuda/forward.hpp"
 
-#include <bit>
 #include <optional>
 
 #include "cuda/arguments.hpp"
@@ -11,6 +10,7 @@
 #include "cuda/metadata.hpp"
 #include "cuda/module.hpp"
 #include "cuda/quantize.hpp"
+#include "cuda/workspace.hpp"
 #include "error.hpp"
 
 namespace flashspark::cuda {
@@ -38,40 +38,6 @@ CallPlan plan_call(const Params &p) {
       .attention = make_plan(wide, machine), .quantize = make_quantize_plan(p, wide), .wide_out = wide_out_bytes(p)};
 }
 
-// Scratch memory of one call: the caller's, or taken and given back in the order of the stream.
-class Workspace {
- public:
-  Workspace(const Params &p, const ScratchSource &source, size_t bytes) : stream_(static_cast<Stream>(p.stream)) {
-    if (bytes == 0) return;
-    if (p.workspace != nullptr) {
-      if (p.workspace_size < bytes)
-        fail("workspace_size", std::to_string(p.workspace_size),
-             "must be at least " + std::to_string(bytes) + " bytes for this problem, or workspace NULL");
-      data_ = p.workspace;
-    } else if (source.allocate != nullptr) {
-      data_ = source.allocate(source.context, bytes);
-      if (data_ == nullptr)
-        throw Error(FLASHSPARK_OUT_OF_MEMORY, "the allocator has no " + std::to_string(bytes) + " bytes");
-    } else {
-      FLASHSPARK_CUDA_CALL(driver(), cuMemAllocAsync, &own_, bytes, stream_);
-      data_ = std::bit_cast<void *>(own_);
-    }
-    if (reinterpret_cast<uintptr_t>(data_) % 16 != 0) fail("workspace", "misaligned", "must be aligned to 16 bytes");
-  }
-  ~Workspace() {
-    if (own_ != 0) driver().cuMemFreeAsync(own_, stream_);
-  }
-  Workspace(const Workspace &) = delete;
-  Workspace &operator=(const Workspace &) = delete;
-
-  void *data() const { return data_; }
-
- private:
-  Stream stream_;
-  Address own_ = 0;
-  void *data_ = nullptr;
-};
-
 void require_shared_memory(const Plan &plan, const DeviceFacts &device) {
   if (plan.forward.shared_bytes <= device.shared_bytes_per_block) return;
   throw Error(FLASHSPARK_UNSUPPORTED, std::string("kernel ") + plan.instance->name + " needs " +
@@ -98,7 +64,7 @@ void forward(const Params &p, const ScratchSource &scratch) {
   const bool combines = attention.combine.grid[0] > 0;
   const Kernel combine = combines ? get(attention.combine_key(), p.device_index) : nullptr;
   const Kernel quantize = plan.quantize ? get({Operation::attention_forward_quantize}, p.device_index) : nullptr;
-  const Workspace memory(p, scratch, plan.workspace());
+  const Workspace memory({p.workspace, p.workspace_size}, static_cast<Stream>(p.stream), scratch, plan.workspace());
   plan.bind(memory.data());
   const auto put = [&](Kernel each, const Launch &shape, const void *arguments) {
     launch(each, shape, arguments, static_cast<Stream>(p.stream), device.machine.arch);

@@ -45,13 +45,13 @@ void add_function(const flashspark_function &function, int32_t first_tensor, int
   }
 }
 
+}  // namespace
+
 DropoutArguments dropout_arguments(const Params &p) {
   const DropoutLimit limit = dropout_limit(p.dropout_p);
   return {p.dropout_state,        p.dropout_seed,         p.dropout_offset,
           limit.limit * 0x10001u, limit.keeps ? ~0u : 0u, dropout_scale(p.dropout_p)};
 }
-
-}  // namespace
 
 bool fits_blocks(const Shape &shape, const Tile &tile) {
   if (!shape.block_sparse) return true;

@@ -28,6 +28,9 @@ bool fits_blocks(const Shape &shape, const Tile &tile);
 // Of a problem that has functions, lists or dropout.
 FunctionPlan plan_functions(const Params &p, const Shape &shape, const Instance &instance, const Tile &tile);
 
+// Nothing is dropped where p.dropout_p is 0.
+DropoutArguments dropout_arguments(const Params &p);
+
 // Of a kernel that asks a mask function alone.
 FunctionArguments mask_arguments(const flashspark_function &mask);
 

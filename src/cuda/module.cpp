@@ -1,5 +1,6 @@
 #include "cuda/module.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 
@@ -16,7 +17,8 @@ struct Slot {
   std::atomic<uint64_t> ready{0};
 };
 // By key: its instance and dtype may be none.
-Slot slots[std::size(operations::kTable)][std::size(kInstances) + 1][kNumKernelDTypes];
+constexpr size_t kMostInstances = std::max(std::size(kInstances), std::size(kBackwardInstances));
+Slot slots[std::size(operations::kTable)][kMostInstances + 1][kNumKernelDTypes];
 std::mutex loading;
 
 // Loading allocates, which a captured stream's thread may do only after it has said that it means it.
@@ -73,8 +75,7 @@ void allow_shared_memory(Kernel kernel, int index, uint32_t shared_bytes) {
 }
 
 Slot &slot_of(const KernelKey &key) {
-  return slots[static_cast<int32_t>(key.operation)][static_cast<int32_t>(key.instance) + 1]
-              [static_cast<int32_t>(key.dtype)];
+  return slots[static_cast<int32_t>(key.operation)][key.instance_number()][static_cast<int32_t>(key.dtype)];
 }
 
 }  // namespace

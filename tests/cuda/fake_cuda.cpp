@@ -145,9 +145,11 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
   if (static_cast<int>(shared_bytes) > limit || x == 0 || y == 0 || z == 0) return kInvalidValue;
   if (state().launch_result != kSuccess) return state().launch_result;
   fake_cuda::Launch launch{
-      kernel->image, kernel->function, device, {x, y, z}, threads, shared_bytes, stream, {}, {}, {}, false};
+      kernel->image, kernel->function, device, {x, y, z}, threads, shared_bytes, stream, {}, {}, {}, {}, false};
   if (kernel->function == "flashspark_append_kv") {
     std::memcpy(&launch.append, parameters[0], sizeof launch.append);
+  } else if (kernel->function.starts_with("flashspark_attention_backward")) {
+    std::memcpy(&launch.backward, parameters[0], sizeof launch.backward);
   } else if (kernel->function == "flashspark_attention_block_tiles") {
     std::memcpy(&launch.block_tiles, parameters[0], sizeof launch.block_tiles);
   } else if (kernel->function == "flashspark_attention_schedule") {
@@ -218,7 +220,9 @@ Result fakeStreamSynchronize(Stream) {
 Result fakeMemcpyDtoDAsync(Address, Address, size_t, Stream) {
   return kSuccess;
 }
-Result fakeMemsetD8Async(Address, unsigned char, size_t, Stream) {
+Result fakeMemsetD8Async(Address, unsigned char, size_t bytes, Stream) {
+  const std::lock_guard lock(state().mutex);
+  state().order.push_back("zero " + std::to_string(bytes));
   return kSuccess;
 }
 Result fakeEventCreate(Event *event, unsigned) {

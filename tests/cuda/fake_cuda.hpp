@@ -11,6 +11,7 @@
 
 #include "append/arguments.hpp"
 #include "attention/block_tiles.hpp"
+#include "backward/arguments.hpp"
 #include "cuda/driver.hpp"
 #include "forward/arguments.hpp"
 
@@ -31,7 +32,8 @@ struct Launch {
   flashspark::ForwardArguments arguments{};  // or the part of them that the kernel takes
   flashspark::AppendArguments append{};      // of flashspark_append_kv
   flashspark::BlockTileArguments block_tiles{};
-  bool early = false;  // programmatic dependent launch
+  flashspark::BackwardArguments backward{};  // of the kernels of attention_backward
+  bool early = false;                        // programmatic dependent launch
 };
 
 struct State {
@@ -43,7 +45,8 @@ struct State {
   bool capturing = false;
   // What the driver was asked to do.
   std::vector<Launch> launches;
-  std::vector<std::string> order;  // launches, allocations and frees: "alloc 4096", "flashspark_append_kv", "free"
+  std::vector<std::string>
+      order;  // launches, allocations, frees and zeros: "alloc 4096", "zero 64", "flashspark_append_kv", "free"
   std::vector<const void *> loads;
   int pushes = 0, pops = 0;
 };

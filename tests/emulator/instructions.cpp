@@ -9,10 +9,10 @@
 namespace flashspark::emulator {
 
 const char *name(Operation operation) {
-  constexpr const char *names[] = {"nothing",           "cta_barrier", "warp_barrier", "ldmatrix_x4",
-                                   "ldmatrix_x4_trans", "mma (bf16)",  "mma (fp16)",   "shuffle_xor",
-                                   "shuffle",           "shuffle_up",  "ballot",       "any",
-                                   "reduce_min",        "reduce_max",  "reduce_add",   "uniform"};
+  constexpr const char *names[] = {"nothing",           "cta_barrier", "pair_barrier", "warp_barrier", "ldmatrix_x4",
+                                   "ldmatrix_x4_trans", "mma (bf16)",  "mma (fp16)",   "shuffle_xor",  "shuffle",
+                                   "shuffle_up",        "ballot",      "any",          "reduce_min",   "reduce_max",
+                                   "reduce_add",        "uniform"};
   return names[static_cast<int>(operation)];
 }
 

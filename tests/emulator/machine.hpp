@@ -75,6 +75,7 @@ class Machine {
   void perform_load(uint32_t warp_index);
   void perform_exchange(Warp &warp);
   void meet_cta(uint32_t warp_index);
+  void meet_pair(uint32_t warp_index);
   void release(uint32_t warp_index);
   void leave();
   uint32_t next_thread();
@@ -110,6 +111,7 @@ class Machine {
   uint32_t alive_ = 0;        // threads that have not exited
   uint32_t ready_warps_ = 0;  // one bit per warp
   uint32_t arrived_warps_ = 0;
+  uint32_t paired_warps_ = 0;  // one bit per warp that waits for its neighbour
   Meeting cta_meeting_;
 };
 

@@ -49,7 +49,10 @@ DETECTORS = [
 
 FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
 FUNCTIONS = "emulator_functions_test"  # of kernels whose names begin with functions/
-PROGRAMS = [FUZZ, FORWARD, WILD, FUNCTIONS]
+BACKWARD = "emulator_backward_test"  # with backward_
+PROGRAMS = [FUZZ, FORWARD, WILD, FUNCTIONS, BACKWARD]
+# What runs the other kernels of an operation, which are built with the fault, too.
+HARNESS = {BACKWARD: "backward/problem.cpp"}
 
 
 @dataclass
@@ -125,7 +128,8 @@ class Build:
         return to
 
     def link(self, program: str, objects: list[Path], to: Path) -> None:
-        words = [word for word in self.link_line[program] if not re.search(r"emulator_(function_)?kernels\.dir", word)]
+        left_out = r"emulator_(function_|backward_)?kernels\.dir|" + re.escape(HARNESS.get(program, "harness")) + r"\.o"
+        words = [word for word in self.link_line[program] if not re.search(left_out, word)]
         at = words.index("-o")
         words[at + 1] = str(to)
         # Before all others: of an inline function that several objects have, the linker takes the first, and those of
@@ -140,7 +144,8 @@ class Build:
                 raise Broken(f"{name}: the emulator has no such kernel (tests/emulator/CMakeLists.txt)")
             objects.append(self.compile(source, kernels, folder / f"{Path(name).name}.o"))
         # The combine kernel is part of the harness.
-        objects.append(self.compile(HERE / "attention/harness.cpp", kernels, folder / "harness.o"))
+        harness = HERE / HARNESS.get(program, "attention/harness.cpp")
+        objects.append(self.compile(harness, kernels, folder / "harness.o"))
         self.link(program, objects, folder / program)
         return folder / program
 
@@ -148,6 +153,8 @@ class Build:
 def program_of(mutant: Mutant) -> str:
     if mutant.kernels and mutant.kernels[0].startswith("functions/"):
         return FUNCTIONS
+    if mutant.kernels and mutant.kernels[0].startswith("backward_"):
+        return BACKWARD
     if not mutant.test:
         return FUZZ
     return WILD if "Wild" in mutant.test else FORWARD
@@ -213,7 +220,8 @@ def unchanged_pass(build: Build, mutants: list[Mutant]) -> None:
     names = sorted({name for mutant in mutants if program_of(mutant) == FUZZ for name in mutant.kernels})
     runs = [Mutant(name, "", "", "", [name]) for name in names]
     runs += [Mutant(FUNCTIONS, "", "", "", ["functions/"])] if of_functions else []
-    runs += [Mutant(test, "", "", "", test=test) for test in sorted({mutant.test for mutant in mutants} - {""})]
+    tests = {(mutant.test, program_of(mutant) == BACKWARD) for mutant in mutants if mutant.test}
+    runs += [Mutant(test, "", "", "", ["backward_"] if backward else [], test) for test, backward in sorted(tests)]
     fuzz = build.make(folder, WORK / "kernels", names, FUZZ) if names else None
 
     def passes(run: Mutant) -> None:

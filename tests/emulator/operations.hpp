@@ -26,6 +26,7 @@ inline constexpr uint32_t kSharedBase = 0x400;
 enum class Operation : uint8_t {
   none,
   cta_barrier,
+  pair_barrier,
   warp_barrier,
   ldmatrix,
   ldmatrix_trans,

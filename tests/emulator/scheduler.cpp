@@ -54,6 +54,8 @@ void Machine::leave() {
     fail(std::string("exits while other lanes of its warp wait at ") + name(warp.meeting.operation),
          warp.meeting.site_id);
   }
+  if (paired_warps_ >> (self / kLanes ^ 1) & 1)
+    fail("exits while the other warp of its pair waits at pair_barrier", warps_[self / kLanes ^ 1].meeting.site_id);
   if (arrived_warps_ != 0) fail("exits while other warps wait at cta_barrier", cta_meeting_.site_id);
   const uint32_t bit = 1u << self % kLanes;
   warp.ready &= ~bit;
@@ -126,6 +128,7 @@ uint32_t Machine::arrive(Operation operation, Site site) {
     return next_thread();
   }
   complete(warp_index);
+  if (ready_warps_ == 0) fail("deadlock: all warps wait, some at cta_barrier, some at pair_barrier", here);
   const uint32_t chosen = pick_warp();
   return chosen == warp_index ? self : chosen * kLanes + pick_lane(warps_[chosen]);
 }
@@ -136,6 +139,8 @@ void Machine::complete(uint32_t warp_index) {
   counters_.bank_conflicts += warp.banks.take();
   if (warp.meeting.operation == Operation::cta_barrier) {
     meet_cta(warp_index);
+  } else if (warp.meeting.operation == Operation::pair_barrier) {
+    meet_pair(warp_index);
   } else {
     perform(warp_index);
     release(warp_index);
@@ -171,6 +176,24 @@ void Machine::meet_cta(uint32_t warp_index) {
   for (uint32_t w = 0; w < warps; w++) release(w);
 }
 
+// Warps 2n and 2n + 1. They may wait at different lines.
+void Machine::meet_pair(uint32_t warp_index) {
+  const Meeting &meeting = warps_[warp_index].meeting;
+  const uint32_t other = warp_index ^ 1;
+  if (other >= warps_.size()) fail("pair_barrier of a warp without a neighbour", meeting.site_id);
+  if (warps_[other].exited != 0) fail("pair_barrier after threads of the other warp have exited", meeting.site_id);
+  ready_warps_ &= ~(1u << warp_index);
+  if ((paired_warps_ >> other & 1) == 0) {
+    paired_warps_ |= 1u << warp_index;
+    return;
+  }
+  paired_warps_ &= ~(1u << other);
+  counters_.barriers++;
+  shared_.join(warp_index / 2 * 2 * kLanes, 2 * kLanes);
+  release(warp_index);
+  release(other);
+}
+
 // ---- launch
 
 void Machine::run_cta(const LaunchOptions &options, const uint32_t (&cta)[3]) {
@@ -180,6 +203,7 @@ void Machine::run_cta(const LaunchOptions &options, const uint32_t (&cta)[3]) {
   shared_.reset(options.shared_bytes, options.threads);
   ready_warps_ = 0;
   arrived_warps_ = 0;
+  paired_warps_ = 0;
   alive_ = options.threads;
   for (uint32_t w = 0; w < warps_.size(); w++) {
     warps_[w].exited = 0;

@@ -38,6 +38,11 @@ RUN_BY = {
     "attention_forward_quantize": "e4m3 result",
     "attention_schedule": "scheduled",
     "attention_block_tiles": "block lists",
+    **{
+        f"attention_backward_{part}_{dtype}": f"attention_backward_d64_{dtype}"
+        for part in ("preprocess", "postprocess")
+        for dtype in ("bf16", "fp16")
+    },
 }
 # Kernels that are compiled at run time: the size of their blocks, if they have lists, and dropout_p.
 FUNCTIONS = {"functions": (0, 0.0), "blocks of 128": (128, 0.0), "dropout": (0, 0.3)}
@@ -173,9 +178,49 @@ def run_block_lists(device: torch.device) -> list[str]:
     return wrong
 
 
+def run_backward(device: torch.device, kernel: Kernel) -> list[str]:
+    """Gradients beside the CPU's, of packed sequences and of dense ones."""
+    torch.manual_seed(6)
+    wrong = []
+    # So many heads that the host takes the kernel for large grids, where there is one for small ones.
+    large = kernel.instance == "d128"
+    heads, heads_kv = (384, 192) if large else (4, 2)
+    tokens, keys = (20, 256) if large else (70, 200)
+    options = {"softcap": 20.0, "dropout_p": 0.3, "rng_state": (11, 5)} if kernel.score_mod == "native" else {}
+    shapes = [
+        (tokens, heads, kernel.head_dim),
+        *[(keys, heads_kv, kernel.head_dim)] * 2,
+        (tokens, heads, kernel.head_dim),
+    ]
+    rows = [torch.randn(shape).to(DTYPES[kernel.dtype]) for shape in shapes]
+    cu = [torch.tensor(x, dtype=torch.int32) for x in ([0, 5, tokens], [0, 9, keys])]
+    for varlen in (False, True):
+        results = []
+        for where in (torch.device("cpu"), device):
+            q, k, v, dout = (x.to(where, copy=True) if varlen else x.to(where, copy=True)[None] for x in rows)
+            lists = [x.to(where) for x in cu]
+            if varlen:
+                given = (*lists, tokens, keys)
+                forward, backward = flashspark.flash_attn_varlen_func, flashspark.flash_attn_varlen_backward
+            else:
+                given, forward, backward = (), flashspark.flash_attn_func, flashspark.flash_attn_backward
+            out, lse = forward(q, k, v, *given, causal=varlen, return_softmax_lse=True, **options)
+            results.append(backward(dout, q, k, v, out, lse, *given, causal=varlen, **options))
+        for name, want, got in zip(("dq", "dk", "dv"), *results):
+            error = float((want.float() - got.cpu().float()).abs().max() / want.float().abs().max())
+            if not error < 0.02:
+                wrong.append(f"{name} by {error} of its largest, {'varlen' if varlen else 'dense'}")
+    return wrong
+
+
 # Cases that are no Spec.
 OTHERS = {"append_kv": run_append, "block lists": run_block_lists}
 OTHERS |= {name: partial(run_functions, name=name) for name in FUNCTIONS}
+OTHERS |= {
+    kernel.name: partial(run_backward, kernel=kernel)
+    for kernel in kernel_list()
+    if kernel.operation == "attention_backward"
+}
 
 
 def to_device(problem: Problem, device: torch.device) -> Problem:

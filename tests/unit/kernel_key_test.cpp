@@ -20,6 +20,9 @@ TEST(KernelKey, Names) {
   EXPECT_EQ(KernelKey{Operation::attention_schedule}.name(), "attention_schedule");
   EXPECT_EQ(KernelKey{Operation::append_kv}.name(), "append_kv");
   EXPECT_EQ(KernelKey{Operation::mma_peak}.name(), "mma_peak");
+  EXPECT_EQ(
+      (KernelKey{Operation::attention_backward, KernelDType::bf16, InstanceIndex::none, BackwardIndex::d96_mod}.name()),
+      "attention_backward_d96_mod_bf16");
 }
 
 TEST(KernelKey, EveryKernelHasANameOfItsOwn) {
@@ -28,9 +31,11 @@ TEST(KernelKey, EveryKernelHasANameOfItsOwn) {
   for (const KernelKey &key : keys) {
     EXPECT_TRUE(names.insert(key.name()).second) << key.name();
     EXPECT_EQ(std::count(keys.begin(), keys.end(), key), 1) << key.name();
-    EXPECT_EQ(key.instance != InstanceIndex::none, traits_of(key.operation).instances) << key.name();
+    const InstanceTable table = traits_of(key.operation).instances;
+    EXPECT_EQ(key.instance != InstanceIndex::none, table == InstanceTable::forward) << key.name();
+    EXPECT_EQ(key.backward != BackwardIndex::none, table == InstanceTable::backward) << key.name();
   }
-  EXPECT_GE(keys.size(), 3 * std::size(kInstances) + 6);
+  EXPECT_GE(keys.size(), 3 * std::size(kInstances) + 2 * std::size(kBackwardInstances) + 10);
 }
 
 TEST(KernelKey, InstancesAreNamedAfterTheirColumns) {
@@ -44,9 +49,19 @@ TEST(KernelKey, InstancesAreNamedAfterTheirColumns) {
   }
 }
 
+TEST(KernelKey, BackwardInstancesAreNamedAfterTheirColumns) {
+  constexpr const char *kSharings[] = {"", "_short", "_pair"};
+  for (const BackwardInstance &instance : kBackwardInstances) {
+    EXPECT_EQ(&kBackwardInstances[static_cast<int32_t>(instance.index)], &instance);
+    EXPECT_EQ(instance.name, "d" + std::to_string(instance.head_dim) +
+                                 kSharings[static_cast<int32_t>(instance.sm_90.sharing)] +
+                                 (instance.score_mod == ScoreMod::none ? "" : "_mod"));
+  }
+}
+
 TEST(KernelKey, KernelsWithoutInstancesSayHowTheyAreLaunched) {
   for (const OperationTraits &traits : operations::kTable) {
-    if (traits.instances) continue;
+    if (traits.instances != InstanceTable::none) continue;
     EXPECT_TRUE(traits.threads >= 32 && traits.threads <= 1024 && traits.threads % 32 == 0) << traits.name;
     EXPECT_GE(traits.min_ctas, 1u) << traits.name;
   }

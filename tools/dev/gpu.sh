@@ -12,6 +12,7 @@
 #          tools/dev/gpu.sh functions [PROCESSES]   the matrix of score functions, and 5,000 random ones (15)
 #          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
 #          tools/dev/gpu.sh decode [ARGUMENTS OF bench/gpu/decode.py]
+#          tools/dev/gpu.sh backward [ARGUMENTS OF bench/gpu/backward.py]
 #          tools/dev/gpu.sh sanitize [TOOL ...]
 #
 # Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, FUNCTIONS_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
@@ -222,6 +223,7 @@ case $stage in
   functions) install && run_functions "$@" ;;
   bench) install && run_bench bench/gpu "$@" ;;
   decode) install && run_bench bench/gpu/decode.py "$@" ;;
+  backward) install && timeout -s INT "${BENCH_LIMIT:-300}" "$python" bench/gpu/backward.py --out "$out/backward.md" "$@" ;;
   sanitize) install && run_sanitizers "$@" ;;
   *) usage ;;
 esac

@@ -22,11 +22,19 @@ class Launch:
     shared_bytes: int  # dynamic
     warps: int = 0
     warp_rows: int = 0
+    warp_keys: int = 0
     keys: int = 0
     score_keys: int = 0
     key_groups: int = 0
     buffering: str = ""
     queries: str = ""
+    # of the backward pass (BackwardTile)
+    rows: int = 0
+    score_rows: int = 0
+    k: str = ""
+    v: str = ""
+    query_stages: int = 0
+    sharing: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,17 @@ REGISTERS_OF_SM, REGISTERS_OF_THREAD, WARPS_OF_SM = 65536, 255, 48
 
 
 def hmma_of_turn(kernel: Kernel) -> int:
-    """One warp's products with the keys that it takes at once: S = Q K^T and O += P V."""
+    """One warp's products in a turn of the inner loop: with the keys that it takes at once S = Q K^T and O += P V."""
     tile = kernel.sm_120f
+    if kernel.operation == "attention_backward":  # of the rows that it takes at once S, dP, dV and dK
+        of_keys = tile.warp_keys // 16 * tile.score_rows // 8 * (kernel.head_dim + kernel.head_dim_v) // 16 * 2
+        if tile.sharing == "gradients":  # of which each has half
+            of_keys //= 2
+        # A block of rows that is taken at once has no loop of its own inside of that over blocks, with dQ behind it.
+        key_warps = tile.warps if tile.sharing == "none" else tile.warps // 2
+        whole = tile.score_rows * (2 if tile.sharing == "rows" else 1) == tile.rows
+        of_rows = tile.rows * key_warps * tile.warp_keys * kernel.head_dim // 2048 // tile.warps
+        return of_keys + (of_rows if whole else 0)
     scores = tile.score_keys // 8 * (kernel.head_dim // 16)
     output = tile.score_keys // 16 * (kernel.head_dim_v // 8)
     return tile.warp_rows // 16 * (scores + output)

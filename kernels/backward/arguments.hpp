@@ -1,0 +1,34 @@
+// What the host hands to the kernels of the backward pass: one copy in the constant bank of each launch.
+#pragma once
+
+#include "attention/arguments.hpp"
+#include "attention/dropout.hpp"
+
+namespace flashspark {
+
+// Every query head has padded_rows rows of scratch memory: those of a sequence begin at a multiple of row_block, and
+// the rows behind its last one, up to the next such multiple, hold what makes their probabilities 0.
+struct BackwardArguments : AttentionArguments {
+  const void *dout;
+  void *dq, *dk, *dv;  // NULL: not wanted
+  Strides dout_strides, dq_strides, dk_strides, dv_strides;
+  const float *dlse;  // strides of lse; NULL: 0
+  float *dsinks;      // (Hq), 0 before the first kernel; NULL: not wanted
+
+  // Scratch. dq_sum is summed by atomic additions in the order of mma_m16n8k16's results: for each 16 rows and each 8
+  // columns the four numbers of every lane, (Hq, padded_rows / 16, sum_columns / 8, 32, 4). NULL without dq.
+  float *dq_sum;
+  float *row_lse;    // (Hq, padded_rows) lse in units of log2; +inf where no key counts
+  float *row_delta;  // (Hq, padded_rows) sum of dout * out, minus dlse
+  int32_t sum_columns, padded_rows, row_block;
+  int32_t num_row_blocks;  // of a head: padded_rows / row_block; without cu_seqlens_q: seq_row_blocks a sequence
+  int32_t seq_row_blocks;
+  int32_t num_key_tiles;  // of a KV head of one sequence, or with cu_seqlens_k of all sequences (bound)
+
+  float scale_log2;  // softmax_scale times log2(e); softmax_scale itself is in natural units here
+  float cap_log2;    // softcap times log2(e)
+  float cap_factor;  // softmax_scale times 2 log2(e) / softcap: e^(2 score / softcap) as a power of two
+  DropoutArguments dropout;
+};
+
+}  // namespace flashspark

@@ -1,0 +1,244 @@
+// The backward pass of attention: dK and dV of a CTA's keys, summed in registers over the rows of all query heads that
+// share them, and what these keys add to dQ. A warp owns some of the keys and computes scores a key a row, so that
+// probabilities and their gradients stay in registers; only dS^T passes through shared memory, to be multiplied with
+// the keys of all warps.
+//
+//   for each block of rows                            barrier: Q and dO are here, all are done with dS^T
+//     S^T = K Q^T, dP^T = V dO^T      warp's keys     the next Q is copied meanwhile
+//     P^T, dS^T                       registers
+//     dV += P^T dO, dK += dS^T Q      registers       barrier: dS^T is here, all are done with dO
+//     dQ += dS K                      all keys        the next dO is copied meanwhile
+#pragma once
+
+#include "attention/tile_loader.cuh"
+#include "backward/epilogue.cuh"
+#include "backward/modifications.cuh"
+#include "backward/row_loader.cuh"
+
+namespace flashspark {
+
+template <class T>
+struct BackwardLoop {
+  const BackwardArguments &a;
+  KeyMask mask;
+  int32_t seq, first_key;  // of the CTA
+  int32_t first_padded_row;
+  QueryLoader<T> q;
+  GradientLoader<T> dout;
+  ptx::SharedAddress shared;
+  BackwardOffsets<T> lane;
+  PhiloxKey dropout_key;
+
+  KeyOperand<T, T::kHeadDim, T::kTile.keys_in_registers> keys;
+  KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
+  KeyGradient<T, T::kHeadDim> dk;
+  KeyGradient<T, T::kHeadDimV> dv;
+
+  FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
+    if constexpr (T::kStages == 1) return shared + T::kMemory.queries;
+    return shared + (stage == 0 ? T::kMemory.queries : T::kMemory.second_stage);
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress rows(int32_t stage) const {
+    return shared + T::kMemory.rows + stage * T::kMemory.row_stage;
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
+    return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
+  }
+  // Of the warp's rows in a block.
+  FLASHSPARK_DEVICE static int32_t first_row() {
+    return T::kRowGroups == 1 ? 0 : ptx::uniform(ptx::warp() / T::kKeyWarps) * T::kGroupRows;
+  }
+  FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + lane.warp_key; }
+
+  FLASHSPARK_DEVICE void copy_queries(const RowWalk &at, int32_t stage) {
+    q.copy(at, queries(stage));
+    copy_row_values<T>(a, first_padded_row, at, rows(stage));
+  }
+  FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
+    if constexpr (T::kNative) {
+      if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, seq, first_key, at, kept(stage));
+    }
+  }
+
+  // What kScoreRows rows of a block add to dK and dV; dS^T goes to shared memory.
+  FLASHSPARK_DEVICE void add_rows(const RowWalk &at, int32_t stage, int32_t first_row) {
+    const int32_t token = at.block * T::kRows + first_row;
+    const ptx::SharedAddress q_rows = queries(stage) + first_row * T::KeyLayout::kPitch;
+    const ptx::SharedAddress dout_rows = shared + T::kMemory.dout + first_row * T::ValueLayout::kPitch;
+    const ptx::SharedAddress lse = rows(stage) + first_row * 4, delta = lse + T::kRows * 4;
+    ScoreTile<T> scores{}, gradients{};
+    ScoreOperand<T> p{}, ds{};
+    const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    if (token < visited.end && token + T::kScoreRows > visited.begin) {
+      score_product<T, typename T::KeyLayout>(scores, keys, shared, q_rows, lane);
+      if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
+        mask_score_tile(scores, mask, warp_key(), token);
+      if constexpr (!T::kNative) begin_with_delta<T>(gradients, delta);
+      score_product<T, typename T::ValueLayout>(gradients, values, shared + T::kMemory.values, dout_rows, lane);
+      if constexpr (T::kNative) {
+        modified_scores(a, scores, gradients, lse, delta, kept(stage), first_row, p, ds);
+      } else {
+        scores_to_probabilities(scores, a.scale_log2, lse);
+        pack_scores(p, scores);
+        FLASHSPARK_UNROLL
+        for (int32_t m = 0; m < T::kMAtoms; ++m) {
+          FLASHSPARK_UNROLL
+          for (int32_t n = 0; n < T::kScoreRows / 2; ++n) gradients.at[m][n / 4][n % 4] *= scores.at[m][n / 4][n % 4];
+        }
+        pack_scores(ds, gradients);
+      }
+      store_scores(ds, shared + T::kMemory.dscores, lane.score_store, first_row);
+      gradient_product<T, typename T::ValueLayout>(dv, p, dout_rows, lane);
+      gradient_product<T, typename T::KeyLayout>(dk, ds, q_rows, lane);
+    } else {
+      store_scores(ds, shared + T::kMemory.dscores, lane.score_store, first_row);
+    }
+  }
+
+  // The same by a pair of warps: one computes P^T and sums dV, the other one dP^T, and dS^T from both, and sums dK. P^T
+  // passes from lane to lane through the words where dS^T then lies. A pair has `keys` as its operand, K or V, and its
+  // sums in dk.
+  FLASHSPARK_DEVICE void add_rows_of_pair(const RowWalk &at, int32_t stage, int32_t first_row) {
+    const int32_t token = at.block * T::kRows + first_row;
+    const bool values_summed = T::sums_values();
+    const ptx::SharedAddress q_rows = queries(stage) + first_row * T::KeyLayout::kPitch;
+    const ptx::SharedAddress dout_rows = shared + T::kMemory.dout + first_row * T::ValueLayout::kPitch;
+    const ptx::SharedAddress lse = rows(stage) + first_row * 4, delta = lse + T::kRows * 4;
+    const ptx::SharedAddress dscores = shared + T::kMemory.dscores;
+    ScoreTile<T> scores{};
+    ScoreOperand<T> operand{};
+    const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    if (token >= visited.end || token + T::kScoreRows <= visited.begin) {
+      if (!values_summed) store_scores(operand, dscores, lane.score_store, first_row);
+      return;
+    }
+    if (!values_summed) begin_with_delta<T>(scores, delta);
+    score_product<T, typename T::KeyLayout>(scores, keys, shared, values_summed ? q_rows : dout_rows, lane);
+    if (values_summed) {
+      if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
+        mask_score_tile(scores, mask, warp_key(), token);
+      scores_to_probabilities(scores, a.scale_log2, lse);
+      pack_scores(operand, scores);
+      store_scores(operand, dscores, lane.score_store, first_row);
+    }
+    ptx::pair_barrier();  // P^T is here
+    if (!values_summed) {
+      multiply_by_stored(scores, dscores, lane.score_store, first_row);
+      pack_scores(operand, scores);
+      store_scores(operand, dscores, lane.score_store, first_row);
+    }
+    gradient_product<T, typename T::KeyLayout>(dk, operand, values_summed ? dout_rows : q_rows, lane);
+  }
+
+  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at) const {
+    const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
+    add_query_gradient<T>(a.dq_sum + row * T::kHeadDim, shared + T::kMemory.dscores, shared, lane);
+  }
+
+  // K and V are in flight, and `count` blocks of rows follow from `at` on.
+  FLASHSPARK_DEVICE void run(RowWalk at, int32_t count) {
+    copy_queries(at, 0);
+    dout.copy(at, shared + T::kMemory.dout);
+    ptx::cp_async_commit();
+    draw(at, 0);
+    ptx::cp_async_wait<1>();
+    ptx::cta_barrier();  // K and V are here
+    if constexpr (T::kPaired) {
+      load_key_operand<T, typename T::KeyLayout>(keys, T::sums_values() ? shared : shared + T::kMemory.values, lane);
+    } else {
+      load_key_operand<T, typename T::KeyLayout>(keys, shared, lane);
+      load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
+    }
+    FLASHSPARK_NO_UNROLL
+    for (int32_t left = count, stage = 0; left > 0; --left, stage = 1 - stage) {
+      const RowWalk next = at.next();
+      const bool has_next = left > 1;
+      ptx::cp_async_wait<0>();
+      ptx::cta_barrier();  // Q and dO are here; all are done with dS^T and the other stage, and have V in registers
+      if (T::kStages > 1 && has_next) copy_queries(next, 1 - stage);
+      ptx::cp_async_commit();
+      FLASHSPARK_NO_UNROLL
+      for (int32_t row = 0; row < T::kGroupRows; row += T::kScoreRows) {
+        if constexpr (T::kPaired) {
+          add_rows_of_pair(at, stage, row);
+        } else {
+          add_rows(at, stage, first_row() + row);
+        }
+      }
+      if (has_next) draw(next, 1 - stage);
+      ptx::cta_barrier();  // dS^T is here; all are done with dO
+      if (has_next) {
+        if constexpr (T::kStages == 1) copy_queries(next, 1 - stage);
+        dout.copy(next, shared + T::kMemory.dout);
+      }
+      ptx::cp_async_commit();
+      if (a.dq_sum != nullptr) add_to_dq(at);
+      at = next;
+    }
+  }
+};
+
+template <class T>
+FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
+  const KeyTile tile = find_key_tile(a, T::kKeys);
+  if (!tile.valid) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    return;
+  }
+  const SequenceRows in_use = queries_of(a, read_query_lengths(a, tile.seq));
+  RowTile rows{};
+  rows.seq = tile.seq;
+  rows.head_kv = tile.head_kv;
+  rows.seqlen_q = ptx::uniform(in_use.tokens);
+  rows.q_row = ptx::uniform(in_use.row);
+  const Keys keys = find_keys(a, tile.seq);
+  const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
+  const Interval own{tile.first, min_of(tile.first + T::kKeys, keys.end)};
+  const Interval tokens = uniform(tokens_of_keys<false>(a, mask, own, rows.seqlen_q).visited);
+
+  KeyBounds visited = no_keys();
+  visited.visited[0] = own;
+  const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
+  const int32_t group = static_cast<int32_t>(a.group.value);
+  const int32_t begin = tokens.begin / T::kRows, end = is_empty(tokens) ? begin : ceil_div(tokens.end, T::kRows);
+  const int32_t count = (end - begin) * group;
+  const int32_t padded = first_padded_row(a, tile.seq, rows.q_row);
+  const ptx::SharedAddress shared = ptx::shared_memory();
+  if (count > 0) {
+    make_tile_loader<T, KVOperand::key>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared);
+    make_tile_loader<T, KVOperand::value>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared + T::kMemory.values);
+    ptx::cp_async_commit();
+  }
+  // Keys, values and lengths are not of the previous kernel, which has waited itself for those that wrote them.
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+  PhiloxKey key{};
+  if constexpr (T::kNative) key = dropout_key(a.dropout);
+  // clang-format off
+  BackwardLoop<T> loop{a, key_mask(a, mask), tile.seq, tile.first, padded,
+                       make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
+                       make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
+                       shared, backward_offsets<T>(), key, {}, {}, {}, {}};
+  // clang-format on
+  if (count > 0) loop.run({begin, end, tile.head_kv * group, begin}, count);
+  ptx::cta_barrier();  // all are done with K, whose memory the results pass through
+  if constexpr (T::kRowGroups > 1) {
+    if (!join_row_groups<T>(loop.dk, loop.dv, shared)) return;
+  }
+  // Found again, instead of being kept through the loop.
+  const KeyTile stored = find_key_tile(a, T::kKeys);
+  if constexpr (T::kPaired) {
+    const bool of_values = T::sums_values();
+    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, stored,
+                                             loop.dk, of_values ? 1.0f : a.softmax_scale,
+                                             of_values ? a.head_dim_v : a.head_dim,
+                                             shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
+  } else {
+    const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
+    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, stored, loop.dk, a.softmax_scale, a.head_dim, shared);
+    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, stored, loop.dv, value_scale, a.head_dim_v, shared);
+  }
+}
+
+}  // namespace flashspark

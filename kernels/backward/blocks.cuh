@@ -1,0 +1,121 @@
+// Which keys a CTA owns, which rows it walks over, and where scratch memory has them.
+#pragma once
+
+#include "attention/mask.cuh"
+#include "backward/arguments.hpp"
+#include "ptx/backward.cuh"
+
+namespace flashspark {
+
+// Rows of scratch memory that lie before those of a sequence.
+FLASHSPARK_DEVICE int32_t first_padded_row(const BackwardArguments &a, int32_t seq, int32_t row) {
+  if (a.cu_seqlens_q == nullptr) return seq * a.seq_row_blocks * a.row_block;
+  return quotient(row + seq * a.row_block, a.row_block) * a.row_block;
+}
+
+// A block of row_block rows of scratch memory: query tokens [first, first + row_block) of a sequence.
+struct RowBlock {
+  bool valid;
+  int32_t seq, row;     // varlen: row of the sequence's first token in q and out; dense: 0
+  int32_t first;        // token
+  int32_t tokens, end;  // of the sequence: those in use, and those that q has
+};
+
+// All threads of a warp call it. Where wild offsets overlap, the first sequence is taken.
+FLASHSPARK_DEVICE RowBlock find_row_block(const BackwardArguments &a, int32_t block) {
+  RowBlock b{};
+  if (a.cu_seqlens_q == nullptr) {
+    b.seq = quotient(block, a.seq_row_blocks);
+    if (b.seq >= a.num_seqs) return b;
+    b.first = (block - b.seq * a.seq_row_blocks) * a.row_block;
+    b.tokens = queries_of(a, read_query_lengths(a, b.seq)).tokens;
+    b.end = a.max_seqlen_q;
+    b.valid = b.first < b.end;
+    return b;
+  }
+  for (int32_t base = 0; base < a.num_seqs; base += 32) {
+    const int32_t seq = base + ptx::lane();
+    SequenceRows q{}, all{};
+    int32_t first = INT32_MAX;
+    if (seq < a.num_seqs) {
+      QueryLengths lengths = read_query_lengths(a, seq);
+      q = queries_of(a, lengths);
+      all = {q.row, min_of(a.max_seqlen_q, clamp(lengths.end, q.row, a.total_q) - q.row)};
+      first = first_padded_row(a, seq, q.row);
+    }
+    const int32_t begin = block * a.row_block;
+    const uint32_t found = ptx::ballot(begin >= first && begin - first < all.tokens);
+    if (found == 0) continue;
+    const uint32_t winner = ptx::lowest_bit(found);
+    b.seq = ptx::uniform(base + static_cast<int32_t>(winner));
+    b.row = ptx::uniform(ptx::shuffle(q.row, winner));
+    b.tokens = ptx::uniform(ptx::shuffle(q.tokens, winner));
+    b.end = ptx::uniform(ptx::shuffle(all.tokens, winner));
+    b.first = begin - ptx::uniform(ptx::shuffle(first, winner));
+    b.valid = true;
+    return b;
+  }
+  return b;
+}
+
+// The keys of a CTA: [first, first + T::kKeys) of a sequence and KV head.
+struct KeyTile {
+  bool valid;
+  int32_t seq, head_kv, first;
+  int64_t batch, row;  // of the sequence's first key in k and v
+  int32_t held;        // keys that k has of the sequence, used or not
+};
+
+// Tiles of a head's first keys come first: under a causal mask they see most rows.
+FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys) {
+  const auto cta = static_cast<int32_t>(ptx::cta_x());
+  const int32_t head = quotient(cta, a.num_key_tiles);
+  int32_t rank = cta - head * a.num_key_tiles;
+  KeyTile tile{};
+  if (a.cu_seqlens_k == nullptr) {
+    tile.seq = ptx::uniform(quotient(head, a.num_heads_kv));
+    tile.head_kv = ptx::uniform(head - tile.seq * a.num_heads_kv);
+    tile.first = ptx::uniform(rank * keys);
+    tile.batch = tile.seq;
+    tile.held = a.max_seqlen_k;
+    tile.valid = tile.first < tile.held;
+    return tile;
+  }
+  tile.head_kv = ptx::uniform(head);
+  for (int32_t base = 0; base < a.num_seqs; base += 32) {
+    const int32_t seq = base + ptx::lane();
+    int32_t row = 0, held = 0;
+    if (seq < a.num_seqs) {
+      row = clamp(a.cu_seqlens_k[seq], 0, a.key_rows);
+      held = clamp(a.cu_seqlens_k[seq + 1], row, a.key_rows) - row;
+    }
+    const int32_t passed = prefix_sum(ceil_div(held, keys));
+    const uint32_t beyond = ptx::ballot(passed > rank);
+    if (beyond == 0) {
+      rank -= ptx::shuffle(passed, 31);
+      continue;
+    }
+    const uint32_t winner = ptx::lowest_bit(beyond);
+    tile.seq = ptx::uniform(base + static_cast<int32_t>(winner));
+    tile.row = ptx::uniform(ptx::shuffle(row, winner));
+    tile.held = ptx::uniform(ptx::shuffle(held, winner));
+    const int32_t of_seq = ceil_div(tile.held, keys);
+    tile.first = ptx::uniform((rank - (ptx::shuffle(passed, winner) - of_seq)) * keys);
+    tile.valid = tile.first >= 0 && tile.first < tile.held;
+    return tile;
+  }
+  return tile;
+}
+
+// The blocks of rows that a CTA visits: blocks [begin, end) of a sequence's tokens, of each query head of the group.
+struct RowWalk {
+  int32_t begin, end;  // block numbers
+  int32_t head;        // of all heads
+  int32_t block;
+
+  FLASHSPARK_DEVICE RowWalk next() const {
+    return block + 1 < end ? RowWalk{begin, end, head, block + 1} : RowWalk{begin, end, head + 1, begin};
+  }
+};
+
+}  // namespace flashspark

@@ -1,0 +1,61 @@
+// instances.def as a table for host and device.
+#pragma once
+
+#include "forward/config.hpp"
+
+namespace flashspark {
+
+// What two warps with the same keys have apart: nothing, as every warp has keys of its own; the rows of every block,
+// whose sums are joined at the end; or the gradients: one sums dV, the other one dK.
+enum class KeySharing : uint8_t { none, rows, gradients };
+
+// A CTA owns `keys()` keys, a warp warp_keys of them, and all walk over blocks of `rows` rows of one query head.
+struct BackwardTile {
+  int32_t warps, warp_keys, rows;
+  int32_t score_rows;        // of which a warp holds scores at once
+  bool keys_in_registers;    // a warp's keys stay in registers as the operand of the scores
+  bool values_in_registers;  // the same of its values, whose shared memory other operands then take
+  int32_t query_stages;      // blocks of q in shared memory
+  KeySharing sharing;
+  int32_t min_ctas;  // resident CTAs an SM that the registers must allow
+
+  bool operator==(const BackwardTile &) const = default;
+  constexpr int32_t key_warps() const { return sharing == KeySharing::none ? warps : warps / 2; }
+  constexpr int32_t keys() const { return key_warps() * warp_keys; }
+  constexpr int32_t threads() const { return warps * 32; }
+};
+
+enum class BackwardIndex : int32_t {
+  none = -1,
+#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, score_mod, tile_90, tile_120f) name,
+#include "backward/instances.def"
+#undef FLASHSPARK_INSTANCE
+};
+
+struct BackwardInstance {
+  BackwardIndex index;
+  const char *name;
+  int32_t head_dim, head_dim_v;
+  ScoreMod score_mod;
+  BackwardTile sm_90, sm_120f;
+
+  constexpr const BackwardTile &tile(Architecture arch) const {
+    return arch == Architecture::sm_120f ? sm_120f : sm_90;
+  }
+};
+
+#define FLASHSPARK_TILE(warps, warp_keys, rows, score_rows, keys, values, query_stages, sharing, min_ctas) \
+  {warps, warp_keys, rows, score_rows, keys, values, query_stages, KeySharing::sharing, min_ctas}
+#define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, score_mod, tile_90, tile_120f) \
+  {BackwardIndex::name, #name, head_dim, head_dim_v, ScoreMod::score_mod, tile_90, tile_120f},
+namespace backward_instances {
+constexpr bool registers = true, shared = false;
+inline constexpr BackwardInstance kTable[] = {
+#include "backward/instances.def"
+};
+}  // namespace backward_instances
+#undef FLASHSPARK_INSTANCE
+#undef FLASHSPARK_TILE
+inline constexpr auto &kBackwardInstances = backward_instances::kTable;
+
+}  // namespace flashspark

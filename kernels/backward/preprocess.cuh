@@ -1,0 +1,108 @@
+// Before the main kernel: what each row contributes beside its scores. delta = sum of dout * out, minus the gradient of
+// lse, and lse in units of log2, both in scratch memory's order of rows; dq's sums become 0; sinks get their gradient;
+// rows of dq, dk and dv that belong to no sequence become 0. One CTA a block of rows and query head.
+#pragma once
+
+#include "attention/softmax.cuh"
+#include "backward/blocks.cuh"
+#include "common/element.cuh"
+
+namespace flashspark {
+
+constexpr int32_t kPreprocessThreads = 128;
+constexpr int32_t kRowLanes = 8;  // threads that share a row
+
+template <class Element>
+FLASHSPARK_DEVICE float dot_8(const Element *x, const Element *y) {
+  const ptx::Vector16 a = *reinterpret_cast<const ptx::Vector16 *>(x);
+  const ptx::Vector16 b = *reinterpret_cast<const ptx::Vector16 *>(y);
+  float sum = 0;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 8; ++n) {
+    const auto element = [n](const ptx::Vector16 &v) {
+      return ptx::to_float(Element{static_cast<uint16_t>(v.word[n / 2] >> n % 2 * 16)});
+    };
+    sum += element(a) * element(b);
+  }
+  return sum;
+}
+
+// Rows of a tensor that lie before the first sequence or behind the last one become 0; CTAs take them in turn.
+template <class Element>
+FLASHSPARK_DEVICE void zero_unowned_rows(void *data, const Strides &strides, const int32_t *offsets, int32_t num_seqs,
+                                         int32_t rows, int32_t heads, int32_t columns, int32_t num_ctas) {
+  if (data == nullptr || offsets == nullptr) return;
+  const int32_t begin = clamp(offsets[0], 0, rows), end = clamp(offsets[num_seqs], begin, rows);
+  for (auto n = static_cast<int32_t>(ptx::cta_x()); n < begin + rows - end; n += num_ctas) {
+    const int64_t row = n < begin ? n : n - begin + end;
+    for (auto at = static_cast<int32_t>(ptx::thread_index()); at < heads * columns; at += kPreprocessThreads) {
+      const int32_t head = quotient(at, columns);
+      auto *to = static_cast<Element *>(data) + row * strides.token + head * strides.head;
+      to[at - head * columns].bits = 0;
+    }
+  }
+}
+
+template <class Element>
+FLASHSPARK_DEVICE void zero_unowned(const BackwardArguments &a) {
+  const int32_t heads = a.num_heads_kv * static_cast<int32_t>(a.group.value), ctas = a.num_row_blocks * heads;
+  const int32_t *q = a.cu_seqlens_q, *k = a.cu_seqlens_k;
+  zero_unowned_rows<Element>(a.dq, a.dq_strides, q, a.num_seqs, a.total_q, heads, a.head_dim, ctas);
+  zero_unowned_rows<Element>(a.dk, a.dk_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim, ctas);
+  zero_unowned_rows<Element>(a.dv, a.dv_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim_v, ctas);
+}
+
+template <class Element>
+FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
+  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
+  ptx::grid_dependency_launch();
+  zero_unowned<Element>(a);
+  const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
+  const int32_t head = quotient(cta, a.num_row_blocks), index = cta - head * a.num_row_blocks;
+  const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + index * a.row_block;
+  if (a.dq_sum != nullptr) {
+    ptx::Vector16 zero;
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
+    auto *sums = reinterpret_cast<ptx::Vector16 *>(a.dq_sum + padded * a.sum_columns);
+    for (int32_t n = thread; n < a.row_block * a.sum_columns / 4; n += kPreprocessThreads) sums[n] = zero;
+  }
+  const RowBlock block = find_row_block(a, index);
+  float dsink = 0;
+  const bool has_sink = a.dsinks != nullptr;
+  const float sink = has_sink ? load_as_float(a.sinks, head, a.sinks_dtype) * kLog2E : 0.0f;
+  const int64_t batch_out = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.out_strides.batch,
+                batch_dout = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.dout_strides.batch,
+                batch_lse = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.lse_strides.batch;
+  const auto *out = static_cast<const Element *>(a.out) + batch_out + head * a.out_strides.head;
+  const auto *dout = static_cast<const Element *>(a.dout) + batch_dout + head * a.dout_strides.head;
+  for (int32_t n = thread / kRowLanes; n < a.row_block; n += kPreprocessThreads / kRowLanes) {
+    const int32_t token = block.first + n;
+    const bool in_use = block.valid && token < block.tokens;
+    const int64_t row = block.row + token;
+    float sum = 0;
+    for (int32_t at = thread % kRowLanes * 8; in_use && at < a.head_dim_v; at += kRowLanes * 8)
+      sum += dot_8(out + row * a.out_strides.token + at, dout + row * a.dout_strides.token + at);
+    FLASHSPARK_UNROLL
+    for (uint32_t lanes = kRowLanes / 2; lanes > 0; lanes /= 2) sum += ptx::shuffle_xor(sum, lanes);
+    if (thread % kRowLanes != 0) continue;
+    float lse = -minus_infinity(), delta = 0;
+    if (in_use) {
+      const int64_t at = batch_lse + head * a.lse_strides.head + row * a.lse_strides.token;
+      if (a.lse[at] != minus_infinity()) {  // else the row kept no key
+        lse = a.lse[at] * kLog2E;
+        delta = sum - (a.dlse != nullptr ? a.dlse[at] : 0.0f);
+        if (has_sink) dsink -= ptx::exp2_approx(sink - lse) * delta;
+      }
+    }
+    a.row_lse[padded + n] = lse;
+    a.row_delta[padded + n] = delta;
+  }
+  if (!has_sink) return;
+  ptx::warp_barrier();
+  FLASHSPARK_UNROLL
+  for (uint32_t lanes = 16; lanes > 0; lanes /= 2) dsink += ptx::shuffle_xor(dsink, lanes);
+  if (ptx::lane() == 0) ptx::add_to_memory(a.dsinks + head, dsink);
+}
+
+}  // namespace flashspark

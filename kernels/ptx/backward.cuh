@@ -1,0 +1,34 @@
+// Instructions that only the backward pass issues. As in ptx.cuh, tests/emulator/ptx/backward.cuh declares the same ones
+// for the host.
+#pragma once
+
+#include "ptx/ptx.cuh"
+
+namespace flashspark::ptx {
+
+// bar.sync: two neighbouring warps meet, 2n and 2n + 1 with n < 15; shared memory written before is visible after.
+FLASHSPARK_DEVICE void pair_barrier() {
+  asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");
+}
+
+// red.global.add.f32: adds to what lies in memory, in no order. Four at once, aligned to 16 bytes, are one instruction
+// from 9.0 on.
+FLASHSPARK_DEVICE void add_to_memory(float *to, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x) : "memory");
+}
+FLASHSPARK_DEVICE void add_to_memory_4(float *to, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+#else
+  for (int n = 0; n < 4; ++n) add_to_memory(to + n, x[n]);
+#endif
+}
+
+// ld.shared.
+FLASHSPARK_DEVICE void load_shared_8(uint32_t (&words)[2], SharedAddress from) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
+}
+
+}  // namespace flashspark::ptx

@@ -1,0 +1,68 @@
+#include "cuda/backward.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <iterator>
+
+#include "cuda/arguments.hpp"
+#include "cuda/device.hpp"
+#include "cuda/launch.hpp"
+#include "cuda/metadata.hpp"
+#include "cuda/module.hpp"
+#include "cuda/workspace.hpp"
+
+namespace flashspark::cuda {
+
+std::string unsupported_backward(const BackwardParams &params) {
+  const Params &p = params.forward;
+  std::string text = unsupported(p);
+  const auto add = [&](const std::string &what) {
+    if (!what.empty()) text += (text.empty() ? "" : "; ") + what;
+  };
+  add(misaligned_rows(p, "out", p.out));
+  add(misaligned_rows(p, "dout", params.dout));
+  if (std::none_of(std::begin(kBackwardInstances), std::end(kBackwardInstances),
+                   [&](const BackwardInstance &instance) { return fits(instance, p); }) &&
+      std::max(p.head_dim, p.head_dim_v) <= kMaxBackwardHeadDim)
+    add("softcap and dropout with a head_dim of more than 128");
+  const int64_t padded = (is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q) + 64 * (p.num_seqs + 1);
+  if (padded > kMaxTokens) add("tokens of all sequences, each up to whole blocks of 64, > 2^30");
+  return text;
+}
+
+void backward(const BackwardParams &params, const ScratchSource &scratch) {
+  const Params &p = params.forward;
+  check_if_asked(p);
+  const DeviceFacts &device = device_facts(p.device_index);
+  BackwardPlan plan = make_backward_plan(params, device.machine);
+  const CurrentDevice current(p.device_index);
+  const auto stream = static_cast<Stream>(p.stream);
+  // Kernels before memory: loading one may fail.
+  const Kernel preprocess = get(plan.preprocess_key(), p.device_index);
+  const Kernel main = get(plan.main_key(), p.device_index, plan.main.shared_bytes);
+  const Kernel postprocess = get(plan.postprocess_key(), p.device_index);
+  const Workspace memory({params.workspace, params.workspace_size}, stream, scratch, plan.workspace());
+  plan.bind(memory.data());
+  if (params.dsinks != nullptr) {
+    FLASHSPARK_CUDA_CALL(driver(), cuMemsetD8Async, std::bit_cast<Address>(params.dsinks), 0,
+                         static_cast<size_t>(p.num_heads_q) * sizeof(float), stream);
+  }
+  const auto put = [&](Kernel each, const Launch &shape) {
+    if (shape.grid[0] > 0) launch(each, shape, &plan.arguments, stream, device.machine.arch);
+  };
+  put(preprocess, plan.preprocess);
+  put(main, plan.main);
+  put(postprocess, plan.postprocess);
+}
+
+size_t backward_workspace(const BackwardParams &p) {
+  return make_backward_plan(p, device_facts(p.forward.device_index).machine).workspace();
+}
+
+std::string backward_plan_text(const BackwardParams &p) {
+  const int32_t index = p.forward.device_index;
+  if (!device_unavailable_reason(index).empty() || !unsupported_backward(p).empty()) return {};
+  return to_string(make_backward_plan(p, device_facts(index).machine));
+}
+
+}  // namespace flashspark::cuda

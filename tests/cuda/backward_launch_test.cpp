@@ -1,0 +1,138 @@
+// attention_backward on a GPU, with a driver that computes nothing: what is launched, with which arguments and scratch
+// memory, and what is refused.
+#include <gtest/gtest.h>
+
+#include "cuda/backward.hpp"
+#include "cuda/device.hpp"
+#include "cuda/fake_cuda.hpp"
+#include "flashspark/flashspark.h"
+
+namespace flashspark::cuda {
+namespace {
+
+void *address(uintptr_t n) {
+  return reinterpret_cast<void *>(n << 32);  // far apart: memory that gradients share with tensors is refused
+}
+
+class Backward : public testing::Test {
+ protected:
+  Backward() {
+    fake.launches.clear(), fake.order.clear();
+    fake_cuda::set_current_device(0);
+    flashspark_attention_backward_params_init(&b);
+    Params &p = b.forward;
+    p.device = FLASHSPARK_CUDA, p.stream = address(99);
+    p.num_seqs = 2, p.num_heads_q = 8, p.num_heads_kv = 2, p.head_dim = p.head_dim_v = 128;
+    p.max_seqlen_q = 100, p.max_seqlen_k = 300;
+    p.q = tensor(1, 100, 8), p.k = tensor(2, 300, 2), p.v = tensor(3, 300, 2), p.out = tensor(4, 100, 8);
+    p.lse = static_cast<float *>(address(5));
+    p.lse_batch_stride = 800, p.lse_head_stride = 100, p.lse_token_stride = 1;
+    b.dout = tensor(6, 100, 8), b.dq = tensor(7, 100, 8), b.dk = tensor(8, 300, 2), b.dv = tensor(9, 300, 2);
+  }
+  static flashspark_tensor tensor(uintptr_t n, int64_t tokens, int64_t heads) {
+    return {address(n), tokens * heads * 128, heads * 128, 128, FLASHSPARK_BFLOAT16, 0};
+  }
+  void run() { ASSERT_EQ(flashspark_attention_backward(&b), FLASHSPARK_OK) << flashspark_last_error(); }
+  std::string explain(flashspark_status expected) {
+    std::string text(8192, '\0');
+    EXPECT_EQ(flashspark_attention_backward_explain(&b, text.data(), text.size()), expected) << flashspark_last_error();
+    return text.c_str();
+  }
+  void expect_refused(const std::string &why) {
+    EXPECT_NE(explain(FLASHSPARK_UNSUPPORTED).find(why), std::string::npos) << explain(FLASHSPARK_UNSUPPORTED);
+    EXPECT_EQ(flashspark_attention_backward(&b), FLASHSPARK_UNSUPPORTED);
+  }
+
+  fake_cuda::State &fake = fake_cuda::state();
+  flashspark_attention_backward_params b;
+};
+
+TEST_F(Backward, LaunchesThreeKernels) {
+  run();
+  const BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
+  const std::string main = "flashspark_" + plan.main_key().name();
+  EXPECT_EQ(fake.order, (std::vector<std::string>{"alloc " + std::to_string(plan.workspace()),
+                                                  "flashspark_attention_backward_preprocess_bf16", main,
+                                                  "flashspark_attention_backward_postprocess_bf16", "free"}));
+  ASSERT_EQ(fake.launches.size(), 3u);
+  const Launch *shapes[] = {&plan.preprocess, &plan.main, &plan.postprocess};
+  for (size_t n = 0; n < 3; ++n) {
+    const fake_cuda::Launch &launch = fake.launches[n];
+    EXPECT_EQ(launch.grid[0], shapes[n]->grid[0]);
+    EXPECT_EQ(launch.threads, shapes[n]->threads);
+    EXPECT_EQ(launch.shared_bytes, shapes[n]->shared_bytes);
+    EXPECT_EQ(launch.stream, address(99));
+    EXPECT_TRUE(launch.early);
+    const BackwardArguments &a = launch.backward;
+    EXPECT_TRUE(a.q == address(1) && a.dout == address(6) && a.dq == address(7) && a.dk == address(8) &&
+                a.dv == address(9));
+    EXPECT_EQ(a.dk_strides.token, 256);
+    EXPECT_FLOAT_EQ(a.scale_log2, b.forward.softmax_scale * 1.44269504f);
+  }
+  const BackwardArguments &a = fake.launches[1].backward;
+  EXPECT_EQ(a.padded_rows, 2 * 128);  // of two sequences of 100 tokens each
+  EXPECT_EQ(plan.workspace(), size_t{8} * 256 * (128 + 2) * sizeof(float));
+  EXPECT_EQ(reinterpret_cast<char *>(a.row_lse) - reinterpret_cast<char *>(a.dq_sum), 8 * 256 * 128 * 4);
+  EXPECT_EQ(a.row_delta - a.row_lse, 8 * 256);
+  EXPECT_NE(explain(FLASHSPARK_OK).find(plan.main_key().name() + ": grid "), std::string::npos);
+}
+
+TEST_F(Backward, ScratchMemoryOfTheCaller) {
+  size_t bytes = 0;
+  ASSERT_EQ(flashspark_attention_backward_workspace_size(&b, &bytes), FLASHSPARK_OK);
+  b.workspace = address(20), b.workspace_size = bytes;
+  run();
+  EXPECT_EQ(fake.order.size(), 3u) << "no memory is taken";
+  EXPECT_EQ(fake.launches[0].backward.dq_sum, b.workspace);
+  b.workspace_size -= 1;
+  EXPECT_EQ(flashspark_attention_backward(&b), FLASHSPARK_INVALID_ARGUMENT);
+}
+
+TEST_F(Backward, WithoutDqNothingIsSummed) {
+  b.dq.data = nullptr;
+  run();
+  ASSERT_EQ(fake.launches.size(), 2u);
+  EXPECT_EQ(fake.launches[1].backward.dq_sum, nullptr);
+}
+
+TEST_F(Backward, GradientsOfSinksBeginWithZeros) {
+  b.forward.sinks = address(30), b.forward.sinks_dtype = FLASHSPARK_FLOAT32;
+  b.dsinks = static_cast<float *>(address(31));
+  run();
+  EXPECT_EQ(fake.order[1], "zero 32");
+  EXPECT_EQ(fake.launches[0].backward.dsinks, b.dsinks);
+}
+
+TEST_F(Backward, KernelsByHeadTypeAndModification) {
+  const auto kernel = [&] { return make_backward_plan(b, device_facts(0).machine).main_key().name(); };
+  b.forward.softcap = 5;
+  EXPECT_EQ(kernel(), "attention_backward_d128_mod_bf16");
+  b.forward.softcap = 0, b.forward.dropout_p = 0.1f, b.forward.head_dim = b.forward.head_dim_v = 72;
+  EXPECT_EQ(kernel(), "attention_backward_d96_mod_bf16");
+  b.forward.dropout_p = 0, b.forward.head_dim = b.forward.head_dim_v = 64, b.forward.q.dtype = FLASHSPARK_FLOAT16;
+  EXPECT_EQ(kernel(), "attention_backward_d64_fp16");
+  b.forward.head_dim = 72;
+  EXPECT_EQ(kernel(), "attention_backward_d96_fp16");
+  b.forward.head_dim = 136;
+  EXPECT_EQ(kernel(), "attention_backward_d192_pair_fp16");
+  b.forward.head_dim = 256;
+  EXPECT_EQ(kernel(), "attention_backward_d256_pair_fp16");
+}
+
+TEST_F(Backward, RefusesWhatItCannotDo) {
+  b.forward.attention_chunk = 64;
+  expect_refused("lacks attention_chunk");
+  b.forward.attention_chunk = 0, b.forward.deterministic = 1;
+  expect_refused("lacks deterministic");
+  b.forward.deterministic = 0;
+  b.forward.softcap = 5, b.forward.head_dim = b.forward.head_dim_v = 256;
+  for (flashspark_tensor *t : {&b.forward.q, &b.forward.k, &b.forward.v, &b.forward.out, &b.dout, &b.dq, &b.dk, &b.dv})
+    t->batch_stride *= 2, t->token_stride *= 2, t->head_stride *= 2;
+  expect_refused("softcap and dropout with a head_dim of more than 128");
+  b.forward.softcap = 0;
+  b.dout.token_stride = 1028, b.dout.batch_stride = 1028 * 200;
+  expect_refused("dout token_stride 1028 is not a multiple of 8");
+}
+
+}  // namespace
+}  // namespace flashspark::cuda

@@ -1,0 +1,29 @@
+// The host counterpart of kernels/ptx/backward.cuh.
+#pragma once
+
+#include "ptx/ptx.cuh"
+
+#define FLASHSPARK_CALLER ::flashspark::emulator::Site site = {__builtin_LINE(), __builtin_FILE()}
+
+namespace flashspark::ptx {
+
+inline void pair_barrier(FLASHSPARK_CALLER) {
+  emulator::barrier(emulator::Operation::pair_barrier, site);
+}
+
+// Threads run one after another, CTAs in random order.
+inline void add_to_memory(float *to, float x) {
+  *to += x;
+}
+inline void add_to_memory_4(float *to, const float (&x)[4], FLASHSPARK_CALLER) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulator::fail("add_to_memory_4 of a misaligned address", site);
+  for (int n = 0; n < 4; ++n) to[n] += x[n];
+}
+
+inline void load_shared_8(uint32_t (&words)[2], SharedAddress from, FLASHSPARK_CALLER) {
+  emulator::load_shared(words, from, 8, site);
+}
+
+}  // namespace flashspark::ptx
+
+#undef FLASHSPARK_CALLER
