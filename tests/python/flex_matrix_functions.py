@@ -32,7 +32,7 @@ def captured() -> dict[str, np.ndarray]:
         return rng.integers(low, high, shape).astype(dtype)
 
     values = (
-        *((rng.random(MOST_HEADS) * 0.2).astype(np.float32), normal(MOST_HEADS, TOKENS, dtype=ml_dtypes.bfloat16)),
+        *((rng.random(MOST_HEADS) * 0.02).astype(np.float32), normal(MOST_HEADS, TOKENS, dtype=ml_dtypes.bfloat16)),
         *(normal(MOST_SEQUENCES, MOST_HEADS, TOKENS, dtype=np.float16), normal(32, MOST_HEADS)),
         *(normal(MOST_SEQUENCES, 4, 2) * 0.25 + 1, normal(32, 48, dtype=np.float64), normal(TOKENS), np.float32(1.25)),
         np.sort(whole(0, 6, MOST_SEQUENCES, TOKENS, dtype=np.int32)),

@@ -29,6 +29,17 @@ def test_sample(case):
         compare(call, *run(call, lambda x: x, implementation))
 
 
+@pytest.mark.parametrize("case", SAMPLE[::6], ids=map(str, SAMPLE[::6]))
+def test_a_small_mistake_is_found(case, monkeypatch):
+    """Scores of odd keys that are a twentieth too large."""
+    call, right = make(case, SMALL), SCORES[case.score]
+    monkeypatch.setitem(SCORES, case.score, lambda t, s, b, h, q, k, n: right(t, s, b, h, q, k, n) + 0.05 * (k % 2))
+    out, lse = run(call, lambda x: x)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="the error is"):
+        compare(call, out, lse)
+
+
 def test_what_the_sample_covers():
     for name, wanted in (("layout", LAYOUTS), ("mask", [*PLAIN_MASKS, "mask_mod"]), ("lists", [False, True])):
         assert {getattr(case, name) for case in SAMPLE} == set(wanted), name
