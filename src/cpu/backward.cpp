@@ -128,18 +128,28 @@ void Backward::clear_rel() const {
 // common and the sums of sinks, of packed rows [first, last).
 void Backward::prepare_rows(const Head &head, int64_t first, int64_t last, double *sinks) {
   const auto size = static_cast<int64_t>(dtype_size(f_.out.dtype));
+  float *const common = common_.data() + head.first_common;
+  const auto address = [&](const flashspark_tensor &t, int64_t row) {
+    const int64_t h = head.h_kv * group_ + row % group_;
+    return static_cast<const char *>(t.data) + q_offset(f_, t, head.s, row / group_, h) * size;
+  };
+  for (int64_t row = first; row < last; row += kRowGroup) {
+    const void *out[kRowGroup], *dout[kRowGroup];
+    float dots[kRowGroup];
+    for (int64_t n = 0; n < kRowGroup; ++n) {
+      const int64_t real = std::min(row + n, last - 1);  // what fills the group is not used
+      out[n] = address(f_.out, real), dout[n] = address(p_.dout, real);
+    }
+    kernels_.dots(out, dout, f_.head_dim_v, f_.out.dtype, dots);
+    for (int64_t n = 0; n < std::min<int64_t>(kRowGroup, last - row); ++n) common[row + n] = -dots[n];
+  }
   for (int64_t row = first; row < last; ++row) {
-    const int64_t i = row / group_, h = head.h_kv * group_ + row % group_;
-    const char *out = static_cast<const char *>(f_.out.data) + q_offset(f_, f_.out, head.s, i, h) * size;
-    const char *dout = static_cast<const char *>(p_.dout.data) + q_offset(f_, p_.dout, head.s, i, h) * size;
-    const int64_t at = lse_offset(f_, head.s, i, h);
-    float common = -kernels_.dot(out, dout, f_.head_dim_v, f_.out.dtype);
-    if (p_.dlse != nullptr) common += p_.dlse[at];
-    common_[static_cast<size_t>(head.first_common + row)] = common;
+    const int64_t h = head.h_kv * group_ + row % group_, at = lse_offset(f_, head.s, row / group_, h);
+    if (p_.dlse != nullptr) common[row] += p_.dlse[at];
     if (p_.dsinks == nullptr) continue;
     constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
     const double sink = load_as_float(f_.sinks, h, f_.sinks_dtype), lse = f_.lse[at];
-    if (sink != kMinusInfinity && lse != kMinusInfinity) sinks[row % group_] += std::exp(sink - lse) * common;
+    if (sink != kMinusInfinity && lse != kMinusInfinity) sinks[row % group_] += std::exp(sink - lse) * common[row];
   }
 }
 
