@@ -84,7 +84,9 @@ Nothing is copied if head_dim is a multiple of 8, the last dimension is contiguo
 to 16 bytes (32 for float32); the other strides are free. All else is copied at every call: q, k and v whole, a paged
 cache with all its pages, and the result. With strict such calls raise ValueError instead.
 
-Inference only: tensors that require gradients raise ValueError unless torch.no_grad() is in force. The version counters
+torch tensors that require gradients get them: q, k, v, sinks, alibi_slopes, rel_logits and aux_tensors, of out and of
+lse. Where none is computed (other arguments; a cache, float8_e4m3, output_scale; out and lse as arguments) they raise
+ValueError unless torch.no_grad() is in force. deterministic holds for the backward pass as well. The version counters
 of tensors written in place are incremented, as torch expects.
 
 The functions repeat their lists of parameters in full, since callers (transformers, inspect, editors) read them.

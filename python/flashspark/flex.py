@@ -57,8 +57,8 @@ def flex_attention(
 
     Returns out (B, Hq, L, Dv), with return_lse (out, lse), with return_aux (out, AuxOutput): lse (B, Hq, L), natural
     logarithm, float32. A row that keeps no key gives 0 and -inf. Raises TraceError for a function that cannot become a
-    graph, ValueError for what does not fit together. Tensors that require gradients raise ValueError unless
-    torch.no_grad() is in force.
+    graph, ValueError for what does not fit together. torch tensors that require gradients get them, also those that
+    score_mod captures.
     """
     del kernel_options
     want_lse = bool(return_lse)
@@ -137,8 +137,8 @@ def _run(
 def redirect_torch_flex_attention() -> Any:
     """Sends torch.nn.attention.flex_attention.flex_attention to flashspark, from now on or in a `with` statement.
 
-    Models that call it need no change: eagerly and under torch.compile, whatever name they know it by. Calls that need
-    gradients are torch's own, and so are, with a RuntimeWarning, those that flashspark cannot compute: functions that
+    Models that call it need no change: eagerly and under torch.compile, whatever name they know it by, in training as
+    well, on the CPU, too. Calls that flashspark cannot compute are torch's own, with a RuntimeWarning: functions that
     cannot become a graph, other types. What was compiled before stays as it is (torch._dynamo.reset() forgets it).
     Returns an object whose undo() ends it.
     """

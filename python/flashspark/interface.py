@@ -4,7 +4,7 @@ flash_attn_func and flash_attn_varlen_func have its lists of parameters and alwa
 unless return_lse is given. _flash_attn_fwd, in which every call of it ends, returns the same two. The package's own
 functions of the first two names have flash-attention 2's and 3's parameters, and return out alone unless asked.
 
-Inference only, as all of the package. Parameters that only a backward pass or FlashAttention 4's own kernels look at
+Tensors that require gradients get them. Parameters that only a backward pass or FlashAttention 4's own kernels look at
 are accepted and ignored. One that would change the result and is not supported (qv, gather_kv_indices) raises
 NotImplementedError unless it is None.
 """

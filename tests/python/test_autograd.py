@@ -4,6 +4,8 @@ without torch."""
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from functools import partial
 
@@ -304,3 +306,36 @@ def test_parameters_train():
         loss.backward()
         optimiser.step()
     assert loss < 1e-2
+
+
+OVERHEAD = """
+import sys
+import flashspark, torch
+q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
+learned = q.clone().requires_grad_()
+def count(call):
+    call()
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    call()
+    sys.setprofile(None)
+    return calls
+plain = count(lambda: flashspark.flash_attn_func(q, k, v, causal=True))
+with torch.no_grad():
+    quiet = count(lambda: flashspark.flash_attn_func(learned, k, v, causal=True))
+assert len(plain) <= 4 and plain[-1] == "rare_options" or plain[-1] == "attend", plain
+assert quiet == plain, (quiet, plain)
+score = lambda s, b, h, q, k: s * 1.5
+flex = count(lambda: flashspark.flex_attention(q, k, v, score))
+assert not any("grad" in name for name in flex), flex
+for name in ("_autograd", "_backward", "torch_ops"):
+    assert "flashspark." + name not in sys.modules, name
+learned = q.clone().requires_grad_()
+flashspark.flash_attn_func(learned, k, v).sum().backward()
+assert "flashspark._autograd" in sys.modules and "flashspark.torch_ops" not in sys.modules
+"""
+
+
+def test_calls_without_gradients_do_no_more_than_before():
+    """They load none of the modules for gradients, and run no function of Python but the two of every call."""
+    subprocess.run([sys.executable, "-P", "-c", OVERHEAD], check=True)

@@ -105,17 +105,69 @@ def test_without_gradients(mode):
     assert sdpa.calls() == {"flashspark": 1}
 
 
-def test_training_is_left_to_torch():
-    def gradients():
-        tensors = [x.requires_grad_() for x in inputs()]
-        out = scaled_dot_product_attention(*tensors, is_causal=True)
-        out.sum().backward()
-        return [out, *(x.grad for x in tensors)]
+def gradients(function, *tensors):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    function(*leaves).square().sum().backward()
+    return [x.grad for x in leaves]
 
-    expected = gradients()
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("keys", [7, 12, 4])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_training(dtype, keys, is_causal):
+    """Both passes run here; torch's causal mask starts from the top left corner also where the lengths differ."""
+    tensors = inputs((2, 4, 7, 16), keys, dtype=dtype)
+    run = lambda *x: scaled_dot_product_attention(*x, is_causal=is_causal)  # noqa: E731
     with sdpa.enabled():
-        given = gradients()
-    assert sdpa.calls() == {"torch: an argument requires gradients": 1}
+        given = gradients(run, *tensors)
+    assert sdpa.calls() == {"flashspark": 2}
+    expected = gradients(lambda *x: by_math(*x, is_causal=is_causal), *tensors)
+    for a, b in zip(given, expected):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, atol=10 * TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("ours", ["forward", "backward"])
+def test_one_pass_here_and_one_in_torch(ours):
+    tensors = inputs((2, 4, 9, 32), 12)
+    expected = gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True), *tensors)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    if ours == "forward":
+        with sdpa.enabled():
+            out = scaled_dot_product_attention(*leaves, is_causal=True)
+        out.square().sum().backward()
+    else:
+        out = scaled_dot_product_attention(*leaves, is_causal=True)
+        with sdpa.enabled():
+            out.square().sum().backward()
+    assert sdpa.calls() == {"flashspark": 1}
+    for a, b in zip([x.grad for x in leaves], expected):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_backward_pass_of_the_cuda_operator():
+    """Its function on CPU tensors, from what the forward function gives: +inf for rows without keys."""
+    from flashspark.integrations import _torch_backward
+
+    q, k, v = inputs((2, 2, 6, 16), keys=4)
+    out, lse, *_, seed, offset, _debug = sdpa._for_cuda(q, k, v, 0.0, True, scale=None)
+    dout = torch.randn_like(out)
+    given = _torch_backward._for_cuda(dout, q, k, v, out, lse, None, None, 6, 4, 0.0, True, seed, offset)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    for i in range(2):
+        result, _ = bottom_right(*(x[i].transpose(0, 1) for x in leaves))
+        (result * dout[i].transpose(0, 1).double()).sum().backward()
+    for x, leaf in zip(given, leaves):
+        torch.testing.assert_close(x.double(), leaf.grad.nan_to_num(), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_left_to_torch_in_training():
+    q, k, v = inputs()
+    mask = torch.ones(7, 7).tril().bool()
+    expected = gradients(lambda *x: scaled_dot_product_attention(*x, attn_mask=mask), q, k, v)
+    with sdpa.enabled():
+        given = gradients(lambda *x: scaled_dot_product_attention(*x, attn_mask=mask), q, k, v)
+    assert sdpa.calls() == {"torch: attn_mask": 2}
     assert all(torch.equal(a, b) for a, b in zip(given, expected))
 
 
@@ -227,7 +279,7 @@ def test_compiled_training_has_torchs_gradients():
     expected = gradients(model)
     with sdpa.enabled():
         given = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
-    assert sdpa.calls() == {"flashspark": 1}
+    assert sdpa.calls() == {"flashspark": 2}
     for a, b in zip(given, expected):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -300,12 +352,17 @@ def test_varlen_attn_and_its_limits():
     cum = torch.tensor([0, 4, 9], dtype=torch.int32)
     with sdpa.enabled("cpu"):
         out = varlen.varlen_attn(q, q, q, cum, cum, 5, 5, window_size=(-1, 0))
-        with pytest.raises(NotImplementedError, match="requires gradients: torch has no kernel for CPU"):
-            torch.ops.aten._flash_attention_forward(q.clone().requires_grad_(), q, q, cum, cum, 5, 5, 0.0, True, False)
+        with pytest.raises(NotImplementedError, match="dropout: torch has no kernel for CPU"):
+            torch.ops.aten._flash_attention_forward(q, q, q, cum, cum, 5, 5, 0.5, True, False)
     for rows in (slice(0, 4), slice(4, 9)):
         expected, _ = bottom_right(q[rows], q[rows], q[rows])
         torch.testing.assert_close(out[rows].double(), expected, atol=2e-5, rtol=2e-5)
-    assert sdpa.calls() == {"flashspark": 1}
+    assert sdpa.calls(reset=True) == {"flashspark": 1}
+    with sdpa.enabled("cpu"):
+        (given,) = gradients(lambda x: varlen.varlen_attn(x, x, x, cum, cum, 5, 5, window_size=(-1, 0)), q)
+    assert sdpa.calls() == {"flashspark": 2}
+    (want,) = gradients(lambda x: torch.cat([bottom_right(x[a:b], x[a:b], x[a:b])[0] for a, b in ((0, 4), (4, 9))]), q)
+    torch.testing.assert_close(given, want, atol=1e-4, rtol=1e-4)
 
 
 def test_several_threads():

@@ -12,7 +12,7 @@ from flex_reference import check, kept_by
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("torch.nn.attention.flex_attention")
-torch_flex = pytest.importorskip("flashspark._torch_flex")
+torch_flex = pytest.importorskip("flashspark._torch_flex_ops")
 
 from torch_arrays import back  # noqa: E402 - it needs torch
 
@@ -44,18 +44,20 @@ def on_numpy(function):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the operator and the package's function are called while torch's is redirected."""
+    """How often the operator and the package's function are called while torch's is redirected, and the operator's
+    gradients."""
     count = {"operator": 0, "function": 0}
     attend, function = torch_flex.attend, flex.flex_attention
 
     def counted(name, original):
         def call(*args, **kwargs):
-            count[name] += 1
+            count[name] = count.get(name, 0) + 1
             return original(*args, **kwargs)
 
         return call
 
     monkeypatch.setattr(torch_flex, "attend", counted("operator", attend))
+    monkeypatch.setattr(torch_flex, "gradients", counted("gradients", torch_flex.gradients))
     monkeypatch.setattr(flex, "flex_attention", counted("function", function))
     torch._dynamo.reset()
     with redirect_torch_flex_attention(), warnings.catch_warnings():
@@ -128,21 +130,62 @@ def test_compiled_without_functions(calls, qkv):
     assert calls["operator"] == 2
 
 
-def test_gradients_are_torchs(calls, qkv):
-    """torch has no backward pass on the CPU, and says so."""
-    q, k, v = (x.clone().requires_grad_() for x in qkv)
-    for function in (theirs.flex_attention, before, torch.compile(before, backend="aot_eager")):
-        with pytest.raises(Exception, match="does not support backward on CPU"):
-            function(q, k, v, alibi, enable_gqa=True)
-    with torch.no_grad():
-        assert theirs.flex_attention(q, k, v, alibi, enable_gqa=True).shape == q.shape
+def learned(table, slopes):
+    """A function whose captured tensors have gradients."""
+
+    def score(s, b, h, q, k):
+        return torch.tanh(s) * 2 + table[h, k] + slopes[h] * (k - q) / 8
+
+    return score
+
+
+def formula(q, k, v, score):
+    """out and lse of the documents' mask in torch's own operations."""
+    at = [torch.arange(n).view(shape) for n, shape in ((B, (B, 1, 1, 1)), (H, (H, 1, 1)), (S, (S, 1)), (S, (S,)))]
+    k, v = (x.repeat_interleave(H // KV, 1) for x in (k, v))
+    s = score(q @ k.transpose(-1, -2) * D**-0.5, *at).masked_fill(~documents(*at), -torch.inf)
+    return s.softmax(-1) @ v, s.logsumexp(-1)
+
+
+def gradients(function, tensors):
+    leaves = [x.detach().clone().requires_grad_() for x in (*tensors, BIAS, SLOPES)]
+    out, lse = function(*leaves)
+    (out.square().sum() + lse.sin().sum()).backward()
+    return [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("way", ["eager", "imported before", "aot_eager", "inductor"])
+def test_gradients(calls, qkv, way):
+    """Of q, k, v and of what the function captures: eagerly, and in one compiled graph. torch has no backward pass for
+    the CPU."""
+    mask = mask_of()
+    function = theirs.flex_attention if way == "eager" else before
+
+    def model(q, k, v, table, slopes):
+        return function(q * 1.0, k, v, learned(table, slopes), mask, enable_gqa=True, return_lse=True)
+
+    compiled = way in ("aot_eager", "inductor")
+    run = torch.compile(model, backend=way, fullgraph=True) if compiled else model
+    want = gradients(lambda q, k, v, table, slopes: formula(q, k, v, learned(table, slopes)), qkv)
+    for _ in range(2):
+        for got, expected in zip(gradients(run, qkv), want):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    if way == "eager":
+        assert calls == {"operator": 0, "function": 2}
+    elif compiled:
+        assert calls == {"operator": 2, "function": 0, "gradients": 2}
+
+
+def test_gradients_of_a_captured_tensor_alone(calls, qkv):
     table = torch.rand(H, requires_grad=True)
-    learned = lambda s, b, h, q, k: s + table[h]  # noqa: E731
-    out, _ = before(*qkv, learned, mask_of(), enable_gqa=True, return_lse=True)
-    assert calls == {"operator": 0, "function": 1}
-    checked(out.detach(), qkv, lambda s, b, h, q, k: s)
-    theirs.flex_attention(*qkv, learned, enable_gqa=True)
-    assert calls == {"operator": 0, "function": 2}  # which refused
+    score = lambda s, b, h, q, k: s * table[h]  # noqa: E731
+    model = torch.compile(lambda *x: theirs.flex_attention(*x, score, mask_of(), enable_gqa=True), backend="aot_eager")
+    model(*qkv).square().sum().backward()
+    wide = table.detach().double().requires_grad_()
+    formula(*(x.double() for x in qkv), lambda s, b, h, q, k: s * wide[h])[0].square().sum().backward()
+    torch.testing.assert_close(table.grad.double(), wide.grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert not theirs.flex_attention(*qkv, score, enable_gqa=True).requires_grad
 
 
 def test_what_is_left_to_torch(qkv):
@@ -176,6 +219,5 @@ def test_operator(qkv):
     check(back(out), *map(back, qkv), lambda s, *_: s * 2, scale=0.25, lse=(lse * np.log(2)).numpy())
     meta = operator(*(x.to("meta") for x in qkv), *rest)
     assert meta[0].shape == out.shape and meta[1].shape == lse.shape
-    with pytest.raises(ValueError, match=r"query\.requires_grad"):
-        operator(qkv[0].clone().requires_grad_(), *qkv[1:], *rest)
     torch.library.opcheck(operator, (*qkv, *rest), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operator, (qkv[0].clone().requires_grad_(), *qkv[1:], *rest))

@@ -181,7 +181,7 @@ def torch_venv(log: Log) -> Path:
 
 def torch(log: Log) -> None:
     """The Python tests with torch installed, including those of torch tensors, torch.compile and transformers."""
-    run_pytest(log, torch_venv(log), "tests/python", "examples/transformers")
+    run_pytest(log, torch_venv(log), "tests/python", "examples/transformers", "examples/train")
 
 
 def vllm(log: Log) -> None:
