@@ -3,14 +3,15 @@
 #pragma once
 
 #include <cstddef>
+#include <string_view>
 
 #include "cuda/fatbins.hpp"
 
 namespace flashspark::cuda {
 
 struct LibraryKernels {
-  const char *version;       // of the library; what follows may be read only by a program of the same version
-  const char *sources_hash;  // kernel_sources_hash(): a program of other sources gives kernels other arguments
+  const char *version;            // of the library; only a program of the same version may read what follows
+  std::string_view sources_hash;  // kernel_sources_hash(): a program of other sources gives kernels other arguments
   const char *architectures;
   const Fatbin *fatbins;
   size_t count;
