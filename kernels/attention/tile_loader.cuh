@@ -203,7 +203,7 @@ FLASHSPARK_DEVICE TileLoader<T, operand> make_tile_loader(const typename T::Argu
   const int32_t first_column = Loader::kValue ? static_cast<int32_t>(ptx::cta_z()) * T::kHeadDimV : 0;
   const Strides &strides = loader.strides();
   loader.data += row_tile.head_kv * strides.head + first_column + Copy::chunk() * Loader::kChunkElements;
-  if (!T::ScoreMod::kContiguous && keys.pages != nullptr) {
+  if (keys.pages != nullptr) {  // not by kContiguous: ptxas then takes the sum apart in the loop, and spills
     loader.data += Copy::row() % Copy::kGroupRows * strides.token;
   } else {
     const int64_t batch = a.cu_seqlens_k != nullptr ? 0 : keys.batch;

@@ -77,6 +77,13 @@ FLASHSPARK_DEVICE void compute(const typename T::KernelArguments &a, Scheduler &
         max_of(begin, max_of(ceil_div(bounds.unmasked[0].begin, T::kKeys), full.begin) - tiles.begin[0]);
     mainloop.unmasked_end = min_of(end - 2, min_of(bounds.unmasked[0].end / T::kKeys, full.end - 2) - tiles.begin[0]);
   }
+  if constexpr (!T::ScoreMod::kNative && T::ScoreMod::kBlockSparse) {
+    // Begins of wild lengths may lie at the end of 32 bits.
+    const Interval visited = mainloop.tile_copy.visited[0];
+    const bool all_columns = mainloop.k.columns() >= T::kHeadDim && mainloop.v.columns() >= T::kHeadDimV;
+    mainloop.unmasked_begin = static_cast<int32_t>((static_cast<uint32_t>(visited.begin) + T::kKeys - 1) / T::kKeys);
+    mainloop.unmasked_end = all_columns ? visited.end / T::kKeys : 0;
+  }
   if constexpr (T::ScoreMod::kDropout) mainloop.dropout_key = dropout_key(a.dropout);
   if constexpr (T::ScoreMod::kFunction)
     write_function_rows<T>(a, rows, keys, 1.0f / mainloop.natural_scale(), mainloop.dropout_key,

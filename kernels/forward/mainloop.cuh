@@ -25,7 +25,7 @@ struct Mainloop {
   KeyTilesOf<T> tiles;
   int32_t begin, end;  // of this split or range
   // Tiles [unmasked_begin, unmasked_end) are full, as are the two behind them, and every row keeps all their keys: the
-  // loop over them needs no predicates.
+  // loop over them needs no predicates. Of block lists: key tiles that are full.
   int32_t unmasked_begin, unmasked_end;
   KeyBounds warp_bounds;
   ptx::SharedAddress shared;
@@ -94,8 +94,9 @@ struct Mainloop {
     look_up(n + 1);
   }
 
-  // Whether all keys of tile n, which may not exist, take the short path of copies.
+  // Of block lists: whether all keys of the next tile, n, which may not exist, take the short path of copies.
   FLASHSPARK_DEVICE bool is_full(int32_t n) const {
+    if constexpr (!ScoreMod::kNative) return n < end && next >= unmasked_begin && next < unmasked_end;
     return n < end && k.columns() >= T::kHeadDim && v.columns() >= T::kHeadDimV && tile_copy.visits_all(tile_at(n));
   }
 
