@@ -212,8 +212,9 @@ void BackwardProblem::read(const Buffer &buffer, const flashspark_tensor &t, boo
 }
 
 Gradients BackwardProblem::run(const char *implementation, int num_threads) {
-  for (const Buffer *buffer : {&dq_, &dk_, &dv_, &dsinks_, &drel_, &dalibi_})
-    std::memset(buffer->data(), kPoison, buffer->size());
+  for (const Buffer *buffer : {&dq_, &dk_, &dv_, &dsinks_, &drel_, &dalibi_}) {
+    if (buffer->size() > 0) std::memset(buffer->data(), kPoison, buffer->size());
+  }
   Gradients g;
   g.status = launch(implementation, num_threads);
   if (g.status != FLASHSPARK_OK) {
