@@ -177,17 +177,31 @@ inline HWY_ATTR void end_keys(const BackwardTile &t) {
   }
 }
 
-inline HWY_ATTR float dot_rows(const void *a, const void *b, int64_t count, int32_t dtype) {
+// Dot products of kRowGroup pairs of rows, each summed in the order of multiply(): where a row has one key, whose v is
+// out, its ds is exactly 0.
+inline HWY_ATTR void dot_rows(const void *const *a, const void *const *b, int64_t width, int32_t dtype, float *dots) {
   const hn::CappedTag<float, 8> d;
-  auto sum = hn::Zero(d);
+  const hn::CappedTag<float, 1> one;
+  constexpr int64_t kStep = 8;  // divides every width
+  HWY_ALIGN float x[kRowGroup][kStep], y[kRowGroup][kStep];
+  hn::Vec<decltype(one)> sums[kRowGroup];
+  for (int r = 0; r < kRowGroup; ++r) sums[r] = hn::Zero(one);
   const auto add = [&](auto type) HWY_ATTR {
     using Element = typename decltype(type)::Element;
-    const auto *x = static_cast<const Element *>(a), *y = static_cast<const Element *>(b);
-    for (int64_t n = 0; n < count; n += static_cast<int64_t>(hn::Lanes(d)))
-      sum = hn::MulAdd(widen(d, type, x + n), widen(d, type, y + n), sum);
+    for (int64_t n = 0; n < width; n += kStep) {
+      for (int r = 0; r < kRowGroup; ++r) {
+        for (int64_t m = 0; m < kStep; m += static_cast<int64_t>(hn::Lanes(d))) {
+          hn::StoreU(widen(d, type, static_cast<const Element *>(a[r]) + n + m), d, x[r] + m);
+          hn::StoreU(widen(d, type, static_cast<const Element *>(b[r]) + n + m), d, y[r] + m);
+        }
+      }
+      for (int64_t m = 0; m < kStep; ++m) {
+        for (int r = 0; r < kRowGroup; ++r) sums[r] = hn::MulAdd(hn::Set(one, x[r][m]), hn::Set(one, y[r][m]), sums[r]);
+      }
+    }
   };
   with_type(dtype, add);
-  return sum_of(d, sum);
+  for (int r = 0; r < kRowGroup; ++r) dots[r] = hn::GetLane(sums[r]);
 }
 
 }  // namespace flashspark::cpu::HWY_NAMESPACE

@@ -1,4 +1,4 @@
-// Plans the backward pass: a job is a KV head of a sequence with its query heads, or a share of that head's tiles of
+// Runs the backward pass: a job is a KV head of a sequence with its query heads, or a share of that head's tiles of
 // keys. It owns dk and dv of its keys, and sums dq of all rows in memory of its own (docs/design/backward.md).
 #include "cpu/backward.hpp"
 
@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/backward_tile.hpp"
+#include "cpu/backward_plan.hpp"
 #include "cpu/function_gradients.hpp"
 #include "cpu/scratch_memory.hpp"
 #include "cpu/thread_pool.hpp"
@@ -17,46 +17,10 @@
 namespace flashspark::cpu {
 namespace {
 
-// Below this many multiply-adds waking another thread costs more than it does.
-constexpr int64_t kSerialWork = 400'000;
-
 // Rows whose dot products of out and dout are one job, and whose share of dsinks is one sum.
 constexpr int64_t kPreparedRows = 256;
 
-// Memory that all shares' sums of dq, and all threads' sums of captured tensors, may take. Beyond it there are fewer.
-constexpr int64_t kMostSums = int64_t{256} << 20;
-
-// With `deterministic` sums are cut without regard to the number of threads: so often at most.
-constexpr int64_t kDeterministicParts = 16;
-
-// A tile of query rows, and the keys that any of them keeps.
-struct RowTile {
-  int64_t row0;
-  int32_t rows;
-  std::vector<Interval> spans;
-
-  bool sees(int64_t begin, int64_t end) const {
-    return std::any_of(spans.begin(), spans.end(), [&](const Interval &s) { return s.begin < end && s.end > begin; });
-  }
-};
-
-// A KV head of a sequence.
-struct Head {
-  Sequence s;
-  int64_t h_kv;
-  Interval keys;         // from the first to the last key that a row keeps: no other is read
-  size_t row_tiles;      // index of its tiles: heads without lists of their own share them
-  int64_t first_common;  // of its packed rows in Plan::common
-  int64_t first_job;
-  int32_t shares;         // jobs
-  int64_t first_partial;  // of its jobs' dq in Plan::partial_dq; -1: the only job writes dq itself
-};
-
-struct Job {
-  int64_t head;
-  int32_t share;  // takes the tiles of keys share, share + shares, ..
-  int64_t cost;
-};
+using Head = BackwardHead;
 
 class Backward {
  public:
@@ -67,12 +31,11 @@ class Backward {
         functions_(f_),
         dropout_(dropout_of(f_)),
         group_(f_.num_heads_q / f_.num_heads_kv),
-        wanted_threads_(f_.num_threads > 0 ? f_.num_threads : default_threads()) {}
+        plan_(p) {}
 
   void run() {
-    find_heads();
-    threads_ = work_ < kSerialWork ? 1 : wanted_threads_;
-    cut_into_jobs();
+    if (plan_.partial_floats > 0) partial_dq_ = allocate_floats(static_cast<size_t>(plan_.partial_floats));
+    slopes_.assign(plan_.jobs.size() * static_cast<size_t>(group_), 0.0);
     clear_unused();
     prepare();
     run_jobs();
@@ -86,26 +49,15 @@ class Backward {
     int64_t batch, row, rows;  // rows [row, row + rows) of a batch row
   };
 
-  int64_t packed_rows(const Head &head) const { return head.s.seqlen_q * group_; }
-  static int64_t key_tiles(const Head &head) {
-    return (std::max<int64_t>(head.keys.end - head.keys.begin, 0) + kBackwardKeys - 1) / kBackwardKeys;
-  }
-  int64_t dq_floats(const Head &head) const {
-    return (packed_rows(head) + kRowGroup - 1) / kRowGroup * kRowGroup * backward_width(f_.head_dim);
-  }
   bool per_sequence_slopes() const { return f_.alibi_batch_stride != 0; }
 
-  void find_heads();
-  std::vector<RowTile> cut_rows(const Sequence &s, int64_t h_kv);
-  void cut_into_jobs();
-  int64_t shares_of(const Head &head) const;
   void clear_unused() const;
   void clear_rows(const flashspark_tensor &t, const Extent &e, int64_t heads, int64_t width) const;
   void clear_rel() const;
   void prepare();
   void prepare_rows(const Head &head, int64_t first, int64_t last, double *sinks);
   void run_jobs();
-  void run_job(const Job &job, FunctionGradients *function_gradients);
+  void run_job(const BackwardJob &job, FunctionGradients *function_gradients);
   void run_key_tile(const Head &head, BackwardTile &t, TileFunctions &tile_functions) const;
   void clear_keys(const Head &head, int64_t begin, int64_t end) const;
   void store_queries(const Head &head, int64_t row, const float *dq) const;
@@ -118,82 +70,11 @@ class Backward {
   const Functions functions_;
   const Dropout dropout_;
   const int64_t group_;
-  const int32_t wanted_threads_;
-  int32_t threads_ = 1;
-  int64_t work_ = 0, num_common_ = 0;
-  std::vector<Head> heads_;
-  std::vector<std::vector<RowTile>> row_tiles_;
-  std::vector<Job> jobs_;
+  const BackwardPlan plan_;
   std::vector<float> common_;
   std::vector<double> slopes_;  // (jobs, group)
   Floats partial_dq_;
 };
-
-std::vector<RowTile> Backward::cut_rows(const Sequence &s, int64_t h_kv) {
-  std::vector<RowTile> tiles;
-  TileMask &mask = thread_mask();
-  const int64_t most = backward_rows(f_.head_dim, f_.head_dim_v), packed = s.seqlen_q * group_;
-  for (int64_t row0 = 0; row0 < packed; row0 += most) {
-    const int64_t rows = std::min(most, packed - row0);
-    mask.set_tokens(f_, s, h_kv, row0 / group_, (row0 + rows - 1) / group_);
-    tiles.push_back({row0, static_cast<int32_t>(rows), mask.spans});
-  }
-  return tiles;
-}
-
-void Backward::find_heads() {
-  for (int64_t b = 0; b < f_.num_seqs; ++b) {
-    const Sequence s = sequence(f_, b);
-    if (s.seqlen_q == 0) continue;
-    for (int64_t h_kv = 0; h_kv < f_.num_heads_kv; ++h_kv) {
-      if (h_kv == 0 || (has_block_lists(f_) && f_.block_heads > 1)) row_tiles_.push_back(cut_rows(s, h_kv));
-      Interval keys{s.seqlen_k, 0};
-      int64_t pairs = 0;
-      for (const RowTile &tile : row_tiles_.back()) {
-        for (const Interval &span : tile.spans) {
-          keys = {std::min(keys.begin, span.begin), std::max(keys.end, std::min(span.end, s.seqlen_k))};
-          pairs += tile.rows * (span.end - span.begin);
-        }
-      }
-      if (keys.empty()) keys = {};
-      heads_.push_back({s, h_kv, keys, row_tiles_.size() - 1, num_common_, 0, 1, -1});
-      num_common_ += s.seqlen_q * group_;
-      jobs_.push_back({static_cast<int64_t>(heads_.size()) - 1, 0, pairs});
-      work_ += pairs * (3 * f_.head_dim + 2 * f_.head_dim_v);
-    }
-  }
-}
-
-// Into how many shares a head's keys are cut: with too few heads for the threads, or always alike if the sums of dq
-// must not depend on these.
-int64_t Backward::shares_of(const Head &head) const {
-  const auto heads = static_cast<int64_t>(heads_.size());
-  const int64_t most = std::max<int64_t>(key_tiles(head) / 2, 1);
-  if (f_.deterministic != 0) return std::clamp<int64_t>(kDeterministicParts / f_.num_heads_kv, 1, most);
-  if (threads_ == 1 || heads >= 4 * threads_) return 1;
-  return std::clamp<int64_t>((4 * threads_ + heads - 1) / heads, 1, most);
-}
-
-void Backward::cut_into_jobs() {
-  int64_t floats = 0;
-  for (const Head &head : heads_) floats += dq_floats(head);
-  const int64_t affordable =
-      p_.dq.data != nullptr ? std::max<int64_t>(kMostSums / std::max<int64_t>(4 * floats, 1), 1) : INT64_MAX;
-  const std::vector<Job> whole = std::move(jobs_);
-  jobs_.clear();
-  int64_t partials = 0;
-  for (const Job &job : whole) {
-    Head &head = heads_[static_cast<size_t>(job.head)];
-    head.shares = static_cast<int32_t>(std::min(shares_of(head), affordable));
-    head.first_job = static_cast<int64_t>(jobs_.size());
-    for (int32_t share = 0; share < head.shares; ++share) jobs_.push_back({job.head, share, job.cost / head.shares});
-    if (head.shares == 1 || p_.dq.data == nullptr) continue;
-    head.first_partial = partials;
-    partials += head.shares * dq_floats(head);
-  }
-  if (partials > 0) partial_dq_ = allocate_floats(static_cast<size_t>(partials));
-  slopes_.assign(jobs_.size() * static_cast<size_t>(group_), 0.0);
-}
 
 void Backward::clear_rows(const flashspark_tensor &t, const Extent &e, int64_t heads, int64_t width) const {
   if (t.data == nullptr) return;
@@ -240,48 +121,58 @@ void Backward::clear_unused() const {
 // Jobs write each distance that they meet.
 void Backward::clear_rel() const {
   const flashspark_tensor drel = as_rel_tensor(f_, p_.drel_logits, FLASHSPARK_FLOAT32);
-  parallel_for(threads_, rel_tokens(f_),
+  parallel_for(plan_.threads, rel_tokens(f_),
                [&](int64_t t) { clear_rows(drel, {0, t, 1}, f_.num_heads_q, f_.rel_extent); });
 }
 
 // common and the sums of sinks, of packed rows [first, last).
 void Backward::prepare_rows(const Head &head, int64_t first, int64_t last, double *sinks) {
   const auto size = static_cast<int64_t>(dtype_size(f_.out.dtype));
+  float *const common = common_.data() + head.first_common;
+  const auto address = [&](const flashspark_tensor &t, int64_t row) {
+    const int64_t h = head.h_kv * group_ + row % group_;
+    return static_cast<const char *>(t.data) + q_offset(f_, t, head.s, row / group_, h) * size;
+  };
+  for (int64_t row = first; row < last; row += kRowGroup) {
+    const void *out[kRowGroup], *dout[kRowGroup];
+    float dots[kRowGroup];
+    for (int64_t n = 0; n < kRowGroup; ++n) {
+      const int64_t real = std::min(row + n, last - 1);  // what fills the group is not used
+      out[n] = address(f_.out, real), dout[n] = address(p_.dout, real);
+    }
+    kernels_.dots(out, dout, f_.head_dim_v, f_.out.dtype, dots);
+    for (int64_t n = 0; n < std::min<int64_t>(kRowGroup, last - row); ++n) common[row + n] = -dots[n];
+  }
   for (int64_t row = first; row < last; ++row) {
-    const int64_t i = row / group_, h = head.h_kv * group_ + row % group_;
-    const char *out = static_cast<const char *>(f_.out.data) + q_offset(f_, f_.out, head.s, i, h) * size;
-    const char *dout = static_cast<const char *>(p_.dout.data) + q_offset(f_, p_.dout, head.s, i, h) * size;
-    const int64_t at = lse_offset(f_, head.s, i, h);
-    float common = -kernels_.dot(out, dout, f_.head_dim_v, f_.out.dtype);
-    if (p_.dlse != nullptr) common += p_.dlse[at];
-    common_[static_cast<size_t>(head.first_common + row)] = common;
+    const int64_t h = head.h_kv * group_ + row % group_, at = lse_offset(f_, head.s, row / group_, h);
+    if (p_.dlse != nullptr) common[row] += p_.dlse[at];
     if (p_.dsinks == nullptr) continue;
     constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
     const double sink = load_as_float(f_.sinks, h, f_.sinks_dtype), lse = f_.lse[at];
-    if (sink != kMinusInfinity && lse != kMinusInfinity) sinks[row % group_] += std::exp(sink - lse) * common;
+    if (sink != kMinusInfinity && lse != kMinusInfinity) sinks[row % group_] += std::exp(sink - lse) * common[row];
   }
 }
 
 void Backward::prepare() {
-  common_.resize(static_cast<size_t>(num_common_));
+  common_.resize(static_cast<size_t>(plan_.common_rows));
   struct Chunk {
     size_t head;
     int64_t first;
   };
   std::vector<Chunk> chunks;
-  for (size_t n = 0; n < heads_.size(); ++n) {
-    for (int64_t row = 0; row < packed_rows(heads_[n]); row += kPreparedRows) chunks.push_back({n, row});
+  for (size_t n = 0; n < plan_.heads.size(); ++n) {
+    for (int64_t row = 0; row < plan_.heads[n].rows; row += kPreparedRows) chunks.push_back({n, row});
   }
   std::vector<double> sinks(chunks.size() * static_cast<size_t>(group_));
-  parallel_for(threads_, static_cast<int64_t>(chunks.size()), [&](int64_t n) {
+  parallel_for(plan_.threads, static_cast<int64_t>(chunks.size()), [&](int64_t n) {
     const auto [number, first] = chunks[static_cast<size_t>(n)];
-    const Head &head = heads_[number];
-    prepare_rows(head, first, std::min(first + kPreparedRows, packed_rows(head)), sinks.data() + n * group_);
+    const Head &head = plan_.heads[number];
+    prepare_rows(head, first, std::min(first + kPreparedRows, head.rows), sinks.data() + n * group_);
   });
   if (p_.dsinks == nullptr) return;
   std::vector<double> sums(static_cast<size_t>(f_.num_heads_q));
   for (size_t n = 0; n < chunks.size(); ++n) {
-    const int64_t first = heads_[chunks[n].head].h_kv * group_;
+    const int64_t first = plan_.heads[chunks[n].head].h_kv * group_;
     for (int64_t h = 0; h < group_; ++h)
       sums[static_cast<size_t>(first + h)] += sinks[n * static_cast<size_t>(group_) + static_cast<size_t>(h)];
   }
@@ -291,27 +182,26 @@ void Backward::prepare() {
 void Backward::run_jobs() {
   if (f_.score_mod.mod != nullptr) {
     // A part's jobs follow each other and share its sums of captured tensors.
-    const int64_t bytes = std::max<int64_t>(8 * FunctionGradients::num_sums(p_), 1);
-    const int64_t most = std::max<int64_t>(kMostSums / bytes, 1);
-    const int64_t parts = std::min<int64_t>(f_.deterministic != 0 ? kDeterministicParts : threads_, most);
+    const int64_t parts = plan_.parts;
     std::vector<FunctionGradients> gradients(static_cast<size_t>(parts), FunctionGradients(p_));
-    parallel_for(threads_, parts, [&](int64_t part) {
-      for (size_t n = static_cast<size_t>(part); n < jobs_.size(); n += static_cast<size_t>(parts))
-        run_job(jobs_[n], &gradients[static_cast<size_t>(part)]);
+    parallel_for(plan_.threads, parts, [&](int64_t part) {
+      for (size_t n = static_cast<size_t>(part); n < plan_.jobs.size(); n += static_cast<size_t>(parts))
+        run_job(plan_.jobs[n], &gradients[static_cast<size_t>(part)]);
     });
     FunctionGradients::store(p_, gradients);
     return;
   }
   // Longest first, so that the last jobs to end are short.
-  std::vector<size_t> order(jobs_.size());
+  std::vector<size_t> order(plan_.jobs.size());
   for (size_t n = 0; n < order.size(); ++n) order[n] = n;
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return jobs_[a].cost > jobs_[b].cost; });
-  parallel_for(threads_, static_cast<int64_t>(order.size()),
-               [&](int64_t n) { run_job(jobs_[order[static_cast<size_t>(n)]], nullptr); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return plan_.jobs[a].cost > plan_.jobs[b].cost; });
+  parallel_for(plan_.threads, static_cast<int64_t>(order.size()),
+               [&](int64_t n) { run_job(plan_.jobs[order[static_cast<size_t>(n)]], nullptr); });
 }
 
-void Backward::run_job(const Job &job, FunctionGradients *function_gradients) {
-  const Head &head = heads_[static_cast<size_t>(job.head)];
+void Backward::run_job(const BackwardJob &job, FunctionGradients *function_gradients) {
+  const Head &head = plan_.heads[job.head];
   BackwardTile t{};
   t.p = &p_;
   t.function_gradients = function_gradients;
@@ -327,13 +217,13 @@ void Backward::run_job(const Job &job, FunctionGradients *function_gradients) {
   t.scratch = thread_scratch(backward_scratch_floats(f_.head_dim, f_.head_dim_v));
   Floats own;  // dq of a head's only job
   if (p_.dq.data != nullptr) {
-    const auto floats = static_cast<size_t>(dq_floats(head));
+    const auto floats = static_cast<size_t>(plan_.dq_floats(head));
     if (head.first_partial < 0) own = allocate_floats(floats);
     t.dq = own ? own.get() : partial_dq_.get() + head.first_partial + job.share * static_cast<int64_t>(floats);
     std::fill_n(t.dq, floats, 0.0f);
   }
   thread_local TileFunctions tile_functions;  // keeps its memory from tile to tile
-  for (int64_t n = job.share; n < key_tiles(head); n += head.shares) {
+  for (int64_t n = job.share; n < head.key_tiles(); n += head.shares) {
     t.key = head.keys.begin + n * kBackwardKeys;
     t.count = std::min<int64_t>(kBackwardKeys, head.keys.end - t.key);
     run_key_tile(head, t, tile_functions);
@@ -342,14 +232,14 @@ void Backward::run_job(const Job &job, FunctionGradients *function_gradients) {
     clear_keys(head, 0, head.keys.begin);
     clear_keys(head, head.keys.end, head.s.seqlen_k);
   }
-  for (int64_t row = 0; own && row < packed_rows(head); ++row)
+  for (int64_t row = 0; own && row < head.rows; ++row)
     store_queries(head, row, t.dq + row * backward_width(f_.head_dim));
 }
 
 void Backward::run_key_tile(const Head &head, BackwardTile &t, TileFunctions &tile_functions) const {
   TileMask &mask = thread_mask();
   bool begun = false;
-  for (const RowTile &tile : row_tiles_[head.row_tiles]) {
+  for (const BackwardRowTile &tile : plan_.row_tiles[head.row_tiles]) {
     if (!tile.sees(t.key, t.key + t.count)) continue;
     if (!begun) kernels_.begin(t);
     begun = true;
@@ -387,14 +277,14 @@ void Backward::store_queries(const Head &head, int64_t row, const float *dq) con
 // dq of heads whose keys several jobs have: the sum of their sums, in their order.
 void Backward::store_split_queries() {
   if (!partial_dq_) return;
-  parallel_for(threads_, static_cast<int64_t>(heads_.size()), [&](int64_t n) {
-    const Head &head = heads_[static_cast<size_t>(n)];
+  parallel_for(plan_.threads, static_cast<int64_t>(plan_.heads.size()), [&](int64_t n) {
+    const Head &head = plan_.heads[static_cast<size_t>(n)];
     if (head.first_partial < 0) return;
     const int64_t width = backward_width(f_.head_dim);
-    for (int64_t row = 0; row < packed_rows(head); ++row) {
+    for (int64_t row = 0; row < head.rows; ++row) {
       float *sum = partial_dq_.get() + head.first_partial + row * width;
       for (int64_t share = 1; share < head.shares; ++share) {
-        const float *more = sum + share * dq_floats(head);
+        const float *more = sum + share * plan_.dq_floats(head);
         for (int64_t d = 0; d < f_.head_dim; ++d) sum[d] += more[d];
       }
       store_queries(head, row, sum);
@@ -405,8 +295,8 @@ void Backward::store_split_queries() {
 void Backward::store_slopes() const {
   if (p_.dalibi_slopes == nullptr) return;
   std::vector<double> sums(static_cast<size_t>(f_.num_heads_q * (per_sequence_slopes() ? f_.num_seqs : 1)));
-  for (size_t n = 0; n < jobs_.size(); ++n) {
-    const Head &head = heads_[static_cast<size_t>(jobs_[n].head)];
+  for (size_t n = 0; n < plan_.jobs.size(); ++n) {
+    const Head &head = plan_.heads[plan_.jobs[n].head];
     const int64_t first = (per_sequence_slopes() ? head.s.index * f_.num_heads_q : 0) + head.h_kv * group_;
     for (int64_t h = 0; h < group_; ++h)
       sums[static_cast<size_t>(first + h)] += slopes_[n * static_cast<size_t>(group_) + static_cast<size_t>(h)];

@@ -117,8 +117,10 @@ HWY_INLINE HWY_ATTR void differentiate_row(int64_t count, float lse, float commo
                                            float *g) {
   const DN d;
   const VN vlse = hn::Set(d, lse), vcommon = hn::Set(d, common), log2e = hn::Set(d, kLog2e), zero = hn::Zero(d);
+  const VN dropped = hn::Set(d, kMinusInfinity);  // by a mask: also in a row whose lse is NaN
   for (int64_t n = 0; n < count; n += kLanes) {
-    const VN p = exp2_nonpositive(d, hn::Mul(hn::Sub(hn::LoadU(d, s + n), vlse), log2e));
+    const VN score = hn::LoadU(d, s + n);
+    const VN p = hn::IfThenZeroElse(hn::Eq(score, dropped), exp2_nonpositive(d, hn::Mul(hn::Sub(score, vlse), log2e)));
     VN weight = p, product = hn::LoadU(d, g + n);
     if constexpr (kDropout) {
       const VN z = hn::LoadU(d, kept + n);

@@ -52,8 +52,8 @@ struct BackwardKernels {
   void (*begin)(const BackwardTile &t);
   void (*add_rows)(const BackwardTile &t);
   void (*end)(const BackwardTile &t);
-  // Of two rows of `count` elements of `dtype`.
-  float (*dot)(const void *a, const void *b, int64_t count, int32_t dtype);
+  // Dot products of kRowGroup pairs of rows, `width` elements of `dtype` long.
+  void (*dots)(const void *const *a, const void *const *b, int64_t width, int32_t dtype, float *dots);
   // Writes a row of floats, times `factor`, as elements of `dtype` from element `at` of data.
   void (*store)(const float *row, int64_t count, float factor, void *data, int64_t at, int32_t dtype);
 };

@@ -85,7 +85,7 @@ class Probe {
   }
 
   // The derivative of the loss by x, from four losses: what is left of the Taylor series begins with the fifth power.
-  double difference(float &x) {
+  double difference(float &x, float smallest_step) {
     const float before = x;
     const auto slope_of = [&](float step) {
       x = before + step;
@@ -95,7 +95,7 @@ class Probe {
       x = before;
       return (above - below) / (2 * double{step});
     };
-    const double near = slope_of(0x1p-6f), far = slope_of(0x1p-5f);
+    const double near = slope_of(smallest_step), far = slope_of(2 * smallest_step);
     return near + (near - far) / 3;
   }
 
@@ -118,13 +118,13 @@ class Probe {
 // Up to forty elements of `gradient`, element n of which belongs to the input at(n). float32 results leave some 1e-5 of
 // the largest in a difference.
 void expect_differences(Probe &probe, const char *name, const std::vector<float> &gradient,
-                        const std::function<float &(size_t)> &at) {
+                        const std::function<float &(size_t)> &at, float smallest_step = 0x1p-6f) {
   ASSERT_FALSE(gradient.empty()) << name;
   double largest = 1;
   for (const float x : gradient) largest = std::max(largest, std::fabs(double{x}));
   const size_t step = std::max<size_t>(gradient.size() / 37, 1);
   for (size_t n = 0; n < gradient.size(); n += step)
-    EXPECT_NEAR(gradient[n], probe.difference(at(n)), 2e-4 * largest) << name << "[" << n << "]";
+    EXPECT_NEAR(gradient[n], probe.difference(at(n), smallest_step), 2e-4 * largest) << name << "[" << n << "]";
 }
 
 Case base() {
@@ -179,7 +179,8 @@ TEST_P(BackwardDifferences, AreTheOraclesGradients) {
     return [data](size_t n) -> float & { return static_cast<float *>(const_cast<void *>(data))[n]; };
   };
   if (f.sinks != nullptr) expect_differences(probe, "dsinks", g.dsinks, flat(f.sinks));
-  if (f.alibi_slopes != nullptr) expect_differences(probe, "dalibi_slopes", g.dalibi, flat(f.alibi_slopes));
+  // A slope is multiplied with distances, up to 37.
+  if (f.alibi_slopes != nullptr) expect_differences(probe, "dalibi_slopes", g.dalibi, flat(f.alibi_slopes), 0x1p-9f);
   if (f.rel_logits != nullptr) {
     ASSERT_EQ(f.rel_token_stride, f.num_heads_q * f.rel_extent);
     expect_differences(probe, "drel_logits", g.drel, flat(f.rel_logits));

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cases/backward.hpp"
 #include "cases/cases.hpp"
 #include "cpu/tile.hpp"
 #include "dtype.hpp"
@@ -140,6 +141,22 @@ TEST_P(Targets, EveryCaseOfTheMatrixAgreesWithTheOracle) {
     ASSERT_EQ(got.status, FLASHSPARK_OK) << matrix[n].name << ": " << got.error;
     EXPECT_TRUE(cases::compare(problem, got, expected[n]).passed()) << matrix[n].name;
   }
+}
+
+// Gradients, on each target: some cases of the matrix, which differ in most of what there is.
+TEST_P(Targets, GradientsAgreeWithTheOracle) {
+  const std::vector<cases::Case> matrix = cases::feature_matrix();
+  int compared = 0;
+  for (size_t n = 0; n < matrix.size(); n += 5) {
+    if (!cases::has_gradients(matrix[n])) continue;
+    cases::BackwardProblem problem(matrix[n]);
+    const cases::Gradients expected = problem.run("cpu-reference");
+    const Use use(GetParam());
+    const cases::GradientComparison c = compare(problem, problem.run("cpu-engine"), expected);
+    EXPECT_TRUE(c.passed()) << matrix[n].name << ": " << c.worst;
+    ++compared;
+  }
+  EXPECT_GT(compared, 10);
 }
 
 // What one NaN value makes of a row, in every type of out.

@@ -108,7 +108,7 @@ const Fault kFaults[] = {
     {"pages",
      [](World &w) {
        w.f.page_table = w.pages.data(), w.f.page_table_stride = w.f.num_page_slots = 2, w.f.num_pages = 4;
-       w.f.page_size = 10;
+       w.f.page_size = 10, w.f.k.batch_stride = 320, w.f.v.batch_stride = 160;
      },
      "page_table = given: must be NULL"},
     {"batch index", [](World &w) { w.f.kv_batch_index = w.index.data(); }, "kv_batch_index = given: must be NULL"},
