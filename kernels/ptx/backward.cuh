@@ -1,5 +1,5 @@
-// Instructions that only the backward pass issues. As in ptx.cuh, tests/emulator/ptx/backward.cuh declares the same ones
-// for the host.
+// Instructions that only the backward pass issues. As in ptx.cuh, tests/emulator/ptx/backward.cuh declares the same
+// ones for the host.
 #pragma once
 
 #include "ptx/ptx.cuh"

@@ -55,10 +55,9 @@ std::string to_string(const BackwardSpec &s) {
 }
 
 flashspark_tensor BackwardProblem::tensor(Guarded<uint16_t> &memory, int64_t batch, int64_t tokens, int64_t heads,
-                                          int64_t width, bool poisoned) {
+                                          int64_t width) {
   memory = Guarded<uint16_t>(static_cast<size_t>(batch * tokens * heads * width));
   std::fill(memory.begin(), memory.end(), uint16_t{0x7fff});  // NaN
-  (void)poisoned;
   if (spec_.heads_first) return {memory.data(), tokens * heads * width, width, tokens * width, spec_.dtype, 0};
   return {memory.data(), tokens * heads * width, heads * width, width, spec_.dtype, 0};
 }
@@ -112,14 +111,14 @@ void BackwardProblem::make_memory(uint64_t seed) {
   }
   const int64_t batch_q = s.varlen_q ? 1 : p.num_seqs, rows_q = s.varlen_q ? p.total_q : max_q_;
   const int64_t batch_k = s.varlen_k ? 1 : p.num_seqs, rows_k = s.varlen_k ? p.total_k : max_k_;
-  p.q = tensor(q_, batch_q, rows_q, s.heads_q, s.head_dim, true);
-  p.out = tensor(out_, batch_q, rows_q, s.heads_q, s.head_dim_v, true);
-  params.dout = tensor(dout_, batch_q, rows_q, s.heads_q, s.head_dim_v, true);
-  p.k = tensor(k_, batch_k, rows_k, s.heads_kv, s.head_dim, true);
-  p.v = tensor(v_, batch_k, rows_k, s.heads_kv, s.head_dim_v, true);
-  if (s.wanted_q) params.dq = tensor(dq_, batch_q, rows_q, s.heads_q, s.head_dim, false);
-  if (s.wanted_k) params.dk = tensor(dk_, batch_k, rows_k, s.heads_kv, s.head_dim, false);
-  if (s.wanted_v) params.dv = tensor(dv_, batch_k, rows_k, s.heads_kv, s.head_dim_v, false);
+  p.q = tensor(q_, batch_q, rows_q, s.heads_q, s.head_dim);
+  p.out = tensor(out_, batch_q, rows_q, s.heads_q, s.head_dim_v);
+  params.dout = tensor(dout_, batch_q, rows_q, s.heads_q, s.head_dim_v);
+  p.k = tensor(k_, batch_k, rows_k, s.heads_kv, s.head_dim);
+  p.v = tensor(v_, batch_k, rows_k, s.heads_kv, s.head_dim_v);
+  if (s.wanted_q) params.dq = tensor(dq_, batch_q, rows_q, s.heads_q, s.head_dim);
+  if (s.wanted_k) params.dk = tensor(dk_, batch_k, rows_k, s.heads_kv, s.head_dim);
+  if (s.wanted_v) params.dv = tensor(dv_, batch_k, rows_k, s.heads_kv, s.head_dim_v);
   lse_ = Guarded<float>(static_cast<size_t>(batch_q * rows_q * s.heads_q));
   std::fill(lse_.begin(), lse_.end(), NAN);
   p.lse = lse_.data();
@@ -238,7 +237,7 @@ void BackwardProblem::compute_truth() {
             const double x = element(params.dout, bq, q0 + i, h, d) * element(p.v, bk, k0 + j, h / group, d);
             dp += x, cancels += kept * std::fabs(x);
           }
-          const double noise = prob * cancels * double{p.softmax_scale} * 0x1p-18;
+          const double noise = (prob * 0x1p-18 + 0x1p-25) * cancels * double{p.softmax_scale};
           const double ds = prob * (kept * dp - delta) * slope[static_cast<size_t>(j)] * double{p.softmax_scale};
           const int64_t row_k = bk * rows_k + k0 + j, row_q = bq * rows_q + q0 + i;
           for (int64_t d = 0; d < s.head_dim_v; ++d)
@@ -282,7 +281,7 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
 }
 
 std::string BackwardProblem::compare(const char *name, const flashspark_tensor &got, const Truth &truth, int64_t heads,
-                                     int64_t width, bool of_keys) const {
+                                     int64_t width, bool of_keys, int roundings) const {
   if (got.data == nullptr) return {};
   const BackwardSpec &s = spec_;
   const bool varlen = of_keys ? s.varlen_k : s.varlen_q;
@@ -296,7 +295,8 @@ std::string BackwardProblem::compare(const char *name, const flashspark_tensor &
         for (int64_t d = 0; d < width; ++d) {
           const auto at = static_cast<size_t>(((b * rows + n) * heads + h) * width + d);
           const double x = element(got, b, n, h, d), y = truth.value[at];
-          const double allowed = step * std::fabs(y) + truth.allowed[at] + (truth.allowed[at] > 0 ? 1e-6 : 0);
+          const double allowed =
+              step * std::fabs(y) + roundings * truth.allowed[at] + (truth.allowed[at] > 0 ? 1e-6 : 0);
           if (!(std::fabs(x - y) <= allowed))
             return std::string(name) + " batch " + std::to_string(b) + " row " + std::to_string(n) + " head " +
                    std::to_string(h) + " column " + std::to_string(d) + ": " + std::to_string(x) + ", should be " +
@@ -308,11 +308,13 @@ std::string BackwardProblem::compare(const char *name, const flashspark_tensor &
   return {};
 }
 
-std::string BackwardProblem::compare() const {
+std::string BackwardProblem::compare(const BackwardKernel &kernel) const {
   const BackwardSpec &s = spec_;
-  std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true);
-  if (text.empty()) text = compare("dk", params.dk, truth_k_, s.heads_kv, s.head_dim, true);
-  if (text.empty()) text = compare("dq", params.dq, truth_q_, s.heads_q, s.head_dim, false);
+  // Of a term's factors: pairs of warps hand P to each other in 16 bits, and round dS as all do.
+  const int roundings = kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients ? 2 : 1;
+  std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true, 1);
+  if (text.empty()) text = compare("dk", params.dk, truth_k_, s.heads_kv, s.head_dim, true, roundings);
+  if (text.empty()) text = compare("dq", params.dq, truth_q_, s.heads_q, s.head_dim, false, roundings);
   for (size_t h = 0; text.empty() && s.sinks && h < dsinks_.size(); ++h) {
     const double x = double{dsinks_[h]}, y = truth_sinks_.value[h];
     if (!(std::fabs(x - y) <= 0.02 * truth_sinks_.allowed[h] + 1e-5))
@@ -331,7 +333,7 @@ std::string check_backward(const BackwardSpec &spec, const BackwardKernel &kerne
     BackwardProblem problem(typed, seed);
     const Counters counted = problem.run(kernel, seed);
     if (counters != nullptr) *counters = counted;
-    const std::string wrong = problem.compare();
+    const std::string wrong = problem.compare(kernel);
     return wrong.empty() ? "" : named(wrong);
   } catch (const Fault &fault) {
     return named(fault.what());

@@ -52,7 +52,7 @@ class BackwardProblem {
   Counters run(const BackwardKernel &kernel, uint64_t seed);
 
   // What is wrong with the results; empty: nothing.
-  std::string compare() const;
+  std::string compare(const BackwardKernel &kernel) const;
 
  private:
   struct Tensor;
@@ -62,11 +62,9 @@ class BackwardProblem {
   };
   void make_memory(uint64_t seed);
   void compute_truth();
-  flashspark_tensor tensor(Guarded<uint16_t> &memory, int64_t batch, int64_t tokens, int64_t heads, int64_t width,
-                           bool poisoned);
+  flashspark_tensor tensor(Guarded<uint16_t> &memory, int64_t batch, int64_t tokens, int64_t heads, int64_t width);
   std::string compare(const char *name, const flashspark_tensor &got, const Truth &truth, int64_t heads, int64_t width,
-                      bool of_keys) const;
-  double drawn(const Truth &) const;
+                      bool of_keys, int roundings) const;
 
   BackwardSpec spec_;
   Guarded<uint16_t> q_, k_, v_, out_, dout_, dq_, dk_, dv_;
