@@ -4,6 +4,7 @@
 //   Score, Mask   kExists        false: there is none
 //                 kWords         32-bit words that depend on the row alone
 //                 row(...)       computes them, once a work tile
+//                 kOperations    of a score
 //                 kUsesKeys      whether anything but the key itself depends on the key alone
 //                 Key, key(...)  that, computed once for all rows of a lane
 //   Score         apply(...)     a score as Q K^T gives it, to the same: the function's value divided by softmax_scale,
@@ -27,14 +28,18 @@
 
 namespace flashspark {
 
+// More operations than this, for 64 scores at once, are more code than the instruction cache holds, and than compiles
+// in two seconds.
+constexpr int32_t kLargeFunction = 24;
+
 template <class Functions, bool native, bool block_sparse, bool block_status, bool dropout, bool contiguous>
 struct FunctionScoreMod {
   using Score = typename Functions::Score;
   using Mask = typename Functions::Mask;
   static constexpr bool kNative = native, kFunction = true, kScoreFunction = Score::kExists,
                         kBlockSparse = block_sparse, kBlockStatus = block_status, kDropout = dropout,
-                        kContiguous = contiguous, kScoreOffset = Score::kHasOffset,
-                        kScoreBias = Score::kIsBias && !native;
+                        kContiguous = contiguous, kLarge = Score::kOperations + Mask::kOperations > kLargeFunction,
+                        kScoreOffset = Score::kHasOffset, kScoreBias = Score::kIsBias && !native;
   static constexpr int32_t kFunctionWords = Score::kWords + Mask::kWords;
   static constexpr int32_t kRowWords = kFunctionWords + (dropout ? kDropoutRowWords : 0);
 

@@ -9,6 +9,7 @@
 //   kScoreFunction    whether a score_mod is among them
 //   kBlockSparse      key tiles come from lists
 //   kBlockStatus      of tiles that the user's blocks do not fit: what these say is asked for each score
+//   kLarge            whether the user's functions have many operations
 //   kContiguous       whether there is no page table: the code for pages is left out
 //   kScoreBias        whether the user's score function adds to the score what does not depend on it: the products
 //   begin
@@ -29,7 +30,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 struct NoScoreMod {
   static constexpr bool kNative = false, kFunction = false, kScoreFunction = false, kBlockSparse = false,
                         kBlockStatus = false, kDropout = false, kScoreBias = false, kScoreOffset = false,
-                        kContiguous = false;
+                        kContiguous = false, kLarge = false;
   static constexpr int32_t kRowWords = 0;
   struct RowContext {};
 };
@@ -39,7 +40,7 @@ struct NoScoreMod {
 struct NativeScoreMod {
   static constexpr bool kNative = true, kFunction = false, kScoreFunction = false, kBlockSparse = false,
                         kBlockStatus = false, kDropout = false, kScoreBias = false, kScoreOffset = false,
-                        kContiguous = false;
+                        kContiguous = false, kLarge = false;
   static constexpr int32_t kRowWords = 0;
 
   struct RowContext {

@@ -65,12 +65,15 @@ inline constexpr Instance kInstances[] = {
 #undef FLASHSPARK_INSTANCE
 #undef FLASHSPARK_TILE
 
-// The tile of an instance's kernels with the user's functions. Dropout draws for 64 keys at once: with fewer scores it
-// draws more often, which costs more than the few registers that otherwise spill.
-constexpr Tile function_tile(Tile tile, bool dropout) {
-  constexpr int32_t kDropoutKeys = 32;
-  if (dropout && tile.score_keys < kDropoutKeys && tile.keys % (kDropoutKeys * tile.key_groups) == 0)
-    tile.score_keys = kDropoutKeys;
+// The tile of an instance's kernels with the user's functions. Large ones get 32 scores at once, where Q lies in
+// registers and is not read again for the others. Dropout draws for 64 keys: with fewer scores it draws more often,
+// which costs more than the few registers that otherwise spill.
+constexpr Tile function_tile(Tile tile, bool dropout, bool large) {
+  constexpr int32_t kScoreKeys = 32;
+  if (large && !dropout && tile.score_keys > kScoreKeys && tile.queries == QueryStorage::registers)
+    tile.score_keys = kScoreKeys;
+  if (dropout && tile.score_keys < kScoreKeys && tile.keys % (kScoreKeys * tile.key_groups) == 0)
+    tile.score_keys = kScoreKeys;
   return tile;
 }
 

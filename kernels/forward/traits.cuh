@@ -30,8 +30,9 @@ struct Traits {
       TUNE_WARPS, TUNE_ROWS, TUNE_KEYS, TUNE_SCORES, TUNE_GROUPS, Buffering::TUNE_BUFFERING, QueryStorage::TUNE_QUERIES,
       TUNE_CTAS};
 #else
-  static constexpr Tile kTile =
-      ScoreMod::kFunction ? function_tile(kInstance.tile(arch), ScoreMod::kDropout) : kInstance.tile(arch);
+  static constexpr Tile kTile = ScoreMod::kFunction
+                                    ? function_tile(kInstance.tile(arch), ScoreMod::kDropout, ScoreMod::kLarge)
+                                    : kInstance.tile(arch);
 #endif
   // Stream-K counts key tiles by the lengths; lists of blocks say otherwise.
   static constexpr bool kStreamK = supports_stream_k(kInstance) && !ScoreMod::kBlockSparse;

@@ -116,9 +116,9 @@ class Comparer {
     const int64_t group = spec_.heads_q / spec_.heads_kv, d = spec_.head_dim;
     size_t row = 0;
     for (int64_t b = 0; b < f_.num_seqs; ++b) {
-      std::vector<double> keys;
+      std::vector<double> keys(static_cast<size_t>(spec_.heads_kv));
       for (int64_t h = 0; h < spec_.heads_kv; ++h)
-        keys.push_back(largest(Role::kK, b, problem_.forward.seqlen_k(b), h, d));
+        keys[static_cast<size_t>(h)] = largest(Role::kK, b, problem_.forward.seqlen_k(b), h, d);
       for (int64_t r = 0; r < problem_.forward.seqlen_q(b) * spec_.heads_q; ++r, ++row) {
         const double of_score = rows_[row].relative * rows_[row].product;
         const double before = of_score * f_.softmax_scale * keys[static_cast<size_t>(r % spec_.heads_q / group)];

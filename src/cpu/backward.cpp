@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "cpu/backward_plan.hpp"
@@ -194,8 +195,8 @@ void Backward::run_jobs() {
   // Longest first, so that the last jobs to end are short.
   std::vector<size_t> order(plan_.jobs.size());
   for (size_t n = 0; n < order.size(); ++n) order[n] = n;
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return plan_.jobs[a].cost > plan_.jobs[b].cost; });
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return std::tuple(plan_.jobs[b].cost, a) < std::tuple(plan_.jobs[a].cost, b); });
   parallel_for(plan_.threads, static_cast<int64_t>(order.size()),
                [&](int64_t n) { run_job(plan_.jobs[order[static_cast<size_t>(n)]], nullptr); });
 }

@@ -429,6 +429,7 @@ std::string Writer::members(bool is_score) {
   return "    static constexpr bool kExists = true, kUsesKeys = " +
          std::string(key_fields_.empty() ? "false" : "true") +
          ", kHasOffset = " + (offset_.empty() ? "false" : "true") + ", kIsBias = " + (is_bias_ ? "true" : "false") +
+         ";\n    static constexpr int32_t kOperations = " + std::to_string(each_.statements) +
          ";\n    static constexpr int32_t kWords = " + std::to_string(words_) +
          ";\n    static FLASHSPARK_DEVICE void row(" + arguments +
          ", [[maybe_unused]] const FunctionRow &r, [[maybe_unused]] float inverse_scale, [[maybe_unused]] uint32_t *w) "
@@ -450,7 +451,7 @@ std::string Writer::members(bool is_score) {
 
 constexpr const char *kNoMembers =
     "    static constexpr bool kExists = false, kUsesKeys = false, kHasOffset = false, kIsBias = false;\n"
-    "    static constexpr int32_t kWords = 0;\n"
+    "    static constexpr int32_t kOperations = 0, kWords = 0;\n"
     "    static FLASHSPARK_DEVICE void row(const FunctionArguments &, const FunctionRow &, float, uint32_t *) {}\n";
 
 }  // namespace

@@ -34,6 +34,7 @@ using std::min;
 using Score = float(float, int, int, int, int, const float *, const int32_t (*)[16], float, int);
 
 // The bodies are what users may write, whatever our own style is.
+// NOLINTBEGIN
 #if defined(__clang__)
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Weverything"
@@ -101,6 +102,8 @@ SCORE(comments, /* one */ float x = score;  // two
 #else
 #pragma GCC diagnostic pop
 #endif
+
+// NOLINTEND
 
 struct Named {
   const char *name;

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <numbers>
 #include <string>
 
@@ -84,13 +85,13 @@ int32_t SourceValues::integer_literal(const Token &token) {
   const bool hex = digits.starts_with("0x") || digits.starts_with("0X");
   if (hex) digits.remove_prefix(2);
   int64_t value = 0;
-  const char *end = digits.data() + digits.size();
-  const auto [stop, failure] = std::from_chars(digits.data(), end, value, hex ? 16 : 10);
+  const char *begin = std::to_address(digits.begin()), *end = std::to_address(digits.end());
+  const auto [stop, failure] = std::from_chars(begin, end, value, hex ? 16 : 10);
   const std::string_view suffix(stop, static_cast<size_t>(end - stop));
   const bool is_long = suffix == "l" || suffix == "L" || suffix == "ll" || suffix == "LL";
   if (failure != std::errc() || (!suffix.empty() && !is_long))
     refuse_source(token.line, shown(token) + " is no signed integer of at most 64 bits");
-  if (!hex && digits.size() > 1 && digits[0] == '0' && stop - digits.data() > 1)
+  if (!hex && digits.size() > 1 && digits[0] == '0' && stop - begin > 1)
     refuse_source(token.line, shown(token) + ": octal numbers are not supported");
   const bool wide = is_long || value > std::numeric_limits<int32_t>::max();
   return graph_.add_const(wide ? Type::i64 : Type::i32, value);
