@@ -278,7 +278,7 @@ TEST(Source, AnyTextIsReadOrRefused) {
     std::vector<std::string> names;
     texts.push_back(text_of(function.body, names));
   }
-  int read = 0;
+  int read = 0, refused = 0;
   for (int n = 0; n < 4000; ++n) {
     std::string text = texts[random() % texts.size()];
     for (int edit = 0; edit < 1 + n % 4; ++edit) {
@@ -290,9 +290,11 @@ TEST(Source, AnyTextIsReadOrRefused) {
       parse_source(text, true);
       ++read;
     } catch (const Error &) {
+      ++refused;
     }
   }
   EXPECT_GT(read, 0);
+  EXPECT_GT(refused, 0);
 }
 
 }  // namespace

@@ -175,7 +175,7 @@ const Fault kFaults[] = {
     // Gradients lie apart from each other and from all that is read.
     {"dq in q", [](World &w) { w.p.dq.data = w.q.data(); }, "dq = ["},
     {"dq in out", [](World &w) { w.p.dq.data = w.out.data(); }, "dq = ["},
-    {"dk in k", [](World &w) { w.p.dk.data = w.k.data() + 16; }, "dk = ["},
+    {"dk in k", [](World &w) { w.p.dk.data = w.k.data(); }, "dk = ["},
     {"dk in dv", [](World &w) { w.p.dv.data = w.dk.data(); }, "dk = ["},
     {"dv in dout", [](World &w) { w.p.dv.data = w.dout.data(); }, "dv = ["},
     {"dv in v", [](World &w) { w.p.dv.data = w.v.data(); }, "dv = ["},
