@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -246,9 +247,10 @@ def attend(
     mode = mode or Mode()
     try:
         if _needs_gradients((*tensors, out, lse, *tail), function):
-            from ._autograd import attend as attend_with_gradients
-
-            return attend_with_gradients(face, tensors, out, lse, want_lse, mode, head, tail, function)
+            # The layer above this one, which needs torch: loaded when a gradient is first wanted.
+            return import_module("._autograd", __package__).attend(
+                face, tensors, out, lse, want_lse, mode, head, tail, function
+            )
         return _attend_any(face, (*tensors, out, lse, *head, *tail), want_lse, mode, function)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise respelled(error, mode.spelled) from None
