@@ -30,7 +30,7 @@ namespace flashspark {
 
 // More operations than this, for 64 scores at once, are more code than the instruction cache holds, and than compiles
 // in two seconds.
-constexpr int32_t kLargeFunction = 24;
+constexpr int32_t kLargeFunction = 16;
 
 template <class Functions, bool native, bool block_sparse, bool block_status, bool dropout, bool contiguous>
 struct FunctionScoreMod {
