@@ -15,6 +15,7 @@ from pathlib import Path
 
 import flashspark
 import torch
+from measure import event_seconds
 
 # batch, query heads, KV heads, tokens, head size, and what the issue asks: full, causal
 ROWS = [
@@ -28,15 +29,6 @@ ROWS = [
     (2, 16, 16, 4096, 256, 1.10, 1.10),
 ]
 Call = Callable[[], object]
-
-
-def event_us(run: Call) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return 1e3 * start.elapsed_time(stop)
 
 
 def captured(call: Call, copies: int) -> Call:
@@ -62,7 +54,7 @@ def times(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            taken[name].append(event_us(call))
+            taken[name].append(1e6 * event_seconds(call))
     return {name: statistics.median(x) for name, x in taken.items()}
 
 
