@@ -11,9 +11,8 @@
 //   kBlockStatus      of tiles that the user's blocks do not fit: what these say is asked for each score
 //   kLarge            whether the user's functions have many operations
 //   kContiguous       whether there is no page table: the code for pages is left out
-//   kScoreBias        whether the user's score function adds to the score what does not depend on it: the products
-//   begin
-//                     with that, which costs less than adding it behind them (docs/experiments.md E84)
+//   kScoreBias        whether the user's score function adds to the score what does not depend on it: then the products
+//                     begin with it, which costs less than adding it behind them (docs/experiments.md E84)
 //   kScoreOffset      whether the user's score function has a part that is the same for all scores of a row in a
 //   subtile kDropout          whether probabilities are dropped (attention/dropout.cuh) kRowWords         words of
 //   shared memory that the functions and dropout keep of each row

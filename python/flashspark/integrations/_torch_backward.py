@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def cut_for_cpu(
     return key, value, False, (-1, rows - keys)
 
 
-def _gradients(function: Any, *args: Any, **kwargs: Any) -> Any:
+def computed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """One call of flashspark, whose refusals become reasons to leave the call to torch. Autograd's node is torch's."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         with torch.no_grad():
@@ -69,7 +71,7 @@ def _dense(
 ) -> _Gradients:
     """Of tensors (batch, heads, length, head_dim); lse (batch, heads, length)."""
     dout, q, k, v, result = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    found = _gradients(
+    found = computed(
         _backward.flash_attn_backward, dout, q, k, v, result, lse, softmax_scale=scale, causal=causal,
         window_size=window,
     )  # fmt: skip
@@ -153,10 +155,10 @@ def _varlen(
     }
     tensors = (grad_out, query, key, value, out, logsumexp)
     if cum_seq_q is None:
-        found = _gradients(_backward.flash_attn_backward, *tensors, **options)
+        found = computed(_backward.flash_attn_backward, *tensors, **options)
     else:
         lengths = (cum_seq_q, cum_seq_k, max_q, max_k)
-        found = _gradients(_backward.flash_attn_varlen_backward, *tensors, *lengths, **options)
+        found = computed(_backward.flash_attn_varlen_backward, *tensors, *lengths, **options)
     dq, dk, dv = found
     return dq, dk, dv
 

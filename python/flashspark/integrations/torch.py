@@ -45,20 +45,10 @@ import torch
 from .. import _ops
 from . import _torch_backward
 from ._torch_backward import LeftToTorch as _LeftToTorch
-from ._torch_backward import cut_for_cpu, demand
+from ._torch_backward import computed, cut_for_cpu, demand
 
 NAME = "FLASHSPARK"  # of the implementation, for torch.nn.attention.activate_flash_attention_impl
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # dispatch keys
-_REFUSALS = (NotImplementedError, ValueError, TypeError)  # flashspark raises them before it computes anything
-
-
-def _attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """One call of flashspark, whose refusals become reasons to leave the call to torch. Autograd's node is torch's."""
-    try:
-        with torch.no_grad():
-            function(*args, deterministic=torch.are_deterministic_algorithms_enabled(), **kwargs)
-    except _REFUSALS as error:
-        raise _LeftToTorch(str(error).partition("\n")[0][:200]) from None
 
 
 def _dense(
@@ -73,9 +63,7 @@ def _dense(
 ) -> None:
     """Attention of tensors (batch, heads, length, head_dim) into out, of that shape, and lse (batch, heads, length)."""
     q, k, v, result = (x.transpose(1, 2) for x in (query, key, value, out))
-    _attention(
-        _ops.flash_attn_func, q, k, v, softmax_scale=scale, causal=causal, window_size=window, out=result, lse=lse
-    )
+    computed(_ops.flash_attn_func, q, k, v, softmax_scale=scale, causal=causal, window_size=window, out=result, lse=lse)
 
 
 def _for_cpu(
@@ -169,11 +157,11 @@ def _flash_forward_into(
         if block_table is not None or cum_seq_k is not None:
             raise _LeftToTorch("pages or offsets of the keys without offsets of the queries")
         lse = query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=torch.float32)
-        _attention(_ops.flash_attn_func, query, key, value, lse=lse, **options)
+        computed(_ops.flash_attn_func, query, key, value, lse=lse, **options)
     else:
         lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
         lengths = None if block_table is not None and seqused_k is not None else cum_seq_k
-        _attention(
+        computed(
             _ops.flash_attn_varlen_func,
             *(query, key, value, cum_seq_q, lengths, max_q, max_k),
             **{**options, "block_table": block_table, "lse": lse},
