@@ -18,7 +18,8 @@ const char *name_in(const char *const (&names)[n], auto value) {
 constexpr const char *kTilings[] = {"prefill", "short_q", "decode"};
 constexpr const char *kScoreMods[] = {"none", "native"};
 constexpr const char *kBufferings[] = {"single_buffer", "double_buffer"};
-constexpr const char *kSharings[] = {"none", "rows", "gradients"};
+constexpr const char *kSharings[] = {"none", "gradients"};
+constexpr const char *kRowStages[] = {"one", "queries", "all"};
 constexpr const char *kQueries[] = {"shared", "registers", "shared_dedicated"};
 
 // As the sources spell the types (element.hpp).
@@ -46,10 +47,10 @@ void print_launch(const char *arch, const BackwardInstance &instance, const Back
   const auto place = [](bool in_registers) { return in_registers ? "registers" : "shared"; };
   std::printf(
       ", \"%s\": {\"threads\": %d, \"min_ctas\": %d, \"shared_bytes\": %d, \"warps\": %d, \"warp_keys\": %d, "
-      "\"rows\": %d, \"score_rows\": %d, \"k\": \"%s\", \"v\": \"%s\", \"query_stages\": %d, "
+      "\"rows\": %d, \"score_rows\": %d, \"k\": \"%s\", \"v\": \"%s\", \"stages\": \"%s\", "
       "\"sharing\": \"%s\"}",
       arch, tile.threads(), tile.min_ctas, shared_bytes(instance, tile), tile.warps, tile.warp_keys, tile.rows,
-      tile.score_rows, place(tile.keys_in_registers), place(tile.values_in_registers), tile.query_stages,
+      tile.score_rows, place(tile.keys_in_registers), place(tile.values_in_registers), name_in(kRowStages, tile.stages),
       name_in(kSharings, tile.sharing));
 }
 

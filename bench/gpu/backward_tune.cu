@@ -1,7 +1,7 @@
 // Times one tile of one backward instance on dense problems, to choose the tiles in kernels/backward/instances.def;
 // each problem is checked on some of its rows and keys.
 //   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -DFLASHSPARK_NAME=d128 -DTUNE_WARPS=8 -DTUNE_KEYS=16 -DTUNE_ROWS=64
-//     -DTUNE_SCORES=32 -DTUNE_K=false -DTUNE_V=true -DTUNE_STAGES=2 -DTUNE_SHARING=none -DTUNE_CTAS=1
+//     -DTUNE_SCORES=32 -DTUNE_K=false -DTUNE_V=true -DTUNE_STAGES=queries -DTUNE_SHARING=none -DTUNE_CTAS=1
 //     bench/gpu/backward_tune.cu
 // Columns are the TFLOP/s of each problem, of all three kernels and of the main one alone (2.5 times the forward FLOP,
 // causal half). An argument leaves dq out, and its check: what the rest takes.
@@ -13,6 +13,10 @@
 #include "backward/backward.cuh"
 #include "backward/postprocess.cuh"
 #include "backward/preprocess.cuh"
+
+#if !defined(TUNE_PARTS)
+#define TUNE_PARTS 0  // 1: the query heads of a group are of one CTA each
+#endif
 
 using namespace flashspark;
 using Element = ptx::Bfloat16;
@@ -157,9 +161,15 @@ BackwardArguments make(const Shape &s, std::vector<void *> &all) {
   a.row_block = Kernel::kRows, a.seq_row_blocks = (s.tokens + Kernel::kRows - 1) / Kernel::kRows;
   a.num_row_blocks = s.batch * a.seq_row_blocks, a.padded_rows = a.num_row_blocks * Kernel::kRows;
   a.num_key_tiles = (s.tokens + Kernel::kKeys - 1) / Kernel::kKeys;
-  a.sum_columns = dim;
+  a.sum_columns = a.sum_columns_v = dim, a.key_block = Kernel::kKeys;
+  a.section_heads = s.tokens <= 2048 ? s.heads * s.batch : 4;
+  a.head_parts = TUNE_PARTS ? s.heads / s.heads_kv : 1;
   const int64_t padded = int64_t{s.heads} * a.padded_rows;
   a.dq_sum = memory<float>(padded * dim, all);
+  if (a.head_parts > 1) {
+    const int64_t keys = int64_t{a.num_key_tiles} * Kernel::kKeys * s.heads_kv * s.batch;
+    a.dk_sum = memory<float>(keys * dim, all), a.dv_sum = memory<float>(keys * dim, all);
+  }
   a.row_lse = memory<float>(padded, all), a.row_delta = memory<float>(padded, all);
   return a;
 }
@@ -174,7 +184,7 @@ int main(int argc, char **) {
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, tuned_backward, Kernel::kThreads, shared);
   constexpr BackwardTile t = Kernel::kTile;
   std::printf("%s %dx%d rows %d/%d k%d v%d s%d g%d c%d | %d reg %zu spill %d CTAs |", Kernel::kInstance.name, t.warps,
-              t.warp_keys, t.rows, t.score_rows, t.keys_in_registers, t.values_in_registers, t.query_stages,
+              t.warp_keys, t.rows, t.score_rows, t.keys_in_registers, t.values_in_registers, static_cast<int>(t.stages),
               static_cast<int>(t.sharing), t.min_ctas, attributes.numRegs, attributes.localSizeBytes, resident);
   constexpr Shape kWide[] = {{4, 32, 32, 4096, false}, {4, 32, 32, 4096, true}, {4, 32, 8, 4096, true},
                              {1, 16, 8, 2048, false},  {1, 16, 8, 2048, true},  {1, 16, 8, 1024, false},
@@ -185,12 +195,13 @@ int main(int argc, char **) {
     std::vector<void *> all;
     BackwardArguments a = make(s, all);
     if (argc > 1) a.dq_sum = nullptr;
-    const int blocks = a.num_row_blocks * s.heads, tiles = a.num_key_tiles * s.heads_kv * s.batch;
+    const int blocks = a.num_row_blocks * s.heads, tiles = a.num_key_tiles * s.heads_kv * s.batch * a.head_parts;
     const auto main_kernel = [&] { tuned_backward<<<tiles, Kernel::kThreads, shared>>>(a); };
     const auto go = [&] {
       tuned_preprocess<<<blocks, kPreprocessThreads>>>(a);
       main_kernel();
-      if (a.dq_sum != nullptr) tuned_postprocess<<<blocks, kPostprocessThreads>>>(a);
+      const int of_dq = a.dq_sum != nullptr ? blocks : 0, of_dk = a.head_parts > 1 ? tiles : 0;
+      if (of_dq + of_dk > 0) tuned_postprocess<<<of_dq + of_dk, kPostprocessThreads>>>(a);
     };
     go();
     cudaMemset(worst, 0, 6 * sizeof(float));

@@ -8,6 +8,9 @@
 //     P^T, dS^T                       registers
 //     dV += P^T dO, dK += dS^T Q      registers       barrier: dS^T is here, all are done with dO
 //     dQ += dS K                      all keys        the next dO is copied meanwhile
+//
+// Where all of this has two stages in shared memory (RowStages::all), dQ is computed one block later, and the second
+// barrier is not needed.
 #pragma once
 
 #include "attention/tile_loader.cuh"
@@ -35,25 +38,31 @@ struct BackwardLoop {
   KeyGradient<T, T::kHeadDimV> dv;
 
   FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
-    if constexpr (T::kStages == 1) return shared + T::kMemory.queries;
-    return shared + (stage == 0 ? T::kMemory.queries : T::kMemory.second_stage);
+    return shared + (stage == 0 ? T::kMemory.queries : T::kMemory.second_queries);
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress douts(int32_t stage) const {
+    return shared + (stage == 0 ? T::kMemory.dout : T::kMemory.second_dout);
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress dscores(int32_t stage) const {
+    return shared + (stage == 0 ? T::kMemory.dscores : T::kMemory.second_dscores);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress rows(int32_t stage) const {
     return shared + T::kMemory.rows + stage * T::kMemory.row_stage;
   }
+  // lse of a block's rows from the lane's first one of a tile on; delta lies T::kRows floats behind it.
+  FLASHSPARK_DEVICE ptx::SharedAddress row_values(int32_t stage, int32_t first_row) const {
+    return rows(stage) + first_row * 4 + lane.thread % 4 * 8;
+  }
   FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
     return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
-  }
-  // Of the warp's rows in a block.
-  FLASHSPARK_DEVICE static int32_t first_row() {
-    return T::kRowGroups == 1 ? 0 : ptx::uniform(ptx::warp() / T::kKeyWarps) * T::kGroupRows;
   }
   FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + lane.warp_key; }
 
   FLASHSPARK_DEVICE void copy_queries(const RowWalk &at, int32_t stage) {
-    q.copy(at, queries(stage));
-    copy_row_values<T>(a, first_padded_row, at, rows(stage));
+    q.copy(at, queries(stage), lane.thread);
+    copy_row_values<T>(a, first_padded_row, at, rows(stage), lane.thread);
   }
+  FLASHSPARK_DEVICE void copy_dout(const RowWalk &at, int32_t stage) { dout.copy(at, douts(stage), lane.thread); }
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
     if constexpr (T::kNative) {
       if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, seq, first_key, at, kept(stage));
@@ -64,8 +73,8 @@ struct BackwardLoop {
   FLASHSPARK_DEVICE void add_rows(const RowWalk &at, int32_t stage, int32_t first_row) {
     const int32_t token = at.block * T::kRows + first_row;
     const ptx::SharedAddress q_rows = queries(stage) + first_row * T::KeyLayout::kPitch;
-    const ptx::SharedAddress dout_rows = shared + T::kMemory.dout + first_row * T::ValueLayout::kPitch;
-    const ptx::SharedAddress lse = rows(stage) + first_row * 4, delta = lse + T::kRows * 4;
+    const ptx::SharedAddress dout_rows = douts(stage) + first_row * T::ValueLayout::kPitch;
+    const ptx::SharedAddress lse = row_values(stage, first_row), delta = lse + T::kRows * 4;
     ScoreTile<T> scores{}, gradients{};
     ScoreOperand<T> p{}, ds{};
     const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
@@ -87,11 +96,11 @@ struct BackwardLoop {
         }
         pack_scores(ds, gradients);
       }
-      store_scores(ds, shared + T::kMemory.dscores, lane.score_store, first_row);
+      store_scores(ds, dscores(stage), lane.score_store, first_row);
       gradient_product<T, typename T::ValueLayout>(dv, p, dout_rows, lane);
       gradient_product<T, typename T::KeyLayout>(dk, ds, q_rows, lane);
     } else {
-      store_scores(ds, shared + T::kMemory.dscores, lane.score_store, first_row);
+      store_scores(ds, dscores(stage), lane.score_store, first_row);
     }
   }
 
@@ -102,14 +111,15 @@ struct BackwardLoop {
     const int32_t token = at.block * T::kRows + first_row;
     const bool values_summed = T::sums_values();
     const ptx::SharedAddress q_rows = queries(stage) + first_row * T::KeyLayout::kPitch;
-    const ptx::SharedAddress dout_rows = shared + T::kMemory.dout + first_row * T::ValueLayout::kPitch;
-    const ptx::SharedAddress lse = rows(stage) + first_row * 4, delta = lse + T::kRows * 4;
-    const ptx::SharedAddress dscores = shared + T::kMemory.dscores;
+    const ptx::SharedAddress dout_rows = douts(stage) + first_row * T::ValueLayout::kPitch;
+    const ptx::SharedAddress lse = row_values(stage, first_row), delta = lse + T::kRows * 4;
+    const ptx::SharedAddress to = dscores(stage);
+    const int32_t pair = lane.warp_key / T::kWarpKeys, number = first_row / T::kScoreRows;
     ScoreTile<T> scores{};
     ScoreOperand<T> operand{};
     const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
     if (token >= visited.end || token + T::kScoreRows <= visited.begin) {
-      if (!values_summed) store_scores(operand, dscores, lane.score_store, first_row);
+      if (!values_summed) store_scores(operand, to, lane.score_store, first_row);
       return;
     }
     if (!values_summed) begin_with_delta<T>(scores, delta);
@@ -119,26 +129,37 @@ struct BackwardLoop {
         mask_score_tile(scores, mask, warp_key(), token);
       scores_to_probabilities(scores, a.scale_log2, lse);
       pack_scores(operand, scores);
-      store_scores(operand, dscores, lane.score_store, first_row);
-    }
-    ptx::pair_barrier();  // P^T is here
-    if (!values_summed) {
-      multiply_by_stored(scores, dscores, lane.score_store, first_row);
+      store_scores(operand, to, lane.score_store, first_row);
+      ptx::pair_arrive(pair, number);
+    } else {
+      ptx::pair_wait(pair, number);  // P^T is here
+      multiply_by_stored(scores, to, lane.score_store, first_row);
       pack_scores(operand, scores);
-      store_scores(operand, dscores, lane.score_store, first_row);
+      store_scores(operand, to, lane.score_store, first_row);
     }
     gradient_product<T, typename T::KeyLayout>(dk, operand, values_summed ? dout_rows : q_rows, lane);
   }
 
-  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at) const {
+  FLASHSPARK_DEVICE void add_block(const RowWalk &at, int32_t stage) {
+    FLASHSPARK_NO_UNROLL
+    for (int32_t row = 0; row < T::kRows; row += T::kScoreRows) {
+      if constexpr (T::kPaired) {
+        add_rows_of_pair(at, stage, row);
+      } else {
+        add_rows(at, stage, row);
+      }
+    }
+  }
+
+  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) const {
     const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
-    add_query_gradient<T>(a.dq_sum + row * T::kHeadDim, shared + T::kMemory.dscores, shared, lane);
+    add_query_gradient<T>(a.dq_sum + row * T::kHeadDim, dscores(stage), shared, lane);
   }
 
   // K and V are in flight, and `count` blocks of rows follow from `at` on.
-  FLASHSPARK_DEVICE void run(RowWalk at, int32_t count) {
+  FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
     copy_queries(at, 0);
-    dout.copy(at, shared + T::kMemory.dout);
+    copy_dout(at, 0);
     ptx::cp_async_commit();
     draw(at, 0);
     ptx::cp_async_wait<1>();
@@ -149,38 +170,96 @@ struct BackwardLoop {
       load_key_operand<T, typename T::KeyLayout>(keys, shared, lane);
       load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
     }
+    if constexpr (T::kStages == RowStages::all) {
+      run_overlapped(at, count);
+    } else {
+      run_in_turn(at, count);
+    }
+  }
+
+  // A block's scores, then its dQ.
+  FLASHSPARK_DEVICE void run_in_turn(RowWalk at, int32_t count) {
     FLASHSPARK_NO_UNROLL
     for (int32_t left = count, stage = 0; left > 0; --left, stage = 1 - stage) {
       const RowWalk next = at.next();
       const bool has_next = left > 1;
       ptx::cp_async_wait<0>();
       ptx::cta_barrier();  // Q and dO are here; all are done with dS^T and the other stage, and have V in registers
-      if (T::kStages > 1 && has_next) copy_queries(next, 1 - stage);
+      if (T::kStages != RowStages::one && has_next) copy_queries(next, 1 - stage);
       ptx::cp_async_commit();
-      FLASHSPARK_NO_UNROLL
-      for (int32_t row = 0; row < T::kGroupRows; row += T::kScoreRows) {
-        if constexpr (T::kPaired) {
-          add_rows_of_pair(at, stage, row);
-        } else {
-          add_rows(at, stage, first_row() + row);
-        }
-      }
+      add_block(at, stage);
       if (has_next) draw(next, 1 - stage);
       ptx::cta_barrier();  // dS^T is here; all are done with dO
       if (has_next) {
-        if constexpr (T::kStages == 1) copy_queries(next, 1 - stage);
-        dout.copy(next, shared + T::kMemory.dout);
+        if constexpr (T::kStages == RowStages::one) copy_queries(next, 1 - stage);
+        copy_dout(next, 1 - stage);
       }
       ptx::cp_async_commit();
-      if (a.dq_sum != nullptr) add_to_dq(at);
+      if (a.dq_sum != nullptr) add_to_dq(at, stage);
+      at = next;
+    }
+  }
+
+  // A block's scores and dQ of the one before: half of the warps begin with the one, half with the other, so that the
+  // two of an SM's quarter are not at the same work.
+  FLASHSPARK_DEVICE void run_overlapped(RowWalk at, int32_t count) {
+    const bool dq_first = ptx::uniform(ptx::warp() / 4 % 2) == 0;
+    RowWalk last = at;
+    FLASHSPARK_NO_UNROLL
+    for (int32_t left = count, stage = 0; left >= 0; --left, stage = 1 - stage) {
+      const RowWalk next = at.next();
+      ptx::cp_async_wait<0>();
+      ptx::cta_barrier();  // Q and dO are here, and the last dS^T; all are done with the other stage, and with V
+      if (left > 1) {
+        copy_queries(next, 1 - stage);
+        copy_dout(next, 1 - stage);
+      }
+      ptx::cp_async_commit();
+      FLASHSPARK_NO_UNROLL
+      for (int32_t half = 0; half < 2; ++half) {
+        if ((half == 0) == dq_first) {
+          if (left < count && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
+        } else if (left > 0) {
+          add_block(at, stage);
+          if (left > 1) draw(next, 1 - stage);
+        }
+      }
+      last = at;
       at = next;
     }
   }
 };
 
 template <class T>
+FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const BackwardLoop<T> &loop,
+                                       ptx::SharedAddress shared) {
+  // Found again, instead of being kept through the loop.
+  const KeyTile tile = find_key_tile(a, T::kKeys, static_cast<int32_t>(ptx::cta_x()));
+  const bool of_values = T::kPaired && T::sums_values();
+  if (a.head_parts > 1) {
+    if (T::kPaired) {
+      add_gradient<T, T::kHeadDim>(of_values ? a.dv_sum : a.dk_sum, tile, loop.dk);
+    } else {
+      add_gradient<T, T::kHeadDim>(a.dk_sum, tile, loop.dk);
+      add_gradient<T, T::kHeadDimV>(a.dv_sum, tile, loop.dv);
+    }
+    return;
+  }
+  if constexpr (T::kPaired) {
+    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, tile,
+                                             loop.dk, of_values ? 1.0f : a.softmax_scale,
+                                             of_values ? a.head_dim_v : a.head_dim,
+                                             shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
+  } else {
+    const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
+    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, loop.dk, a.softmax_scale, a.head_dim, shared);
+    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, loop.dv, value_scale, a.head_dim_v, shared);
+  }
+}
+
+template <class T>
 FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
-  const KeyTile tile = find_key_tile(a, T::kKeys);
+  const KeyTile tile = find_key_tile(a, T::kKeys, static_cast<int32_t>(ptx::cta_x()));
   if (!tile.valid) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
@@ -200,9 +279,8 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   KeyBounds visited = no_keys();
   visited.visited[0] = own;
   const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
-  const int32_t group = static_cast<int32_t>(a.group.value);
   const int32_t begin = tokens.begin / T::kRows, end = is_empty(tokens) ? begin : ceil_div(tokens.end, T::kRows);
-  const int32_t count = (end - begin) * group;
+  const int32_t count = (end - begin) * tile.num_heads_q;
   const int32_t padded = first_padded_row(a, tile.seq, rows.q_row);
   const ptx::SharedAddress shared = ptx::shared_memory();
   if (count > 0) {
@@ -221,24 +299,9 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
                        shared, backward_offsets<T>(), key, {}, {}, {}, {}};
   // clang-format on
-  if (count > 0) loop.run({begin, end, tile.head_kv * group, begin}, count);
+  if (count > 0) loop.run({begin, end, tile.head_q, begin}, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
-  if constexpr (T::kRowGroups > 1) {
-    if (!join_row_groups<T>(loop.dk, loop.dv, shared)) return;
-  }
-  // Found again, instead of being kept through the loop.
-  const KeyTile stored = find_key_tile(a, T::kKeys);
-  if constexpr (T::kPaired) {
-    const bool of_values = T::sums_values();
-    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, stored,
-                                             loop.dk, of_values ? 1.0f : a.softmax_scale,
-                                             of_values ? a.head_dim_v : a.head_dim,
-                                             shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
-  } else {
-    const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
-    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, stored, loop.dk, a.softmax_scale, a.head_dim, shared);
-    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, stored, loop.dv, value_scale, a.head_dim_v, shared);
-  }
+  store_gradients(a, loop, shared);
 }
 
 }  // namespace flashspark

@@ -58,30 +58,46 @@ FLASHSPARK_DEVICE RowBlock find_row_block(const BackwardArguments &a, int32_t bl
   return b;
 }
 
-// The keys of a CTA: [first, first + T::kKeys) of a sequence and KV head.
+FLASHSPARK_DEVICE Quotient split(int32_t n, int32_t by) {
+  const int32_t q = quotient(n, by);
+  return {q, n - q * by};
+}
+
+// The keys of a CTA: [first, first + T::kKeys) of a sequence and KV head, and the query heads whose rows it walks over.
 struct KeyTile {
   bool valid;
   int32_t seq, head_kv, first;
+  int32_t head_q, num_heads_q;
+  int32_t number;      // among all tiles, of each KV head in one piece
   int64_t batch, row;  // of the sequence's first key in k and v
   int32_t held;        // keys that k has of the sequence, used or not
 };
 
-// Tiles of a head's first keys come first: under a causal mask they see most rows.
-FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys) {
-  const auto cta = static_cast<int32_t>(ptx::cta_x());
-  const int32_t head = quotient(cta, a.num_key_tiles);
-  int32_t rank = cta - head * a.num_key_tiles;
+// A few heads take turns, so that the rows of a few are in L2 at a time; of their tiles those of the first keys come
+// first: under a causal mask they see most rows, and the CTAs with the most work start before the others.
+FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys, int32_t cta) {
+  const auto group = static_cast<int32_t>(a.group.value);
+  const int32_t heads = a.num_heads_kv * a.head_parts * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
+  const int32_t first_head = quotient(cta, a.num_key_tiles * a.section_heads) * a.section_heads;
+  const Quotient at = split(cta - first_head * a.num_key_tiles, min_of(heads - first_head, a.section_heads));
+  const Quotient head = split(first_head + at.remainder, a.head_parts);  // a KV head, of all sequences if dense
+  int32_t rank = at.quotient;
   KeyTile tile{};
+  tile.number = ptx::uniform(head.quotient * a.num_key_tiles + rank);
+  tile.num_heads_q = quotient(group, a.head_parts);
   if (a.cu_seqlens_k == nullptr) {
-    tile.seq = ptx::uniform(quotient(head, a.num_heads_kv));
-    tile.head_kv = ptx::uniform(head - tile.seq * a.num_heads_kv);
+    const Quotient kv = split(head.quotient, a.num_heads_kv);
+    tile.seq = ptx::uniform(kv.quotient);
+    tile.head_kv = ptx::uniform(kv.remainder);
+    tile.head_q = tile.head_kv * group + ptx::uniform(head.remainder) * tile.num_heads_q;
     tile.first = ptx::uniform(rank * keys);
     tile.batch = tile.seq;
     tile.held = a.max_seqlen_k;
     tile.valid = tile.first < tile.held;
     return tile;
   }
-  tile.head_kv = ptx::uniform(head);
+  tile.head_kv = ptx::uniform(head.quotient);
+  tile.head_q = tile.head_kv * group + ptx::uniform(head.remainder) * tile.num_heads_q;
   for (int32_t base = 0; base < a.num_seqs; base += 32) {
     const int32_t seq = base + ptx::lane();
     int32_t row = 0, held = 0;

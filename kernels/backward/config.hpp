@@ -5,9 +5,13 @@
 
 namespace flashspark {
 
-// What two warps with the same keys have apart: nothing, as every warp has keys of its own; the rows of every block,
-// whose sums are joined at the end; or the gradients: one sums dV, the other one dK.
-enum class KeySharing : uint8_t { none, rows, gradients };
+// Every warp has keys of its own; or two warps have the same, of which one sums dV, the other one dK.
+enum class KeySharing : uint8_t { none, gradients };
+
+// Of what a block of rows needs shared memory has one stage; two of Q, so that the next is copied while the scores are
+// computed; or two of Q, dO and dS^T, so that dQ of a block is computed beside the next one's scores, and one barrier a
+// block is enough.
+enum class RowStages : uint8_t { one, queries, all };
 
 // A CTA owns `keys()` keys, a warp warp_keys of them, and all walk over blocks of `rows` rows of one query head.
 struct BackwardTile {
@@ -15,7 +19,7 @@ struct BackwardTile {
   int32_t score_rows;        // of which a warp holds scores at once
   bool keys_in_registers;    // a warp's keys stay in registers as the operand of the scores
   bool values_in_registers;  // the same of its values, whose shared memory other operands then take
-  int32_t query_stages;      // blocks of q in shared memory
+  RowStages stages;
   KeySharing sharing;
   int32_t min_ctas;  // resident CTAs an SM that the registers must allow
 
@@ -44,8 +48,8 @@ struct BackwardInstance {
   }
 };
 
-#define FLASHSPARK_TILE(warps, warp_keys, rows, score_rows, keys, values, query_stages, sharing, min_ctas) \
-  {warps, warp_keys, rows, score_rows, keys, values, query_stages, KeySharing::sharing, min_ctas}
+#define FLASHSPARK_TILE(warps, warp_keys, rows, score_rows, keys, values, stages, sharing, min_ctas) \
+  {warps, warp_keys, rows, score_rows, keys, values, RowStages::stages, KeySharing::sharing, min_ctas}
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, score_mod, tile_90, tile_120f) \
   {BackwardIndex::name, #name, head_dim, head_dim_v, ScoreMod::score_mod, tile_90, tile_120f},
 namespace backward_instances {

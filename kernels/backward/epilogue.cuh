@@ -7,41 +7,18 @@
 
 namespace flashspark {
 
-// A lane's accumulators, 16 bytes of all lanes at a time, behind those that have gone before.
-template <class T, int32_t columns, class F>
-FLASHSPARK_DEVICE void for_each_vector(KeyGradient<T, columns> &gradient, ptx::SharedAddress &at, F &&f) {
+// Adds a warp's sums to those of other CTAs with the same keys.
+template <class T, int32_t columns>
+FLASHSPARK_DEVICE void add_gradient(float *sums, const KeyTile &tile, const KeyGradient<T, columns> &gradient) {
+  if (sums == nullptr) return;
+  const int32_t first_atom = (tile.number * T::kKeys + T::key_warp() * T::kWarpKeys) / 16;
+  float *to = sums + static_cast<int64_t>(first_atom) * (columns / 8 * 128) + ptx::lane() * 4;
   FLASHSPARK_UNROLL
   for (int32_t m = 0; m < T::kMAtoms; ++m) {
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < columns / 8; ++n, at += 32 * 16) f(gradient.at[m][n], at + ptx::lane() * 16);
+    for (int32_t n = 0; n < columns / 8; ++n)
+      ptx::add_to_memory_4(to + (m * (columns / 8) + n) * 128, gradient.at[m][n]);
   }
-}
-
-// The second row group hands its sums to the first, which adds them to its own; false: the warp is done. All threads of
-// the CTA call it, behind a barrier.
-template <class T>
-FLASHSPARK_DEVICE bool join_row_groups(KeyGradient<T, T::kHeadDim> &dk, KeyGradient<T, T::kHeadDimV> &dv,
-                                       ptx::SharedAddress shared) {
-  constexpr int32_t kWarpBytes = T::kWarpKeys * (T::kHeadDim + T::kHeadDimV) * 4;
-  ptx::SharedAddress at = shared + ptx::warp() % T::kKeyWarps * kWarpBytes;
-  const bool hands_over = ptx::warp() >= T::kKeyWarps;
-  if (hands_over) {
-    const auto store = [](const float(&x)[4], ptx::SharedAddress to) { store_4(to, x[0], x[1], x[2], x[3]); };
-    for_each_vector(dk, at, store);
-    for_each_vector(dv, at, store);
-  }
-  ptx::cta_barrier();
-  const auto add = [](float(&x)[4], ptx::SharedAddress from) {
-    const ptx::Vector16 v = ptx::load_shared_16(from);
-    FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < 4; ++n) x[n] += ptx::as_float(v.word[n]);
-  };
-  if (!hands_over) {
-    for_each_vector(dk, at, add);
-    for_each_vector(dv, at, add);
-  }
-  ptx::cta_barrier();  // results pass through the same memory
-  return !hands_over;
 }
 
 // Each warp's keys pass through its own part of shared memory, so that rows are written 16 bytes at a time. Keys that

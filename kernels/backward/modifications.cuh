@@ -70,7 +70,8 @@ FLASHSPARK_DEVICE void load_kept(KeptScores<T> &kept, ptx::SharedAddress from, i
   }
 }
 
-// P^T and dS^T in 16 bits. `scores` are S^T, masked, and `gradients` dP^T, from 0 on.
+// P^T and dS^T in 16 bits. `scores` are S^T, masked, and `gradients` dP^T, from 0 on; row_lse and row_delta are at the
+// lane's first row.
 template <class T>
 FLASHSPARK_DEVICE void modified_scores(const BackwardArguments &a, ScoreTile<T> &scores, ScoreTile<T> &gradients,
                                        ptx::SharedAddress row_lse, ptx::SharedAddress row_delta,
@@ -82,9 +83,8 @@ FLASHSPARK_DEVICE void modified_scores(const BackwardArguments &a, ScoreTile<T> 
   FLASHSPARK_UNROLL
   for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
     uint32_t lse[2], delta[2];
-    const int32_t row = (j * 8 + ptx::lane() % 4 * 2) * 4;
-    ptx::load_shared_8(lse, row_lse + row);
-    ptx::load_shared_8(delta, row_delta + row);
+    ptx::load_shared_8(lse, row_lse + j * 8 * 4);
+    ptx::load_shared_8(delta, row_delta + j * 8 * 4);
     FLASHSPARK_UNROLL
     for (int32_t m = 0; m < T::kMAtoms; ++m) {
       float probability[4], derivative[4];

@@ -1,4 +1,5 @@
-// Behind the main kernel: dq from its sums, scaled, in its own type and order. One CTA a block of rows and query head.
+// Behind the main kernel: gradients from their float32 sums, scaled, in their own type and order. One CTA a block of
+// rows and query head for dq; then, where several CTAs have summed a tile of keys, one a tile for dk and dv.
 #pragma once
 
 #include "backward/blocks.cuh"
@@ -8,42 +9,90 @@ namespace flashspark {
 
 constexpr int32_t kPostprocessThreads = 128;
 
+// Rows of a gradient and their sums, which lie as mma_m16n8k16 leaves them: for each 16 rows and each 8 columns the
+// four numbers of every lane.
+struct SummedRows {
+  const float *sums;
+  int32_t sum_columns;
+  void *to;  // the first row
+  int64_t token_stride;
+  int32_t rows, columns, end;  // of the sums; rows from `end` on do not exist
+  int32_t in_use;              // rows from here on are 0
+  float scale;
+};
+
+// A thread takes eight columns of two rows, 8 apart, which four lanes of the main kernel have summed.
 template <class Element>
-FLASHSPARK_DEVICE void postprocess(const BackwardArguments &a) {
-  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
-  ptx::grid_dependency_launch();
-  const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
-  const int32_t head = quotient(cta, a.num_row_blocks), index = cta - head * a.num_row_blocks;
-  const RowBlock block = find_row_block(a, index);
-  if (!block.valid) return;
-  const float *sums = a.dq_sum + (static_cast<int64_t>(head) * a.padded_rows + index * a.row_block) * a.sum_columns;
-  const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.dq_strides.batch;
-  auto *dq = static_cast<Element *>(a.dq) + batch + head * a.dq_strides.head;
-  const int32_t chunks = a.head_dim / 8, all_chunks = a.sum_columns / 8;
-  // A thread takes eight columns of two rows, 8 apart, which four lanes of the main kernel have summed.
-  for (int32_t n = thread; n < a.row_block / 2 * chunks; n += kPostprocessThreads) {
+FLASHSPARK_DEVICE void store_rows(const SummedRows &r) {
+  const int32_t chunks = r.columns / 8, all_chunks = r.sum_columns / 8;
+  for (auto n = static_cast<int32_t>(ptx::thread_index()); n < r.rows / 2 * chunks; n += kPostprocessThreads) {
     const int32_t pair = quotient(n, chunks), chunk = n - pair * chunks;
     const int32_t atom = pair / 8, row = pair % 8;
-    const auto *from = reinterpret_cast<const ptx::Vector16 *>(sums) + ((atom * all_chunks + chunk) * 32 + row * 4);
+    const auto *from = reinterpret_cast<const ptx::Vector16 *>(r.sums) + ((atom * all_chunks + chunk) * 32 + row * 4);
     ptx::Vector16 out[2];
     FLASHSPARK_UNROLL
     for (int32_t lane = 0; lane < 4; ++lane) {
       const ptx::Vector16 four = from[lane];
       FLASHSPARK_UNROLL
       for (int32_t half = 0; half < 2; ++half)
-        out[half].word[lane] = ptx::pack<Element>(ptx::as_float(four.word[2 * half]) * a.softmax_scale,
-                                                  ptx::as_float(four.word[2 * half + 1]) * a.softmax_scale);
+        out[half].word[lane] = ptx::pack<Element>(ptx::as_float(four.word[2 * half]) * r.scale,
+                                                  ptx::as_float(four.word[2 * half + 1]) * r.scale);
     }
     FLASHSPARK_UNROLL
     for (int32_t half = 0; half < 2; ++half) {
-      const int32_t token = block.first + atom * 16 + half * 8 + row;
-      if (token >= block.end) continue;
-      if (token >= block.tokens) {
+      const int32_t at = atom * 16 + half * 8 + row;
+      if (at >= r.end) continue;
+      if (at >= r.in_use) {
         FLASHSPARK_UNROLL
         for (int32_t lane = 0; lane < 4; ++lane) out[half].word[lane] = 0;
       }
-      store_8(dq + (block.row + token) * a.dq_strides.token + chunk * 8, out[half]);
+      store_8(static_cast<Element *>(r.to) + at * r.token_stride + chunk * 8, out[half]);
     }
+  }
+}
+
+template <class Element>
+FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
+  const Quotient at = split(cta, a.num_row_blocks);
+  const int32_t head = at.quotient;
+  const RowBlock block = find_row_block(a, at.remainder);
+  if (!block.valid) return;
+  const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.dq_strides.batch;
+  auto *dq =
+      static_cast<Element *>(a.dq) + batch + head * a.dq_strides.head + (block.row + block.first) * a.dq_strides.token;
+  const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + at.remainder * a.row_block;
+  store_rows<Element>({a.dq_sum + padded * a.sum_columns, a.sum_columns, dq, a.dq_strides.token, a.row_block,
+                       a.head_dim, block.end - block.first, block.tokens - block.first, a.softmax_scale});
+}
+
+template <class Element>
+FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) {
+  const KeyTile tile = find_key_tile(a, a.key_block, cta);
+  if (!tile.valid || tile.head_q != tile.head_kv * static_cast<int32_t>(a.group.value)) return;
+  const int32_t held = tile.held - tile.first;
+  const auto store = [&](const float *sums, int32_t sum_columns, void *data, const Strides &strides, int32_t columns,
+                         float scale) {
+    if (sums == nullptr) return;
+    auto *to = static_cast<Element *>(data) + tile.batch * strides.batch + tile.head_kv * strides.head +
+               (tile.row + tile.first) * strides.token;
+    store_rows<Element>({sums + int64_t{tile.number} * a.key_block * sum_columns, sum_columns, to, strides.token,
+                         a.key_block, columns, held, held, scale});
+  };
+  store(a.dk_sum, a.sum_columns, a.dk, a.dk_strides, a.head_dim, a.softmax_scale);
+  store(a.dv_sum, a.sum_columns_v, a.dv, a.dv_strides, a.head_dim_v, a.dropout.scale);
+}
+
+template <class Element>
+FLASHSPARK_DEVICE void postprocess(const BackwardArguments &a) {
+  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
+  ptx::grid_dependency_launch();
+  const auto cta = static_cast<int32_t>(ptx::cta_x());
+  const int32_t of_dq =
+      a.dq_sum != nullptr ? a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value) : 0;
+  if (cta < of_dq) {
+    store_dq<Element>(a, cta);
+  } else {
+    store_dk_and_dv<Element>(a, cta - of_dq);
   }
 }
 

@@ -52,6 +52,15 @@ FLASHSPARK_DEVICE void zero_unowned(const BackwardArguments &a) {
   zero_unowned_rows<Element>(a.dv, a.dv_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim_v, ctas);
 }
 
+FLASHSPARK_DEVICE void zero_sums(float *sums, int64_t count, int32_t cta, int32_t num_ctas) {
+  ptx::Vector16 zero;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
+  const int64_t step = int64_t{num_ctas} * kPreprocessThreads;
+  for (int64_t n = int64_t{cta} * kPreprocessThreads + ptx::thread_index(); n < count / 4; n += step)
+    reinterpret_cast<ptx::Vector16 *>(sums)[n] = zero;
+}
+
 template <class Element>
 FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
   ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
@@ -60,13 +69,12 @@ FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   const int32_t head = quotient(cta, a.num_row_blocks), index = cta - head * a.num_row_blocks;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + index * a.row_block;
-  if (a.dq_sum != nullptr) {
-    ptx::Vector16 zero;
-    FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
-    auto *sums = reinterpret_cast<ptx::Vector16 *>(a.dq_sum + padded * a.sum_columns);
-    for (int32_t n = thread; n < a.row_block * a.sum_columns / 4; n += kPreprocessThreads) sums[n] = zero;
-  }
+  if (a.dq_sum != nullptr) zero_sums(a.dq_sum + padded * a.sum_columns, int64_t{a.row_block} * a.sum_columns, 0, 1);
+  const int64_t keys =
+      int64_t{a.num_key_tiles} * a.key_block * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
+  const int32_t ctas = a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value);
+  if (a.dk_sum != nullptr) zero_sums(a.dk_sum, keys * a.sum_columns, cta, ctas);
+  if (a.dv_sum != nullptr) zero_sums(a.dv_sum, keys * a.sum_columns_v, cta, ctas);
   const RowBlock block = find_row_block(a, index);
   float dsink = 0;
   const bool has_sink = a.dsinks != nullptr;

@@ -43,7 +43,8 @@ struct BackwardOffsets {
   uint32_t score_store;                       // where the lane stores dS^T
   uint32_t sum_rows;                          // of dS^T as the first operand of dQ
   uint32_t sum_columns[T::kSumColumns / 16];  // of K as its second
-  int32_t warp_key;                           // first key of the warp in the tile, uniform
+  uint32_t thread;
+  int32_t warp_key;  // first key of the warp in the tile, uniform
 
   template <class Layout>
   FLASHSPARK_DEVICE const TileOffsets &of() const {
@@ -82,6 +83,7 @@ FLASHSPARK_DEVICE BackwardOffsets<T> backward_offsets() {
     o.sum_columns[n] =
         keep_in_register(T::KeyLayout::step(T::Mma::template value_lane_offset<typename T::KeyLayout>(lane),
                                             warp % T::kSumColumnWarps * (T::kSumColumns / 8) + 2 * n));
+  o.thread = keep_in_register(ptx::thread_index());
   o.warp_key = ptx::uniform(static_cast<int32_t>(warp_key));
   return o;
 }
@@ -176,7 +178,7 @@ FLASHSPARK_DEVICE void add_query_gradient(float *sums, ptx::SharedAddress scores
   const int32_t warp = ptx::warp();
   const int32_t atom = warp / T::kSumColumnWarps * T::kSumAtoms,
                 column = warp % T::kSumColumnWarps * (T::kSumColumns / 8);
-  sums += (atom * (T::kHeadDim / 8) + column) * 128 + ptx::lane() * 4;
+  sums += (atom * (T::kHeadDim / 8) + column) * 128 + lane.thread % 32 * 4;
   FLASHSPARK_UNROLL
   for (int32_t m = 0; m < T::kSumAtoms; ++m) {
     FLASHSPARK_UNROLL

@@ -16,27 +16,35 @@ struct RowLoader {
   int64_t token_stride, head_stride;
   int32_t columns, tokens;
 
-  static FLASHSPARK_DEVICE int32_t row() { return static_cast<int32_t>(ptx::thread_index() / T::kRowThreads); }
-  static FLASHSPARK_DEVICE int32_t chunk() { return static_cast<int32_t>(ptx::thread_index() % T::kRowThreads); }
-
   // Rows past the sequence and columns past the head become 0.
-  FLASHSPARK_DEVICE void copy(const RowWalk &at, ptx::SharedAddress to) const {
+  FLASHSPARK_DEVICE void copy(const RowWalk &at, ptx::SharedAddress to, uint32_t thread) const {
     const int32_t first = at.block * T::kRows;
-    const Element *from = data + at.head * head_stride + (first + row()) * token_stride + chunk() * 8;
-    const bool full = first + T::kRows <= tokens && columns == width;
-    to += Layout::offset(static_cast<uint32_t>(row()), static_cast<uint32_t>(chunk()));
+    if (first + T::kRows <= tokens && columns == width) {
+      copy_rows<true>(at, first, to, thread);
+    } else {
+      copy_rows<false>(at, first, to, thread);
+    }
+  }
+
+ private:
+  template <bool full>
+  FLASHSPARK_DEVICE void copy_rows(const RowWalk &at, int32_t first, ptx::SharedAddress to, uint32_t thread) const {
+    const auto row = static_cast<int32_t>(thread / T::kRowThreads),
+               chunk = static_cast<int32_t>(thread % T::kRowThreads);
+    // The part that all threads share is apart, for the uniform datapath.
+    const Element *from = data + (at.head * head_stride + first * token_stride) + (row * token_stride + chunk * 8);
+    to += Layout::offset(static_cast<uint32_t>(row), static_cast<uint32_t>(chunk));
     FLASHSPARK_UNROLL
     for (int32_t pass = 0; pass < ceil_div(T::kRows, T::kPassRows); ++pass, from += T::kPassRows * token_stride) {
       // More threads than a block has rows: the others have nothing to copy.
-      if (T::kRows % T::kPassRows != 0 && pass * T::kPassRows + row() >= T::kRows) break;
+      if (T::kRows % T::kPassRows != 0 && pass * T::kPassRows + row >= T::kRows) break;
       FLASHSPARK_UNROLL
       for (int32_t n = 0; n < kLoads; ++n) {
         const ptx::SharedAddress target = Layout::down(Layout::step(to, n * T::kRowThreads), pass * T::kPassRows);
-        if (full) {
+        if constexpr (full) {
           ptx::cp_async_16(target, from + n * T::kRowThreads * 8);
         } else {
-          const bool valid =
-              first + pass * T::kPassRows + row() < tokens && (chunk() + n * T::kRowThreads) * 8 < columns;
+          const bool valid = first + pass * T::kPassRows + row < tokens && (chunk + n * T::kRowThreads) * 8 < columns;
           ptx::cp_async_16_or_zero(target, valid ? from + n * T::kRowThreads * 8 : data, valid);
         }
       }
@@ -60,9 +68,9 @@ FLASHSPARK_DEVICE Loader make_row_loader(const BackwardArguments &a, const RowTi
 // lse of a block, then delta, T::kRows floats each.
 template <class T>
 FLASHSPARK_DEVICE void copy_row_values(const BackwardArguments &a, int32_t first_row, const RowWalk &at,
-                                       ptx::SharedAddress to) {
+                                       ptx::SharedAddress to, uint32_t thread_index) {
   constexpr int32_t kVectors = T::kRows / 4;
-  const auto thread = static_cast<int32_t>(ptx::thread_index());
+  const auto thread = static_cast<int32_t>(thread_index);
   static_assert(2 * kVectors <= T::kThreads);
   if (thread >= 2 * kVectors) return;
   const float *from = thread < kVectors ? a.row_lse : a.row_delta;

@@ -49,13 +49,14 @@ FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const KeyMask &mask
   }
 }
 
-// Calls f(n8 tile, values of the lane's two rows in it) for a tile's rows, of which `values` has a float each.
+// Calls f(n8 tile, values of the lane's two rows in it) for a tile's rows, of which `values` has a float each, from the
+// lane's first row on.
 template <class T, class F>
 FLASHSPARK_DEVICE void for_row_pairs(ptx::SharedAddress values, F &&f) {
   FLASHSPARK_UNROLL
   for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
     uint32_t words[2];
-    ptx::load_shared_8(words, values + (j * 8 + ptx::lane() % 4 * 2) * 4);
+    ptx::load_shared_8(words, values + j * 8 * 4);
     f(j, ptx::as_float(words[0]), ptx::as_float(words[1]));
   }
 }

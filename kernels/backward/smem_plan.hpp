@@ -8,13 +8,13 @@ namespace flashspark {
 
 // Offsets and sizes in bytes:
 //
-//   | K | Q, stage 0 | dO | Q, stage 1 | dS^T | V | lse and delta of a stage, twice | what is kept, twice |
+//   | K | Q and dO, stage 0 | Q and dO, stage 1 | dS^T | V | lse and delta of a stage, twice | what is kept, twice |
 //
-// Where V passes on to registers it lies on stage 1 and dS^T, which are written after that. At the end results pass
-// through K's memory.
+// What has one stage has it twice here. Where V passes on to registers it lies on stage 1 and dS^T, which are written
+// after that. At the end results pass through K's memory.
 struct BackwardMemory {
-  int32_t queries, query_stage;  // of stage 0, and a stage's size; stage 1 is at second_stage
-  int32_t dout, second_stage, dscores, values;
+  int32_t queries, dout, dscores, second_queries, second_dout, second_dscores;
+  int32_t values;
   int32_t rows, row_stage;
   int32_t kept, kept_stage;  // bits of dropout: for each 16 keys 16 bits a row
   int32_t total;
@@ -23,13 +23,18 @@ struct BackwardMemory {
 constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const BackwardTile &tile) {
   BackwardMemory m{};
   const int32_t value_bytes = tile.keys() * instance.head_dim_v * 2;
-  m.queries = tile.keys() * instance.head_dim * 2;
-  m.query_stage = tile.rows * instance.head_dim * 2;
-  m.dout = m.queries + m.query_stage;
-  m.second_stage = m.dout + tile.rows * instance.head_dim_v * 2;
-  m.dscores = m.second_stage + (tile.query_stages - 1) * m.query_stage;
-  int32_t end = m.dscores + tile.keys() * tile.rows * 2;
-  m.values = tile.values_in_registers ? m.second_stage : end;
+  const int32_t query_bytes = tile.rows * instance.head_dim * 2, dout_bytes = tile.rows * instance.head_dim_v * 2,
+                score_bytes = tile.keys() * tile.rows * 2;
+  const bool two_queries = tile.stages != RowStages::one, two_of_all = tile.stages == RowStages::all;
+  m.queries = m.second_queries = tile.keys() * instance.head_dim * 2;
+  m.dout = m.second_dout = m.queries + query_bytes;
+  const int32_t second_stage = m.dout + dout_bytes;
+  int32_t end = second_stage;
+  if (two_queries) m.second_queries = end, end += query_bytes;
+  if (two_of_all) m.second_dout = end, end += dout_bytes;
+  m.dscores = m.second_dscores = end, end += score_bytes;
+  if (two_of_all) m.second_dscores = end, end += score_bytes;
+  m.values = tile.values_in_registers ? second_stage : end;
   if (end < m.values + value_bytes) end = m.values + value_bytes;
   m.rows = end;
   m.row_stage = 2 * tile.rows * 4;

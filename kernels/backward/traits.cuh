@@ -24,7 +24,8 @@ struct BackwardTraits {
   static constexpr BackwardInstance kInstance = kBackwardInstances[static_cast<int32_t>(index)];
 #if defined(TUNE_WARPS)  // bench/gpu/backward_tune.sh tries others
   static constexpr BackwardTile kTile{
-      TUNE_WARPS, TUNE_KEYS, TUNE_ROWS, TUNE_SCORES, TUNE_K, TUNE_V, TUNE_STAGES, KeySharing::TUNE_SHARING, TUNE_CTAS};
+      TUNE_WARPS, TUNE_KEYS, TUNE_ROWS, TUNE_SCORES, TUNE_K, TUNE_V, RowStages::TUNE_STAGES, KeySharing::TUNE_SHARING,
+      TUNE_CTAS};
 #else
   static constexpr BackwardTile kTile = kInstance.tile(arch);
 #endif
@@ -41,12 +42,11 @@ struct BackwardTraits {
   static constexpr int32_t kRows = kTile.rows;
   static constexpr int32_t kScoreRows = kTile.score_rows;
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
-  static constexpr int32_t kStages = kTile.query_stages;
-  static constexpr int32_t kRowGroups = kTile.sharing == KeySharing::rows ? 2 : 1;
+  static constexpr RowStages kStages = kTile.stages;
   static constexpr bool kPaired = kTile.sharing == KeySharing::gradients;
+  static_assert(!kPaired || kRows <= 2 * kScoreRows);  // pair_arrive() has two numbers
   static constexpr int32_t kKeyWarps = kTile.key_warps();
-  static constexpr int32_t kGroupRows = kRows / kRowGroups;
-  static_assert(kWarpKeys % 16 == 0 && kScoreRows % 16 == 0 && kGroupRows % kScoreRows == 0);
+  static_assert(kWarpKeys % 16 == 0 && kScoreRows % 16 == 0 && kRows % kScoreRows == 0);
 
   // dQ of a block of rows: warps share its rows and columns, so that each loads about as much of dS as of K.
   static constexpr int32_t kSumAtoms = kWarps >= kRows / 32 && kHeadDim % (16 * (kWarps / (kRows / 32))) == 0 ? 2 : 1;
@@ -60,8 +60,6 @@ struct BackwardTraits {
   using ScoreLayout = TileLayout<kRows>;      // dS^T: a key a row
   static constexpr BackwardMemory kMemory = backward_memory(kInstance, kTile);
   static_assert(kMemory.total <= kMaxSharedBytes);
-  // What the second row group hands to the first lies where operands were.
-  static_assert(kRowGroups == 1 || (kRowGroups == 2 && kKeys * (kHeadDim + kHeadDimV) * 4 <= kMemory.total));
 
   // Copies: 8 (or 4) neighbouring threads read one row. The names are what attention/tile_loader.cuh asks for.
   static constexpr bool kWarpPrivateKV = false;
@@ -75,7 +73,7 @@ struct BackwardTraits {
                 (kHeadDim == kHeadDimV && kTile.keys_in_registers && kTile.values_in_registers && !kNative));
 
   // Which of the CTA's parts of keys a warp has. Of a pair, two neighbours have the same.
-  static FLASHSPARK_DEVICE int32_t key_warp() { return kPaired ? ptx::warp() / 2 : ptx::warp() % kKeyWarps; }
+  static FLASHSPARK_DEVICE int32_t key_warp() { return kPaired ? ptx::warp() / 2 : ptx::warp(); }
   // Of a pair: whether the warp sums dV. The warps of a quarter of the SM, four apart, sum one of each.
   static FLASHSPARK_DEVICE bool sums_values() { return (ptx::warp() % 2 == 0) == (ptx::warp() / 4 % 2 == 0); }
 };

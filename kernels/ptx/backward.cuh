@@ -6,9 +6,14 @@
 
 namespace flashspark::ptx {
 
-// bar.sync: two neighbouring warps meet, 2n and 2n + 1 with n < 15; shared memory written before is visible after.
-FLASHSPARK_DEVICE void pair_barrier() {
-  asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");
+// bar.arrive and bar.sync of two neighbouring warps, 2 pair and 2 pair + 1 with pair < 7: one waits until the other one
+// has arrived, and sees what that has written to shared memory before. An arrival is for one wait; two of them, of
+// numbers 0 and 1, may be under way.
+FLASHSPARK_DEVICE void pair_arrive(int32_t pair, int32_t number) {
+  asm volatile("bar.arrive %0, 64;" ::"r"(1 + 2 * pair + number) : "memory");
+}
+FLASHSPARK_DEVICE void pair_wait(int32_t pair, int32_t number) {
+  asm volatile("bar.sync %0, 64;" ::"r"(1 + 2 * pair + number) : "memory");
 }
 
 // red.global.add.f32: adds to what lies in memory, in no order. Four at once, aligned to 16 bytes, are one instruction

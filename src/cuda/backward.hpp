@@ -18,9 +18,10 @@ struct BackwardPlan {
   KernelDType dtype{};
   Launch preprocess, main, postprocess;  // in this order
   BackwardArguments arguments{};
-  size_t sum_bytes = 0, row_bytes = 0;  // scratch: sums of dq, then two values for each row
+  // Scratch memory: float32 sums of dq; of dk and dv, where several CTAs have the same keys; two values for each row.
+  size_t dq_bytes = 0, dk_bytes = 0, dv_bytes = 0, row_bytes = 0;
 
-  size_t workspace() const { return sum_bytes + 2 * row_bytes; }
+  size_t workspace() const { return dq_bytes + dk_bytes + dv_bytes + 2 * row_bytes; }
   // `memory` is aligned to 16 bytes. A plan must be bound before it is launched.
   void bind(void *memory);
 

@@ -10,28 +10,41 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// About how long an instance takes, in products of a row with a key: CTAs take turns on the SMs, and under a causal
-// mask or a window they differ in length, so that others fill the gaps.
-double cost(const BackwardInstance &instance, const Params &p, const Machine &machine) {
+int64_t key_tiles_of_head(const Params &p, int64_t keys) {
+  const int64_t of_longest = ceil_div(p.max_seqlen_k, keys);
+  return is_varlen_k(p) ? std::min(of_longest * p.num_seqs, p.total_k / keys + p.num_seqs) : of_longest;
+}
+
+// About how long an instance takes, in products of a row with a key. CTAs take turns on the SMs; under a causal mask or
+// a window they differ in length, the longest start first, and shorter ones fill the gaps.
+double cost(const BackwardInstance &instance, int64_t head_parts, const Params &p, const Machine &machine) {
   const BackwardTile &tile = instance.tile(machine.arch);
-  const int64_t group = p.num_heads_q / p.num_heads_kv;
-  const auto longest = static_cast<double>(tile.keys() * p.max_seqlen_q * group);
+  const int64_t heads = p.num_heads_q / p.num_heads_kv / head_parts;
+  // What sums in memory take of a CTA's time, in rows (docs/experiments.md E92).
+  constexpr int64_t kRowsOfSums = 128;
+  const auto longest = static_cast<double>(tile.keys() * (p.max_seqlen_q * heads + (head_parts > 1 ? kRowsOfSums : 0)));
   const int64_t key_tiles =
       is_varlen_k(p) ? ceil_div(p.total_k, tile.keys()) : ceil_div(p.max_seqlen_k, tile.keys()) * p.num_seqs;
-  const int64_t ctas = key_tiles * p.num_heads_kv, places = int64_t{machine.sm_count} * tile.min_ctas;
+  const int64_t ctas = key_tiles * p.num_heads_kv * head_parts, places = int64_t{machine.sm_count} * tile.min_ctas;
   const bool differ = p.causal != 0 || p.window_left >= 0 || p.window_right >= 0;
   const double turns = differ ? std::max(1.0, 0.5 * static_cast<double>(ctas) / static_cast<double>(places))
                               : static_cast<double>(ceil_div(ctas, places));
-  // Fewer keys a CTA: each row is read and dQ added to more often.
-  constexpr double kCostOfRowGroups = 1.15;
-  return turns * longest * tile.min_ctas * (tile.sharing == KeySharing::rows ? kCostOfRowGroups : 1);
+  return turns * longest * tile.min_ctas;
+}
+
+// Of how many CTAs the query heads of a group are: few of all heads where that fills the SMs.
+int64_t choose_head_parts(const BackwardInstance &instance, const Params &p, const Machine &machine) {
+  const int64_t group = p.num_heads_q / p.num_heads_kv;
+  if (p.deterministic != 0) return 1;
+  return cost(instance, group, p, machine) < cost(instance, 1, p, machine) ? group : 1;
 }
 
 // The narrowest that can run it; of those that are equally narrow the fastest.
 const BackwardInstance *choose_instance(const Params &p, const Machine &machine) {
   const BackwardInstance *best = nullptr;
   const auto rank = [&](const BackwardInstance &i) {
-    return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none, cost(i, p, machine));
+    return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none,
+                      cost(i, choose_head_parts(i, p, machine), p, machine));
   };
   for (const BackwardInstance &candidate : kBackwardInstances) {
     if (fits(candidate, p) && (best == nullptr || rank(candidate) < rank(*best))) best = &candidate;
@@ -53,7 +66,7 @@ void set_gradients(const BackwardParams &p, BackwardArguments &a) {
 }
 
 // Rows of scratch memory, and how many CTAs there are.
-void set_blocks(const Params &p, const Shape &shape, BackwardPlan &plan) {
+void set_blocks(const Params &p, const Shape &shape, const Machine &machine, BackwardPlan &plan) {
   BackwardArguments &a = plan.arguments;
   const int64_t rows = plan.tile->rows, keys = plan.tile->keys();
   const int64_t of_seq = std::max<int64_t>(1, ceil_div(a.max_seqlen_q, rows));
@@ -62,20 +75,37 @@ void set_blocks(const Params &p, const Shape &shape, BackwardPlan &plan) {
   a.seq_row_blocks = static_cast<int32_t>(of_seq);
   a.num_row_blocks = static_cast<int32_t>(blocks);
   a.padded_rows = static_cast<int32_t>(blocks * rows);
-  const int64_t of_longest = ceil_div(p.max_seqlen_k, keys);
-  const bool varlen_k = is_varlen_k(p);
-  const int64_t key_tiles = varlen_k ? std::min(of_longest * p.num_seqs, p.total_k / keys + p.num_seqs) : of_longest;
+  const int64_t key_tiles = key_tiles_of_head(p, keys), parts = choose_head_parts(*plan.instance, p, machine);
+  const int64_t heads = p.num_heads_kv * (is_varlen_k(p) ? 1 : p.num_seqs) * parts;
+  const int64_t ctas = key_tiles * heads, places = int64_t{machine.sm_count} * plan.tile->min_ctas;
+  // So many heads take turns that each SM gets about as much work as the others (docs/experiments.md E91). A grid of
+  // more than a few CTAs an SM does so with a few heads at a time, whose rows then stay in L2.
+  constexpr int64_t kFewHeads = 4, kFewTurns = 4;
+  const int64_t section =
+      ctas <= kFewTurns * places ? heads : std::max(kFewHeads, ceil_div(places, std::max<int64_t>(1, key_tiles)));
+  a.key_block = static_cast<int32_t>(keys);
   a.num_key_tiles = static_cast<int32_t>(key_tiles);
-  const int64_t heads = p.num_heads_kv * (varlen_k ? 1 : p.num_seqs);
-  const auto grid = [](int64_t ctas) { return static_cast<uint32_t>(ctas); };
+  a.head_parts = static_cast<int32_t>(parts);
+  a.section_heads = static_cast<int32_t>(std::min(section, heads));
+  const auto grid = [](int64_t n) { return static_cast<uint32_t>(n); };
   plan.preprocess = {{grid(blocks * p.num_heads_q), 1, 1}, traits_of(Operation::attention_backward_preprocess).threads};
-  plan.main = {{grid(key_tiles * heads), 1, 1},
+  plan.main = {{grid(ctas), 1, 1},
                static_cast<uint32_t>(plan.tile->threads()),
                static_cast<uint32_t>(shared_bytes(*plan.instance, *plan.tile))};
-  if (a.dq != nullptr) {
-    plan.postprocess = {{grid(blocks * p.num_heads_q), 1, 1},
-                        traits_of(Operation::attention_backward_postprocess).threads};
-  }
+  const int64_t summed = (a.dq != nullptr ? blocks * p.num_heads_q : 0) + (parts > 1 ? ctas : 0);
+  if (summed > 0)
+    plan.postprocess = {{grid(summed), 1, 1}, traits_of(Operation::attention_backward_postprocess).threads};
+}
+
+void set_sums(const Params &p, BackwardPlan &plan) {
+  const BackwardArguments &a = plan.arguments;
+  plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
+  if (a.dq != nullptr) plan.dq_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
+  if (a.head_parts == 1) return;
+  const size_t key_bytes =
+      size_t{plan.main.grid[0]} / static_cast<size_t>(a.head_parts) * static_cast<size_t>(a.key_block) * sizeof(float);
+  if (a.dk != nullptr) plan.dk_bytes = key_bytes * static_cast<size_t>(a.sum_columns);
+  if (a.dv != nullptr) plan.dv_bytes = key_bytes * static_cast<size_t>(a.sum_columns_v);
 }
 
 }  // namespace
@@ -102,28 +132,36 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   a.dropout = dropout_arguments(p);
   set_gradients(params, a);
   a.sum_columns = plan.instance->head_dim;
-  set_blocks(p, shape, plan);
-  plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
-  if (a.dq != nullptr) plan.sum_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
+  a.sum_columns_v = plan.instance->head_dim_v;
+  set_blocks(p, shape, machine, plan);
+  set_sums(p, plan);
   return plan;
 }
 
 void BackwardPlan::bind(void *memory) {
   auto *at = static_cast<char *>(memory);
-  arguments.dq_sum = sum_bytes > 0 ? reinterpret_cast<float *>(at) : nullptr;
-  arguments.row_lse = reinterpret_cast<float *>(at + sum_bytes);
-  arguments.row_delta = reinterpret_cast<float *>(at + sum_bytes + row_bytes);
+  const auto take = [&at](size_t bytes) {
+    auto *taken = bytes > 0 ? reinterpret_cast<float *>(at) : nullptr;
+    at += bytes;
+    return taken;
+  };
+  arguments.dq_sum = take(dq_bytes);
+  arguments.dk_sum = take(dk_bytes);
+  arguments.dv_sum = take(dv_bytes);
+  arguments.row_lse = take(row_bytes);
+  arguments.row_delta = take(row_bytes);
 }
 
 std::string to_string(const BackwardPlan &plan) {
   std::string text = to_string(plan.preprocess_key(), plan.preprocess) + "\n";
   if (plan.main.grid[0] > 0) {
     text += to_string(plan.main_key(), plan.main) + ", tile " + std::to_string(plan.tile->rows) + " x " +
-            std::to_string(plan.tile->keys()) + "\n";
+            std::to_string(plan.tile->keys()) + (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") + "\n";
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
-         (plan.sum_bytes > 0 ? "dq in float32 and " : "") + "two values a row\n";
+         (plan.dq_bytes > 0 ? "dq in float32, " : "") +
+         (plan.dk_bytes + plan.dv_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row\n";
 }
 
 }  // namespace flashspark::cuda

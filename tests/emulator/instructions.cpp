@@ -9,10 +9,10 @@
 namespace flashspark::emulator {
 
 const char *name(Operation operation) {
-  constexpr const char *names[] = {"nothing",           "cta_barrier", "pair_barrier", "warp_barrier", "ldmatrix_x4",
-                                   "ldmatrix_x4_trans", "mma (bf16)",  "mma (fp16)",   "shuffle_xor",  "shuffle",
-                                   "shuffle_up",        "ballot",      "any",          "reduce_min",   "reduce_max",
-                                   "reduce_add",        "uniform"};
+  constexpr const char *names[] = {"nothing",     "cta_barrier",       "pair_arrive", "pair_wait",  "warp_barrier",
+                                   "ldmatrix_x4", "ldmatrix_x4_trans", "mma (bf16)",  "mma (fp16)", "shuffle_xor",
+                                   "shuffle",     "shuffle_up",        "ballot",      "any",        "reduce_min",
+                                   "reduce_max",  "reduce_add",        "uniform"};
   return names[static_cast<int>(operation)];
 }
 
@@ -108,6 +108,14 @@ void Machine::barrier(Operation operation, Site site) {
   meet(operation, site);
 }
 
+void Machine::pair(Operation operation, uint32_t pair, uint32_t number, Site site) {
+  if (pair != position.thread / (2 * kLanes) || number >= kPairBarriers)
+    fail(std::string(name(operation)) + " of pair " + std::to_string(pair) + ", number " + std::to_string(number),
+         site_id(site));
+  mine().in[0] = number;
+  meet(operation, site);
+}
+
 void Machine::copy_async(uint32_t to, const void *from, bool valid, Site site) {
   const uint32_t here = site_id(site);
   counters_.cp_async++;
@@ -160,6 +168,9 @@ void Machine::store_shared(uint32_t to, const void *from, uint32_t bytes, Site s
 
 void barrier(Operation operation, Site site) {
   machine().barrier(operation, site);
+}
+void pair(Operation operation, int32_t pair, int32_t number, Site site) {
+  machine().pair(operation, static_cast<uint32_t>(pair), static_cast<uint32_t>(number), site);
 }
 void copy_async(uint32_t to, const void *from, bool valid, Site site) {
   machine().copy_async(to, from, valid, site);

@@ -20,6 +20,7 @@ namespace flashspark::emulator {
 
 inline constexpr uint32_t kLanes = 32;
 inline constexpr uint32_t kAll = 0xffffffff;
+inline constexpr uint32_t kPairBarriers = 2;  // of each pair of warps
 
 // How the warps of a CTA take turns. The priority policies let a warp run as far ahead as barriers allow.
 enum class Policy { random, priority, priority_with_swaps };
@@ -42,6 +43,16 @@ struct Warp {
   Registers *lane[kLanes];
 };
 
+// One warp has arrived, or the other one waits, or neither.
+struct PairBarrier {
+  bool arrived = false;
+  uint32_t warp = 0;  // that has arrived
+  Clocks::Row clock;  // of its threads then
+  uint32_t waiting = kNone;
+
+  static constexpr uint32_t kNone = ~0u;
+};
+
 struct Thread {
   explicit Thread(void (*run)()) : fiber(run) {}
   Registers registers{};
@@ -53,6 +64,7 @@ class Machine {
   Counters launch(const LaunchOptions &options, const std::function<void()> &kernel);
 
   void barrier(Operation operation, Site site);
+  void pair(Operation operation, uint32_t pair, uint32_t number, Site site);
   void copy_async(uint32_t to, const void *from, bool valid, Site site);
   void copy_commit() { shared_.commit(position.thread); }
   void copy_wait(uint32_t pending) { shared_.wait(position.thread, pending); }
@@ -75,7 +87,8 @@ class Machine {
   void perform_load(uint32_t warp_index);
   void perform_exchange(Warp &warp);
   void meet_cta(uint32_t warp_index);
-  void meet_pair(uint32_t warp_index);
+  void arrive_at_pair(uint32_t warp_index);
+  void wait_at_pair(uint32_t warp_index);
   void release(uint32_t warp_index);
   void leave();
   uint32_t next_thread();
@@ -111,7 +124,7 @@ class Machine {
   uint32_t alive_ = 0;        // threads that have not exited
   uint32_t ready_warps_ = 0;  // one bit per warp
   uint32_t arrived_warps_ = 0;
-  uint32_t paired_warps_ = 0;  // one bit per warp that waits for its neighbour
+  std::vector<PairBarrier> pairs_;  // kPairBarriers of each pair of warps
   Meeting cta_meeting_;
 };
 

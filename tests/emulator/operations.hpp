@@ -26,7 +26,8 @@ inline constexpr uint32_t kSharedBase = 0x400;
 enum class Operation : uint8_t {
   none,
   cta_barrier,
-  pair_barrier,
+  pair_arrive,
+  pair_wait,
   warp_barrier,
   ldmatrix,
   ldmatrix_trans,
@@ -44,6 +45,8 @@ enum class Operation : uint8_t {
 };
 
 void barrier(Operation operation, Site site);
+// pair: of warps 2 pair and 2 pair + 1.
+void pair(Operation operation, int32_t pair, int32_t number, Site site);
 
 void copy_async(uint32_t to, const void *from, bool valid, Site site);
 void copy_commit(Site site);

@@ -54,8 +54,12 @@ void Machine::leave() {
     fail(std::string("exits while other lanes of its warp wait at ") + name(warp.meeting.operation),
          warp.meeting.site_id);
   }
-  if (paired_warps_ >> (self / kLanes ^ 1) & 1)
-    fail("exits while the other warp of its pair waits at pair_barrier", warps_[self / kLanes ^ 1].meeting.site_id);
+  const uint32_t first_barrier = self / kLanes / 2 * kPairBarriers;
+  for (uint32_t n = first_barrier; n < first_barrier + kPairBarriers; ++n) {
+    if (pairs_[n].waiting != PairBarrier::kNone)
+      fail("exits while the other warp of its pair waits", warps_[pairs_[n].waiting].meeting.site_id);
+    if (pairs_[n].arrived) fail("exits where nobody has waited for an arrival", warps_[pairs_[n].warp].meeting.site_id);
+  }
   if (arrived_warps_ != 0) fail("exits while other warps wait at cta_barrier", cta_meeting_.site_id);
   const uint32_t bit = 1u << self % kLanes;
   warp.ready &= ~bit;
@@ -128,7 +132,7 @@ uint32_t Machine::arrive(Operation operation, Site site) {
     return next_thread();
   }
   complete(warp_index);
-  if (ready_warps_ == 0) fail("deadlock: all warps wait, some at cta_barrier, some at pair_barrier", here);
+  if (ready_warps_ == 0) fail("deadlock: all warps wait, some at cta_barrier, some at pair_wait", here);
   const uint32_t chosen = pick_warp();
   return chosen == warp_index ? self : chosen * kLanes + pick_lane(warps_[chosen]);
 }
@@ -139,8 +143,10 @@ void Machine::complete(uint32_t warp_index) {
   counters_.bank_conflicts += warp.banks.take();
   if (warp.meeting.operation == Operation::cta_barrier) {
     meet_cta(warp_index);
-  } else if (warp.meeting.operation == Operation::pair_barrier) {
-    meet_pair(warp_index);
+  } else if (warp.meeting.operation == Operation::pair_arrive) {
+    arrive_at_pair(warp_index);
+  } else if (warp.meeting.operation == Operation::pair_wait) {
+    wait_at_pair(warp_index);
   } else {
     perform(warp_index);
     release(warp_index);
@@ -176,22 +182,37 @@ void Machine::meet_cta(uint32_t warp_index) {
   for (uint32_t w = 0; w < warps; w++) release(w);
 }
 
-// Warps 2n and 2n + 1. They may wait at different lines.
-void Machine::meet_pair(uint32_t warp_index) {
-  const Meeting &meeting = warps_[warp_index].meeting;
-  const uint32_t other = warp_index ^ 1;
-  if (other >= warps_.size()) fail("pair_barrier of a warp without a neighbour", meeting.site_id);
-  if (warps_[other].exited != 0) fail("pair_barrier after threads of the other warp have exited", meeting.site_id);
-  ready_warps_ &= ~(1u << warp_index);
-  if ((paired_warps_ >> other & 1) == 0) {
-    paired_warps_ |= 1u << warp_index;
+void Machine::arrive_at_pair(uint32_t warp_index) {
+  Warp &warp = warps_[warp_index];
+  PairBarrier &barrier = pairs_[warp_index / 2 * kPairBarriers + warp.lane[0]->in[0]];
+  if (barrier.arrived) fail("pair_arrive before the other warp has waited for the last one", warp.meeting.site_id);
+  const Clocks::Row &clock = shared_.clocks().publish(warp_index * kLanes, kLanes);
+  if (barrier.waiting == PairBarrier::kNone) {
+    barrier.arrived = true;
+    barrier.warp = warp_index;
+    barrier.clock = clock;
+  } else {
+    shared_.clocks().learn(barrier.waiting * kLanes, kLanes, clock);
+    release(barrier.waiting);
+    barrier.waiting = PairBarrier::kNone;
+  }
+  release(warp_index);
+}
+
+void Machine::wait_at_pair(uint32_t warp_index) {
+  Warp &warp = warps_[warp_index];
+  PairBarrier &barrier = pairs_[warp_index / 2 * kPairBarriers + warp.lane[0]->in[0]];
+  counters_.barriers++;
+  if (barrier.waiting != PairBarrier::kNone || (barrier.arrived && barrier.warp == warp_index))
+    fail("pair_wait of both warps of a pair, or for oneself", warp.meeting.site_id);
+  if (!barrier.arrived) {
+    ready_warps_ &= ~(1u << warp_index);
+    barrier.waiting = warp_index;
     return;
   }
-  paired_warps_ &= ~(1u << other);
-  counters_.barriers++;
-  shared_.join(warp_index / 2 * 2 * kLanes, 2 * kLanes);
+  barrier.arrived = false;
+  shared_.clocks().learn(warp_index * kLanes, kLanes, barrier.clock);
   release(warp_index);
-  release(other);
 }
 
 // ---- launch
@@ -203,7 +224,7 @@ void Machine::run_cta(const LaunchOptions &options, const uint32_t (&cta)[3]) {
   shared_.reset(options.shared_bytes, options.threads);
   ready_warps_ = 0;
   arrived_warps_ = 0;
-  paired_warps_ = 0;
+  pairs_.assign((warps_.size() + 1) / 2 * kPairBarriers, {});
   alive_ = options.threads;
   for (uint32_t w = 0; w < warps_.size(); w++) {
     warps_[w].exited = 0;

@@ -54,15 +54,25 @@ void Clocks::reset(uint32_t threads) {
 }
 
 void Clocks::join(uint32_t first, uint32_t count) {
+  learn(first, count, publish(first, count));
+}
+
+const Clocks::Row &Clocks::publish(uint32_t first, uint32_t count) {
   std::fill(joined_.begin(), joined_.end(), 0);
   for (uint32_t t = first; t < first + count; t++) {
-    const uint32_t *row = &clock_[size_t{t} * threads_];
+    uint32_t *row = &clock_[size_t{t} * threads_];
     for (uint32_t u = 0; u < threads_; u++) joined_[u] = std::max(joined_[u], row[u]);
+    row[t] = ++now_[t];
   }
+  return joined_;
+}
+
+void Clocks::learn(uint32_t first, uint32_t count, const Row &published) {
   for (uint32_t t = first; t < first + count; t++) {
     uint32_t *row = &clock_[size_t{t} * threads_];
-    std::copy(joined_.begin(), joined_.end(), row);
-    row[t] = ++now_[t];
+    for (uint32_t u = 0; u < threads_; u++) {
+      if (u != t) row[u] = std::max(row[u], published[u]);
+    }
   }
 }
 

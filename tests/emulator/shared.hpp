@@ -44,6 +44,10 @@ class Clocks {
   }
   // Orders threads [first, first + count), which have met at a barrier.
   void join(uint32_t first, uint32_t count);
+  // The two halves of it, for threads that arrive, and others that wait for them.
+  using Row = std::vector<uint32_t>;
+  const Row &publish(uint32_t first, uint32_t count);
+  void learn(uint32_t first, uint32_t count, const Row &published);
 
  private:
   uint32_t threads_ = 0;
@@ -57,6 +61,7 @@ class SharedMemory {
   // Starts a CTA: every byte is 0xff, which is NaN in every format, and counts as never written.
   void reset(uint32_t bytes, uint32_t threads);
   void join(uint32_t first, uint32_t count) { clocks_.join(first, count); }
+  Clocks &clocks() { return clocks_; }
 
   // `thread` accesses memory at `site_id`. Each throws a Complaint if the access is not allowed.
   void read(uint32_t thread, uint32_t address, uint32_t bytes, void *to, uint32_t site_id);

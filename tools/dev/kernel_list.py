@@ -33,7 +33,7 @@ class Launch:
     score_rows: int = 0
     k: str = ""
     v: str = ""
-    query_stages: int = 0
+    stages: str = ""
     sharing: str = ""
 
 

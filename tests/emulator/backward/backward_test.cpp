@@ -74,6 +74,26 @@ TEST(Backward, SharedKeys) {
   check(s, 4);
 }
 
+// On so many SMs each query head of a group is of a CTA of its own, and these add up dk and dv.
+TEST(Backward, HeadsOfSeveralCtas) {
+  BackwardSpec s;
+  s.sm_count = 1000;
+  s.tokens = {300, 20}, s.keys = {130, 260};
+  s.heads_q = 6, s.heads_kv = 2, s.causal = true;
+  BackwardProblem problem(s, 5);
+  const cuda::Machine machine{Architecture::sm_120f, s.sm_count, 1 << 20, 100 << 10};
+  ASSERT_EQ(cuda::make_backward_plan(problem.params, machine).arguments.head_parts, 3);
+  check(s, 5);
+  s.heads_first = true, s.wanted_q = false;
+  check(s, 6, Kernels::smallest);
+  s.wanted_q = true, s.wanted_v = false;
+  check(s, 7, Kernels::smallest);
+  s.wanted_v = true, s.varlen_q = s.varlen_k = true, s.unused_rows = true;
+  check(s, 8);
+  s.head_dim = 40, s.head_dim_v = 24, s.dropout_p = 0.2f;
+  check(s, 9, Kernels::smallest, false);
+}
+
 TEST(Backward, Sequences) {
   uint64_t seed = 50;
   for (const bool varlen_q : {false, true}) {

@@ -255,7 +255,7 @@ void BackwardProblem::compute_truth() {
 }
 
 Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
-  const cuda::Machine machine{kernel.tiles, 2, 1 << 20, 100 << 10};
+  const cuda::Machine machine{kernel.tiles, spec_.sm_count, 1 << 20, 100 << 10};
   cuda::BackwardPlan plan = cuda::make_backward_plan(params, machine, kernel.instance);
   Guarded<float> scratch(plan.workspace() / sizeof(float));
   std::fill(scratch.begin(), scratch.end(), NAN);

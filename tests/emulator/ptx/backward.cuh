@@ -7,8 +7,11 @@
 
 namespace flashspark::ptx {
 
-inline void pair_barrier(FLASHSPARK_CALLER) {
-  emulator::barrier(emulator::Operation::pair_barrier, site);
+inline void pair_arrive(int32_t pair, int32_t number, FLASHSPARK_CALLER) {
+  emulator::pair(emulator::Operation::pair_arrive, pair, number, site);
+}
+inline void pair_wait(int32_t pair, int32_t number, FLASHSPARK_CALLER) {
+  emulator::pair(emulator::Operation::pair_wait, pair, number, site);
 }
 
 // Threads run one after another, CTAs in random order.
