@@ -20,7 +20,7 @@ namespace flashspark {
 template <class T>
 struct BackwardLoop {
   const BackwardArguments &a;
-  KeyMask mask;
+  BackwardMask<T> mask;
   int32_t seq, first_key;  // of the CTA
   int32_t first_padded_row;
   QueryLoader<T> q;
@@ -33,6 +33,8 @@ struct BackwardLoop {
   KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
   KeyGradient<T, T::kHeadDim> dk;
   KeyGradient<T, T::kHeadDimV> dv;
+  int32_t slope_slot;  // where the warp's parts of the gradients of alibi_slopes go
+  float slope_sum;     // of the head's
 
   FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
     if constexpr (T::kStages == 1) return shared + T::kMemory.queries;
@@ -69,14 +71,16 @@ struct BackwardLoop {
     ScoreTile<T> scores{}, gradients{};
     ScoreOperand<T> p{}, ds{};
     const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
-    if (token < visited.end && token + T::kScoreRows > visited.begin) {
+    if (token < visited.end && token + T::kScoreRows > visited.begin && any_row_keeps<T>(mask, warp_key(), token)) {
       score_product<T, typename T::KeyLayout>(scores, keys, shared, q_rows, lane);
       if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
         mask_score_tile(scores, mask, warp_key(), token);
       if constexpr (!T::kNative) begin_with_delta<T>(gradients, delta);
       score_product<T, typename T::ValueLayout>(gradients, values, shared + T::kMemory.values, dout_rows, lane);
       if constexpr (T::kNative) {
-        modified_scores(a, scores, gradients, lse, delta, kept(stage), first_row, p, ds);
+        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
+        modified_scores(mod, scores, gradients, lse, delta, kept(stage), first_row, p, ds);
+        slope_sum += mod.slope_sum;
       } else {
         scores_to_probabilities(scores, a.scale_log2, lse);
         pack_scores(p, scores);
@@ -108,23 +112,34 @@ struct BackwardLoop {
     ScoreTile<T> scores{};
     ScoreOperand<T> operand{};
     const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
-    if (token >= visited.end || token + T::kScoreRows <= visited.begin) {
+    if (token >= visited.end || token + T::kScoreRows <= visited.begin || !any_row_keeps<T>(mask, warp_key(), token)) {
       if (!values_summed) store_scores(operand, dscores, lane.score_store, first_row);
       return;
     }
-    if (!values_summed) begin_with_delta<T>(scores, delta);
+    if (!T::kNative && !values_summed) begin_with_delta<T>(scores, delta);
     score_product<T, typename T::KeyLayout>(scores, keys, shared, values_summed ? q_rows : dout_rows, lane);
     if (values_summed) {
       if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
         mask_score_tile(scores, mask, warp_key(), token);
-      scores_to_probabilities(scores, a.scale_log2, lse);
-      pack_scores(operand, scores);
-      store_scores(operand, dscores, lane.score_store, first_row);
+      if constexpr (T::kNative) {
+        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
+        modified_probabilities(mod, scores, lse, kept(stage), first_row, dscores, lane.score_store, operand);
+      } else {
+        scores_to_probabilities(scores, a.scale_log2, lse);
+        pack_scores(operand, scores);
+        store_scores(operand, dscores, lane.score_store, first_row);
+      }
     }
     ptx::pair_barrier();  // P^T is here
     if (!values_summed) {
-      multiply_by_stored(scores, dscores, lane.score_store, first_row);
-      pack_scores(operand, scores);
+      if constexpr (T::kNative) {
+        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
+        modified_gradients(mod, scores, delta, kept(stage), first_row, dscores, lane.score_store, operand);
+        slope_sum += mod.slope_sum;
+      } else {
+        multiply_by_stored(scores, dscores, lane.score_store, first_row);
+        pack_scores(operand, scores);
+      }
       store_scores(operand, dscores, lane.score_store, first_row);
     }
     gradient_product<T, typename T::KeyLayout>(dk, operand, values_summed ? dout_rows : q_rows, lane);
@@ -165,6 +180,9 @@ struct BackwardLoop {
           add_rows(at, stage, first_row() + row);
         }
       }
+      if constexpr (T::kNative) {
+        if (at.block + 1 == at.end) store_slope_sum<T>(a, at.head, slope_slot, slope_sum);
+      }
       if (has_next) draw(next, 1 - stage);
       ptx::cta_barrier();  // dS^T is here; all are done with dO
       if (has_next) {
@@ -195,7 +213,7 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   const Keys keys = find_keys(a, tile.seq);
   const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
   const Interval own{tile.first, min_of(tile.first + T::kKeys, keys.end)};
-  const Interval tokens = uniform(tokens_of_keys<false>(a, mask, own, rows.seqlen_q).visited);
+  const Interval tokens = uniform(tokens_of_keys<T::kNative>(a, mask, own, rows.seqlen_q).visited);
 
   KeyBounds visited = no_keys();
   visited.visited[0] = own;
@@ -216,10 +234,11 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   PhiloxKey key{};
   if constexpr (T::kNative) key = dropout_key(a.dropout);
   // clang-format off
-  BackwardLoop<T> loop{a, key_mask(a, mask), tile.seq, tile.first, padded,
+  BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.seq, tile.first, padded,
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                       shared, backward_offsets<T>(), key, {}, {}, {}, {}};
+                       shared, backward_offsets<T>(), key, {}, {}, {}, {},
+                       T::kNative ? first_key_slot(a, tile.seq, static_cast<int32_t>(tile.row)) + tile.first / T::kKeys : 0, 0};
   // clang-format on
   if (count > 0) loop.run({begin, end, tile.head_kv * group, begin}, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
@@ -228,14 +247,14 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   }
   // Found again, instead of being kept through the loop.
   const KeyTile stored = find_key_tile(a, T::kKeys);
+  const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
   if constexpr (T::kPaired) {
     const bool of_values = T::sums_values();
     store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, stored,
-                                             loop.dk, of_values ? 1.0f : a.softmax_scale,
+                                             loop.dk, of_values ? value_scale : a.softmax_scale,
                                              of_values ? a.head_dim_v : a.head_dim,
                                              shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
   } else {
-    const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
     store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, stored, loop.dk, a.softmax_scale, a.head_dim, shared);
     store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, stored, loop.dv, value_scale, a.head_dim_v, shared);
   }

@@ -66,6 +66,12 @@ struct KeyTile {
   int32_t held;        // keys that k has of the sequence, used or not
 };
 
+// Slots of scratch memory that lie before those of a sequence's key tiles, in the way of first_padded_row().
+FLASHSPARK_DEVICE int32_t first_key_slot(const BackwardArguments &a, int32_t seq, int32_t row) {
+  if (a.cu_seqlens_k == nullptr) return seq * a.num_key_tiles;
+  return quotient(row + seq * a.key_tile, a.key_tile);
+}
+
 // Tiles of a head's first keys come first: under a causal mask they see most rows.
 FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys) {
   const auto cta = static_cast<int32_t>(ptx::cta_x());

@@ -50,6 +50,8 @@ void set_gradients(const BackwardParams &p, BackwardArguments &a) {
   a.dv_strides = strides_of(p.dv);
   a.dlse = p.dlse;
   a.dsinks = p.dsinks;
+  a.drel_logits = p.drel_logits;
+  a.dalibi_slopes = p.dalibi_slopes;
 }
 
 // Rows of scratch memory, and how many CTAs there are.
@@ -78,10 +80,32 @@ void set_blocks(const Params &p, const Shape &shape, BackwardPlan &plan) {
   }
 }
 
+// What is not summed by the kernel that computes it: scratch memory for the parts, and the kernel that adds them.
+void set_sums(const Params &p, BackwardPlan &plan) {
+  BackwardArguments &a = plan.arguments;
+  a.key_tile = plan.tile->keys();
+  a.slot_warps = plan.tile->warps;
+  a.key_slots =
+      static_cast<int32_t>(is_varlen_k(p) ? p.total_k / a.key_tile + p.num_seqs : p.num_seqs * a.num_key_tiles);
+  const auto heads = static_cast<size_t>(p.num_heads_q);
+  const auto parts = [](int32_t places, uint32_t warps) { return static_cast<size_t>(places) * warps * sizeof(float); };
+  int64_t numbers = 0;
+  if (a.dsinks != nullptr) {
+    plan.sink_bytes = heads * parts(a.num_row_blocks, plan.preprocess.threads / 32);
+    numbers += p.num_heads_q;
+  }
+  if (a.dalibi_slopes != nullptr) {
+    plan.slope_bytes = heads * parts(a.key_slots, static_cast<uint32_t>(a.slot_warps));
+    numbers += p.num_heads_q * (p.alibi_batch_stride != 0 ? p.num_seqs : 1);
+  }
+  const uint32_t threads = traits_of(Operation::attention_backward_sums).threads;
+  plan.sums = {{static_cast<uint32_t>(ceil_div(numbers, threads / 32)), 1, 1}, threads};
+}
+
 }  // namespace
 
 bool fits(const BackwardInstance &instance, const Params &p) {
-  const bool modified = p.softcap > 0 || p.dropout_p > 0;
+  const bool modified = shape_of(p).needs_score_mod || p.dropout_p > 0;
   return p.head_dim <= instance.head_dim && p.head_dim_v <= instance.head_dim_v &&
          (!modified || instance.score_mod == ScoreMod::native);
 }
@@ -103,6 +127,7 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   set_gradients(params, a);
   a.sum_columns = plan.instance->head_dim;
   set_blocks(p, shape, plan);
+  set_sums(p, plan);
   plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
   if (a.dq != nullptr) plan.sum_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
   return plan;
@@ -113,6 +138,9 @@ void BackwardPlan::bind(void *memory) {
   arguments.dq_sum = sum_bytes > 0 ? reinterpret_cast<float *>(at) : nullptr;
   arguments.row_lse = reinterpret_cast<float *>(at + sum_bytes);
   arguments.row_delta = reinterpret_cast<float *>(at + sum_bytes + row_bytes);
+  at += sum_bytes + 2 * row_bytes;
+  arguments.sink_sums = sink_bytes > 0 ? reinterpret_cast<float *>(at) : nullptr;
+  arguments.slope_sums = slope_bytes > 0 ? reinterpret_cast<float *>(at + sink_bytes) : nullptr;
 }
 
 std::string to_string(const BackwardPlan &plan) {
@@ -122,6 +150,7 @@ std::string to_string(const BackwardPlan &plan) {
             std::to_string(plan.tile->keys()) + "\n";
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
+  if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
          (plan.sum_bytes > 0 ? "dq in float32 and " : "") + "two values a row\n";
 }
