@@ -112,7 +112,7 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
     const int64_t distance = s.pos(i) - j;
     if (p.rel_logits != nullptr && distance >= 0 && distance < p.rel_extent)
       truth_rel_.add(token_row(p, s, i) * p.rel_token_stride + h * p.rel_head_stride + distance, modified, step(),
-                     noise);
+                     noise + 1e-12);  // more than 0: spare_unread_biases()
     if (p.alibi_slopes != nullptr) {
       const auto far = static_cast<double>(std::abs(distance));
       truth_slopes_.add((spec_.alibi_per_seq ? s.index * p.num_heads_q : 0) + h, -modified * far, step(), noise * far);
