@@ -21,7 +21,7 @@ template <class T>
 struct BackwardLoop {
   const BackwardArguments &a;
   BackwardMask<T> mask;
-  int32_t seq, first_key;  // of the CTA
+  int32_t first_key;  // of the CTA
   int32_t first_padded_row;
   QueryLoader<T> q;
   GradientLoader<T> dout;
@@ -33,8 +33,7 @@ struct BackwardLoop {
   KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
   KeyGradient<T, T::kHeadDim> dk;
   KeyGradient<T, T::kHeadDimV> dv;
-  int32_t slope_slot;  // where the warp's parts of the gradients of alibi_slopes go
-  float slope_sum;     // of the head's
+  float slope_sum;  // of the head's gradient of alibi_slopes
 
   FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
     if constexpr (T::kStages == 1) return shared + T::kMemory.queries;
@@ -58,7 +57,7 @@ struct BackwardLoop {
   }
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
     if constexpr (T::kNative) {
-      if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, seq, first_key, at, kept(stage));
+      if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, mask.of.seq, first_key, at, kept(stage));
     }
   }
 
@@ -181,7 +180,7 @@ struct BackwardLoop {
         }
       }
       if constexpr (T::kNative) {
-        if (at.block + 1 == at.end) store_slope_sum<T>(a, at.head, slope_slot, slope_sum);
+        if (at.block + 1 == at.end) store_slope_sum<T>(a, at.head, slope_sum);
       }
       if (has_next) draw(next, 1 - stage);
       ptx::cta_barrier();  // dS^T is here; all are done with dO
@@ -234,11 +233,10 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   PhiloxKey key{};
   if constexpr (T::kNative) key = dropout_key(a.dropout);
   // clang-format off
-  BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.seq, tile.first, padded,
+  BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                       shared, backward_offsets<T>(), key, {}, {}, {}, {},
-                       T::kNative ? first_key_slot(a, tile.seq, static_cast<int32_t>(tile.row)) + tile.first / T::kKeys : 0, 0};
+                       shared, backward_offsets<T>(), key, {}, {}, {}, {}, 0};
   // clang-format on
   if (count > 0) loop.run({begin, end, tile.head_kv * group, begin}, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through

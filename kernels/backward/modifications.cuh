@@ -219,10 +219,12 @@ FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<
 
 // A warp's part of the gradient of a head's ALiBi slope goes to scratch memory, and another sum begins.
 template <class T>
-FLASHSPARK_DEVICE void store_slope_sum(const BackwardArguments &a, int32_t head, int32_t slot, float &sum) {
+FLASHSPARK_DEVICE void store_slope_sum(const BackwardArguments &a, int32_t head, float &sum) {
   if (a.dalibi_slopes == nullptr) return;
   FLASHSPARK_UNROLL
   for (uint32_t lanes = 16; lanes > 0; lanes /= 2) sum += ptx::shuffle_xor(sum, lanes);
+  const KeyTile tile = find_key_tile(a, T::kKeys);  // again, instead of being kept through the loop
+  const int32_t slot = first_key_slot(a, tile.seq, static_cast<int32_t>(tile.row)) + tile.first / T::kKeys;
   const int64_t at = (static_cast<int64_t>(head) * a.key_slots + slot) * T::kWarps + ptx::warp();
   if (ptx::lane() == 0) a.slope_sums[at] = sum;
   sum = 0;

@@ -81,11 +81,12 @@ template <class T>
 FLASHSPARK_DEVICE BackwardMask<T> backward_mask(const SequenceArguments &a, const SequenceMask &mask,
                                                 int32_t first_key) {
   if constexpr (T::kNative) {
-    const int32_t seq = ptx::uniform(mask.seq), end = ptx::uniform(mask.end), shift = ptx::uniform(mask.shift);
-    const auto token_row = ptx::uniform(static_cast<int32_t>(mask.token_row));  // there are fewer than 2^31
-    const SequenceMask of{seq, 0, end, shift, ptx::uniform(mask.causal) != 0, token_row};
-    TokenBounds tokens = tokens_of_keys<true>(a, of, {first_key, first_key + T::kWarpKeys}, end - shift);
-    if (first_key + T::kWarpKeys > end) tokens.unmasked = {0, 0};  // it speaks of keys in use alone
+    SequenceMask of = mask;
+    of.begin = 0;  // no key is padding
+    of.causal = ptx::uniform(mask.causal) != 0;
+    of.token_row = static_cast<int32_t>(mask.token_row);  // there are fewer than 2^31
+    TokenBounds tokens = tokens_of_keys<true>(a, of, {first_key, first_key + T::kWarpKeys}, of.end - of.shift);
+    if (first_key + T::kWarpKeys > of.end) tokens.unmasked = {0, 0};  // it speaks of keys in use alone
     return {a, of, {uniform(tokens.visited), uniform(tokens.unmasked)}};
   } else {
     return key_mask(a, mask);
