@@ -12,23 +12,31 @@ struct BackwardArguments : AttentionArguments {
   const void *dout;
   void *dq, *dk, *dv;  // NULL: not wanted
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
-  const float *dlse;  // strides of lse; NULL: 0
-  float *dsinks;      // (Hq), 0 before the first kernel; NULL: not wanted
+  const float *dlse;     // strides of lse; NULL: 0
+  float *dsinks;         // (Hq); NULL: not wanted
+  float *drel_logits;    // strides of rel_logits; NULL: not wanted
+  float *dalibi_slopes;  // (Hq), or (num_seqs, Hq) with alibi_batch_stride; NULL: not wanted
 
   // Scratch. dq_sum is summed by atomic additions in the order of mma_m16n8k16's results: for each 16 rows and each 8
   // columns the four numbers of every lane, (Hq, padded_rows / 16, sum_columns / 8, 32, 4). NULL without dq.
   float *dq_sum;
-  // The same of dk and dv, where the query heads of a group are of several CTAs: (tiles, key_block / 16, sum_columns /
+  // The same of dk and dv, where the query heads of a group are of several CTAs: (tiles, key_tile / 16, sum_columns /
   // 8, 32, 4), and with sum_columns_v. Else NULL.
   float *dk_sum, *dv_sum;
   float *row_lse;    // (Hq, padded_rows) lse in units of log2; +inf where no key counts
   float *row_delta;  // (Hq, padded_rows) sum of dout * out, minus dlse
-  int32_t sum_columns, sum_columns_v, padded_rows, row_block, key_block;
+  int32_t sum_columns, sum_columns_v, padded_rows, row_block;
   int32_t num_row_blocks;  // of a head: padded_rows / row_block; without cu_seqlens_q: seq_row_blocks a sequence
   int32_t seq_row_blocks;
+  int32_t key_tile;       // keys of a CTA
   int32_t num_key_tiles;  // of a KV head of one sequence, or with cu_seqlens_k of all sequences (bound)
   int32_t section_heads;  // heads whose tiles take turns
   int32_t head_parts;     // CTAs that share a tile of keys and the query heads of its group
+
+  // What the sums kernel adds up in its order, so that a run gives the bits of the one before; NULL: not wanted.
+  float *sink_sums;   // (Hq, num_row_blocks, warps of preprocess)
+  float *slope_sums;  // (Hq, key_slots, slot_warps): a number of each warp of a key tile's CTA (first_key_slot())
+  int32_t key_slots, slot_warps;
 
   float scale_log2;  // softmax_scale times log2(e); softmax_scale itself is in natural units here
   float cap_log2;    // softcap times log2(e)

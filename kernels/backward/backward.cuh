@@ -23,8 +23,8 @@ namespace flashspark {
 template <class T>
 struct BackwardLoop {
   const BackwardArguments &a;
-  KeyMask mask;
-  int32_t seq, first_key;  // of the CTA
+  BackwardMask<T> mask;
+  int32_t first_key;  // of the CTA
   int32_t first_padded_row;
   QueryLoader<T> q;
   GradientLoader<T> dout;
@@ -36,6 +36,7 @@ struct BackwardLoop {
   KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
   KeyGradient<T, T::kHeadDim> dk;
   KeyGradient<T, T::kHeadDimV> dv;
+  float slope_sum;  // of the head's gradient of alibi_slopes
 
   FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
     return shared + (stage == 0 ? T::kMemory.queries : T::kMemory.second_queries);
@@ -65,7 +66,7 @@ struct BackwardLoop {
   FLASHSPARK_DEVICE void copy_dout(const RowWalk &at, int32_t stage) { dout.copy(at, douts(stage), lane.thread); }
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
     if constexpr (T::kNative) {
-      if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, seq, first_key, at, kept(stage));
+      if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, mask.of.seq, first_key, at, kept(stage));
     }
   }
 
@@ -78,14 +79,16 @@ struct BackwardLoop {
     ScoreTile<T> scores{}, gradients{};
     ScoreOperand<T> p{}, ds{};
     const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
-    if (token < visited.end && token + T::kScoreRows > visited.begin) {
+    if (token < visited.end && token + T::kScoreRows > visited.begin && any_row_keeps<T>(mask, warp_key(), token)) {
       score_product<T, typename T::KeyLayout>(scores, keys, shared, q_rows, lane);
       if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
         mask_score_tile(scores, mask, warp_key(), token);
       if constexpr (!T::kNative) begin_with_delta<T>(gradients, delta);
       score_product<T, typename T::ValueLayout>(gradients, values, shared + T::kMemory.values, dout_rows, lane);
       if constexpr (T::kNative) {
-        modified_scores(a, scores, gradients, lse, delta, kept(stage), first_row, p, ds);
+        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
+        modified_scores(mod, scores, gradients, lse, delta, kept(stage), first_row, p, ds);
+        slope_sum += mod.slope_sum;
       } else {
         scores_to_probabilities(scores, a.scale_log2, lse);
         pack_scores(p, scores);
@@ -118,23 +121,34 @@ struct BackwardLoop {
     ScoreTile<T> scores{};
     ScoreOperand<T> operand{};
     const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
-    if (token >= visited.end || token + T::kScoreRows <= visited.begin) {
+    if (token >= visited.end || token + T::kScoreRows <= visited.begin || !any_row_keeps<T>(mask, warp_key(), token)) {
       if (!values_summed) store_scores(operand, to, lane.score_store, first_row);
       return;
     }
-    if (!values_summed) begin_with_delta<T>(scores, delta);
+    if (!T::kNative && !values_summed) begin_with_delta<T>(scores, delta);
     score_product<T, typename T::KeyLayout>(scores, keys, shared, values_summed ? q_rows : dout_rows, lane);
     if (values_summed) {
       if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
         mask_score_tile(scores, mask, warp_key(), token);
-      scores_to_probabilities(scores, a.scale_log2, lse);
-      pack_scores(operand, scores);
-      store_scores(operand, to, lane.score_store, first_row);
+      if constexpr (T::kNative) {
+        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
+        modified_probabilities(mod, scores, lse, kept(stage), first_row, to, lane.score_store, operand);
+      } else {
+        scores_to_probabilities(scores, a.scale_log2, lse);
+        pack_scores(operand, scores);
+        store_scores(operand, to, lane.score_store, first_row);
+      }
       ptx::pair_arrive(pair, number);
     } else {
       ptx::pair_wait(pair, number);  // P^T is here
-      multiply_by_stored(scores, to, lane.score_store, first_row);
-      pack_scores(operand, scores);
+      if constexpr (T::kNative) {
+        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
+        modified_gradients(mod, scores, delta, kept(stage), first_row, to, lane.score_store, operand);
+        slope_sum += mod.slope_sum;
+      } else {
+        multiply_by_stored(scores, to, lane.score_store, first_row);
+        pack_scores(operand, scores);
+      }
       store_scores(operand, to, lane.score_store, first_row);
     }
     gradient_product<T, typename T::KeyLayout>(dk, operand, values_summed ? dout_rows : q_rows, lane);
@@ -148,6 +162,9 @@ struct BackwardLoop {
       } else {
         add_rows(at, stage, row);
       }
+    }
+    if constexpr (T::kNative) {
+      if (at.block + 1 == at.end) store_slope_sum<T>(a, at.head, slope_sum);
     }
   }
 
@@ -234,7 +251,7 @@ template <class T>
 FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const BackwardLoop<T> &loop,
                                        ptx::SharedAddress shared) {
   // Found again, instead of being kept through the loop.
-  const KeyTile tile = find_key_tile(a, T::kKeys, static_cast<int32_t>(ptx::cta_x()));
+  const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
   const bool of_values = T::kPaired && T::sums_values();
   if (a.head_parts > 1) {
     if (T::kPaired) {
@@ -245,13 +262,13 @@ FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const Backwar
     }
     return;
   }
+  const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
   if constexpr (T::kPaired) {
     store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, tile,
-                                             loop.dk, of_values ? 1.0f : a.softmax_scale,
+                                             loop.dk, of_values ? value_scale : a.softmax_scale,
                                              of_values ? a.head_dim_v : a.head_dim,
                                              shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
   } else {
-    const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
     store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, loop.dk, a.softmax_scale, a.head_dim, shared);
     store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, loop.dv, value_scale, a.head_dim_v, shared);
   }
@@ -259,7 +276,7 @@ FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const Backwar
 
 template <class T>
 FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
-  const KeyTile tile = find_key_tile(a, T::kKeys, static_cast<int32_t>(ptx::cta_x()));
+  const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
   if (!tile.valid) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
@@ -274,7 +291,7 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   const Keys keys = find_keys(a, tile.seq);
   const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
   const Interval own{tile.first, min_of(tile.first + T::kKeys, keys.end)};
-  const Interval tokens = uniform(tokens_of_keys<false>(a, mask, own, rows.seqlen_q).visited);
+  const Interval tokens = uniform(tokens_of_keys<T::kNative>(a, mask, own, rows.seqlen_q).visited);
 
   KeyBounds visited = no_keys();
   visited.visited[0] = own;
@@ -294,10 +311,10 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   PhiloxKey key{};
   if constexpr (T::kNative) key = dropout_key(a.dropout);
   // clang-format off
-  BackwardLoop<T> loop{a, key_mask(a, mask), tile.seq, tile.first, padded,
+  BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                       shared, backward_offsets<T>(), key, {}, {}, {}, {}};
+                       shared, backward_offsets<T>(), key, {}, {}, {}, {}, 0};
   // clang-format on
   if (count > 0) loop.run({begin, end, tile.head_q, begin}, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through

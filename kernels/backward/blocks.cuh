@@ -63,7 +63,8 @@ FLASHSPARK_DEVICE Quotient split(int32_t n, int32_t by) {
   return {q, n - q * by};
 }
 
-// The keys of a CTA: [first, first + T::kKeys) of a sequence and KV head, and the query heads whose rows it walks over.
+// The keys of a CTA: [first, first + a.key_tile) of a sequence and KV head, and the query heads whose rows it walks
+// over.
 struct KeyTile {
   bool valid;
   int32_t seq, head_kv, first;
@@ -73,9 +74,15 @@ struct KeyTile {
   int32_t held;        // keys that k has of the sequence, used or not
 };
 
+// Slots of scratch memory that lie before those of a sequence's key tiles, in the way of first_padded_row().
+FLASHSPARK_DEVICE int32_t first_key_slot(const BackwardArguments &a, int32_t seq, int32_t row) {
+  if (a.cu_seqlens_k == nullptr) return seq * a.num_key_tiles;
+  return quotient(row + seq * a.key_tile, a.key_tile);
+}
+
 // A few heads take turns, so that the rows of a few are in L2 at a time; of their tiles those of the first keys come
 // first: under a causal mask they see most rows, and the CTAs with the most work start before the others.
-FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys, int32_t cta) {
+FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t cta) {
   const auto group = static_cast<int32_t>(a.group.value);
   const int32_t heads = a.num_heads_kv * a.head_parts * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
   const int32_t first_head = quotient(cta, a.num_key_tiles * a.section_heads) * a.section_heads;
@@ -90,7 +97,7 @@ FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys
     tile.seq = ptx::uniform(kv.quotient);
     tile.head_kv = ptx::uniform(kv.remainder);
     tile.head_q = tile.head_kv * group + ptx::uniform(head.remainder) * tile.num_heads_q;
-    tile.first = ptx::uniform(rank * keys);
+    tile.first = ptx::uniform(rank * a.key_tile);
     tile.batch = tile.seq;
     tile.held = a.max_seqlen_k;
     tile.valid = tile.first < tile.held;
@@ -105,7 +112,7 @@ FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys
       row = clamp(a.cu_seqlens_k[seq], 0, a.key_rows);
       held = clamp(a.cu_seqlens_k[seq + 1], row, a.key_rows) - row;
     }
-    const int32_t passed = prefix_sum(ceil_div(held, keys));
+    const int32_t passed = prefix_sum(ceil_div(held, a.key_tile));
     const uint32_t beyond = ptx::ballot(passed > rank);
     if (beyond == 0) {
       rank -= ptx::shuffle(passed, 31);
@@ -115,8 +122,8 @@ FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t keys
     tile.seq = ptx::uniform(base + static_cast<int32_t>(winner));
     tile.row = ptx::uniform(ptx::shuffle(row, winner));
     tile.held = ptx::uniform(ptx::shuffle(held, winner));
-    const int32_t of_seq = ceil_div(tile.held, keys);
-    tile.first = ptx::uniform((rank - (ptx::shuffle(passed, winner) - of_seq)) * keys);
+    const int32_t of_seq = ceil_div(tile.held, a.key_tile);
+    tile.first = ptx::uniform((rank - (ptx::shuffle(passed, winner) - of_seq)) * a.key_tile);
     tile.valid = tile.first >= 0 && tile.first < tile.held;
     return tile;
   }

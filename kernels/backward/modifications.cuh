@@ -1,120 +1,234 @@
-// What only kernels with ScoreMod::native know: softcap and dropout.
+// What only kernels with ScoreMod::native do to scores: softcap, ALiBi, the bias by distance, dropout; and the
+// gradients of what these depend on. The masks that these kernels have beside windows are RowMasks (scores.cuh).
+//
+// A lane takes its scores four at a time, those of one m16n8 tile: [e] is of row e % 2 and key e / 2 of its two each.
+//
+//   modify()       S          -> scores in units of log2, and the slopes of softcap
+//   probability()  scores     -> P
+//   derivative()   P, dP      -> the gradient of modified scores, and what biases get of it
+//
+// and dS is the derivative times the slope.
 #pragma once
 
-#include "attention/dropout.cuh"
-#include "backward/scores.cuh"
+#include "attention/score_mod.cuh"
+#include "backward/kept.cuh"
 
 namespace flashspark {
 
-// A draw is for sixteen keys of a row, of which a lane holds two, so the CTA draws for its keys together, one block of
-// rows ahead: for each two rows and sixteen keys a word of what is kept, the bits of the second row in the upper half.
+// Of one lane and one tile of scores. All that depends on the place of a score is found here.
 template <class T>
-FLASHSPARK_DEVICE void draw_kept(const BackwardArguments &a, PhiloxKey key, int32_t seq, int32_t first_key,
-                                 const RowWalk &at, ptx::SharedAddress to) {
-  static_assert(T::kKeys % kDropoutKeys == 0);
-  constexpr int32_t kGroups = T::kKeys / 16;
-  const int32_t lane = ptx::lane(), quarter = lane % 4;
-  const auto other = [lane](uint32_t x, int32_t mask) {
-    return static_cast<uint32_t>(ptx::shuffle(static_cast<int32_t>(x), static_cast<uint32_t>(lane ^ mask)));
-  };
-  FLASHSPARK_NO_UNROLL
-  for (auto n = static_cast<int32_t>(ptx::thread_index()); n < T::kKeys / kDropoutKeys * T::kRows * 4;
-       n += T::kThreads) {
-    const int32_t row = n / 4 % T::kRows, block = n / (4 * T::kRows);
-    uint32_t row_words[kDropoutRowWords + 1];
-    dropout_row(key, at.head, at.block * T::kRows + row, row_words);
-    const int32_t draw = (first_key / kDropoutKeys + block) * (kDropoutKeys / 16) + quarter;
-    const PhiloxWords drawn = dropout_draws(key, dropout_keys(key, seq, draw), row_words);
-    uint32_t bits[4];
+struct NativeScores {
+  const BackwardArguments &a;
+  const SequenceMask &mask;
+  int32_t head;
+  int32_t token, key;  // of the lane's first score
+  float alibi_slope;   // units of log2
+  float slope_sum;     // what the tile adds to the gradient of alibi_slopes
+
+  FLASHSPARK_DEVICE NativeScores(const BackwardArguments &arguments, const SequenceMask &of, int32_t q_head,
+                                 int32_t first_key, int32_t first_row)
+      : a(arguments),
+        mask(of),
+        head(q_head),
+        token(first_row + ptx::lane() % 4 * 2),
+        key(first_key + ptx::lane() / 4),
+        alibi_slope(0),
+        slope_sum(0) {
+    if (a.alibi_slopes != nullptr) alibi_slope = a.alibi_slopes[mask.seq * a.alibi_batch_stride + head] * kLog2E;
+  }
+
+  // How far a score's key lies before its row.
+  FLASHSPARK_DEVICE int32_t distance(int32_t m, int32_t j, int32_t e) const {
+    return token + mask.shift - key + j * 8 + e % 2 - m * 16 - e / 2 * 8;
+  }
+  FLASHSPARK_DEVICE float magnitude(int32_t m, int32_t j, int32_t e) const {
+    const float x =
+        static_cast<float>(token + mask.shift - key) + static_cast<float>(j * 8 + e % 2 - m * 16 - e / 2 * 8);
+    return x < 0 ? -x : x;
+  }
+  // Of row c of two in rel_logits and in its gradient, as elements.
+  FLASHSPARK_DEVICE int64_t rel_row(int32_t j, int32_t c) const {
+    return (mask.token_row + token + j * 8 + c) * a.rel_token_stride + head * a.rel_head_stride;
+  }
+
+  // A masked score is -inf and stays it: nothing is read for it, as its row may not exist.
+  FLASHSPARK_DEVICE void modify(int32_t m, int32_t j, const float (&s)[4], float (&score)[4], float (&slope)[4]) const {
+    const bool capped = a.softcap > 0;
     FLASHSPARK_UNROLL
-    for (int32_t group = 0; group < 4; ++group) {
-      bits[group] = 0;
-      FLASHSPARK_UNROLL
-      for (int32_t octet = 0; octet < 2; ++octet) {
-        const uint32_t word = octet == 0 ? drawn.at[group] : ptx::permute_bytes(drawn.at[group], 0x0321);
-        const uint32_t kept = ptx::magnitude_not_less_f16x2(word, a.dropout.limit) ^ a.dropout.flip;
-        bits[group] |= ((kept & 1) | (kept >> 16 & 1) << 1) << (2 * quarter + 8 * octet + row % 2 * 16);
+    for (int32_t e = 0; e < 4; ++e) {
+      score[e] = s[e] * a.scale_log2, slope[e] = 1.0f;
+      if (capped) {
+        // tanh y = 1 - 2 r and its derivative 4 r (1 - r), with r = 1 / (e^2y + 1). A masked score is -inf: r = 1.
+        const float r = ptx::reciprocal_approx(ptx::exp2_approx(s[e] * a.cap_factor) + 1);
+        score[e] = s[e] == minus_infinity() ? s[e] : a.cap_log2 - 2 * a.cap_log2 * r;
+        slope[e] = 4 * r * (1 - r);
       }
     }
-    // Lanes that hold bits of the same words join them: each of four ends with one group's.
-    const int32_t odd = quarter % 2, high = quarter / 2;
-    uint32_t two[2];
-    FLASHSPARK_UNROLL
-    for (int32_t x = 0; x < 2; ++x)
-      two[x] = (odd ? bits[2 * x + 1] : bits[2 * x]) | other(odd ? bits[2 * x] : bits[2 * x + 1], 1);
-    uint32_t one = (high ? two[1] : two[0]) | other(high ? two[0] : two[1], 2);
-    one |= other(one, 4);
-    if (row % 2 == 0) ptx::store_shared_4(to + (row / 2 * kGroups + block * 4 + quarter) * 4, one);
-  }
-}
-
-// The words of a lane's rows in a tile of scores whose first row is `first_row` of the block.
-template <class T>
-struct KeptScores {
-  uint32_t at[T::kMAtoms][T::kScoreRows / 8];
-
-  FLASHSPARK_DEVICE bool keeps(int32_t m, int32_t j, int32_t e) const {
-    return at[m][j] >> (e % 2 * 16 + e / 2 * 8 + ptx::lane() / 4) & 1;
-  }
-};
-template <class T>
-FLASHSPARK_DEVICE void load_kept(KeptScores<T> &kept, ptx::SharedAddress from, int32_t first_row) {
-  constexpr int32_t kGroups = T::kKeys / 16;
-  FLASHSPARK_UNROLL
-  for (int32_t m = 0; m < T::kMAtoms; ++m) {
-    FLASHSPARK_UNROLL
-    for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
-      const int32_t pair = first_row / 2 + j * 4 + ptx::lane() % 4;
-      kept.at[m][j] = ptx::load_shared_4(from + (pair * kGroups + T::key_warp() * T::kMAtoms + m) * 4);
+    if (a.rel_logits != nullptr) {
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) {
+        const int32_t at = distance(m, j, e);
+        if (s[e] != minus_infinity() && at >= 0 && at < a.rel_extent)
+          score[e] += load_as_float(a.rel_logits, rel_row(j, e % 2) + at, a.rel_dtype) * kLog2E;
+      }
+    }
+    if (a.alibi_slopes != nullptr) {
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) score[e] -= alibi_slope * magnitude(m, j, e);
     }
   }
+
+  // dp: of kept scores, before 1 - dropout_p divides it. Every element of drel_logits has one key, and so one writer;
+  // those that no kept key belongs to are 0 since preprocess.
+  FLASHSPARK_DEVICE void derivative(int32_t m, int32_t j, const float (&p)[4], const float (&dp)[4],
+                                    const uint32_t (&delta)[2], const KeptScores<T> &kept, float (&ds)[4]) {
+    const bool drops = a.dropout.scale != 1.0f;
+    FLASHSPARK_UNROLL
+    for (int32_t e = 0; e < 4; ++e) {
+      float x = dp[e];
+      if (drops) x = kept.keeps(m, j, e) ? x * a.dropout.scale : 0.0f;
+      ds[e] = p[e] * (x - ptx::as_float(delta[e % 2]));
+    }
+    if (a.drel_logits != nullptr) {
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) {
+        const int32_t at = distance(m, j, e);
+        if (p[e] != 0 && at >= 0 && at < a.rel_extent) a.drel_logits[rel_row(j, e % 2) + at] = ds[e];
+      }
+    }
+    if (a.dalibi_slopes != nullptr) {
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) slope_sum -= ds[e] * magnitude(m, j, e);
+    }
+  }
+};
+
+// The values of a lane's two rows in n8 tile j; of_rows: from the lane's first row on.
+FLASHSPARK_DEVICE void load_row_pair(uint32_t (&values)[2], ptx::SharedAddress of_rows, int32_t j) {
+  ptx::load_shared_8(values, of_rows + j * 8 * 4);
 }
 
-// P^T and dS^T in 16 bits. `scores` are S^T, masked, and `gradients` dP^T, from 0 on; row_lse and row_delta are at the
-// lane's first row.
+// From scores to P, and to what dropout leaves of it in 16 bits.
 template <class T>
-FLASHSPARK_DEVICE void modified_scores(const BackwardArguments &a, ScoreTile<T> &scores, ScoreTile<T> &gradients,
+FLASHSPARK_DEVICE void probabilities(const BackwardArguments &a, int32_t m, int32_t j, const float (&score)[4],
+                                     const uint32_t (&lse)[2], const KeptScores<T> &kept, float (&p)[4],
+                                     ScoreOperand<T> &dropped) {
+  const bool drops = a.dropout.scale != 1.0f;
+  float left[4];
+  FLASHSPARK_UNROLL
+  for (int32_t e = 0; e < 4; ++e) {
+    p[e] = ptx::exp2_approx(score[e] - ptx::as_float(lse[e % 2]));
+    left[e] = !drops || kept.keeps(m, j, e) ? p[e] : 0.0f;
+  }
+  pack_tile(dropped, m, j, left);
+}
+
+// P^T and dS^T in 16 bits. `scores` are S^T, masked, and `gradients` dP^T, from 0 on; bits: of dropout.
+template <class T>
+FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> &scores, const ScoreTile<T> &gradients,
                                        ptx::SharedAddress row_lse, ptx::SharedAddress row_delta,
                                        ptx::SharedAddress bits, int32_t first_row, ScoreOperand<T> &p,
                                        ScoreOperand<T> &ds) {
-  const bool capped = a.softcap > 0, drops = a.dropout.scale != 1.0f;
   KeptScores<T> kept{};
-  if (drops) load_kept(kept, bits, first_row);
+  if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL
   for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
     uint32_t lse[2], delta[2];
-    ptx::load_shared_8(lse, row_lse + j * 8 * 4);
-    ptx::load_shared_8(delta, row_delta + j * 8 * 4);
+    load_row_pair(lse, row_lse, j);
+    load_row_pair(delta, row_delta, j);
+    FLASHSPARK_UNROLL
+    for (int32_t m = 0; m < T::kMAtoms; ++m) {
+      float score[4], slope[4], probability[4], derivative[4];
+      mod.modify(m, j, scores.at[m][j], score, slope);
+      probabilities(mod.a, m, j, score, lse, kept, probability, p);
+      mod.derivative(m, j, probability, gradients.at[m][j], delta, kept, derivative);
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) derivative[e] *= slope[e];
+      pack_tile(ds, m, j, derivative);
+    }
+  }
+}
+
+// The same for a pair of warps. The one that has S leaves P^T in 16 bits where dS^T will lie, and slopes, if there are
+// any, behind it, and keeps what dropout leaves of P^T ...
+template <class T>
+FLASHSPARK_DEVICE void modified_probabilities(NativeScores<T> &mod, const ScoreTile<T> &scores,
+                                              ptx::SharedAddress row_lse, ptx::SharedAddress bits, int32_t first_row,
+                                              ptx::SharedAddress to, uint32_t lane, ScoreOperand<T> &p) {
+  using Layout = typename T::ScoreLayout;
+  constexpr int32_t kSlopes = T::kMemory.slopes - T::kMemory.dscores;
+  const bool capped = mod.a.softcap > 0;
+  KeptScores<T> kept{};
+  if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
+  FLASHSPARK_UNROLL
+  for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+    uint32_t lse[2];
+    load_row_pair(lse, row_lse, j);
+    const ptx::SharedAddress at = to + Layout::step(lane, static_cast<uint32_t>(first_row / 8 + j));
+    FLASHSPARK_UNROLL
+    for (int32_t m = 0; m < T::kMAtoms; ++m) {
+      float score[4], slope[4], probability[4];
+      mod.modify(m, j, scores.at[m][j], score, slope);
+      probabilities(mod.a, m, j, score, lse, kept, probability, p);
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 2; ++x) {
+        const ptx::SharedAddress word = at + (m * 16 + x * 8) * Layout::kPitch;
+        ptx::store_shared_4(word, ptx::pack<typename T::Element>(probability[2 * x], probability[2 * x + 1]));
+        if (capped) ptx::store_shared_4(word + kSlopes, ptx::pack<ptx::Float16>(slope[2 * x], slope[2 * x + 1]));
+      }
+    }
+  }
+}
+
+// ... the one that has dP makes dS^T of both.
+template <class T>
+FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<T> &gradients,
+                                          ptx::SharedAddress row_delta, ptx::SharedAddress bits, int32_t first_row,
+                                          ptx::SharedAddress from, uint32_t lane, ScoreOperand<T> &ds) {
+  using Element = typename T::Element;
+  using Layout = typename T::ScoreLayout;
+  constexpr int32_t kSlopes = T::kMemory.slopes - T::kMemory.dscores;
+  const bool capped = mod.a.softcap > 0;
+  KeptScores<T> kept{};
+  if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
+  FLASHSPARK_UNROLL
+  for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+    uint32_t delta[2];
+    load_row_pair(delta, row_delta, j);
+    const ptx::SharedAddress at = from + Layout::step(lane, static_cast<uint32_t>(first_row / 8 + j));
     FLASHSPARK_UNROLL
     for (int32_t m = 0; m < T::kMAtoms; ++m) {
       float probability[4], derivative[4];
       FLASHSPARK_UNROLL
-      for (int32_t e = 0; e < 4; ++e) {
-        const float s = scores.at[m][j][e];
-        float slope = 1.0f, score = s * a.scale_log2;
-        if (capped) {
-          // tanh y = 1 - 2 r and its derivative 4 r (1 - r), with r = 1 / (e^2y + 1). A masked score is -inf: r = 1.
-          const float r = ptx::reciprocal_approx(ptx::exp2_approx(s * a.cap_factor) + 1);
-          score = s == minus_infinity() ? s : a.cap_log2 - 2 * a.cap_log2 * r;
-          slope = 4 * r * (1 - r);
-        }
-        const float x = ptx::exp2_approx(score - ptx::as_float(lse[e % 2]));
-        float dp = gradients.at[m][j][e];
-        probability[e] = x;
-        if (drops) {
-          const bool keeps = kept.keeps(m, j, e);
-          probability[e] = keeps ? x : 0.0f;
-          dp = keeps ? dp * a.dropout.scale : 0.0f;
-        }
-        derivative[e] = x * slope * (dp - ptx::as_float(delta[e % 2]));
-      }
-      FLASHSPARK_UNROLL
       for (int32_t x = 0; x < 2; ++x) {
-        p.pair(m, j, x) = ptx::pack<typename T::Element>(probability[2 * x], probability[2 * x + 1]);
-        ds.pair(m, j, x) = ptx::pack<typename T::Element>(derivative[2 * x], derivative[2 * x + 1]);
+        const uint32_t word = ptx::load_shared_4(at + (m * 16 + x * 8) * Layout::kPitch);
+        probability[2 * x] = ptx::to_float(Element{static_cast<uint16_t>(word)});
+        probability[2 * x + 1] = ptx::to_float(Element{static_cast<uint16_t>(word >> 16)});
       }
+      mod.derivative(m, j, probability, gradients.at[m][j], delta, kept, derivative);
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 2 && capped; ++x) {
+        const uint32_t word = ptx::load_shared_4(at + (m * 16 + x * 8) * Layout::kPitch + kSlopes);
+        derivative[2 * x] *= ptx::to_float(ptx::Float16{static_cast<uint16_t>(word)});
+        derivative[2 * x + 1] *= ptx::to_float(ptx::Float16{static_cast<uint16_t>(word >> 16)});
+      }
+      pack_tile(ds, m, j, derivative);
     }
   }
+}
+
+// A warp's part of the gradient of a head's ALiBi slope goes to scratch memory, and another sum begins.
+template <class T>
+FLASHSPARK_DEVICE void store_slope_sum(const BackwardArguments &a, int32_t head, float &sum) {
+  if (a.dalibi_slopes == nullptr) return;
+  FLASHSPARK_UNROLL
+  for (uint32_t lanes = 16; lanes > 0; lanes /= 2) sum += ptx::shuffle_xor(sum, lanes);
+  const KeyTile tile =
+      find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));  // again, instead of being kept through the loop
+  const int32_t slot = first_key_slot(a, tile.seq, static_cast<int32_t>(tile.row)) + tile.first / T::kKeys;
+  const int64_t at = (static_cast<int64_t>(head) * a.key_slots + slot) * T::kWarps + ptx::warp();
+  if (ptx::lane() == 0) a.slope_sums[at] = sum;
+  sum = 0;
 }
 
 }  // namespace flashspark

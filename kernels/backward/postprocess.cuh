@@ -67,7 +67,7 @@ FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
 
 template <class Element>
 FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) {
-  const KeyTile tile = find_key_tile(a, a.key_block, cta);
+  const KeyTile tile = find_key_tile(a, cta);
   if (!tile.valid || tile.head_q != tile.head_kv * static_cast<int32_t>(a.group.value)) return;
   const int32_t held = tile.held - tile.first;
   const auto store = [&](const float *sums, int32_t sum_columns, void *data, const Strides &strides, int32_t columns,
@@ -75,8 +75,8 @@ FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) 
     if (sums == nullptr) return;
     auto *to = static_cast<Element *>(data) + tile.batch * strides.batch + tile.head_kv * strides.head +
                (tile.row + tile.first) * strides.token;
-    store_rows<Element>({sums + int64_t{tile.number} * a.key_block * sum_columns, sum_columns, to, strides.token,
-                         a.key_block, columns, held, held, scale});
+    store_rows<Element>({sums + int64_t{tile.number} * a.key_tile * sum_columns, sum_columns, to, strides.token,
+                         a.key_tile, columns, held, held, scale});
   };
   store(a.dk_sum, a.sum_columns, a.dk, a.dk_strides, a.head_dim, a.softmax_scale);
   store(a.dv_sum, a.sum_columns_v, a.dv, a.dv_strides, a.head_dim_v, a.dropout.scale);

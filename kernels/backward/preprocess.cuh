@@ -1,6 +1,7 @@
 // Before the main kernel: what each row contributes beside its scores. delta = sum of dout * out, minus the gradient of
-// lse, and lse in units of log2, both in scratch memory's order of rows; dq's sums become 0; sinks get their gradient;
-// rows of dq, dk and dv that belong to no sequence become 0. One CTA a block of rows and query head.
+// lse, and lse in units of log2, both in scratch memory's order of rows; parts of dsinks; 0 into the sums of dq and of
+// dalibi_slopes, into drel_logits, and into rows of dq, dk and dv that belong to no sequence. One CTA a block of rows
+// and query head.
 #pragma once
 
 #include "attention/softmax.cuh"
@@ -43,9 +44,30 @@ FLASHSPARK_DEVICE void zero_unowned_rows(void *data, const Strides &strides, con
   }
 }
 
+// What the main kernel writes some elements of.
+FLASHSPARK_DEVICE void zero_sparse(const BackwardArguments &a, int32_t heads, int32_t num_ctas) {
+  const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
+  if (a.drel_logits != nullptr) {
+    const int64_t rows = a.cu_seqlens_q != nullptr ? a.total_q : static_cast<int64_t>(a.num_seqs) * a.max_seqlen_q;
+    for (int64_t row = cta; row < rows; row += num_ctas) {
+      for (int32_t head = 0; head < heads; ++head) {
+        float *to = a.drel_logits + row * a.rel_token_stride + head * a.rel_head_stride;
+        for (int32_t n = thread; n < a.rel_extent; n += kPreprocessThreads) to[n] = 0;
+      }
+    }
+  }
+  if (a.slope_sums != nullptr) {
+    const int64_t sums = static_cast<int64_t>(heads) * a.key_slots * a.slot_warps;
+    for (int64_t n = cta * kPreprocessThreads + thread; n < sums;
+         n += static_cast<int64_t>(num_ctas) * kPreprocessThreads)
+      a.slope_sums[n] = 0;
+  }
+}
+
 template <class Element>
-FLASHSPARK_DEVICE void zero_unowned(const BackwardArguments &a) {
+FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a) {
   const int32_t heads = a.num_heads_kv * static_cast<int32_t>(a.group.value), ctas = a.num_row_blocks * heads;
+  zero_sparse(a, heads, ctas);
   const int32_t *q = a.cu_seqlens_q, *k = a.cu_seqlens_k;
   zero_unowned_rows<Element>(a.dq, a.dq_strides, q, a.num_seqs, a.total_q, heads, a.head_dim, ctas);
   zero_unowned_rows<Element>(a.dk, a.dk_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim, ctas);
@@ -65,19 +87,19 @@ template <class Element>
 FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
   ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
   ptx::grid_dependency_launch();
-  zero_unowned<Element>(a);
+  zero_outputs<Element>(a);
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   const int32_t head = quotient(cta, a.num_row_blocks), index = cta - head * a.num_row_blocks;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + index * a.row_block;
   if (a.dq_sum != nullptr) zero_sums(a.dq_sum + padded * a.sum_columns, int64_t{a.row_block} * a.sum_columns, 0, 1);
   const int64_t keys =
-      int64_t{a.num_key_tiles} * a.key_block * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
+      int64_t{a.num_key_tiles} * a.key_tile * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
   const int32_t ctas = a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value);
   if (a.dk_sum != nullptr) zero_sums(a.dk_sum, keys * a.sum_columns, cta, ctas);
   if (a.dv_sum != nullptr) zero_sums(a.dv_sum, keys * a.sum_columns_v, cta, ctas);
   const RowBlock block = find_row_block(a, index);
   float dsink = 0;
-  const bool has_sink = a.dsinks != nullptr;
+  const bool has_sink = a.sink_sums != nullptr;
   const float sink = has_sink ? load_as_float(a.sinks, head, a.sinks_dtype) * kLog2E : 0.0f;
   const int64_t batch_out = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.out_strides.batch,
                 batch_dout = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.dout_strides.batch,
@@ -110,7 +132,7 @@ FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
   ptx::warp_barrier();
   FLASHSPARK_UNROLL
   for (uint32_t lanes = 16; lanes > 0; lanes /= 2) dsink += ptx::shuffle_xor(dsink, lanes);
-  if (ptx::lane() == 0) ptx::add_to_memory(a.dsinks + head, dsink);
+  if (ptx::lane() == 0) a.sink_sums[cta * (kPreprocessThreads / 32) + ptx::warp()] = dsink;
 }
 
 }  // namespace flashspark

@@ -49,6 +49,92 @@ FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const KeyMask &mask
   }
 }
 
+// The mask of kernels with ScoreMod::native, where a row keeps up to two intervals of keys and the tokens that keep a
+// key need not be an interval: between what tokens_of_keys() says of a warp's keys, each row of a tile is asked.
+template <class T>
+struct RowMasks {
+  const SequenceArguments &a;
+  SequenceMask of;
+  TokenBounds tokens;  // of the warp's keys
+
+  FLASHSPARK_DEVICE Interval visited(int32_t, int32_t) const { return tokens.visited; }
+  FLASHSPARK_DEVICE Interval unmasked(int32_t, int32_t) const { return tokens.unmasked; }
+
+  // Of a row of the tile for each lane, the last ones again where a tile has fewer: the begin and the length of both
+  // intervals. Rows past the sequence keep nothing.
+  struct Lengths {
+    int32_t begin[2], length[2];
+  };
+  FLASHSPARK_DEVICE Lengths of_lane(int32_t first_row) const {
+    const int32_t token = first_row + ptx::lane() % T::kScoreRows;
+    RowMask row{};
+    if (token < of.end - of.shift) row = row_mask<true>(a, of, token);
+    return {{row.first.begin, row.second.begin},
+            {max_of(0, row.first.end - row.first.begin), max_of(0, row.second.end - row.second.begin)}};
+  }
+};
+template <class T>
+using BackwardMask = std::conditional_t<T::kNative, RowMasks<T>, KeyMask>;
+
+// first_key: of the warp.
+template <class T>
+FLASHSPARK_DEVICE BackwardMask<T> backward_mask(const SequenceArguments &a, const SequenceMask &mask,
+                                                int32_t first_key) {
+  if constexpr (T::kNative) {
+    SequenceMask of = mask;
+    of.begin = 0;  // no key is padding
+    of.causal = ptx::uniform(mask.causal) != 0;
+    of.token_row = static_cast<int32_t>(mask.token_row);  // there are fewer than 2^31
+    TokenBounds tokens = tokens_of_keys<true>(a, of, {first_key, first_key + T::kWarpKeys}, of.end - of.shift);
+    if (first_key + T::kWarpKeys > of.end) tokens.unmasked = {0, 0};  // it speaks of keys in use alone
+    return {a, of, {uniform(tokens.visited), uniform(tokens.unmasked)}};
+  } else {
+    return key_mask(a, mask);
+  }
+}
+
+// Whether a row of a tile keeps one of the warp's keys, where both may see each other. Only PrefixLM ranges leave it
+// open. All threads of the warp call it.
+template <class T>
+FLASHSPARK_DEVICE bool any_row_keeps(const BackwardMask<T> &mask, int32_t first_key, int32_t first_row) {
+  if constexpr (T::kNative) {
+    if (mask.a.prefix_mode == PrefixMode::none) return true;
+    const typename RowMasks<T>::Lengths row = mask.of_lane(first_row);
+    bool any = false;
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < 2; ++n)
+      any |= row.length[n] > 0 && row.begin[n] < first_key + T::kWarpKeys && row.begin[n] + row.length[n] > first_key;
+    return ptx::ballot(any) != 0;
+  }
+  return true;
+}
+
+template <class T>
+FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const RowMasks<T> &mask, int32_t first_key,
+                                       int32_t first_row) {
+  const int32_t lane = ptx::lane();
+  const typename RowMasks<T>::Lengths own = mask.of_lane(first_row);
+  FLASHSPARK_UNROLL
+  for (int32_t c = 0; c < T::kScoreRows / 4; ++c) {
+    const auto from = static_cast<uint32_t>(c / 2 * 8 + lane % 4 * 2 + c % 2);
+    uint32_t begin[2], length[2];
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < 2; ++n) {
+      begin[n] = static_cast<uint32_t>(ptx::shuffle(own.begin[n], from));
+      length[n] = static_cast<uint32_t>(ptx::shuffle(own.length[n], from));
+    }
+    FLASHSPARK_UNROLL
+    for (int32_t m = 0; m < T::kMAtoms; ++m) {
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 2; ++x) {
+        const auto key = static_cast<uint32_t>(first_key + m * 16 + x * 8 + lane / 4);
+        if (key - begin[0] >= length[0] && key - begin[1] >= length[1])
+          scores.at[m][c / 2][2 * x + c % 2] = minus_infinity();
+      }
+    }
+  }
+}
+
 // Calls f(n8 tile, values of the lane's two rows in it) for a tile's rows, of which `values` has a float each, from the
 // lane's first row on.
 template <class T, class F>
@@ -89,15 +175,16 @@ FLASHSPARK_DEVICE void begin_with_delta(ScoreTile<T> &scores, ptx::SharedAddress
 }
 
 template <class T>
+FLASHSPARK_DEVICE void pack_tile(ScoreOperand<T> &to, int32_t m, int32_t j, const float (&from)[4]) {
+  FLASHSPARK_UNROLL
+  for (int32_t x = 0; x < 2; ++x) to.pair(m, j, x) = ptx::pack<typename T::Element>(from[2 * x], from[2 * x + 1]);
+}
+template <class T>
 FLASHSPARK_DEVICE void pack_scores(ScoreOperand<T> &to, const ScoreTile<T> &from) {
   FLASHSPARK_UNROLL
   for (int32_t m = 0; m < T::kMAtoms; ++m) {
     FLASHSPARK_UNROLL
-    for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
-      FLASHSPARK_UNROLL
-      for (int32_t x = 0; x < 2; ++x)
-        to.pair(m, j, x) = ptx::pack<typename T::Element>(from.at[m][j][2 * x], from.at[m][j][2 * x + 1]);
-    }
+    for (int32_t j = 0; j < T::kScoreRows / 8; ++j) pack_tile(to, m, j, from.at[m][j]);
   }
 }
 

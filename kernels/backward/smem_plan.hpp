@@ -11,10 +11,10 @@ namespace flashspark {
 //   | K | Q and dO, stage 0 | Q and dO, stage 1 | dS^T | V | lse and delta of a stage, twice | what is kept, twice |
 //
 // What has one stage has it twice here. Where V passes on to registers it lies on stage 1 and dS^T, which are written
-// after that. At the end results pass through K's memory.
+// after that. Behind dS^T a pair's slopes of softcap lie, if there are any. At the end results pass through K's memory.
 struct BackwardMemory {
   int32_t queries, dout, dscores, second_queries, second_dout, second_dscores;
-  int32_t values;
+  int32_t slopes, values;
   int32_t rows, row_stage;
   int32_t kept, kept_stage;  // bits of dropout: for each 16 keys 16 bits a row
   int32_t total;
@@ -23,6 +23,7 @@ struct BackwardMemory {
 constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const BackwardTile &tile) {
   BackwardMemory m{};
   const int32_t value_bytes = tile.keys() * instance.head_dim_v * 2;
+  const bool native = instance.score_mod == ScoreMod::native;
   const int32_t query_bytes = tile.rows * instance.head_dim * 2, dout_bytes = tile.rows * instance.head_dim_v * 2,
                 score_bytes = tile.keys() * tile.rows * 2;
   const bool two_queries = tile.stages != RowStages::one, two_of_all = tile.stages == RowStages::all;
@@ -34,12 +35,14 @@ constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const
   if (two_of_all) m.second_dout = end, end += dout_bytes;
   m.dscores = m.second_dscores = end, end += score_bytes;
   if (two_of_all) m.second_dscores = end, end += score_bytes;
+  m.slopes = end;
+  if (native && tile.sharing == KeySharing::gradients) end += score_bytes;
   m.values = tile.values_in_registers ? second_stage : end;
   if (end < m.values + value_bytes) end = m.values + value_bytes;
   m.rows = end;
   m.row_stage = 2 * tile.rows * 4;
   m.kept = m.rows + 2 * m.row_stage;
-  m.kept_stage = instance.score_mod == ScoreMod::native ? tile.keys() * tile.rows / 8 : 0;
+  m.kept_stage = native ? tile.keys() * tile.rows / 8 : 0;
   m.total = m.kept + 2 * m.kept_stage;
   return m;
 }

@@ -21,10 +21,6 @@ std::string unsupported_backward(const BackwardParams &params) {
   };
   add(misaligned_rows(p, "out", p.out));
   add(misaligned_rows(p, "dout", params.dout));
-  if (std::none_of(std::begin(kBackwardInstances), std::end(kBackwardInstances),
-                   [&](const BackwardInstance &instance) { return fits(instance, p); }) &&
-      std::max(p.head_dim, p.head_dim_v) <= kMaxBackwardHeadDim)
-    add("softcap and dropout with a head_dim of more than 128");
   const int64_t padded = (is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q) + 64 * (p.num_seqs + 1);
   if (padded > kMaxTokens) add("tokens of all sequences, each up to whole blocks of 64, > 2^30");
   return text;
@@ -41,18 +37,16 @@ void backward(const BackwardParams &params, const ScratchSource &scratch) {
   const Kernel preprocess = get(plan.preprocess_key(), p.device_index);
   const Kernel main = get(plan.main_key(), p.device_index, plan.main.shared_bytes);
   const Kernel postprocess = get(plan.postprocess_key(), p.device_index);
+  const Kernel sums = plan.sums.grid[0] > 0 ? get(plan.sums_key(), p.device_index) : Kernel{};
   const Workspace memory({params.workspace, params.workspace_size}, stream, scratch, plan.workspace());
   plan.bind(memory.data());
-  if (params.dsinks != nullptr) {
-    FLASHSPARK_CUDA_CALL(driver(), cuMemsetD8Async, std::bit_cast<Address>(params.dsinks), 0,
-                         static_cast<size_t>(p.num_heads_q) * sizeof(float), stream);
-  }
   const auto put = [&](Kernel each, const Launch &shape) {
     if (shape.grid[0] > 0) launch(each, shape, &plan.arguments, stream, device.machine.arch);
   };
   put(preprocess, plan.preprocess);
   put(main, plan.main);
   put(postprocess, plan.postprocess);
+  put(sums, plan.sums);
 }
 
 size_t backward_workspace(const BackwardParams &p) {

@@ -16,18 +16,20 @@ struct BackwardPlan {
   const BackwardInstance *instance = nullptr;
   const BackwardTile *tile = nullptr;  // the instance's, on this GPU
   KernelDType dtype{};
-  Launch preprocess, main, postprocess;  // in this order
+  Launch preprocess, main, postprocess, sums;  // in this order; a grid of 0: nothing to do
   BackwardArguments arguments{};
-  // Scratch memory: float32 sums of dq; of dk and dv, where several CTAs have the same keys; two values for each row.
-  size_t dq_bytes = 0, dk_bytes = 0, dv_bytes = 0, row_bytes = 0;
+  // Scratch memory, in this order: float32 sums of dq; of dk and dv, where several CTAs have the same keys; two values
+  // for each row; parts of dsinks and of dalibi_slopes.
+  size_t dq_bytes = 0, dk_bytes = 0, dv_bytes = 0, row_bytes = 0, sink_bytes = 0, slope_bytes = 0;
 
-  size_t workspace() const { return dq_bytes + dk_bytes + dv_bytes + 2 * row_bytes; }
+  size_t workspace() const { return dq_bytes + dk_bytes + dv_bytes + 2 * row_bytes + sink_bytes + slope_bytes; }
   // `memory` is aligned to 16 bytes. A plan must be bound before it is launched.
   void bind(void *memory);
 
   KernelKey preprocess_key() const { return {Operation::attention_backward_preprocess, dtype}; }
   KernelKey main_key() const { return {Operation::attention_backward, dtype, InstanceIndex::none, instance->index}; }
   KernelKey postprocess_key() const { return {Operation::attention_backward_postprocess, dtype}; }
+  KernelKey sums_key() const { return {Operation::attention_backward_sums}; }
 };
 
 // Whether an instance can run the problem at all.

@@ -63,6 +63,8 @@ void set_gradients(const BackwardParams &p, BackwardArguments &a) {
   a.dv_strides = strides_of(p.dv);
   a.dlse = p.dlse;
   a.dsinks = p.dsinks;
+  a.drel_logits = p.drel_logits;
+  a.dalibi_slopes = p.dalibi_slopes;
 }
 
 // Rows of scratch memory, and how many CTAs there are.
@@ -83,7 +85,7 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   constexpr int64_t kFewHeads = 4, kFewTurns = 4;
   const int64_t section =
       ctas <= kFewTurns * places ? heads : std::max(kFewHeads, ceil_div(places, std::max<int64_t>(1, key_tiles)));
-  a.key_block = static_cast<int32_t>(keys);
+  a.key_tile = static_cast<int32_t>(keys);
   a.num_key_tiles = static_cast<int32_t>(key_tiles);
   a.head_parts = static_cast<int32_t>(parts);
   a.section_heads = static_cast<int32_t>(std::min(section, heads));
@@ -97,21 +99,43 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
     plan.postprocess = {{grid(summed), 1, 1}, traits_of(Operation::attention_backward_postprocess).threads};
 }
 
-void set_sums(const Params &p, BackwardPlan &plan) {
+// Sums of gradients in float32.
+void set_gradient_sums(const Params &p, BackwardPlan &plan) {
   const BackwardArguments &a = plan.arguments;
   plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
   if (a.dq != nullptr) plan.dq_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
   if (a.head_parts == 1) return;
   const size_t key_bytes =
-      size_t{plan.main.grid[0]} / static_cast<size_t>(a.head_parts) * static_cast<size_t>(a.key_block) * sizeof(float);
+      size_t{plan.main.grid[0]} / static_cast<size_t>(a.head_parts) * static_cast<size_t>(a.key_tile) * sizeof(float);
   if (a.dk != nullptr) plan.dk_bytes = key_bytes * static_cast<size_t>(a.sum_columns);
   if (a.dv != nullptr) plan.dv_bytes = key_bytes * static_cast<size_t>(a.sum_columns_v);
+}
+
+// What is not summed by the kernel that computes it: scratch memory for the parts, and the kernel that adds them.
+void set_sums(const Params &p, BackwardPlan &plan) {
+  BackwardArguments &a = plan.arguments;
+  a.slot_warps = plan.tile->warps;
+  a.key_slots =
+      static_cast<int32_t>(is_varlen_k(p) ? p.total_k / a.key_tile + p.num_seqs : p.num_seqs * a.num_key_tiles);
+  const auto heads = static_cast<size_t>(p.num_heads_q);
+  const auto parts = [](int32_t places, uint32_t warps) { return static_cast<size_t>(places) * warps * sizeof(float); };
+  int64_t numbers = 0;
+  if (a.dsinks != nullptr) {
+    plan.sink_bytes = heads * parts(a.num_row_blocks, plan.preprocess.threads / 32);
+    numbers += p.num_heads_q;
+  }
+  if (a.dalibi_slopes != nullptr) {
+    plan.slope_bytes = heads * parts(a.key_slots, static_cast<uint32_t>(a.slot_warps));
+    numbers += p.num_heads_q * (p.alibi_batch_stride != 0 ? p.num_seqs : 1);
+  }
+  const uint32_t threads = traits_of(Operation::attention_backward_sums).threads;
+  plan.sums = {{static_cast<uint32_t>(ceil_div(numbers, threads / 32)), 1, 1}, threads};
 }
 
 }  // namespace
 
 bool fits(const BackwardInstance &instance, const Params &p) {
-  const bool modified = p.softcap > 0 || p.dropout_p > 0;
+  const bool modified = shape_of(p).needs_score_mod || p.dropout_p > 0;
   return p.head_dim <= instance.head_dim && p.head_dim_v <= instance.head_dim_v &&
          (!modified || instance.score_mod == ScoreMod::native);
 }
@@ -134,6 +158,7 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   a.sum_columns = plan.instance->head_dim;
   a.sum_columns_v = plan.instance->head_dim_v;
   set_blocks(p, shape, machine, plan);
+  set_gradient_sums(p, plan);
   set_sums(p, plan);
   return plan;
 }
@@ -150,6 +175,8 @@ void BackwardPlan::bind(void *memory) {
   arguments.dv_sum = take(dv_bytes);
   arguments.row_lse = take(row_bytes);
   arguments.row_delta = take(row_bytes);
+  arguments.sink_sums = take(sink_bytes);
+  arguments.slope_sums = take(slope_bytes);
 }
 
 std::string to_string(const BackwardPlan &plan) {
@@ -159,6 +186,7 @@ std::string to_string(const BackwardPlan &plan) {
             std::to_string(plan.tile->keys()) + (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") + "\n";
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
+  if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
          (plan.dq_bytes > 0 ? "dq in float32, " : "") +
          (plan.dk_bytes + plan.dv_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row\n";

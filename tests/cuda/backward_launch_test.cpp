@@ -95,12 +95,40 @@ TEST_F(Backward, WithoutDqNothingIsSummed) {
   EXPECT_EQ(fake.launches[1].backward.dq_sum, nullptr);
 }
 
-TEST_F(Backward, GradientsOfSinksBeginWithZeros) {
+// Parts of dsinks and dalibi_slopes lie behind dq's sums and the rows' values; a fourth kernel adds them.
+TEST_F(Backward, GradientsOfSinksAndSlopesAreSummedInOrder) {
   b.forward.sinks = address(30), b.forward.sinks_dtype = FLASHSPARK_FLOAT32;
-  b.dsinks = static_cast<float *>(address(31));
+  b.forward.alibi_slopes = static_cast<float *>(address(31)), b.forward.alibi_batch_stride = 8;
+  b.dsinks = static_cast<float *>(address(32)), b.dalibi_slopes = static_cast<float *>(address(33));
   run();
-  EXPECT_EQ(fake.order[1], "zero 32");
-  EXPECT_EQ(fake.launches[0].backward.dsinks, b.dsinks);
+  const BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
+  ASSERT_EQ(fake.launches.size(), 4u);
+  EXPECT_EQ(fake.order[4], "flashspark_attention_backward_sums");
+  EXPECT_EQ(fake.launches[3].grid[0], (8 + 2 * 8) / 4);  // a warp a number
+  const BackwardArguments &a = fake.launches[3].backward;
+  EXPECT_TRUE(a.dsinks == b.dsinks && a.dalibi_slopes == b.dalibi_slopes);
+  EXPECT_EQ(a.key_tile, plan.tile->keys());
+  EXPECT_EQ(a.key_slots, 2 * ((300 + a.key_tile - 1) / a.key_tile));
+  EXPECT_EQ(a.sink_sums - a.row_delta, 8 * a.padded_rows);
+  EXPECT_EQ(a.slope_sums - a.sink_sums, 8 * a.num_row_blocks * 4);
+  EXPECT_EQ(plan.workspace(), (size_t{8} * 256 * (128 + 2) + size_t{8} * 4 * 4 +
+                               size_t{8} * static_cast<size_t>(a.key_slots * plan.tile->warps)) *
+                                  sizeof(float));
+  EXPECT_NE(explain(FLASHSPARK_OK).find("attention_backward_sums: grid "), std::string::npos);
+}
+
+TEST_F(Backward, ABiasWithoutAGradientHasNoSums) {
+  b.forward.alibi_slopes = static_cast<float *>(address(31));
+  b.forward.rel_logits = address(32), b.forward.rel_dtype = FLASHSPARK_FLOAT32;
+  b.forward.rel_extent = 64, b.forward.rel_head_stride = 64, b.forward.rel_token_stride = 512;
+  run();
+  ASSERT_EQ(fake.launches.size(), 3u);
+  EXPECT_EQ(fake.launches[1].backward.slope_sums, nullptr);
+  EXPECT_EQ(fake.launches[1].backward.rel_logits, address(32));
+  b.drel_logits = static_cast<float *>(address(33));
+  run();
+  ASSERT_EQ(fake.launches.size(), 6u);
+  EXPECT_EQ(fake.launches[4].backward.drel_logits, b.drel_logits);
 }
 
 TEST_F(Backward, KernelsByHeadTypeAndModification) {
@@ -117,19 +145,29 @@ TEST_F(Backward, KernelsByHeadTypeAndModification) {
   EXPECT_EQ(kernel(), "attention_backward_d192_pair_fp16");
   b.forward.head_dim = 256;
   EXPECT_EQ(kernel(), "attention_backward_d256_pair_fp16");
+  b.forward.softcap = 5;
+  EXPECT_EQ(kernel(), "attention_backward_d256_mod_fp16");
+  b.forward.softcap = 0, b.forward.dropout_p = 0.1f, b.forward.head_dim = 192;
+  EXPECT_EQ(kernel(), "attention_backward_d192_mod_fp16");
+  b.forward.dropout_p = 0, b.forward.head_dim = b.forward.head_dim_v = 128;
+  // Each of these is a modification.
+  const auto modified = [&](auto set) {
+    const Params before = b.forward;
+    set(b.forward);
+    EXPECT_EQ(kernel(), "attention_backward_d128_mod_fp16");
+    b.forward = before;
+  };
+  modified([](Params &p) { p.alibi_slopes = static_cast<float *>(address(31)); });
+  modified([](Params &p) { p.rel_logits = address(32); });
+  modified([](Params &p) { p.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ; });
+  modified([](Params &p) { p.rswa_window = 64; });
+  modified([](Params &p) { p.attention_chunk = 64; });
 }
 
 TEST_F(Backward, RefusesWhatItCannotDo) {
-  b.forward.attention_chunk = 64;
-  expect_refused("lacks attention_chunk");
-  b.forward.attention_chunk = 0, b.forward.deterministic = 1;
+  b.forward.deterministic = 1;
   expect_refused("lacks deterministic");
   b.forward.deterministic = 0;
-  b.forward.softcap = 5, b.forward.head_dim = b.forward.head_dim_v = 256;
-  for (flashspark_tensor *t : {&b.forward.q, &b.forward.k, &b.forward.v, &b.forward.out, &b.dout, &b.dq, &b.dk, &b.dv})
-    t->batch_stride *= 2, t->token_stride *= 2, t->head_stride *= 2;
-  expect_refused("softcap and dropout with a head_dim of more than 128");
-  b.forward.softcap = 0;
   b.dout.token_stride = 1028, b.dout.batch_stride = 1028 * 200;
   expect_refused("dout token_stride 1028 is not a multiple of 8");
 }

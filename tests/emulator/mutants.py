@@ -50,7 +50,8 @@ DETECTORS = [
 FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
 FUNCTIONS = "emulator_functions_test"  # of kernels whose names begin with functions/
 BACKWARD = "emulator_backward_test"  # with backward_
-PROGRAMS = [FUZZ, FORWARD, WILD, FUNCTIONS, BACKWARD]
+# The objects whose compiler line a mutant's kernels get.
+KERNELS = {FUNCTIONS: "emulator_function_kernels.dir", BACKWARD: "emulator_backward_kernels.dir"}
 # What runs the other kernels of an operation, which are built with the fault, too.
 HARNESS = {BACKWARD: "backward/problem.cpp"}
 
@@ -94,16 +95,16 @@ def planted(text: str, mutant: Mutant) -> str:
 class Build:
     """The configured build folder: how it compiles and links its programs, learnt from ninja."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        subprocess.run(["ninja", "-C", folder, *PROGRAMS], check=True, stdout=subprocess.DEVNULL)
+    def __init__(self, folder: Path, programs: list[str]) -> None:
+        self.folder, self.programs = folder, programs
+        subprocess.run(["ninja", "-C", folder, *programs], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(WORK, ignore_errors=True)
         shutil.copytree(ROOT / "kernels", WORK / "kernels")  # others may edit theirs meanwhile
-        self.compile_line = self.command("emulator_kernels.dir", "-c")
-        self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in PROGRAMS}
+        self.compile_line = {name: self.command(KERNELS.get(name, "emulator_kernels.dir"), "-c") for name in programs}
+        self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in programs}
 
     def command(self, *needed: str) -> list[str]:
-        listed = subprocess.check_output(["ninja", "-C", self.folder, "-t", "commands", *PROGRAMS], text=True)
+        listed = subprocess.check_output(["ninja", "-C", self.folder, "-t", "commands", *self.programs], text=True)
         for line in listed.splitlines():
             if all(text in line for text in needed):
                 words = shlex.split(line)
@@ -117,8 +118,8 @@ class Build:
         if done.returncode != 0:
             raise Broken(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
-    def compile(self, source: Path, kernels: Path, to: Path) -> Path:
-        words, line = [], iter(self.compile_line)
+    def compile(self, program: str, source: Path, kernels: Path, to: Path) -> Path:
+        words, line = [], iter(self.compile_line[program])
         for word in line:
             if word in ("-o", "-c", "-MF", "-MT"):
                 next(line)
@@ -142,10 +143,10 @@ class Build:
             source = self.folder / f"tests/emulator/{name}.cpp"  # written by CMake
             if not source.exists():
                 raise Broken(f"{name}: the emulator has no such kernel (tests/emulator/CMakeLists.txt)")
-            objects.append(self.compile(source, kernels, folder / f"{Path(name).name}.o"))
+            objects.append(self.compile(program, source, kernels, folder / f"{Path(name).name}.o"))
         # The combine kernel is part of the harness.
         harness = HERE / HARNESS.get(program, "attention/harness.cpp")
-        objects.append(self.compile(harness, kernels, folder / "harness.o"))
+        objects.append(self.compile(program, harness, kernels, folder / "harness.o"))
         self.link(program, objects, folder / program)
         return folder / program
 
@@ -271,7 +272,7 @@ def main() -> int:
     if arguments.sample:
         mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
     try:
-        build = Build(arguments.build.resolve())
+        build = Build(arguments.build.resolve(), sorted({program_of(mutant) for mutant in mutants}))
         for mutant in listed:  # all of them, whatever the sample: texts that are gone shall not wait for their turn
             planted((WORK / "kernels" / mutant.file).read_text(), mutant)
         if not arguments.sample and not arguments.only:

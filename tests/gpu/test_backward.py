@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flashspark
@@ -30,25 +30,78 @@ class Case:
     p: float = 0.0
     sinks: bool = False
     dlse: bool = False
+    alibi: str = ""  # heads, sequences: what has slopes of its own
+    rel: int = 0  # rel_extent
+    prefix: str = ""  # per_seq, per_token
+    rswa: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def keeps(case: Case, i: int, j: int, device: torch.device) -> torch.Tensor:
-    """bool (i, j): the mask of a sequence."""
+@dataclass
+class Tensors:
+    """Of all sequences, one behind the other: rows as (tokens, heads, width)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    sinks: torch.Tensor | None = None
+    dlse: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    rel_logits: torch.Tensor | None = None  # (tokens, heads, extent)
+    prefix_ranges: torch.Tensor | None = None  # (B, ranges, 2) or (tokens, 2)
+    rswa_prefix_lens: torch.Tensor | None = None
+
+    def wanted(self) -> list[str]:
+        return ["q", "k", "v"] + [x for x in ("sinks", "rel_logits", "alibi_slopes") if getattr(self, x) is not None]
+
+
+def keeps(case: Case, t: Tensors, b: int, i: int, j: int, first: int) -> torch.Tensor:
+    """bool (i, j): the mask of a sequence whose tokens begin with `first`."""
+    device = t.q.device
     pos, key = torch.arange(i, device=device)[:, None] + j - i, torch.arange(j, device=device)
+    if case.rswa:
+        return (key <= pos) & ((key < t.rswa_prefix_lens[b]) | (pos - key < case.rswa))
     kept = torch.ones(i, j, dtype=torch.bool, device=device)
     left, right = case.options.get("window_size", (-1, -1))
+    in_left = key >= pos - left if left >= 0 else kept
     if case.options.get("causal"):
-        kept &= key <= pos
-    if left >= 0:
-        kept &= key >= pos - left
+        kept = kept & (key <= pos)
+    kept = kept & in_left
     if right >= 0:
-        kept &= key <= pos + right
-    return kept
+        kept = kept & (key <= pos + right)
+    chunk = case.options.get("attention_chunk", 0)
+    if chunk:
+        kept = kept & (torch.div(key, chunk, rounding_mode="floor") == torch.div(pos, chunk, rounding_mode="floor"))
+    if not case.prefix:
+        return kept
+    if case.prefix == "per_token":
+        ranges = t.prefix_ranges[first : first + i]
+        shown = (key >= ranges[:, :1]) & (key <= ranges[:, 1:])
+    else:
+        shown = torch.zeros_like(kept)
+        for start, end in t.prefix_ranges[b].tolist():
+            shown = shown | ((pos >= start) & (pos <= end) & (key >= start) & (key <= end))
+    return kept | (shown & in_left if case.options.get("prefix_clamp_window") else shown)
 
 
-def attention(case: Case, b: int, q, k, v, sinks):
-    """out and lse (i, heads) of one sequence (tokens, heads, width), in the type of its tensors."""
+def biases(case: Case, t: Tensors, b: int, i: int, j: int, first: int, dtype: torch.dtype):
+    """(heads, i, j), or 0: what is added to scores."""
+    distance = torch.arange(i, device=t.q.device)[:, None] + j - i - torch.arange(j, device=t.q.device)
+    total = 0
+    if case.alibi:
+        slopes = t.alibi_slopes[b] if case.alibi == "sequences" else t.alibi_slopes
+        total = total - (slopes[:, None, None] * distance.abs()).to(dtype)
+    if case.rel:
+        at = distance.clamp(0, case.rel - 1).expand(t.q.shape[1], i, j)
+        rel = t.rel_logits[first : first + i].transpose(0, 1).gather(2, at)
+        total = total + torch.where((distance >= 0) & (distance < case.rel), rel, 0).to(dtype)
+    return total
+
+
+def attention(case: Case, t: Tensors, b: int, rows: slice, keys: slice):
+    """out and lse (i, heads) of one sequence, in the type of its tensors."""
+    q, k, v = t.q[rows], t.k[keys], t.v[keys]
     (i, heads, width), j = q.shape, k.shape[0]
     group = heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -56,9 +109,10 @@ def attention(case: Case, b: int, q, k, v, sinks):
     cap = case.options.get("softcap", 0.0)
     if cap:
         scores = cap * torch.tanh(scores / cap)
-    scores = scores.masked_fill(~keeps(case, i, j, q.device), -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(heads, i, 1)], -1)
+    scores = scores + biases(case, t, b, i, j, rows.start, scores.dtype)
+    scores = scores.masked_fill(~keeps(case, t, b, i, j, rows.start), -torch.inf)
+    if t.sinks is not None:
+        scores = torch.cat([scores, t.sinks.to(scores.dtype)[:, None, None].expand(heads, i, 1)], -1)
     lse = torch.logsumexp(scores, -1)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])[..., :j]
     if case.p:
@@ -67,7 +121,16 @@ def attention(case: Case, b: int, q, k, v, sinks):
     return torch.einsum("hij,jhd->ihd", p.to(v.dtype), v), lse.t()
 
 
-def make(case: Case, seed: int, device: torch.device):
+def make_ranges(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """Some of them empty, or beyond the keys."""
+    shape = (len(case.lengths), 3) if case.prefix == "per_seq" else (sum(n[0] for n in case.lengths),)
+    longest = max(n[1] for n in case.lengths)
+    start = torch.randint(0, longest, shape, generator=generator)
+    end = start + torch.randint(-5, 90, shape, generator=generator)
+    return torch.stack([start, end], -1).int()
+
+
+def make(case: Case, seed: int, device: torch.device) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -77,65 +140,84 @@ def make(case: Case, seed: int, device: torch.device):
     (heads, heads_kv), (width, width_v) = case.heads, case.width
     q, k = normal(tokens, heads, width) * case.spread, normal(keys, heads_kv, width)
     v, dout = normal(keys, heads_kv, width_v), normal(tokens, heads, width_v)
-    rows = [x.to(case.dtype) for x in (q, k, v, dout)]
-    return *rows, normal(heads) if case.sinks else None, normal(tokens, heads) if case.dlse else None
-
-
-def by_formula(case: Case, dtype: torch.dtype, q, k, v, dout, sinks, dlse):
-    """Gradients of q, k, v and sinks by torch's autograd."""
-    inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-    sinks = None if sinks is None else sinks.to(torch.float64, copy=True).requires_grad_()
-    i = j = 0
-    total = torch.zeros((), dtype=torch.float64, device=q.device)
-    for b, (rows, keys) in enumerate(case.lengths):
-        part = [inputs[0][i : i + rows], inputs[1][j : j + keys], inputs[2][j : j + keys]]
-        out, lse = attention(case, b, *part, sinks)
-        total = total + (out.double() * dout[i : i + rows].double()).sum()
-        if dlse is not None:  # rows without keys have no gradient
-            lse = lse.double()
-            total = total + (torch.where(lse == -torch.inf, 0, lse) * dlse[i : i + rows].double()).sum()
-        i, j = i + rows, j + keys
-    given = torch.autograd.grad(total, [*inputs, *([] if sinks is None else [sinks])], allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip([*inputs, sinks], given)]
-
-
-def by_flashspark(case: Case, q, k, v, dout, sinks, dlse):
-    options = {**case.options, "dropout_p": case.p, "rng_state": STATE if case.p else None}
-    wanted = ["q", "k", "v"] + (["sinks"] if case.sinks else [])
+    t = Tensors(*(x.to(case.dtype) for x in (q, k, v, dout)))
     if case.sinks:
-        options["learnable_sink"] = sinks
+        t.sinks = normal(heads)
+    if case.dlse:
+        t.dlse = normal(tokens, heads)
+    if case.alibi:
+        t.alibi_slopes = 0.1 * (normal(len(case.lengths), heads) if case.alibi == "sequences" else normal(heads))
+    if case.rel:
+        t.rel_logits = normal(tokens, heads, case.rel)
+    if case.prefix:
+        t.prefix_ranges = make_ranges(case, generator).to(device)
+    if case.rswa:
+        longest = max(n[1] for n in case.lengths)
+        t.rswa_prefix_lens = torch.randint(0, longest, (len(case.lengths),), generator=generator).int().to(device)
+    return t
+
+
+def by_formula(case: Case, dtype: torch.dtype, given: Tensors):
+    """Gradients of given.wanted(), by torch's autograd."""
+    t, names = replace(given), given.wanted()
+    for name in names:
+        kind = dtype if name in ("q", "k", "v") else torch.float64
+        setattr(t, name, getattr(t, name).to(kind, copy=True).requires_grad_())
+    i = j = 0
+    total = torch.zeros((), dtype=torch.float64, device=t.q.device)
+    for b, (rows, keys) in enumerate(case.lengths):
+        out, lse = attention(case, t, b, slice(i, i + rows), slice(j, j + keys))
+        total = total + (out.double() * t.dout[i : i + rows].double()).sum()
+        if t.dlse is not None:  # rows without keys have no gradient
+            lse = lse.double()
+            total = total + (torch.where(lse == -torch.inf, 0, lse) * t.dlse[i : i + rows].double()).sum()
+        i, j = i + rows, j + keys
+    inputs = [getattr(t, name) for name in names]
+    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients)]
+
+
+def by_flashspark(case: Case, t: Tensors):
+    options = {**case.options, "dropout_p": case.p, "rng_state": STATE if case.p else None}
+    options |= {"rswa_window": case.rswa, "alibi_slopes": t.alibi_slopes, "prefix_ranges": t.prefix_ranges}
+    options |= {"rel_logits": t.rel_logits, "rswa_prefix_lens": t.rswa_prefix_lens, "learnable_sink": t.sinks}
+    wanted, dlse = t.wanted(), t.dlse
     if case.varlen:
         cu = [
-            torch.tensor([0, *torch.tensor([n[x] for n in case.lengths]).cumsum(0)], dtype=torch.int32).to(q.device)
+            torch.tensor([0, *torch.tensor([n[x] for n in case.lengths]).cumsum(0)], dtype=torch.int32).to(t.q.device)
             for x in (0, 1)
         ]
         lengths = (*cu, *(max(n[x] for n in case.lengths) for x in (0, 1)))
-        out, lse = flashspark.flash_attn_varlen_func(q, k, v, *lengths, return_softmax_lse=True, **options)
+        out, lse = flashspark.flash_attn_varlen_func(t.q, t.k, t.v, *lengths, return_softmax_lse=True, **options)
         dlse = None if dlse is None else dlse.t().contiguous()
         return flashspark.flash_attn_varlen_backward(
-            dout, q, k, v, out, lse, *lengths, dlse=dlse, wanted=wanted, **options
+            t.dout, t.q, t.k, t.v, out, lse, *lengths, dlse=dlse, wanted=wanted, **options
         )
     batch = len(case.lengths)
-    q, k, v, dout = (x.view(batch, -1, *x.shape[1:]) for x in (q, k, v, dout))
+    q, k, v, dout = (x.view(batch, -1, *x.shape[1:]) for x in (t.q, t.k, t.v, t.dout))
+    if case.rel:
+        options["rel_logits"] = t.rel_logits.view(batch, -1, *t.rel_logits.shape[1:])
     out, lse = flashspark.flash_attn_func(q, k, v, return_softmax_lse=True, **options)
     dlse = None if dlse is None else dlse.view(batch, -1, dlse.shape[1]).transpose(1, 2).contiguous()
     given = flashspark.flash_attn_backward(dout, q, k, v, out, lse, dlse=dlse, wanted=wanted, **options)
-    return [g.flatten(0, 1) if n < 3 else g for n, g in enumerate(given)]
+    return [g.flatten(0, 1) if name in ("q", "k", "v", "rel_logits") else g for name, g in zip(wanted, given)]
 
 
 def check(case: Case, seed: int, device: torch.device):
     tensors = make(case, seed, device)
-    want = by_formula(case, torch.float64, *tensors)
-    peer = by_formula(case, case.dtype, *tensors)
-    got = by_flashspark(case, *tensors)
-    for name, x, y, other in zip(("dq", "dk", "dv", "dsinks"), got, want, peer):
-        assert torch.isfinite(x).all(), f"{name} of {case}"
+    want = by_formula(case, torch.float64, tensors)
+    peer = by_formula(case, case.dtype, tensors)
+    got = by_flashspark(case, tensors)
+    for name, x, y, other in zip(tensors.wanted(), got, want, peer):
+        assert torch.isfinite(x).all(), f"d{name} of {case}"
+        if name == "rel_logits":  # of distances that no kept key has
+            assert (x[y == 0] == 0).all(), f"d{name} of {case}"
         scale = y.abs().max().item()
         error, allowed = (x.double() - y).abs().max().item(), (other.double() - y).abs().max().item()
         # A result is rounded once in any case.
-        unit = 0 if name == "dsinks" else 2**-8 if case.dtype == torch.bfloat16 else 2**-11
+        unit = 0 if name not in ("q", "k", "v") else 2**-8 if case.dtype == torch.bfloat16 else 2**-11
         bound = max(2 * allowed, unit * scale) + 1e-5 * scale + 1e-6
-        assert error <= bound, f"{name}: {error} > {bound} of {scale}, {case}, seed {seed}"
+        assert error <= bound, f"d{name}: {error} > {bound} of {scale}, {case}, seed {seed}"
 
 
 def lengths(*pairs: tuple[int, int]) -> list[tuple[int, int]]:
@@ -171,6 +253,28 @@ NAMED = {
         options={"causal": True, "softcap": 10.0, "window_size": (100, 0)},
     ),
     "peaked": Case(lengths((300, 300)), (2, 2), spread=8, options={"causal": True}),
+    "softcap, d256": Case(lengths((200, 300)), (2, 2), (256, 256), spread=3, options={"softcap": 5.0, "causal": True}),
+    "dropout, d192/128": Case(lengths((300, 300)), (4, 2), (192, 128), p=0.2, options={"causal": True}),
+    "alibi": Case(lengths((300, 300)), (4, 2), alibi="heads", options={"causal": True}),
+    "alibi by sequence": Case(lengths((200, 300), (200, 300)), (3, 3), (64, 64), alibi="sequences"),
+    "alibi, d256": Case(lengths((1, 1), (77, 130), (300, 200)), (4, 2), (256, 256), varlen=True, alibi="sequences"),
+    "rel": Case(lengths((300, 300)), (4, 2), rel=128, options={"causal": True}),
+    "rel of every distance": Case(lengths((100, 200), (100, 200)), (2, 2), (64, 64), rel=300),
+    "rel, d256": Case(lengths((1, 1), (77, 130), (300, 200)), (2, 1), (256, 256), varlen=True, rel=64),
+    "prefix": Case(lengths((300, 300), (300, 300)), (2, 2), prefix="per_seq", options={"causal": True}),
+    "prefix by token": Case(
+        lengths((1, 1), (77, 130), (300, 300)), (4, 2), varlen=True, prefix="per_token", options={"causal": True}
+    ),
+    "prefix in a window": Case(
+        lengths((300, 300)), (2, 2), (96, 96), prefix="per_seq",
+        options={"causal": True, "window_size": (50, 0), "prefix_clamp_window": True},
+    ),
+    "rswa": Case(lengths((300, 300), (300, 300)), (2, 2), rswa=40),
+    "chunks": Case(lengths((200, 300)), (2, 2), (64, 64), options={"causal": True, "attention_chunk": 70}),
+    "everything": Case(
+        lengths((1, 1), (77, 130), (300, 300)), (4, 2), varlen=True, sinks=True, dlse=True, p=0.1, alibi="sequences",
+        rel=100, prefix="per_token", options={"causal": True, "softcap": 10.0, "attention_chunk": 90},
+    ),
     "one token": Case(lengths((1, 1)), (2, 2)),
     "decode": Case(lengths((1, 777)), (8, 2), options={"causal": True}),
 }  # fmt: skip
@@ -189,7 +293,7 @@ def test_long_sequences(tokens, device):
 
 
 def random_case(rng: random.Random) -> Case:
-    width = rng.choice([64, 128, 8 * rng.randint(1, 16)])
+    width = rng.choice([64, 128, 8 * rng.randint(1, 16), 8 * rng.randint(17, 32)])
     most = 70 if ON_CPU else 500
     varlen = rng.random() < 0.5
     count = rng.randint(1, 5)
@@ -200,6 +304,14 @@ def random_case(rng: random.Random) -> Case:
         options["window_size"] = (rng.choice([-1, rng.randint(0, 200)]), rng.choice([-1, 0, rng.randint(0, 100)]))
     if rng.random() < 0.2:
         options["softcap"] = rng.choice([2.0, 10.0])
+    extent, alibi = rng.choice([0, 0, rng.randint(1, 150)]), rng.choice(["", "", "heads", "sequences"])
+    mask = rng.choice(["", "", "per_seq", "per_token", "rswa", "chunks", "per_seq chunks"])
+    if "chunks" in mask:
+        options["attention_chunk"] = rng.randint(1, 200)
+    if mask.startswith("per_"):
+        options["prefix_clamp_window"] = rng.random() < 0.3
+    if mask == "rswa":
+        options = {name: x for name, x in options.items() if name == "softcap"}
     return Case(
         pairs if varlen else [pairs[0]] * count,
         (group * heads_kv, heads_kv),
@@ -210,6 +322,10 @@ def random_case(rng: random.Random) -> Case:
         rng.choice([0.0, 0.0, 0.1, 0.5]),
         rng.random() < 0.2,
         rng.random() < 0.2,
+        alibi,
+        extent,
+        mask.split()[0] if mask.startswith("per_") else "",
+        rng.randint(1, 60) if mask == "rswa" else 0,
         options,
     )
 

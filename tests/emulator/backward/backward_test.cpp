@@ -1,6 +1,8 @@
 // The backward kernels against the formula: every kernel, every feature, in allocations of exact size.
 #include <gtest/gtest.h>
 
+#include <random>
+
 #include "backward/problem.hpp"
 
 namespace flashspark::emulator {
@@ -13,10 +15,7 @@ void check(BackwardSpec spec, uint64_t seed, Kernels which = Kernels::all, bool 
   for (const BackwardKernel &kernel : backward_kernels()) {
     if (which == Kernels::smallest && kernel.instance->head_dim > 64) continue;
     if (own_width) spec.head_dim = kernel.instance->head_dim, spec.head_dim_v = kernel.instance->head_dim_v;
-    Params p{};
-    p.head_dim = spec.head_dim, p.head_dim_v = spec.head_dim_v;
-    p.softcap = spec.softcap, p.dropout_p = spec.dropout_p;
-    if (!cuda::fits(*kernel.instance, p)) continue;
+    if (!can_run(kernel, spec)) continue;
     Counters counters;
     EXPECT_EQ(check_backward(spec, kernel, seed, &counters), "");
     EXPECT_EQ(counters.bank_conflicts, 0u) << name_of(kernel);
@@ -152,6 +151,134 @@ TEST(Backward, Dropout) {
     check(s, ++seed);
     s.varlen_q = s.varlen_k = true;
     check(s, ++seed);
+  }
+}
+
+constexpr int32_t kPerSeq = FLASHSPARK_PREFIX_PER_SEQ, kPerToken = FLASHSPARK_PREFIX_PER_TOKEN;
+
+TEST(Backward, Alibi) {
+  BackwardSpec s;
+  s.tokens = {70, 100}, s.keys = {150, 60}, s.heads_q = 4, s.heads_kv = 2, s.alibi = true;
+  check(s, 200);
+  s.causal = true, s.alibi_per_seq = true;
+  check(s, 201, Kernels::smallest);
+  s.varlen_q = s.varlen_k = s.unused_rows = true, s.window_left = 30, s.keys[0] = 330;  // many that no row sees
+  check(s, 202, Kernels::smallest);
+  s.alibi_per_seq = false, s.dropout_p = 0.3f, s.softcap = 3;
+  check(s, 203);
+  s.wanted_biases = false;
+  check(s, 204, Kernels::smallest);
+}
+
+TEST(Backward, RelativeBias) {
+  BackwardSpec s;
+  s.tokens = {70, 100}, s.keys = {150, 60}, s.heads_q = 4, s.heads_kv = 2, s.rel_extent = 50;
+  check(s, 210);
+  s.causal = true, s.rel_dtype = FLASHSPARK_BFLOAT16, s.rel_extent = 200;
+  check(s, 211, Kernels::smallest);
+  s.varlen_q = s.varlen_k = s.unused_rows = true, s.window_left = 30, s.rel_dtype = FLASHSPARK_FLOAT16;
+  check(s, 212, Kernels::smallest);
+  s.dropout_p = 0.3f, s.softcap = 3;
+  check(s, 213);
+  s.wanted_biases = false;
+  check(s, 214, Kernels::smallest);
+}
+
+TEST(Backward, PrefixRanges) {
+  uint64_t seed = 220;
+  for (const int32_t mode : {kPerSeq, kPerToken}) {
+    BackwardSpec s;
+    s.tokens = {130, 70}, s.keys = {130, 200}, s.causal = true, s.prefix_mode = mode;
+    check(s, ++seed);
+    s.window_left = 20, s.prefix_clamp_window = true, s.heads_q = 2;
+    check(s, ++seed, Kernels::smallest);
+    s.prefix_clamp_window = false, s.varlen_q = s.varlen_k = s.unused_rows = true, s.attention_chunk = 40;
+    check(s, ++seed, Kernels::smallest);
+  }
+}
+
+TEST(Backward, Rswa) {
+  BackwardSpec s;
+  s.tokens = {130, 70}, s.keys = {130, 200}, s.rswa_window = 17;
+  check(s, 230);
+  s.varlen_q = s.varlen_k = s.unused_rows = true, s.rel_extent = 40, s.alibi = true;
+  check(s, 231, Kernels::smallest);
+}
+
+TEST(Backward, AttentionChunks) {
+  BackwardSpec s;
+  s.tokens = {130, 70}, s.keys = {130, 200}, s.attention_chunk = 50;
+  check(s, 240);
+  s.causal_per_seq = true, s.window_left = 20, s.heads_q = 2;
+  check(s, 241, Kernels::smallest);
+  s.keys = {90, 33}, s.attention_chunk = 16;
+  check(s, 242, Kernels::smallest);
+}
+
+BackwardSpec random_spec(std::mt19937_64 &rng) {
+  const auto below = [&rng](int64_t n) { return static_cast<int32_t>(rng() % static_cast<uint64_t>(n)); };
+  const auto one_in = [&](int64_t n) { return below(n) == 0; };
+  BackwardSpec s;
+  const bool same = one_in(2);
+  s.tokens.clear(), s.keys.clear();
+  for (int32_t n = 1 + below(3); n > 0; --n) {
+    s.tokens.push_back(same && !s.tokens.empty() ? s.tokens[0] : 1 + below(140));
+    s.keys.push_back(same && !s.keys.empty() ? s.keys[0] : 1 + below(200));
+  }
+  s.heads_kv = 1 + below(2), s.heads_q = s.heads_kv * (1 + below(3));
+  s.varlen_q = one_in(2), s.varlen_k = one_in(2), s.unused_rows = one_in(4), s.heads_first = one_in(4);
+  s.causal = one_in(2), s.causal_per_seq = one_in(5);
+  if (one_in(3)) s.window_left = below(80);
+  if (one_in(4)) s.window_right = below(40);
+  if (one_in(3)) s.softcap = 3;
+  if (one_in(3)) s.dropout_p = 0.25f;
+  s.alibi = one_in(3), s.alibi_per_seq = one_in(2);
+  if (one_in(3)) s.rel_extent = 1 + below(150);
+  switch (below(5)) {
+    case 0:
+      s.prefix_mode = one_in(2) ? kPerSeq : kPerToken, s.prefix_clamp_window = one_in(2);
+      if (one_in(3)) s.attention_chunk = 1 + below(90);
+      break;
+    case 1:
+      s.rswa_window = 1 + below(60);
+      break;
+    case 2:
+      s.attention_chunk = 1 + below(90);
+      break;
+    default:
+      s.alibi = true;
+  }
+  s.sinks = one_in(4), s.dlse = one_in(4), s.wanted_biases = !one_in(5);
+  return s;
+}
+
+TEST(Backward, RandomModifications) {
+  std::mt19937_64 rng(20261129);
+  const std::span<const BackwardKernel> kernels = backward_kernels();
+  for (size_t n = 0, tried = 0; tried < 60; ++n) {
+    const BackwardKernel &kernel = kernels[n % kernels.size()];
+    BackwardSpec spec = random_spec(rng);
+    spec.head_dim = kernel.instance->head_dim, spec.head_dim_v = kernel.instance->head_dim_v;
+    if (!can_run(kernel, spec)) continue;
+    EXPECT_EQ(check_backward(spec, kernel, 1000 + n), "");
+    ++tried;
+  }
+}
+
+// Whatever metadata says, nothing outside of the tensors is read or written.
+TEST(Backward, WildMetadata) {
+  std::mt19937_64 rng(20261130);
+  for (int n = 0; n < 120; ++n) {
+    BackwardSpec s = random_spec(rng);
+    s.alibi = true, s.rel_extent = 30, s.varlen_q = n % 2 == 0, s.varlen_k = n % 3 != 0, s.unused_rows = true;
+    for (const BackwardKernel &kernel : backward_kernels()) {
+      if (std::string(kernel.instance->name) != (n % 8 == 7 ? "d192_mod" : "d64_mod")) continue;
+      s.head_dim = kernel.instance->head_dim, s.head_dim_v = kernel.instance->head_dim_v, s.dtype = kernel.dtype;
+      BackwardProblem problem(s, static_cast<uint64_t>(n));
+      problem.spoil_metadata(rng);
+      EXPECT_NO_THROW(problem.run(kernel, static_cast<uint64_t>(n))) << name_of(kernel) << ", " << to_string(s);
+      break;
+    }
   }
 }
 

@@ -8,7 +8,7 @@
 
 #include "backward/postprocess.cuh"
 #include "backward/preprocess.cuh"
-#include "dropout.hpp"
+#include "backward/sums.cuh"
 #include "dtype.hpp"
 
 namespace flashspark::emulator {
@@ -23,6 +23,9 @@ double element(const flashspark_tensor &t, int64_t batch, int64_t token, int64_t
   return load_as_float(t.data, batch * t.batch_stride + token * t.token_stride + head * t.head_stride + column,
                        t.dtype);
 }
+
+// Elements of a row of rel_logits that belong to no distance.
+constexpr int64_t kRelGap = 3;
 
 }  // namespace
 
@@ -48,10 +51,28 @@ std::string to_string(const BackwardSpec &s) {
   const auto flag = [&](bool value, const char *name) { text += value ? std::string(" ") + name : ""; };
   flag(s.varlen_q, "varlen_q"), flag(s.varlen_k, "varlen_k"), flag(s.unused_rows, "unused_rows");
   flag(s.causal, "causal"), flag(s.causal_per_seq, "causal_per_seq"), flag(s.sinks, "sinks"), flag(s.dlse, "dlse");
-  flag(s.heads_first, "heads_first");
+  flag(s.heads_first, "heads_first"), flag(s.alibi, "alibi"), flag(s.alibi_per_seq, "by sequence");
+  flag(s.prefix_clamp_window, "prefix_clamp_window");
+  const auto number = [&](int64_t value, const char *name) {
+    if (value != 0) text += std::string(" ") + name + " " + std::to_string(value);
+  };
+  number(s.rel_extent, "rel_extent"), number(s.prefix_mode, "prefix_mode"), number(s.rswa_window, "rswa_window");
+  number(s.attention_chunk, "attention_chunk");
   text += " window " + std::to_string(s.window_left) + "," + std::to_string(s.window_right) + " softcap " +
           std::to_string(s.softcap) + " dropout " + std::to_string(s.dropout_p) + " spread " + std::to_string(s.spread);
   return text;
+}
+
+bool can_run(const BackwardKernel &kernel, const BackwardSpec &s) {
+  Params p{};
+  static const int32_t kAnything = 0;
+  p.head_dim = s.head_dim, p.head_dim_v = s.head_dim_v;
+  p.num_heads_q = p.num_heads_kv = 1;
+  p.softcap = s.softcap, p.dropout_p = s.dropout_p;
+  p.alibi_slopes = s.alibi ? reinterpret_cast<const float *>(&kAnything) : nullptr;
+  p.rel_logits = s.rel_extent > 0 ? &kAnything : nullptr;
+  p.prefix_mode = s.prefix_mode, p.rswa_window = s.rswa_window, p.attention_chunk = s.attention_chunk;
+  return cuda::fits(*kernel.instance, p);
 }
 
 flashspark_tensor BackwardProblem::tensor(Guarded<uint16_t> &memory, int64_t batch, int64_t tokens, int64_t heads,
@@ -64,7 +85,10 @@ flashspark_tensor BackwardProblem::tensor(Guarded<uint16_t> &memory, int64_t bat
 
 BackwardProblem::BackwardProblem(const BackwardSpec &spec, uint64_t seed) : spec_(spec) {
   make_memory(seed);
+  make_biases(seed);
+  make_masks(seed);
   compute_truth();
+  spare_unread_biases();
 }
 
 void BackwardProblem::make_memory(uint64_t seed) {
@@ -133,6 +157,7 @@ void BackwardProblem::make_memory(uint64_t seed) {
   if (s.sinks) {
     sinks_ = Guarded<float>(static_cast<size_t>(s.heads_q));
     dsinks_ = Guarded<float>(static_cast<size_t>(s.heads_q));
+    std::fill(dsinks_.begin(), dsinks_.end(), NAN);
     for (float &x : sinks_) x = normal(rng);
     p.sinks = sinks_.data(), p.sinks_dtype = FLASHSPARK_FLOAT32;
     params.dsinks = dsinks_.data();
@@ -157,100 +182,72 @@ void BackwardProblem::make_memory(uint64_t seed) {
   fill(p.v, s.keys, cu_k_, s.varlen_k, s.heads_kv, s.head_dim_v);
 }
 
-void BackwardProblem::compute_truth() {
-  const flashspark_attention_params &p = params.forward;
+void BackwardProblem::make_biases(uint64_t seed) {
+  flashspark_attention_params &p = params.forward;
   const BackwardSpec &s = spec_;
-  const int64_t batch_q = s.varlen_q ? 1 : p.num_seqs, rows_q = s.varlen_q ? p.total_q : max_q_;
-  const int64_t batch_k = s.varlen_k ? 1 : p.num_seqs, rows_k = s.varlen_k ? p.total_k : max_k_;
-  const auto sized = [](Truth &t, int64_t n) {
-    t.value.assign(static_cast<size_t>(n), 0.0), t.allowed.assign(static_cast<size_t>(n), 0.0);
-  };
-  sized(truth_q_, batch_q * rows_q * s.heads_q * s.head_dim);
-  sized(truth_k_, batch_k * rows_k * s.heads_kv * s.head_dim);
-  sized(truth_v_, batch_k * rows_k * s.heads_kv * s.head_dim_v);
-  sized(truth_sinks_, s.heads_q);
-  const double step = s.dtype == FLASHSPARK_BFLOAT16 ? 1.0 / 256 : 1.0 / 2048;
-  const auto add = [step](Truth &t, int64_t row, int64_t heads, int64_t h, int64_t width, int64_t d, double x,
-                          double noise = 0) {
-    const auto at = static_cast<size_t>((row * heads + h) * width + d);
-    t.value[at] += x, t.allowed[at] += step * std::fabs(x) + noise;
-  };
-  const Dropout dropout = dropout_of(p);
-  const int64_t group = s.heads_q / s.heads_kv;
-  for (int64_t b = 0; b < p.num_seqs; ++b) {
-    const int64_t tq = s.tokens[static_cast<size_t>(b)], tk = s.keys[static_cast<size_t>(b)];
-    const int64_t bq = s.varlen_q ? 0 : b, q0 = s.varlen_q ? cu_q_[static_cast<size_t>(b)] : 0;
-    const int64_t bk = s.varlen_k ? 0 : b, k0 = s.varlen_k ? cu_k_[static_cast<size_t>(b)] : 0;
-    const bool causal = s.causal_per_seq ? b % 2 == 0 : s.causal;
-    for (int64_t h = 0; h < s.heads_q; ++h) {
-      for (int64_t i = 0; i < tq; ++i) {
-        const int64_t pos = i + tk - tq;
-        std::vector<double> score(static_cast<size_t>(tk), -INFINITY), slope(static_cast<size_t>(tk), 1.0);
-        double largest = s.sinks ? double{sinks_[static_cast<size_t>(h)]} : -INFINITY;
-        for (int64_t j = 0; j < tk; ++j) {
-          if ((causal && j > pos) || (s.window_left >= 0 && j < pos - s.window_left) ||
-              (s.window_right >= 0 && j > pos + s.window_right))
-            continue;
-          double x = 0;
-          for (int64_t d = 0; d < s.head_dim; ++d)
-            x += element(p.q, bq, q0 + i, h, d) * element(p.k, bk, k0 + j, h / group, d);
-          x *= double{p.softmax_scale};
-          if (s.softcap > 0) {
-            const double t = std::tanh(x / double{s.softcap});
-            slope[static_cast<size_t>(j)] = 1 - t * t;
-            x = double{s.softcap} * t;
-          }
-          score[static_cast<size_t>(j)] = x;
-          largest = std::max(largest, x);
-        }
-        double sum = s.sinks ? std::exp(double{sinks_[static_cast<size_t>(h)]} - largest) : 0;
-        for (const double x : score) sum += largest == -INFINITY ? 0 : std::exp(x - largest);
-        const float lse = largest == -INFINITY ? -INFINITY : static_cast<float>(largest + std::log(sum));
-        const auto lse_at =
-            static_cast<size_t>(bq * p.lse_batch_stride + h * p.lse_head_stride + (q0 + i) * p.lse_token_stride);
-        lse_[lse_at] = lse;
-        std::vector<double> out(static_cast<size_t>(s.head_dim_v), 0.0), keep(static_cast<size_t>(tk), 1.0);
-        for (int64_t j = 0; j < tk; ++j) {
-          double &prob = score[static_cast<size_t>(j)];
-          prob = lse == -INFINITY ? 0 : std::exp(prob - double{lse});
-          if (s.dropout_p > 0) keep[static_cast<size_t>(j)] = dropout.drops(b, h, i, j) ? 0 : double{dropout.scale};
-          for (int64_t d = 0; d < s.head_dim_v; ++d)
-            out[static_cast<size_t>(d)] += prob * keep[static_cast<size_t>(j)] * element(p.v, bk, k0 + j, h / group, d);
-        }
-        double delta = 0;
-        for (int64_t d = 0; d < s.head_dim_v; ++d) {
-          store_from_float(p.out.data,
-                           bq * p.out.batch_stride + (q0 + i) * p.out.token_stride + h * p.out.head_stride + d,
-                           p.out.dtype, static_cast<float>(out[static_cast<size_t>(d)]));
-          delta += element(p.out, bq, q0 + i, h, d) * element(params.dout, bq, q0 + i, h, d);
-        }
-        if (s.dlse) delta -= double{dlse_[lse_at]};
-        if (s.sinks && lse != -INFINITY) {
-          const double x = -std::exp(double{sinks_[static_cast<size_t>(h)]} - double{lse}) * delta;
-          add(truth_sinks_, 0, s.heads_q, h, 1, 0, x);
-        }
-        for (int64_t j = 0; j < tk; ++j) {
-          const double prob = score[static_cast<size_t>(j)], kept = keep[static_cast<size_t>(j)];
-          // What cancels in the difference of dp and delta leaves the rounding errors of float sums.
-          double dp = 0, cancels = std::fabs(delta);
-          for (int64_t d = 0; d < s.head_dim_v; ++d) {
-            const double x = element(params.dout, bq, q0 + i, h, d) * element(p.v, bk, k0 + j, h / group, d);
-            dp += x, cancels += kept * std::fabs(x);
-          }
-          const double noise = (prob * 0x1p-18 + 0x1p-25) * cancels * double{p.softmax_scale};
-          const double ds = prob * (kept * dp - delta) * slope[static_cast<size_t>(j)] * double{p.softmax_scale};
-          const int64_t row_k = bk * rows_k + k0 + j, row_q = bq * rows_q + q0 + i;
-          for (int64_t d = 0; d < s.head_dim_v; ++d)
-            add(truth_v_, row_k, s.heads_kv, h / group, s.head_dim_v, d,
-                prob * kept * element(params.dout, bq, q0 + i, h, d));
-          for (int64_t d = 0; d < s.head_dim; ++d) {
-            const double q = element(p.q, bq, q0 + i, h, d), k = element(p.k, bk, k0 + j, h / group, d);
-            add(truth_k_, row_k, s.heads_kv, h / group, s.head_dim, d, ds * q, noise * std::fabs(q));
-            add(truth_q_, row_q, s.heads_q, h, s.head_dim, d, ds * k, noise * std::fabs(k));
-          }
-        }
-      }
+  std::mt19937_64 rng(seed + 1);
+  std::normal_distribution<float> normal;
+  if (s.alibi) {
+    const int64_t heads = s.heads_q + 2, sets = s.alibi_per_seq ? p.num_seqs : 1;  // with a gap between sequences
+    slopes_ = Guarded<float>(static_cast<size_t>((sets - 1) * heads + s.heads_q));
+    for (float &x : slopes_) x = 0.05f * normal(rng);
+    p.alibi_slopes = slopes_.data(), p.alibi_batch_stride = s.alibi_per_seq ? heads : 0;
+    dslopes_ = Guarded<float>(static_cast<size_t>(sets * s.heads_q));
+    std::fill(dslopes_.begin(), dslopes_.end(), NAN);
+    if (s.wanted_biases) params.dalibi_slopes = dslopes_.data();
+  }
+  if (s.rel_extent > 0) {
+    p.rel_extent = s.rel_extent, p.rel_dtype = s.rel_dtype;
+    p.rel_head_stride = s.rel_extent + kRelGap, p.rel_token_stride = s.heads_q * p.rel_head_stride;
+    const int64_t count = rel_tokens(p) * p.rel_token_stride;
+    rel_ = Guarded<char>(static_cast<size_t>(count) * dtype_size(s.rel_dtype));
+    for (int64_t n = 0; n < count; ++n) store_from_float(rel_.data(), n, s.rel_dtype, normal(rng));
+    p.rel_logits = rel_.data();
+    drel_ = Guarded<float>(static_cast<size_t>(count));
+    std::fill(drel_.begin(), drel_.end(), NAN);
+    if (s.wanted_biases) params.drel_logits = drel_.data();
+  }
+}
+
+void BackwardProblem::make_masks(uint64_t seed) {
+  flashspark_attention_params &p = params.forward;
+  const BackwardSpec &s = spec_;
+  std::mt19937_64 rng(seed + 2);
+  const auto below = [&rng](int64_t n) { return static_cast<int32_t>(rng() % static_cast<uint64_t>(n)); };
+  p.attention_chunk = s.attention_chunk, p.rswa_window = s.rswa_window;
+  if (s.rswa_window > 0) {
+    prefixes_ = Guarded<int32_t>(s.tokens.size());
+    for (int32_t &x : prefixes_) x = below(max_k_ + 8);
+    p.rswa_prefix_lens = prefixes_.data();
+  }
+  p.prefix_mode = s.prefix_mode, p.prefix_clamp_window = s.prefix_clamp_window;
+  if (s.prefix_mode == FLASHSPARK_PREFIX_NONE) return;
+  p.num_prefix_ranges = s.prefix_mode == FLASHSPARK_PREFIX_PER_SEQ ? 3 : 0;
+  const bool per_seq = s.prefix_mode == FLASHSPARK_PREFIX_PER_SEQ;
+  ranges_ = Guarded<int32_t>(static_cast<size_t>(2 * (per_seq ? p.num_seqs * p.num_prefix_ranges : rel_tokens(p))));
+  for (size_t n = 0; n < ranges_.size(); n += 2) {
+    const int32_t first = below(max_k_ + 1) - 1;
+    ranges_[n] = first, ranges_[n + 1] = first + below(per_seq ? 60 : 20);
+    if (below(4) == 0) ranges_[n] = ranges_[n + 1] = -1;
+  }
+  p.prefix_ranges = ranges_.data();
+}
+
+void BackwardProblem::spoil_metadata(std::mt19937_64 &rng) {
+  constexpr int32_t kValues[] = {INT32_MIN, -100000, -1, 0, 1, 17, 100000, 1 << 30, INT32_MAX - 1, INT32_MAX};
+  for (Guarded<int32_t> *each : {&cu_q_, &cu_k_, &used_q_, &used_k_, &causal_, &ranges_, &prefixes_}) {
+    if (rng() % 2 == 0) continue;
+    const bool all = rng() % 2 == 0;
+    for (int32_t &x : *each) {
+      if (all || rng() % 3 == 0) x = kValues[rng() % std::size(kValues)];
     }
+  }
+}
+
+// What no kept key has is not read.
+void BackwardProblem::spare_unread_biases() {
+  for (size_t n = 0; n < truth_rel_.noise.size(); ++n) {
+    if (truth_rel_.noise[n] == 0) store_from_float(rel_.data(), static_cast<int64_t>(n), spec_.rel_dtype, NAN);
   }
 }
 
@@ -260,7 +257,6 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   Guarded<float> scratch(plan.workspace() / sizeof(float));
   std::fill(scratch.begin(), scratch.end(), NAN);
   plan.bind(scratch.data());
-  if (params.dsinks != nullptr) std::fill(dsinks_.begin(), dsinks_.end(), 0.0f);  // the host's memset
   const auto options = [&](const cuda::Launch &shape) {
     LaunchOptions o;
     std::copy_n(shape.grid, 3, o.grid);
@@ -277,6 +273,7 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   if (plan.postprocess.grid[0] > 0)
     launch(options(plan.postprocess),
            [&] { bfloat16 ? postprocess<ptx::Bfloat16>(*a) : postprocess<ptx::Float16>(*a); });
+  if (plan.sums.grid[0] > 0) launch(options(plan.sums), [&] { sums(*a); });
   return counters;
 }
 
@@ -287,16 +284,14 @@ std::string BackwardProblem::compare(const char *name, const flashspark_tensor &
   const bool varlen = of_keys ? s.varlen_k : s.varlen_q;
   const int64_t batch = varlen ? 1 : params.forward.num_seqs;
   const int64_t rows = static_cast<int64_t>(truth.value.size()) / (batch * heads * width);
-  // Of the result; that of the terms, whose factors are rounded to 8 or 11 bits, is in `allowed`.
-  const double step = s.dtype == FLASHSPARK_BFLOAT16 ? 1.0 / 256 : 1.0 / 2048;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t d = 0; d < width; ++d) {
           const auto at = static_cast<size_t>(((b * rows + n) * heads + h) * width + d);
           const double x = element(got, b, n, h, d), y = truth.value[at];
-          const double allowed =
-              step * std::fabs(y) + roundings * truth.allowed[at] + (truth.allowed[at] > 0 ? 1e-6 : 0);
+          const double allowed = step() * std::fabs(y) + roundings * truth.allowed[at] + truth.noise[at] +
+                                 (truth.allowed[at] > 0 ? 1e-6 : 0);
           if (!(std::fabs(x - y) <= allowed))
             return std::string(name) + " batch " + std::to_string(b) + " row " + std::to_string(n) + " head " +
                    std::to_string(h) + " column " + std::to_string(d) + ": " + std::to_string(x) + ", should be " +
@@ -308,18 +303,31 @@ std::string BackwardProblem::compare(const char *name, const flashspark_tensor &
   return {};
 }
 
+// Float32 results, of terms with so many roundings to 16 bits. What has no truth is not written.
+std::string BackwardProblem::compare(const char *name, const Guarded<float> &got, const Truth &truth,
+                                     int roundings) const {
+  for (size_t n = 0; n < got.size(); ++n) {
+    const double x = double{got[n]}, y = truth.value[n];
+    if (std::isnan(y) ? std::isnan(x)
+                      : std::fabs(x - y) <= roundings * truth.allowed[n] + truth.noise[n] + 1e-6 * std::fabs(y))
+      continue;
+    return std::string(name) + "[" + std::to_string(n) + "]: " + std::to_string(x) + ", should be " +
+           std::to_string(y) + " within " + std::to_string(roundings * truth.allowed[n] + truth.noise[n]);
+  }
+  return {};
+}
+
 std::string BackwardProblem::compare(const BackwardKernel &kernel) const {
   const BackwardSpec &s = spec_;
-  // Of a term's factors: pairs of warps hand P to each other in 16 bits, and round dS as all do.
-  const int roundings = kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients ? 2 : 1;
+  // Of a term's factors: all round dS; pairs of warps hand P to each other in 16 bits, and slopes of softcap.
+  const bool pair = kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients;
+  const int handed = pair ? 1 : 0, roundings = 1 + handed + (pair && s.softcap > 0 ? 1 : 0);
   std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true, 1);
   if (text.empty()) text = compare("dk", params.dk, truth_k_, s.heads_kv, s.head_dim, true, roundings);
   if (text.empty()) text = compare("dq", params.dq, truth_q_, s.heads_q, s.head_dim, false, roundings);
-  for (size_t h = 0; text.empty() && s.sinks && h < dsinks_.size(); ++h) {
-    const double x = double{dsinks_[h]}, y = truth_sinks_.value[h];
-    if (!(std::fabs(x - y) <= 0.02 * truth_sinks_.allowed[h] + 1e-5))
-      text = "dsinks head " + std::to_string(h) + ": " + std::to_string(x) + ", should be " + std::to_string(y);
-  }
+  if (text.empty()) text = compare("dsinks", dsinks_, truth_sinks_, 0);
+  if (text.empty() && s.wanted_biases) text = compare("dalibi_slopes", dslopes_, truth_slopes_, handed);
+  if (text.empty() && s.wanted_biases) text = compare("drel_logits", drel_, truth_rel_, handed);
   return text;
 }
 
