@@ -23,6 +23,8 @@ struct BackwardArguments : AttentionArguments {
   // The same of dk and dv, where the query heads of a group are of several CTAs: (tiles, key_tile / 16, sum_columns /
   // 8, 32, 4), and with sum_columns_v. Else NULL.
   float *dk_sum, *dv_sum;
+  // With `deterministic`: (Hq, num_row_blocks, warps), what has been added to a warp's part of dq (turns.cuh). Else NULL.
+  int32_t *dq_turns;
   float *row_lse;    // (Hq, padded_rows) lse in units of log2; +inf where no key counts
   float *row_delta;  // (Hq, padded_rows) sum of dout * out, minus dlse
   int32_t sum_columns, sum_columns_v, padded_rows, row_block;
@@ -36,7 +38,7 @@ struct BackwardArguments : AttentionArguments {
   // What the sums kernel adds up in its order, so that a run gives the bits of the one before; NULL: not wanted.
   float *sink_sums;   // (Hq, num_row_blocks, warps of preprocess)
   float *slope_sums;  // (Hq, key_slots, slot_warps): a number of each warp of a key tile's CTA (first_key_slot())
-  int32_t key_slots, slot_warps;
+  int32_t key_slots, slot_warps;  // slot_warps: of the main kernel's CTAs
 
   float scale_log2;  // softmax_scale times log2(e); softmax_scale itself is in natural units here
   float cap_log2;    // softcap times log2(e)

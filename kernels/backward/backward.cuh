@@ -17,6 +17,7 @@
 #include "backward/epilogue.cuh"
 #include "backward/modifications.cuh"
 #include "backward/row_loader.cuh"
+#include "backward/turns.cuh"
 
 namespace flashspark {
 
@@ -31,6 +32,7 @@ struct BackwardLoop {
   ptx::SharedAddress shared;
   BackwardOffsets<T> lane;
   PhiloxKey dropout_key;
+  Turns<T> turns;
 
   KeyOperand<T, T::kHeadDim, T::kTile.keys_in_registers> keys;
   KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
@@ -164,13 +166,18 @@ struct BackwardLoop {
       }
     }
     if constexpr (T::kNative) {
-      if (at.block + 1 == at.end) store_slope_sum<T>(a, at.head, slope_sum);
+      if (at.is_last_of_head()) store_slope_sum<T>(a, at.head, slope_sum);
     }
   }
 
   FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) const {
     const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
-    add_query_gradient<T>(a.dq_sum + row * T::kHeadDim, dscores(stage), shared, lane);
+    QueryGradient<T> dq{};
+    query_product(dq, dscores(stage), shared, lane);
+    const bool in_turn = a.dq_turns != nullptr;
+    if (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
+    add_query_gradient(a.dq_sum + row * T::kHeadDim, dq, lane);
+    if (in_turn) turns.pass(at.head, first_padded_row / T::kRows, at.block);
   }
 
   // K and V are in flight, and `count` blocks of rows follow from `at` on.
@@ -290,14 +297,11 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   rows.q_row = ptx::uniform(in_use.row);
   const Keys keys = find_keys(a, tile.seq);
   const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
-  const Interval own{tile.first, min_of(tile.first + T::kKeys, keys.end)};
-  const Interval tokens = uniform(tokens_of_keys<T::kNative>(a, mask, own, rows.seqlen_q).visited);
-
+  const Interval blocks = uniform(visited_blocks<T>(a, mask, tile.first, rows.seqlen_q));
   KeyBounds visited = no_keys();
-  visited.visited[0] = own;
+  visited.visited[0] = {tile.first, min_of(tile.first + T::kKeys, keys.end)};
   const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
-  const int32_t begin = tokens.begin / T::kRows, end = is_empty(tokens) ? begin : ceil_div(tokens.end, T::kRows);
-  const int32_t count = (end - begin) * tile.num_heads_q;
+  const int32_t count = (blocks.end - blocks.begin) * tile.num_heads_q;
   const int32_t padded = first_padded_row(a, tile.seq, rows.q_row);
   const ptx::SharedAddress shared = ptx::shared_memory();
   if (count > 0) {
@@ -310,13 +314,16 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   ptx::grid_dependency_launch();
   PhiloxKey key{};
   if constexpr (T::kNative) key = dropout_key(a.dropout);
+  Turns<T> turns{a, tile.first / T::kKeys, {0, 0}};
+  if (a.dq_turns != nullptr && turns.tile > 0)
+    turns.before = uniform(visited_blocks<T>(a, mask, tile.first - T::kKeys, rows.seqlen_q));
   // clang-format off
   BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                       shared, backward_offsets<T>(), key, {}, {}, {}, {}, 0};
+                       shared, backward_offsets<T>(), key, turns, {}, {}, {}, {}, 0};
   // clang-format on
-  if (count > 0) loop.run({begin, end, tile.head_q, begin}, count);
+  if (count > 0) loop.run(RowWalk::from(blocks, a.dq_turns != nullptr, tile.head_q), count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
   store_gradients(a, loop, shared);
 }

@@ -130,14 +130,21 @@ FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t cta)
   return tile;
 }
 
-// The blocks of rows that a CTA visits: blocks [begin, end) of a sequence's tokens, of each query head of the group.
+// The blocks of rows that a CTA visits: blocks [begin, end) of a sequence's tokens, of each query head of the group,
+// from the first one on or, `down`, from the last one.
 struct RowWalk {
   int32_t begin, end;  // block numbers
-  int32_t head;        // of all heads
+  bool down;
+  int32_t head;  // of all heads
   int32_t block;
 
+  FLASHSPARK_DEVICE static RowWalk from(Interval blocks, bool down, int32_t head) {
+    return {blocks.begin, blocks.end, down, head, down ? blocks.end - 1 : blocks.begin};
+  }
+  FLASHSPARK_DEVICE bool is_last_of_head() const { return block == (down ? begin : end - 1); }
   FLASHSPARK_DEVICE RowWalk next() const {
-    return block + 1 < end ? RowWalk{begin, end, head, block + 1} : RowWalk{begin, end, head + 1, begin};
+    if (is_last_of_head()) return from({begin, end}, down, head + 1);
+    return {begin, end, down, head, down ? block - 1 : block + 1};
   }
 };
 

@@ -91,6 +91,7 @@ FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   const int32_t head = quotient(cta, a.num_row_blocks), index = cta - head * a.num_row_blocks;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + index * a.row_block;
+  if (a.dq_turns != nullptr && thread < a.slot_warps) a.dq_turns[cta * a.slot_warps + thread] = 0;
   if (a.dq_sum != nullptr) zero_sums(a.dq_sum + padded * a.sum_columns, int64_t{a.row_block} * a.sum_columns, 0, 1);
   const int64_t keys =
       int64_t{a.num_key_tiles} * a.key_tile * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);

@@ -151,13 +151,18 @@ FLASHSPARK_DEVICE void gradient_product(KeyGradient<T, columns> &gradient, const
   }
 }
 
-// dQ of a block, dS K over the CTA's keys, added to what other CTAs add. `sums` is at the block's rows.
+// What a warp has of dQ of a block.
 template <class T>
-FLASHSPARK_DEVICE void add_query_gradient(float *sums, ptx::SharedAddress scores, ptx::SharedAddress keys,
-                                          const BackwardOffsets<T> &lane) {
+struct QueryGradient {
+  float at[T::kSumAtoms][T::kSumColumns / 8][4];
+};
+
+// dQ = dS K over the CTA's keys.
+template <class T>
+FLASHSPARK_DEVICE void query_product(QueryGradient<T> &dq, ptx::SharedAddress scores, ptx::SharedAddress keys,
+                                     const BackwardOffsets<T> &lane) {
   using Scores = typename T::ScoreLayout;
   using Keys = typename T::KeyLayout;
-  float dq[T::kSumAtoms][T::kSumColumns / 8][4] = {};
   FLASHSPARK_UNROLL
   for (int32_t step = 0; step < T::kKeys / 16; ++step) {
     uint32_t a[T::kSumAtoms][4];
@@ -170,11 +175,16 @@ FLASHSPARK_DEVICE void add_query_gradient(float *sums, ptx::SharedAddress scores
       ptx::ldmatrix_x4_trans(b, keys + step * 16 * Keys::kPitch + lane.sum_columns[n]);
       FLASHSPARK_UNROLL
       for (int32_t m = 0; m < T::kSumAtoms; ++m) {
-        ptx::mma_m16n8k16<typename T::Element>(dq[m][2 * n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<typename T::Element>(dq[m][2 * n + 1], a[m], b[2], b[3]);
+        ptx::mma_m16n8k16<typename T::Element>(dq.at[m][2 * n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<typename T::Element>(dq.at[m][2 * n + 1], a[m], b[2], b[3]);
       }
     }
   }
+}
+
+// Adds it to what other CTAs add. `sums` is at the block's rows.
+template <class T>
+FLASHSPARK_DEVICE void add_query_gradient(float *sums, const QueryGradient<T> &dq, const BackwardOffsets<T> &lane) {
   const int32_t warp = ptx::warp();
   const int32_t atom = warp / T::kSumColumnWarps * T::kSumAtoms,
                 column = warp % T::kSumColumnWarps * (T::kSumColumns / 8);
@@ -183,7 +193,7 @@ FLASHSPARK_DEVICE void add_query_gradient(float *sums, ptx::SharedAddress scores
   for (int32_t m = 0; m < T::kSumAtoms; ++m) {
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < T::kSumColumns / 8; ++n)
-      ptx::add_to_memory_4(sums + (m * (T::kHeadDim / 8) + n) * 128, dq[m][n]);
+      ptx::add_to_memory_4(sums + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
   }
 }
 

@@ -93,6 +93,16 @@ FLASHSPARK_DEVICE BackwardMask<T> backward_mask(const SequenceArguments &a, cons
   }
 }
 
+// The blocks of rows that may keep keys of the tile that begins at first_key.
+template <class T>
+FLASHSPARK_DEVICE Interval visited_blocks(const SequenceArguments &a, const SequenceMask &mask, int32_t first_key,
+                                          int32_t tokens) {
+  const Interval keys{first_key, min_of(first_key + T::kKeys, mask.end)};
+  const Interval visited = tokens_of_keys<T::kNative>(a, mask, keys, tokens).visited;
+  const int32_t begin = visited.begin / T::kRows;
+  return {begin, is_empty(visited) ? begin : ceil_div(visited.end, T::kRows)};
+}
+
 // Whether a row of a tile keeps one of the warp's keys, where both may see each other. Only PrefixLM ranges leave it
 // open. All threads of the warp call it.
 template <class T>

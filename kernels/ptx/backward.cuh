@@ -31,6 +31,17 @@ FLASHSPARK_DEVICE void add_to_memory_4(float *to, const float (&x)[4]) {
 #endif
 }
 
+// ld.acquire until memory has the value or a larger one, and red.release.max, which raises it to one.
+FLASHSPARK_DEVICE void wait_until_at_least(const int32_t *from, int32_t value) {
+  int32_t x;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(from)) : "memory");
+  } while (x < value);
+}
+FLASHSPARK_DEVICE void raise_in_memory(int32_t *to, int32_t value) {
+  asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
+}
+
 // ld.shared.
 FLASHSPARK_DEVICE void load_shared_8(uint32_t (&words)[2], SharedAddress from) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");

@@ -18,11 +18,13 @@ struct BackwardPlan {
   KernelDType dtype{};
   Launch preprocess, main, postprocess, sums;  // in this order; a grid of 0: nothing to do
   BackwardArguments arguments{};
-  // Scratch memory, in this order: float32 sums of dq; of dk and dv, where several CTAs have the same keys; two values
-  // for each row; parts of dsinks and of dalibi_slopes.
-  size_t dq_bytes = 0, dk_bytes = 0, dv_bytes = 0, row_bytes = 0, sink_bytes = 0, slope_bytes = 0;
+  // Scratch memory, in this order: turns of CTAs; float32 sums of dq; of dk and dv, where several CTAs have the same
+  // keys; two values for each row; parts of dsinks and of dalibi_slopes.
+  size_t turn_bytes = 0, dq_bytes = 0, dk_bytes = 0, dv_bytes = 0, row_bytes = 0, sink_bytes = 0, slope_bytes = 0;
 
-  size_t workspace() const { return dq_bytes + dk_bytes + dv_bytes + 2 * row_bytes + sink_bytes + slope_bytes; }
+  size_t workspace() const {
+    return turn_bytes + dq_bytes + dk_bytes + dv_bytes + 2 * row_bytes + sink_bytes + slope_bytes;
+  }
   // `memory` is aligned to 16 bytes. A plan must be bound before it is launched.
   void bind(void *memory);
 

@@ -104,6 +104,11 @@ void set_gradient_sums(const Params &p, BackwardPlan &plan) {
   const BackwardArguments &a = plan.arguments;
   plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
   if (a.dq != nullptr) plan.dq_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
+  if (a.dq != nullptr && p.deterministic != 0) {
+    // A multiple of 16 bytes, as all is that lies before the others.
+    const int64_t turns = p.num_heads_q * a.num_row_blocks * plan.tile->warps;
+    plan.turn_bytes = static_cast<size_t>(ceil_div(turns, 4)) * 16;
+  }
   if (a.head_parts == 1) return;
   const size_t key_bytes =
       size_t{plan.main.grid[0]} / static_cast<size_t>(a.head_parts) * static_cast<size_t>(a.key_tile) * sizeof(float);
@@ -170,6 +175,7 @@ void BackwardPlan::bind(void *memory) {
     at += bytes;
     return taken;
   };
+  arguments.dq_turns = reinterpret_cast<int32_t *>(take(turn_bytes));
   arguments.dq_sum = take(dq_bytes);
   arguments.dk_sum = take(dk_bytes);
   arguments.dv_sum = take(dv_bytes);

@@ -15,6 +15,7 @@ struct LaunchOptions {
   uint32_t threads = 32;      // a multiple of 32, at most kMaxThreads
   uint32_t shared_bytes = 0;  // exact: any access beyond is a fault
   uint64_t seed = 1;
+  bool in_order = false;  // CTAs by number instead of at random: each ends before the next one begins
 };
 
 inline constexpr uint32_t kMaxThreads = 512;

@@ -256,7 +256,7 @@ Counters Machine::launch(const LaunchOptions &options, const std::function<void(
   }
   std::vector<uint32_t> order(ctas);
   for (uint32_t i = 0; i < ctas; i++) order[i] = i;
-  random_.shuffle(order);
+  if (!options.in_order) random_.shuffle(order);
   for (const uint32_t index : order) {
     run_cta(options, {index % options.grid[0], index / options.grid[0] % options.grid[1],
                       index / options.grid[0] / options.grid[1]});

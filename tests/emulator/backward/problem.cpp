@@ -50,7 +50,8 @@ std::string to_string(const BackwardSpec &s) {
     text += " " + std::to_string(s.tokens[n]) + "/" + std::to_string(s.keys[n]);
   const auto flag = [&](bool value, const char *name) { text += value ? std::string(" ") + name : ""; };
   flag(s.varlen_q, "varlen_q"), flag(s.varlen_k, "varlen_k"), flag(s.unused_rows, "unused_rows");
-  flag(s.causal, "causal"), flag(s.causal_per_seq, "causal_per_seq"), flag(s.sinks, "sinks"), flag(s.dlse, "dlse");
+  flag(s.causal, "causal"), flag(s.deterministic, "deterministic"), flag(s.causal_per_seq, "causal_per_seq"),
+      flag(s.sinks, "sinks"), flag(s.dlse, "dlse");
   flag(s.heads_first, "heads_first"), flag(s.alibi, "alibi"), flag(s.alibi_per_seq, "by sequence");
   flag(s.prefix_clamp_window, "prefix_clamp_window");
   const auto number = [&](int64_t value, const char *name) {
@@ -99,7 +100,7 @@ void BackwardProblem::make_memory(uint64_t seed) {
   p.num_heads_q = s.heads_q, p.num_heads_kv = s.heads_kv;
   p.head_dim = s.head_dim, p.head_dim_v = s.head_dim_v;
   p.window_left = s.window_left, p.window_right = s.window_right;
-  p.causal = s.causal, p.softcap = s.softcap, p.dropout_p = s.dropout_p;
+  p.causal = s.causal, p.softcap = s.softcap, p.dropout_p = s.dropout_p, p.deterministic = s.deterministic;
   p.dropout_seed = seed * 77, p.dropout_offset = seed;
   p.softmax_scale = s.spread / std::sqrt(static_cast<float>(s.head_dim));
   const auto lengths = [&](const std::vector<int32_t> &used, bool varlen, Guarded<int32_t> &cu,
@@ -263,6 +264,7 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
     o.threads = shape.threads;
     o.shared_bytes = shape.shared_bytes;
     o.seed = seed;
+    o.in_order = spec_.deterministic;
     return o;
   };
   const bool bfloat16 = kernel.dtype == FLASHSPARK_BFLOAT16;

@@ -48,7 +48,8 @@ struct BackwardSpec {
   bool wanted_q = true, wanted_k = true, wanted_v = true, wanted_biases = true;
   bool heads_first = false;  // tensors lie (B, H, T, D)
   float spread = 1.0f;       // of scores: larger ones are peaked
-  int32_t sm_count = 2;      // with many SMs the query heads of a group are of several CTAs
+  bool deterministic = false;
+  int32_t sm_count = 2;  // with many SMs the query heads of a group are of several CTAs
 };
 std::string to_string(const BackwardSpec &spec);
 bool can_run(const BackwardKernel &kernel, const BackwardSpec &spec);

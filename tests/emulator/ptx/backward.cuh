@@ -23,6 +23,14 @@ inline void add_to_memory_4(float *to, const float (&x)[4], FLASHSPARK_CALLER) {
   for (int n = 0; n < 4; ++n) to[n] += x[n];
 }
 
+// CTAs run one after another: what no earlier one has done will not be.
+inline void wait_until_at_least(const int32_t *from, int32_t value, FLASHSPARK_CALLER) {
+  if (*from < value) emulator::fail("waits for a CTA that does not come first", site);
+}
+inline void raise_in_memory(int32_t *to, int32_t value) {
+  if (*to < value) *to = value;
+}
+
 inline void load_shared_8(uint32_t (&words)[2], SharedAddress from, FLASHSPARK_CALLER) {
   emulator::load_shared(words, from, 8, site);
 }
