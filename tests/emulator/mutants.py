@@ -42,7 +42,7 @@ DETECTORS = [
     (r"bank conflicts", "bank conflicts"),
     (r"wrote outside", "wrote outside the rows in use"),
     (r"NaN or infinity where", "NaN"),
-    (r"of the bound", "wrong values"),
+    (r"of the bound|, should be .* within ", "wrong values"),
     (r"\[  FAILED  \]", "count of work"),
 ]
 
@@ -50,7 +50,6 @@ DETECTORS = [
 FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
 FUNCTIONS = "emulator_functions_test"  # of kernels whose names begin with functions/
 BACKWARD = "emulator_backward_test"  # with backward_
-PROGRAMS = [FUZZ, FORWARD, WILD, FUNCTIONS, BACKWARD]
 # What runs the other kernels of an operation, which are built with the fault, too.
 HARNESS = {BACKWARD: "backward/problem.cpp"}
 
@@ -94,16 +93,17 @@ def planted(text: str, mutant: Mutant) -> str:
 class Build:
     """The configured build folder: how it compiles and links its programs, learnt from ninja."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, programs: list[str]) -> None:
         self.folder = folder
-        subprocess.run(["ninja", "-C", folder, *PROGRAMS], check=True, stdout=subprocess.DEVNULL)
+        self.programs = programs
+        subprocess.run(["ninja", "-C", folder, *programs], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(WORK, ignore_errors=True)
         shutil.copytree(ROOT / "kernels", WORK / "kernels")  # others may edit theirs meanwhile
-        self.compile_line = self.command("emulator_kernels.dir", "-c")
-        self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in PROGRAMS}
+        self.compile_line = self.command("_kernels.dir", "-c")
+        self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in programs}
 
     def command(self, *needed: str) -> list[str]:
-        listed = subprocess.check_output(["ninja", "-C", self.folder, "-t", "commands", *PROGRAMS], text=True)
+        listed = subprocess.check_output(["ninja", "-C", self.folder, "-t", "commands", *self.programs], text=True)
         for line in listed.splitlines():
             if all(text in line for text in needed):
                 words = shlex.split(line)
@@ -271,7 +271,7 @@ def main() -> int:
     if arguments.sample:
         mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
     try:
-        build = Build(arguments.build.resolve())
+        build = Build(arguments.build.resolve(), sorted({program_of(mutant) for mutant in mutants}))
         for mutant in listed:  # all of them, whatever the sample: texts that are gone shall not wait for their turn
             planted((WORK / "kernels" / mutant.file).read_text(), mutant)
         if not arguments.sample and not arguments.only:

@@ -48,7 +48,7 @@ std::string to_string(const BackwardSpec &s) {
   const auto flag = [&](bool value, const char *name) { text += value ? std::string(" ") + name : ""; };
   flag(s.varlen_q, "varlen_q"), flag(s.varlen_k, "varlen_k"), flag(s.unused_rows, "unused_rows");
   flag(s.causal, "causal"), flag(s.causal_per_seq, "causal_per_seq"), flag(s.sinks, "sinks"), flag(s.dlse, "dlse");
-  flag(s.heads_first, "heads_first");
+  flag(s.heads_first, "heads_first"), flag(s.without_keys, "without_keys");
   text += " window " + std::to_string(s.window_left) + "," + std::to_string(s.window_right) + " softcap " +
           std::to_string(s.softcap) + " dropout " + std::to_string(s.dropout_p) + " spread " + std::to_string(s.spread);
   return text;
@@ -205,6 +205,7 @@ void BackwardProblem::compute_truth() {
         }
         double sum = s.sinks ? std::exp(double{sinks_[static_cast<size_t>(h)]} - largest) : 0;
         for (const double x : score) sum += largest == -INFINITY ? 0 : std::exp(x - largest);
+        if (s.without_keys && i % 3 == 1) largest = -INFINITY;
         const float lse = largest == -INFINITY ? -INFINITY : static_cast<float>(largest + std::log(sum));
         const auto lse_at =
             static_cast<size_t>(bq * p.lse_batch_stride + h * p.lse_head_stride + (q0 + i) * p.lse_token_stride);

@@ -37,6 +37,7 @@ struct BackwardSpec {
   int64_t window_left = -1, window_right = -1;
   float softcap = 0, dropout_p = 0;
   bool sinks = false, dlse = false;
+  bool without_keys = false;  // every third row has an lse of -inf
   bool wanted_q = true, wanted_k = true, wanted_v = true;
   bool heads_first = false;  // tensors lie (B, H, T, D)
   float spread = 1.0f;       // of scores: larger ones are peaked
