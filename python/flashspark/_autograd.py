@@ -116,16 +116,17 @@ class Problem:
 
         Calls that differ only in sizes are asked about once; nothing is computed, and no memory of the device read.
         """
-        parts = self.parts(tensors)
-        (q, k, v), tail = parts[0], parts[1]
         if type(out) is not torch.Tensor or torch._is_functional_tensor(out):
             return  # torch.compile traces: there is no memory to ask about
-        wanted = self.wanted([x.requires_grad for x in tensors], tensors)
-        given = [x if type(x) in _SCALARS and n not in _LENGTHS else x is not None for n, x in enumerate(tail)]
-        kind = (self.face, q.device, q.dtype, k.dtype, v.dtype, q.shape[-1], v.shape[-1], self._head(), *given, *wanted)
-        kind += (*self.functions, self.block_size)
+        parts = self.parts(tensors)
+        (q, k, v), tail = parts[0], parts[1]
+        needed = tuple([x.requires_grad for x in tensors])
+        kind = (self.face, q.device, q.dtype, k.dtype, v.dtype, q.shape[-1], v.shape[-1], needed, self.head)
+        kind += (torch.are_deterministic_algorithms_enabled(), *self.functions, self.block_size)
+        kind += tuple([x if type(x) in _SCALARS and n not in _LENGTHS else x is not None for n, x in enumerate(tail)])
         if kind in _supported:
             return
+        wanted = self.wanted(needed, tensors)
         wanted[:_ROWS] = [False] * _ROWS  # which all have, and which would need memory
         try:
             gradients(self._forward(parts, out, lse), out, None, wanted, explain=True)

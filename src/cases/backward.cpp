@@ -41,6 +41,7 @@ BackwardProblem::BackwardProblem(const Case &spec, const char *forward_by) : for
   forward.params.output_scale = nullptr;
   forward.poison();
   forward.launch(forward_by, 0);
+  forward.params.implementation = nullptr;
   flashspark_attention_backward_params_init(&params);
   const flashspark_attention_params &f = params.forward = forward.params;
   const Extents e = extents_of(f);
