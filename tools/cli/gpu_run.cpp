@@ -89,8 +89,8 @@ GpuProblem<Problem>::GpuProblem(Problem &host, int device) : host_(host), params
   flashspark_attention_params &p = forward_of(params_);
   p.device = FLASHSPARK_CUDA;
   p.device_index = device;
-  params_.workspace = nullptr;
-  params_.workspace_size = 0;
+  p.workspace = params_.workspace = nullptr;
+  p.workspace_size = params_.workspace_size = 0;
 }
 
 template <class Problem>
