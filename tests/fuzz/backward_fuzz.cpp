@@ -29,16 +29,19 @@ B with_gradients(const P &forward, Stream &in) {
   // Mostly what has gradients: one type, no cache, lse.
   if ((wanted & 7) != 0) p.k.dtype = p.v.dtype = p.out.dtype = p.q.dtype;
   if ((wanted & 7) != 1) p.page_table = p.leftpad_k = p.kv_batch_index = nullptr, p.output_scale = nullptr;
-  if ((wanted & 7) != 2) p.lse = reinterpret_cast<float *>(elsewhere);
+  if ((wanted & 7) != 2) p.lse = static_cast<float *>(nowhere(4));
   b.dout = p.out, b.dq = p.q, b.dk = p.k, b.dv = p.v;
-  float *const floats = reinterpret_cast<float *>(elsewhere);
-  for (int bit = 3; flashspark_tensor * t : {&b.dq, &b.dk, &b.dv}) {
-    if ((wanted >> bit++ & 1) != 0) t->data = nullptr;
-  }
-  if ((wanted >> 6 & 1) != 0) b.dlse = floats;
-  if (p.sinks != nullptr && (wanted >> 7 & 1) == 0) b.dsinks = floats;
-  if (p.rel_logits != nullptr && (wanted >> 8 & 1) == 0) b.drel_logits = floats;
-  if (p.alibi_slopes != nullptr && (wanted >> 9 & 1) == 0) b.dalibi_slopes = floats;
+  uintptr_t next = kNumTensors;
+  b.dout.data = nowhere(next++);
+  for (int bit = 3; flashspark_tensor * t : {&b.dq, &b.dk, &b.dv})
+    t->data = (wanted >> bit++ & 1) != 0 ? nullptr : nowhere(next++);
+  const auto floats = [&](int bit) {
+    return (wanted >> bit & 1) != 0 ? nullptr : static_cast<float *>(nowhere(next++));
+  };
+  b.dlse = floats(6);
+  if (p.sinks != nullptr) b.dsinks = floats(7);
+  if (p.rel_logits != nullptr) b.drel_logits = floats(8);
+  if (p.alibi_slopes != nullptr) b.dalibi_slopes = floats(9);
   for (int64_t patches = in.below(4); patches > 0; --patches)
     kFields[in.below(std::size(kFields))].set(&b, in.number());
   return b;
@@ -66,7 +69,7 @@ bool attach(B &b, Memory &memory) {
                           int64_t heads, int64_t width) {
     if (data == nullptr) return true;
     flashspark_tensor t = strides;
-    t.dtype = FLASHSPARK_FLOAT32, t.data = elsewhere;
+    t.dtype = FLASHSPARK_FLOAT32, t.data = const_cast<float *>(data);
     const bool fits = fit(memory.floats[n], t, batch, tokens, heads, width);
     data = static_cast<float *>(t.data);
     return fits;

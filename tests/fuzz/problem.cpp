@@ -225,8 +225,6 @@ void page(P &p, Stream &in) {
 
 }  // namespace
 
-alignas(16) unsigned char elsewhere[16];
-
 Attention::Attention(Stream &in) : params(legal_problem(in)) {
   P &p = params;
   const uint8_t flavour = in.raw<uint8_t>();
@@ -239,9 +237,10 @@ Attention::Attention(Stream &in) : params(legal_problem(in)) {
   shrink_to_memory(p);
   fill_arrays(p, arrays, in);
   p.dropout_state = flavour & 128 ? arrays.dropout_state.data() : nullptr;
-  p.q.data = p.k.data = p.v.data = p.out.data = elsewhere + (flavour & 2 && flavour & 4 && flavour & 8 ? 1 : 0);
-  p.lse = flavour & 16 ? reinterpret_cast<float *>(elsewhere) : nullptr;
-  p.rel_logits = flavour & 32 ? elsewhere : nullptr;
+  for (uintptr_t n = 0; flashspark_tensor * t : {&p.q, &p.k, &p.v, &p.out}) t->data = nowhere(n++);
+  if (flavour & 2 && flavour & 4 && flavour & 8) p.q.data = static_cast<char *>(p.q.data) + 1;
+  p.lse = flavour & 16 ? static_cast<float *>(nowhere(4)) : nullptr;
+  p.rel_logits = flavour & 32 ? nowhere(5) : nullptr;
 }
 
 void complain(const char *what) {

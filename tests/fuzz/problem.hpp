@@ -1,6 +1,7 @@
 // Attention problems from the fuzzer's bytes, shared by the targets of the forward and the backward pass.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "flashspark/flashspark.h"
@@ -17,10 +18,14 @@ struct Arrays {
   std::vector<uint64_t> dropout_state{7, 1};
 };
 
-// The validator may inspect pointers to it but must not dereference them.
-extern unsigned char elsewhere[16];
+// An address for the n-th tensor, with nothing there and no other tensor near: the validator compares addresses but
+// must not dereference them.
+inline void *nowhere(uintptr_t n) {
+  return reinterpret_cast<void *>((uintptr_t{1} << 46) + (n << 41));
+}
+constexpr uintptr_t kNumTensors = 6;  // of attention: q, k, v, out, lse, rel_logits
 
-// Any params, more often than not nearly legal ones. All pointers but those into `arrays` are to `elsewhere`.
+// Any params, more often than not nearly legal ones. All pointers but those into `arrays` lead nowhere.
 struct Attention {
   explicit Attention(Stream &in);
   Attention(const Attention &) = delete;
