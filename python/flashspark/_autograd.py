@@ -116,8 +116,9 @@ class Problem:
 
         Calls that differ only in sizes are asked about once; nothing is computed, and no memory of the device read.
         """
-        if type(out) is not torch.Tensor or torch._is_functional_tensor(out):
-            return  # torch.compile traces: there is no memory to ask about
+        wrapped = torch._is_functional_tensor(out) or torch._C._functorch.is_functorch_wrapped_tensor(out)
+        if wrapped or type(out) is not torch.Tensor:
+            return  # torch.compile traces, or torch.func does: there is no memory to ask about
         parts = self.parts(tensors)
         (q, k, v), tail = parts[0], parts[1]
         needed = tuple([x.requires_grad for x in tensors])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import flashspark
@@ -93,24 +92,21 @@ GRIDS: dict[str, tuple[int, dict[str, tuple], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def point(grid: str, number: int) -> Point:
-    """The number-th point of a grid."""
-    _, axes, options = GRIDS[grid]
-    chosen, rest = {}, number
-    for name, values in axes.items():
-        rest, at = divmod(rest, len(values))
-        chosen[name] = values[at]
-    return Point(grid, **chosen, **options, seed=number)
-
-
 def sample(count: int, most_scores: int = 1 << 22) -> list[Point]:
-    """About `count` points with at most so many query tokens x keys, in every grid's share."""
+    """About `count` points with at most so many query tokens x keys, each grid's share of them. Along every axis all
+    values come up equally often, in an order of that axis's own."""
     points = []
-    for grid, (share, axes, _) in GRIDS.items():
-        total, wanted = prod(map(len, axes.values())), max(1, count * share // 100)
-        order = random.Random(grid).sample(range(total), min(total, 20 * wanted))
-        fitting = (p for p in (point(grid, n) for n in order) if p.size[0] * p.size[1] <= most_scores)
-        points += [p for p, _ in zip(fitting, range(wanted))]
+    for grid, (share, axes, options) in GRIDS.items():
+        wanted = max(1, count * share // 100)
+        columns = []
+        for name, values in axes.items():
+            rng = random.Random(f"{grid} {name}")
+            fitting = [x for x in values if name != "size" or x[0] * x[1] <= most_scores]
+            rng.shuffle(fitting)
+            columns.append([fitting[n % len(fitting)] for n in range(wanted)])
+            rng.shuffle(columns[-1])
+        for n, chosen in enumerate(zip(*columns)):
+            points.append(Point(grid, **dict(zip(axes, chosen)), **options, seed=n))
     return points
 
 
