@@ -161,7 +161,7 @@ flashspark_status flashspark_attention_backward_with_allocator(const flashspark_
                                                                flashspark_allocator allocate, void *context) {
   return guarded([&] {
     const fs::BackwardParams &p = checked(params);
-    fs::choose_backward(p).run(p, {allocate, context});
+    fs::choose_backward(p).backward.run(p, {allocate, context});
   });
 }
 
@@ -169,7 +169,7 @@ flashspark_status flashspark_attention_backward_workspace_size(const flashspark_
                                                                size_t *size) {
   return guarded([&] {
     const fs::BackwardParams &p = checked(params);
-    result(size) = fs::choose_backward(p).workspace(p);
+    result(size) = fs::choose_backward(p).backward.workspace(p);
   });
 }
 

@@ -385,8 +385,8 @@ const Implementation &choose(const Params &p) {
   return choose(request(p));
 }
 
-const BackwardPass &choose_backward(const BackwardParams &p) {
-  return choose(request(p)).backward;
+const Implementation &choose_backward(const BackwardParams &p) {
+  return choose(request(p));
 }
 
 const Implementation &choose_append(const AppendParams &p) {

@@ -52,8 +52,8 @@ std::string implementation_names();  // "cuda, cpu-engine, cpu-reference"
 // The implementation whose forward() runs the problem: the one that params or FLASHSPARK_FORCE_IMPLEMENTATION name, or
 // the best. Throws Error (UNSUPPORTED) with what is required, what each candidate lacks, and the device.
 const Implementation &choose(const Params &p);
-// The same for its gradients.
-const BackwardPass &choose_backward(const BackwardParams &p);
+// The same for its gradients, which its `backward` gives.
+const Implementation &choose_backward(const BackwardParams &p);
 
 // The best with the operation on the problem's device: any name asks for attention, not for these.
 const Implementation &choose_append(const AppendParams &p);

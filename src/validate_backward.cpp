@@ -123,7 +123,9 @@ class Memory {
     const Params &f = p.forward;
     const Extents e = extents_of(f);
     const int64_t hq = f.num_heads_q, hkv = f.num_heads_kv;
-    const int64_t slopes = f.alibi_batch_stride == 0 ? hq : (f.num_seqs - 1) * f.alibi_batch_stride + hq;
+    // Without slopes their stride may be anything.
+    const bool sets = f.alibi_slopes != nullptr && f.alibi_batch_stride != 0;
+    const int64_t slopes = sets ? (f.num_seqs - 1) * f.alibi_batch_stride + hq : hq;
     add("dq", p.dq, e.q_batch, e.q_tokens, hq, f.head_dim);
     add("dk", p.dk, e.kv_batch, e.kv_tokens, hkv, f.head_dim);
     add("dv", p.dv, e.kv_batch, e.kv_tokens, hkv, f.head_dim_v);

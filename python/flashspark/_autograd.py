@@ -23,9 +23,14 @@ from ._user_functions import Functions, Lists, empty_result, extras_of, native
 
 _ROWS = 3  # q, k and v
 _DETERMINISTIC = ATTENTION.index("deterministic") - HEAD
+_LENGTHS = frozenset(in_tail(name) for name in ("max_seqlen_q", "max_seqlen_k"))
 # Arguments with which there is no backward pass; the last three are factors of float8_e4m3 tensors.
 _WITHOUT = ("page_table", "leftpad_k", "kv_batch_index", "output_scale", "q_descale", "k_descale", "v_descale")
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_SCALARS = frozenset({bool, int, float, str, type(None)})
+# Calls, without their sizes, whose gradients some implementation is known to have.
+_supported: set[Any] = set()
+_MOST_SUPPORTED = 1000
 
 
 class Problem:
@@ -95,11 +100,50 @@ class Problem:
     def backward(
         self, wanted: list[bool], dout: Array, dlse: Array | None, tensors: Sequence[Array], out: Array, lse: Array
     ) -> list[Array | None]:
-        parts, head = self.parts(tensors), list(self.head)
-        head[_DETERMINISTIC] = head[_DETERMINISTIC] or torch.are_deterministic_algorithms_enabled()
+        return list(gradients(self._forward(self.parts(tensors), out, lse), dout, dlse, wanted))
+
+    def _forward(self, parts: list[list[Any]], out: Array, lse: Array) -> Forward:
         q, k, v = parts[0]
-        forward = Forward(self.face, (q, k, v), out, lse, tuple(head), tuple(parts[1]), self._extras(parts), parts[2])
-        return list(gradients(forward, dout, dlse, wanted))
+        return Forward(self.face, (q, k, v), out, lse, self._head(), tuple(parts[1]), self._extras(parts), parts[2])
+
+    def _head(self) -> tuple[Any, ...]:
+        head = list(self.head)
+        head[_DETERMINISTIC] = head[_DETERMINISTIC] or torch.are_deterministic_algorithms_enabled()
+        return tuple(head)
+
+    def require_backward(self, tensors: Sequence[Array], out: Array, lse: Array) -> None:
+        """Raises NotImplementedError where no implementation has the gradients that backward() would ask for.
+
+        Calls that differ only in sizes are asked about once; nothing is computed, and no memory of the device read.
+        """
+        wrapped = torch._is_functional_tensor(out) or torch._C._functorch.is_functorch_wrapped_tensor(out)
+        if wrapped or type(out) is not torch.Tensor:
+            return  # torch.compile traces, or torch.func does: there is no memory to ask about
+        parts = self.parts(tensors)
+        (q, k, v), tail = parts[0], parts[1]
+        needed = tuple([x.requires_grad for x in tensors])
+        kind = (self.face, q.device, q.dtype, k.dtype, v.dtype, q.shape[-1], v.shape[-1], needed, self.head)
+        kind += (torch.are_deterministic_algorithms_enabled(), *self.functions, self.block_size)
+        kind += tuple([x if type(x) in _SCALARS and n not in _LENGTHS else x is not None for n, x in enumerate(tail)])
+        if kind in _supported:
+            return
+        wanted = self.wanted(needed, tensors)
+        wanted[:_ROWS] = [False] * _ROWS  # which all have, and which would need memory
+        try:
+            gradients(self._forward(parts, out, lse), out, None, wanted, explain=True)
+        except NotImplementedError as error:
+            word = self._word(next((n for n, x in zip(self.places, tensors) if x.requires_grad), self.places[0]))
+            text = f"{word}.requires_grad = True: must be False, or call under torch.no_grad(): {error}"
+            raise NotImplementedError(text) from None
+        if len(_supported) >= _MOST_SUPPORTED:
+            _supported.clear()
+        _supported.add(kind)
+
+    def _word(self, place: int) -> str:
+        """The caller's name of the tensor at a place of `parts`."""
+        if place >= self.ends[1]:
+            return "a captured tensor"
+        return ATTENTION.words[self.face][place + (ATTENTION.index("q") if place < _ROWS else TAIL - _ROWS)]
 
 
 class Attention(torch.autograd.Function):
@@ -107,7 +151,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(problem: Problem, *tensors: Array) -> tuple[Array, Array]:
-        return problem.forward(tensors)
+        result = problem.forward(tensors)
+        problem.require_backward(tensors, *result)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, Array]) -> None:

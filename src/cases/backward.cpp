@@ -37,16 +37,11 @@ size_t bytes_of(const flashspark_tensor &t, int64_t batch, int64_t tokens, int64
 
 }  // namespace
 
-bool has_gradients(const Case &spec) {
-  const bool fp8 = spec.q_dtype == FLASHSPARK_FLOAT8_E4M3 || spec.kv_dtype == FLASHSPARK_FLOAT8_E4M3;
-  return !fp8 && spec.q_dtype == spec.kv_dtype && spec.kv_layout != Layout::kPaged && !spec.kv_batch_index &&
-         spec.leftpad == 0 && spec.num_splits == 0;
-}
-
-BackwardProblem::BackwardProblem(const Case &spec) : forward(prepared(spec)) {
+BackwardProblem::BackwardProblem(const Case &spec, const char *forward_by) : forward(prepared(spec)) {
   forward.params.output_scale = nullptr;
   forward.poison();
-  forward.launch("cpu-reference", 0);
+  forward.launch(forward_by, 0);
+  forward.params.implementation = nullptr;
   flashspark_attention_backward_params_init(&params);
   const flashspark_attention_params &f = params.forward = forward.params;
   const Extents e = extents_of(f);
@@ -211,16 +206,38 @@ void BackwardProblem::read(const Buffer &buffer, const flashspark_tensor &t, boo
   if (!forward.spec().packed_kv || of_queries) check_gaps(buffer, written, of_queries ? "dq" : "dk or dv", to);
 }
 
+void BackwardProblem::poison() {
+  for (const std::span<std::byte> block : written_memory()) {
+    if (!block.empty()) std::memset(block.data(), kPoison, block.size());
+  }
+}
+
+std::vector<std::span<std::byte>> BackwardProblem::written_memory() {
+  std::vector<std::span<std::byte>> blocks;
+  for (const Buffer *buffer : {&dq_, &dk_, &dv_, &dsinks_, &drel_, &dalibi_})
+    blocks.emplace_back(buffer->data(), buffer->size());
+  return blocks;
+}
+
+std::vector<std::span<std::byte>> BackwardProblem::memory() {
+  std::vector<std::span<std::byte>> blocks = forward.memory();
+  for (const std::span<std::byte> block : written_memory()) blocks.push_back(block);
+  for (const Buffer *buffer : {&dout_, &dlse_}) blocks.emplace_back(buffer->data(), buffer->size());
+  return blocks;
+}
+
 Gradients BackwardProblem::run(const char *implementation, int num_threads) {
-  for (const Buffer *buffer : {&dq_, &dk_, &dv_, &dsinks_, &drel_, &dalibi_}) {
-    if (buffer->size() > 0) std::memset(buffer->data(), kPoison, buffer->size());
-  }
+  poison();
+  const flashspark_status status = launch(implementation, num_threads);
+  if (status == FLASHSPARK_OK) return result();
   Gradients g;
-  g.status = launch(implementation, num_threads);
-  if (g.status != FLASHSPARK_OK) {
-    g.error = flashspark_last_error();
-    return g;
-  }
+  g.status = status;
+  g.error = flashspark_last_error();
+  return g;
+}
+
+Gradients BackwardProblem::result() const {
+  Gradients g;
   const flashspark_attention_params &f = params.forward;
   if (params.dq.data != nullptr) read(dq_, params.dq, true, f.head_dim, g, g.dq);
   if (params.dk.data != nullptr) read(dk_, params.dk, false, f.head_dim, g, g.dk);

@@ -2,6 +2,7 @@
 // every gradient that it has.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -25,8 +26,9 @@ struct Gradients {
 class BackwardProblem {
  public:
   // out and lse have q's dtype and are there, whatever the Case says.
-  explicit BackwardProblem(const Case &spec);
-  BackwardProblem(const BackwardProblem &) = delete;
+  // forward_by: the implementation that computes them.
+  explicit BackwardProblem(const Case &spec, const char *forward_by = "cpu-reference");
+  BackwardProblem(BackwardProblem &&) = default;
 
   Problem forward;
   // Ready to run. A test may change any field.
@@ -36,8 +38,14 @@ class BackwardProblem {
   Gradients run(const char *implementation, int num_threads = 0);
   // Runs without poisoning or reading back, for timing.
   flashspark_status launch(const char *implementation, int num_threads);
+  void poison();
+  Gradients result() const;  // reads the gradients back
+  // As of Problem.
+  std::vector<std::span<std::byte>> memory();
+  std::vector<std::span<std::byte>> written_memory();
 
-  double flops() const { return 2.5 * forward.flops(); }
+  double flops() const { return 2.5 * forward.flops(); }  // five products instead of two
+  double bytes() const { return 2 * forward.bytes(); }    // each of its rows beside its gradient
   // Largest |dout| of query head h's row i of sequence b, and its norm; |dlse| of it.
   double largest_dout(int64_t b, int64_t i, int64_t h) const;
   double norm_dout(int64_t b, int64_t i, int64_t h) const;
@@ -56,12 +64,21 @@ class BackwardProblem {
   Buffer dout_, dlse_, dq_, dk_, dv_, dsinks_, drel_, dalibi_, workspace_;
 };
 
-// How far `got` is from the oracle's `expected`, in parts of what rounding explains; see backward.cpp.
+// The sum of |P Z| |dout| (dv) and of |dS| |k| and |dS| |q| (dq, dk) for every element, by the oracle's formula: what
+// rounding P and dS can move, in parts. The other gradients are empty.
+Gradients magnitudes(const BackwardProblem &problem);
+
+// How far `got` is from the oracle's `expected`, in parts of what rounding explains; see compare_backward.cpp.
 struct GradientComparison {
-  double ratio = 0;   // > 1 fails
-  std::string worst;  // where
+  double ratio = 0;      // largest |error| / bound of all gradients: > 1 fails
+  std::string worst;     // where
+  double max_error = 0;  // of all gradients
+  double rms_error = 0;
+  double bound = 0;  // where the ratio is largest
   bool passed() const { return ratio <= 1.0; }
 };
-GradientComparison compare(BackwardProblem &problem, const Gradients &got, const Gradients &expected);
+// With `magnitudes` the implementation may round P and dS to q's dtype, as tensor cores ask for.
+GradientComparison compare(BackwardProblem &problem, const Gradients &got, const Gradients &expected,
+                           const Gradients *magnitudes = nullptr);
 
 }  // namespace flashspark::cases

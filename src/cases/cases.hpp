@@ -38,8 +38,9 @@ enum class Descale {
 };
 
 struct Case {
-  std::string name;   // unique in its list
-  std::string group;  // what --filter and the summary group by: "guide", "mask", "dtype", ...
+  std::string name;       // unique in its list
+  std::string group;      // what --filter and the summary group by: "guide", "mask", "dtype", ...
+  bool backward = false;  // its gradients are asked for, which BackwardProblem gives
 
   std::vector<SeqLen> lens;  // one per sequence; empty: a problem without sequences
   int64_t heads_q = 4;
@@ -242,7 +243,12 @@ std::vector<Case> bench_cases();
 enum class DecodeGrid { kCpu, kShort, kFull };
 std::vector<Case> decode_cases(DecodeGrid grid);
 
-// "causal", "paged", "gqa", "e4m3 kv", ...: what a Case uses, for the coverage table.
+// The feature matrix and training at common sizes, as far as a Case has gradients.
+std::vector<Case> backward_matrix();
+std::vector<Case> backward_bench_cases();
+
+// "causal", "paged", "gqa", "e4m3 kv", ...: what a Case uses, for the coverage table. "backward, causal", ... of
+// gradients.
 std::vector<std::string> features(const Case &spec);
 
 // One dtype element to and from float. Encoding rounds to nearest even and saturates e4m3 at 448.

@@ -26,8 +26,14 @@ namespace {
 //
 // A probability below 2^-126 is 0 in float32: for every row a key may lose as much mass, absolutely.
 //
+// Tensor cores take P and dS in 16 bits, so that a term of the three products is off by a roundoff of q's dtype, or by
+// two where warps hand P to each other before dS is made of it. magnitudes() says what that moves. They also cut sums
+// off instead of rounding them.
+//
 // mass_j comes of the oracle, as dv for dout = 1. A key too many in a row of n changes dv by |dout| / n, and the others
 // in proportion: outside the bound for n < 10^4.
+constexpr double kTensorCores = 4, kRoundings = 2;
+
 struct RowFacts {
   double relative, product;  // e and M_i
   double sink = 0;           // p of the sink
@@ -35,8 +41,12 @@ struct RowFacts {
 
 class Comparer {
  public:
-  Comparer(BackwardProblem &problem, const Gradients &expected)
-      : problem_(problem), f_(problem.params.forward), spec_(problem.forward.spec()), expected_(expected) {
+  Comparer(BackwardProblem &problem, const Gradients &expected, const Gradients *magnitudes)
+      : problem_(problem),
+        f_(problem.params.forward),
+        spec_(problem.forward.spec()),
+        expected_(expected),
+        magnitudes_(magnitudes) {
     roundoff_ = f_.q.dtype == FLASHSPARK_FLOAT16 ? 0x1p-11 : f_.q.dtype == FLASHSPARK_BFLOAT16 ? 0x1p-8 : 0x1p-24;
     smallest_ = f_.q.dtype == FLASHSPARK_FLOAT16 ? 0x1p-25 : f_.q.dtype == FLASHSPARK_BFLOAT16 ? 0x1p-134 : 0x1p-150;
     kept_ = 1 / (1 - double{f_.dropout_p});
@@ -48,6 +58,7 @@ class Comparer {
     compare_queries(got);
     compare_keys(got);
     compare_heads(got);
+    if (elements_ > 0) result_.rms_error = std::sqrt(squares_ / static_cast<double>(elements_));
     return result_;
   }
 
@@ -78,7 +89,7 @@ class Comparer {
       for (int64_t i = 0; i < problem_.forward.seqlen_q(b); ++i) {
         for (int64_t h = 0; h < spec_.heads_q; ++h) {
           RowFacts row{};
-          row.relative = error_bound(problem_.forward, b, i, h).relative;
+          row.relative = error_bound(problem_.forward, b, i, h).relative * (magnitudes_ != nullptr ? kTensorCores : 1);
           // |out| <= kept * the longest v.
           row.product =
               2 * kept_ * problem_.norm_dout(b, i, h) * norms[static_cast<size_t>(h / group)] + problem_.dlse(b, i, h);
@@ -92,15 +103,27 @@ class Comparer {
     }
   }
 
+  // Element number n of a gradient of rows, whose rounding error before the last one is at most `before`, and more
+  // where the factors of its products are rounded.
+  void check_row(const char *name, std::vector<float> Gradients::*field, const Gradients &got, size_t n,
+                 double before) {
+    if (magnitudes_ != nullptr) before += kRoundings * roundoff_ * double{(magnitudes_->*field)[n]};
+    check(name, got.*field, expected_.*field, n, before, roundoff_, smallest_);
+  }
+
   // Element number n of a gradient whose rounding error before the last one is at most `before`.
   void check(const char *name, const std::vector<float> &got, const std::vector<float> &expected, size_t n,
              double before, double roundoff, double smallest) {
     const double ref = expected[n], x = got[n];
     const double limit = 2 * (roundoff * (std::fabs(ref) + before) + smallest) + before;
     // The oracle gives neither NaN nor infinity here: if it does, it has read padding.
-    const double ratio = std::isfinite(ref) && std::isfinite(x) ? std::fabs(x - ref) / limit : kInfinity;
+    const bool finite = std::isfinite(ref) && std::isfinite(x);
+    const double error = finite ? std::fabs(x - ref) : kInfinity, ratio = error / limit;
+    result_.max_error = std::max(result_.max_error, error);
+    squares_ += error * error, ++elements_;
     if (ratio <= result_.ratio) return;
     result_.ratio = ratio;
+    result_.bound = limit;
     char text[160];
     std::snprintf(text, sizeof text, "%s[%zu]: %g is not %g within %g", name, n, x, ref, limit);
     result_.worst = text;
@@ -123,8 +146,7 @@ class Comparer {
         const double of_score = rows_[row].relative * rows_[row].product;
         const double before = of_score * f_.softmax_scale * keys[static_cast<size_t>(r % spec_.heads_q / group)];
         for (int64_t x = 0; x < d && !got.dq.empty(); ++x)
-          check("dq", got.dq, expected_.dq, row * static_cast<size_t>(d) + static_cast<size_t>(x), before, roundoff_,
-                smallest_);
+          check_row("dq", &Gradients::dq, got, row * static_cast<size_t>(d) + static_cast<size_t>(x), before);
         for (int64_t x = 0; x < f_.rel_extent && !got.drel.empty(); ++x)
           check("drel", got.drel, expected_.drel, row * static_cast<size_t>(f_.rel_extent) + static_cast<size_t>(x),
                 of_score, 0x1p-24, 0x1p-150);
@@ -160,11 +182,11 @@ class Comparer {
         const auto h = static_cast<size_t>(r % spec_.heads_kv);
         const double mass = mass_[row];
         for (int64_t x = 0; x < d && !got.dk.empty(); ++x)
-          check("dk", got.dk, expected_.dk, row * static_cast<size_t>(d) + static_cast<size_t>(x),
-                mass * of_k[h] + lost_k[h], roundoff_, smallest_);
+          check_row("dk", &Gradients::dk, got, row * static_cast<size_t>(d) + static_cast<size_t>(x),
+                    mass * of_k[h] + lost_k[h]);
         for (int64_t x = 0; x < dv && !got.dv.empty(); ++x)
-          check("dv", got.dv, expected_.dv, row * static_cast<size_t>(dv) + static_cast<size_t>(x),
-                mass * of_v[h] + lost_v[h], roundoff_, smallest_);
+          check_row("dv", &Gradients::dv, got, row * static_cast<size_t>(dv) + static_cast<size_t>(x),
+                    mass * of_v[h] + lost_v[h]);
       }
     }
   }
@@ -197,6 +219,9 @@ class Comparer {
   const flashspark_attention_params &f_;
   const Case &spec_;
   const Gradients &expected_;
+  const Gradients *magnitudes_;
+  double squares_ = 0;  // of errors
+  size_t elements_ = 0;
   double roundoff_, smallest_, kept_;
   std::vector<RowFacts> rows_;
   std::vector<float> mass_;  // (keys, Hkv)
@@ -205,12 +230,13 @@ class Comparer {
 
 }  // namespace
 
-GradientComparison compare(BackwardProblem &problem, const Gradients &got, const Gradients &expected) {
+GradientComparison compare(BackwardProblem &problem, const Gradients &got, const Gradients &expected,
+                           const Gradients *magnitudes) {
   for (const Gradients *each : {&got, &expected}) {
     if (each->status != FLASHSPARK_OK) return {std::numeric_limits<double>::infinity(), each->error};
     if (!each->trespass.empty()) return {std::numeric_limits<double>::infinity(), each->trespass};
   }
-  return Comparer(problem, expected).run(got);
+  return Comparer(problem, expected, magnitudes).run(got);
 }
 
 }  // namespace flashspark::cases

@@ -240,6 +240,9 @@ std::vector<std::string> features(const Case &c) {
   when(c.lse, "lse");
   when(c.input == Input::kPeaked, "peaked scores");
   length_features(c, when);
+  for (std::string &name : names) {
+    if (c.backward) name.insert(0, "backward, ");
+  }
   return names;
 }
 

@@ -31,8 +31,11 @@ class RowGradient {
       }
     }
   }
-  void set(int64_t at, const double *row) const {
+  // offset(tensor): where the row begins; not asked where the gradient is not wanted, whose strides may be anything.
+  template <class Offset>
+  void set(Offset &&offset, const double *row) const {
     if (to_.data == nullptr) return;
+    const int64_t at = offset(to_);
     for (int64_t d = 0; d < width_; ++d) store_from_float(to_.data, at + d, to_.dtype, static_cast<float>(row[d]));
   }
 
@@ -161,8 +164,9 @@ class ReferenceBackward {
       for (int64_t i = 0; i < s.seqlen_q; ++i) run_row(s, i, h, sums);
     }
     for (int64_t j = 0; j < s.seqlen_k; ++j) {
-      dk_.set(kv_offset(f_, p_.dk, s, j, h_kv), sums.dk.data() + j * f_.head_dim);
-      dv_.set(kv_offset(f_, p_.dv, s, j, h_kv), sums.dv.data() + j * f_.head_dim_v);
+      const auto offset = [&](const flashspark_tensor &t) { return kv_offset(f_, t, s, j, h_kv); };
+      dk_.set(offset, sums.dk.data() + j * f_.head_dim);
+      dv_.set(offset, sums.dv.data() + j * f_.head_dim_v);
     }
   }
 
@@ -180,7 +184,7 @@ class ReferenceBackward {
       const double sink = f_.sinks != nullptr ? load_as_float(f_.sinks, h, f_.sinks_dtype) : -kInfinity;
       if (sink != -kInfinity) sinks_[static_cast<size_t>(h)] += std::exp(sink - lse) * common;
     }
-    dq_.set(q_offset(f_, p_.dq, s, i, h), sums.dq.data());
+    dq_.set([&](const flashspark_tensor &t) { return q_offset(f_, t, s, i, h); }, sums.dq.data());
   }
 
   void run_score(const Sequence &s, int64_t i, int64_t h, int64_t j, double lse, double common, Sums &sums) {

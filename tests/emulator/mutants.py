@@ -42,7 +42,7 @@ DETECTORS = [
     (r"bank conflicts", "bank conflicts"),
     (r"wrote outside", "wrote outside the rows in use"),
     (r"NaN or infinity where", "NaN"),
-    (r"of the bound", "wrong values"),
+    (r"of the bound|, should be ", "wrong values"),
     (r"\[  FAILED  \]", "count of work"),
 ]
 
@@ -243,8 +243,8 @@ def table(outcomes: list[Outcome]) -> str:
         "# Faults planted in the kernels, and what finds them on the emulator",
         "",
         f"{found} of {len(outcomes)} found. Each fault of `tests/emulator/mutants.toml` is built into one kernel,",
-        f"which then runs random cases (at most {CASES}) until one fails; the last column is its seed. The unchanged",
-        "kernels pass all of them. Made by `tests/emulator/mutants.py`.",
+        f"which then runs random cases (at most {CASES}) until one fails, or a test; the last column is its seed, or",
+        "the test. The unchanged kernels pass all of them. Made by `tests/emulator/mutants.py`.",
         "",
         "| planted fault | file | kernel | found by | seed |",
         "|---|---|---|---|---|",

@@ -17,37 +17,10 @@ from problem import ON_CPU, captured
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "python"))
 import dropout_reference  # noqa: E402
+from dropout_torch import dropped  # noqa: E402
 
 CASES = int(os.environ.get("FLASHSPARK_DROPOUT_CASES", "40" if ON_CPU else "200"))
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}  # as tests/gpu/test_flex.py has it
-LOW = 0xFFFFFFFF
-
-
-def philox(key, counter):
-    """dropout_reference.philox on int64 tensors, whose products wrap as the unsigned ones do."""
-    (k0, k1), (c0, c1, c2, c3) = key, counter
-    for _ in range(10):
-        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (
-            (second >> 32 & LOW) ^ c1 ^ k0,
-            second & LOW,
-            (first >> 32 & LOW) ^ c3 ^ k1,
-            first & LOW,
-        )
-        k0, k1 = k0 + 0x9E3779B9 & LOW, k1 + 0xBB67AE85 & LOW
-    return c0, c1, c2, c3
-
-
-def dropped(state, p, batch, heads, rows, keys, device):
-    """bool (batch, heads, rows, keys), by the definition."""
-    seed, offset = (int(x) % 2**64 for x in state)
-    key = dropout_reference.philox((seed & LOW, seed >> 32), (offset & LOW, offset >> 32, 0, 0))[:2]
-    at = lambda n, d: torch.arange(n, device=device).view(*(-1 if i == d else 1 for i in range(4)))  # noqa: E731
-    b, h, i, j = (at(n, d) for d, n in enumerate((batch, heads, rows, keys)))
-    draws = torch.stack(torch.broadcast_tensors(*philox([int(k) for k in key], (j // 64 * 4 + j % 8 // 2, i, h, b))))
-    word = draws.gather(0, (j % 64 // 16).expand(draws.shape[1:])[None])[0]
-    turn = j % 2 * 16 + j % 16 // 8 * 8
-    return dropout_reference.is_dropped((word >> turn | word << 32 - turn) & 0x7FFF, p)
 
 
 def test_the_definition_is_the_same_here(device):

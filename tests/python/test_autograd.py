@@ -236,6 +236,60 @@ def test_double_backward_is_refused(door):
         torch.func.grad(lambda q: torch.func.grad(loss)(q).square().sum())(q.detach())
 
 
+def asked_about(monkeypatch, answer=None):
+    """What the calls that follow ask about their backward pass; `answer` is raised in place of the real one."""
+    from flashspark import _autograd
+
+    asked, real = [], _autograd.gradients
+
+    def gradients(forward, dout, dlse, wanted, explain=False):
+        if explain:
+            asked.append(wanted)
+            if answer is not None:
+                raise answer
+        return real(forward, dout, dlse, wanted, explain)
+
+    monkeypatch.setattr(_autograd, "gradients", gradients)
+    monkeypatch.setattr(_autograd, "_supported", set())
+    return asked
+
+
+@pytest.mark.parametrize("door", ["function", "operator"])
+def test_a_call_without_a_backward_pass_is_refused_at_once(door, monkeypatch):
+    function = flashspark.flash_attn_func if door == "function" else operators().flash_attn_func
+    given = dict(zip("qkv", tensors(grad=False)), alibi_slopes=torch.rand(4))
+    out = function(**given, causal=True)
+    asked = asked_about(monkeypatch, NotImplementedError("no implementation fits"))
+    for n, (name, x) in enumerate(given.items()):
+        x.requires_grad_()
+        with pytest.raises(NotImplementedError, match=rf"^{name}\.requires_grad = True: .*: no implementation fits"):
+            function(**given, causal=True)
+        with torch.no_grad():
+            assert torch.equal(function(**given, causal=True), out)
+        assert len(asked) == n + 1 and not any(asked[n][:3]) and asked[n][5] == (name == "alibi_slopes")
+        x.requires_grad_(False)
+
+
+@pytest.mark.parametrize("door", ["function", "operator"])
+def test_calls_that_differ_in_sizes_are_asked_about_once(door, monkeypatch):
+    function = flashspark.flash_attn_func if door == "function" else operators().flash_attn_func
+    asked = asked_about(monkeypatch)
+    function(*tensors(grad=False))
+    assert asked == []
+    for rows in (24, 1, 70):
+        function(*tensors(rows=rows, keys=2 * rows)).sum().backward()
+    assert len(asked) == 1
+    changed = [{"causal": True}, {"softcap": 3.0}, {"deterministic": True}, {"alibi_slopes": torch.rand(4)}]
+    for n, options in enumerate(changed):
+        for _ in range(2):
+            function(*tensors(), **options)
+        assert len(asked) == n + 2
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    function(*tensors())
+    function(*tensors(width=64))
+    assert len(asked) == len(changed) + 3
+
+
 def test_dropout_follows_torchs_generator():
     def run(*given):
         return flashspark.flash_attn_func(*given, dropout_p=0.4)

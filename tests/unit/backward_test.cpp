@@ -10,14 +10,6 @@
 namespace flashspark::cases {
 namespace {
 
-std::vector<Case> cases_with_gradients() {
-  std::vector<Case> cases;
-  for (Case &c : feature_matrix()) {
-    if (has_gradients(c)) cases.push_back(c);
-  }
-  return cases;
-}
-
 class BackwardMatrix : public testing::TestWithParam<Case> {};
 
 TEST_P(BackwardMatrix, EngineAgreesWithTheOracle) {
@@ -33,7 +25,7 @@ std::string case_name(const testing::TestParamInfo<Case> &info) {
   return name;
 }
 
-INSTANTIATE_TEST_SUITE_P(All, BackwardMatrix, testing::ValuesIn(cases_with_gradients()), case_name);
+INSTANTIATE_TEST_SUITE_P(All, BackwardMatrix, testing::ValuesIn(backward_matrix()), case_name);
 
 Case small_case() {
   Case c;
@@ -60,6 +52,53 @@ TEST(Backward, TheComparisonSeesAWrongGradient) {
     EXPECT_FALSE(compare(problem, wrong, expected).passed());
     (wrong.*field)[(wrong.*field).size() / 2] = std::numeric_limits<float>::quiet_NaN();
     EXPECT_FALSE(compare(problem, wrong, expected).passed());
+  }
+}
+
+constexpr std::vector<float> Gradients::*kProducts[] = {&Gradients::dq, &Gradients::dk, &Gradients::dv};
+
+// A row with two keys, whose dS have opposite signs, as the keys have: no term takes from another one.
+TEST(BackwardMagnitudes, AreTheGradientsWhereNoTermsCancel) {
+  Case c;
+  c.name = "two keys";
+  c.lens = {{1, 2}};
+  c.heads_q = c.heads_kv = 2;
+  c.softcap = 3;
+  c.q_dtype = c.kv_dtype = FLASHSPARK_FLOAT32;
+  BackwardProblem problem(c);
+  problem.params.dlse = nullptr;
+  for (int64_t j = 0; j < 2; ++j) {
+    for (int64_t h = 0; h < 2; ++h) {
+      for (int64_t d = 0; d < c.head_dim; ++d) {
+        const float x = std::fabs(problem.forward.get(Role::kK, 0, j, h, d)) * 0.1f;
+        problem.forward.set(Role::kK, 0, j, h, d, j == 0 ? x : -x);
+      }
+    }
+  }
+  ASSERT_EQ(problem.forward.launch("cpu-reference", 0), FLASHSPARK_OK) << flashspark_last_error();
+  const Gradients g = problem.run("cpu-reference"), most = magnitudes(problem);
+  for (const auto field : kProducts) {
+    ASSERT_EQ((g.*field).size(), (most.*field).size());
+    float largest = 0;
+    for (const float x : most.*field) largest = std::max(largest, x);
+    for (size_t n = 0; n < (g.*field).size(); ++n)
+      ASSERT_NEAR(std::fabs((g.*field)[n]), (most.*field)[n], 1e-5f * largest) << n;
+  }
+}
+
+TEST(BackwardMagnitudes, BoundWhatRoundingTheFactorsMoves) {
+  BackwardProblem problem(small_case());
+  const Gradients expected = problem.run("cpu-reference"), most = magnitudes(problem);
+  for (const auto field : kProducts) {
+    ASSERT_EQ((expected.*field).size(), (most.*field).size());
+    for (size_t n = 0; n < (most.*field).size(); ++n)
+      ASSERT_LE(std::fabs((expected.*field)[n]), 1.01f * (most.*field)[n] + 1e-6f) << n;
+    for (const float roundings : {2.0f, -2.0f, 12.0f}) {
+      Gradients moved = expected;
+      for (size_t n = 0; n < (most.*field).size(); ++n) (moved.*field)[n] += roundings * 0x1p-8f * (most.*field)[n];
+      EXPECT_EQ(compare(problem, moved, expected, &most).passed(), roundings < 3) << roundings;
+      EXPECT_FALSE(compare(problem, moved, expected).passed());
+    }
   }
 }
 

@@ -4,9 +4,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cli/plot.hpp"
-#include "dispatch.hpp"
 
 namespace flashspark::cli {
 namespace {
@@ -14,11 +14,20 @@ namespace {
 constexpr size_t kCopies = 3;  // problems with different values, used in turn, so that no call finds its inputs in L2
 constexpr size_t kFewestCalls = 5, kMostCalls = 2000;
 
+cases::Problem problem_of(const cases::Case &spec, std::type_identity<cases::Problem>) {
+  return cases::Problem(spec);
+}
+// The oracle's forward pass would take minutes.
+cases::BackwardProblem problem_of(const cases::Case &spec, std::type_identity<cases::BackwardProblem>) {
+  return cases::BackwardProblem(spec, "cpu-engine");
+}
+
 // On the GPU one set of values suffices: L2 is overwritten between calls.
+template <class Problem>
 Timing measure_on(GpuSession &gpu, const cases::Case &spec, const BenchOptions &options) {
   Timing t;
   t.spec = &spec;
-  cases::Problem problem(spec);
+  Problem problem = problem_of(spec, std::type_identity<Problem>());
   t.work = work(problem);
   t.roof = roofline(t.work, gpu.limits());
   GpuProblem copy(problem, 0);
@@ -26,32 +35,38 @@ Timing measure_on(GpuSession &gpu, const cases::Case &spec, const BenchOptions &
   flashspark_status status = FLASHSPARK_OK;
   for (int n = 0; n < 3 && status == FLASHSPARK_OK; ++n) gpu.time(copy, name, status);
   if (status != FLASHSPARK_OK) return t.refuse(status, options), t;
-  t.implementation = choose(copy.params()).name;
+  t.implementation = chosen(copy.params());
   t.take(options.seconds, [&](size_t) { return gpu.time(copy, name, status); });
   return t;
 }
 
+template <class Problem>
 Timing measure(const cases::Case &spec, const BenchOptions &options, const Limits &limits) {
   Timing t;
   t.spec = &spec;
   t.implementation = options.implementation;
-  std::vector<cases::Problem> problems;
+  std::vector<Problem> problems;
   for (size_t n = 0; n < kCopies; ++n) {
     cases::Case other = spec;
     other.seed += 1000 * n;
-    problems.emplace_back(other);
+    problems.push_back(problem_of(other, std::type_identity<Problem>()));
   }
   t.work = work(problems[0]);
   t.roof = roofline(t.work, limits);
   const char *name = options.implementation.empty() ? nullptr : options.implementation.c_str();
   flashspark_status status = FLASHSPARK_OK;
-  for (cases::Problem &problem : problems) {  // warm-up: start the threads, touch the pages of out
+  for (Problem &problem : problems) {  // warm-up: start the threads, touch the pages of out
     time_call(problem, name, options.threads, status);
     if (status != FLASHSPARK_OK) return t.refuse(status, options), t;
   }
-  if (t.implementation.empty()) t.implementation = choose(problems[0].params).name;
+  if (t.implementation.empty()) t.implementation = chosen(problems[0].params);
   t.take(options.seconds, [&](size_t n) { return time_call(problems[n % kCopies], name, options.threads, status); });
   return t;
+}
+
+template <class Problem>
+Timing measure(const Target &target, const cases::Case &spec, const BenchOptions &options) {
+  return target.gpu ? measure_on<Problem>(*target.gpu, spec, options) : measure<Problem>(spec, options, target.limits);
 }
 
 std::string rate_text(const Timing &t) {
@@ -163,17 +178,20 @@ void plot_limit_shares(const std::vector<Timing> &timings, const Target &target,
 }
 
 int bench(const BenchOptions &options) {
-  std::vector<cases::Case> all = cases::three_guide_checks();
-  for (cases::Case &c : cases::bench_cases()) all.push_back(std::move(c));
-  if (options.matrix) {
-    for (cases::Case &c : cases::feature_matrix()) all.push_back(std::move(c));
-  }
+  std::vector<cases::Case> all;
+  const auto add = [&](std::vector<cases::Case> more) {
+    for (cases::Case &c : more) all.push_back(std::move(c));
+  };
+  if (!options.backward) add(cases::three_guide_checks());
+  add(options.backward ? cases::backward_bench_cases() : cases::bench_cases());
+  if (options.matrix) add(options.backward ? cases::backward_matrix() : cases::feature_matrix());
   all = select(std::move(all), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
   if (!options.plot.empty()) require_writable(options.plot);
   const Target target(options);
   const std::vector<Timing> timings = time_all(all, [&](const cases::Case &spec) {
-    return target.gpu ? measure_on(*target.gpu, spec, options) : measure(spec, options, target.limits);
+    return options.backward ? measure<cases::BackwardProblem>(target, spec, options)
+                            : measure<cases::Problem>(target, spec, options);
   });
   if (options.json) {
     print_json(report(target, timings));

@@ -94,7 +94,7 @@ void measure(Timing &t, int64_t sets, const Target &target, Cache &cache, const 
   cases::Case small = spec;
   for (cases::SeqLen &len : small.lens) len.k = len.q;
   cases::Problem problem(small);
-  std::optional<GpuProblem> copy;
+  std::optional<GpuProblem<cases::Problem>> copy;
   if (gpu) copy.emplace(problem, 0);
   flashspark_attention_params p = gpu ? copy->params() : problem.params;
 

@@ -116,7 +116,7 @@ class FlexArguments {
 void measure(Timing &t, Row &row, const Target &target, const BenchOptions &options) {
   const bool gpu = target.gpu != nullptr;
   cases::Problem problem(*t.spec);
-  std::optional<GpuProblem> copy;
+  std::optional<GpuProblem<cases::Problem>> copy;
   if (gpu) copy.emplace(problem, 0);
   flashspark_attention_params p = gpu ? copy->params() : problem.params;
   FlexArguments arguments(row.what, gpu);

@@ -39,8 +39,9 @@ struct BenchOptions {
   bool json = false;
   bool cpu = false;  // not on the GPU
   bool list = false;
-  bool matrix = false;  // also the feature matrix; only of bench itself
-  bool full = false;    // bench decode: the whole grid; bench flex: the GPU's shapes on the CPU, too
+  bool matrix = false;    // also the feature matrix; only of bench itself
+  bool backward = false;  // gradients instead of results; only of bench itself
+  bool full = false;      // bench decode: the whole grid; bench flex: the GPU's shapes on the CPU, too
   std::string filter;
   std::string implementation;  // empty: chosen by dispatch
   int threads = 0;

@@ -35,6 +35,8 @@ class Usage(unittest.TestCase):
         self.assertIn("cpu-engine", run("bench", "--implementation", "no-such", status=2).stderr)
         self.assertIn("--matrix", run("bench", "decode", "--matrix", status=2).stderr)
         self.assertIn("decode excludes --json", run("bench", "--json", "decode", status=2).stderr)
+        self.assertIn("--backward", run("bench", "decode", "--backward", status=2).stderr)
+        self.assertIn("decode excludes --backward", run("bench", "--backward", "decode", status=2).stderr)
         self.assertIn("--matrix", run("bench", "flex", "--matrix", status=2).stderr)
         self.assertIn("flex excludes --json", run("bench", "--json", "flex", status=2).stderr)
         self.assertIn("decode", run("bench", "flex", "decode", status=2).stderr)
@@ -48,7 +50,17 @@ class Usage(unittest.TestCase):
         self.assertEqual(names[:3], ["guide/dense-causal", "guide/varlen-gqa", "guide/paged-16-shuffled"])
         listed = json.loads(run("verify", "--list", "--json").stdout)
         self.assertEqual([case["name"] for case in listed], names)
+        passes = {name.startswith("backward/"): [] for name in names}
+        for case in listed:
+            passes[case["name"].startswith("backward/")].append(case)
+        self.assertGreater(len(passes[True]), 50)
+        for backward, cases in passes.items():
+            for case in cases:
+                self.assertEqual({name.startswith("backward, ") for name in case["features"]}, {backward})
         self.assertIn("decode/B8-kv4096-bf16", run("bench", "--list").stdout.split())
+        training = run("bench", "--backward", "--list").stdout.split()
+        self.assertIn("backward/S4096-bf16", training)
+        self.assertLess(set(training), set(run("bench", "--backward", "--matrix", "--list").stdout.split()))
         short, full = (run("bench", "decode", "--list", *more).stdout.split() for more in ([], ["--full"]))
         self.assertIn("64/8-D128/B4-kv2048-q1-page16-bf16", short)
         self.assertLess(set(short), set(full))
@@ -116,6 +128,20 @@ class Verify(unittest.TestCase):
         errors = [[r["rms_error"] for r in report["results"]] for report in reports]
         self.assertNotEqual(*errors)
 
+    def test_gradients(self) -> None:
+        if LAUNCHER:
+            self.skipTest("minutes under an emulator")
+        report = json.loads(run("verify", "--filter", "backward/mask", "--json").stdout)
+        self.assertEqual(report["summary"]["failed"], 0)
+        self.assertEqual(report["summary"]["passed"], 2 * report["summary"]["cases"])
+        for result in report["results"]:
+            self.assertGreaterEqual(result["max_error"], result["rms_error"])
+            self.assertLessEqual(result["error_over_bound"], 1)
+        engine = [result for result in report["results"] if result["implementation"] == "cpu-engine"]
+        self.assertGreater(sum(result["max_error"] > 0 for result in engine), len(engine) / 2)
+        for feature in ("causal", "gqa", "window_left", "sinks", "rel_logits", "alibi", "softcap", "varlen kv"):
+            self.assertGreater(report["coverage"]["backward, " + feature]["cpu-engine"]["passed"], 0, feature)
+
     def test_unwritable_report_fails(self) -> None:
         run("verify", "--filter", "edge/one-key", "--report", "/nonexistent/report.json", status=1)
 
@@ -133,6 +159,16 @@ class Bench(unittest.TestCase):
             self.assertGreaterEqual(result["calls"], 5)
             self.assertLessEqual(result["fastest_seconds"], result["median_seconds"])
             self.assertLess(result["of_limit"], 1.5)
+
+    def test_gradients(self) -> None:
+        arguments = ["bench", "--backward", "--filter", "S1024-bf16", "--seconds", "0.05"]
+        (result,) = json.loads(run(*arguments, "--json").stdout)["results"]
+        self.assertEqual(result["implementation"], "cpu-engine")
+        self.assertEqual(result["flops"], 2.5 * 2 * 16 * (1024 * 1025 / 2) * 256)
+        self.assertEqual(result["bytes"], 2 * 2 * 2 * 1024 * 128 * (16 + 8))
+        self.assertGreaterEqual(result["calls"], 5)
+        self.assertGreater(result["median_seconds"], 0)
+        self.assertRegex(run(*arguments).stdout, r"backward/S1024-bf16 +cpu-engine +\d")
 
     def test_decode(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -206,6 +242,11 @@ class Gpu(unittest.TestCase):
         results = {result["implementation"]: result["result"] for result in report["results"]}
         self.assertEqual(results, {"cuda": "FAIL", "cpu-engine": "pass", "cpu-reference": "pass"})
         self.assertEqual(report["gpu"]["kernels"], "sm_120f")
+        report = json.loads(
+            run("verify", "--filter", "backward/layout/dense-strided", "--json", status=1, **self.ENVIRONMENT).stdout
+        )
+        results = {result["implementation"]: result["result"] for result in report["results"]}
+        self.assertEqual(results, {"cuda": "FAIL", "cpu-engine": "pass", "cpu-reference": "pass"})
         report = json.loads(run(*arguments, "--cpu", **self.ENVIRONMENT).stdout)
         self.assertNotIn("cuda", {result["implementation"] for result in report["results"]})
 
@@ -215,6 +256,11 @@ class Gpu(unittest.TestCase):
         self.assertEqual([result.get("implementation") for result in results], ["cuda", None])
         self.assertIn("lacks float32", results[1]["error"])
         self.assertAlmostEqual(results[0]["median_seconds"], 1e-3)
+        arguments[1:1] = ["--backward"]
+        arguments[arguments.index("prefill/S128")] = "S1024-"
+        results = json.loads(run(*arguments, **self.ENVIRONMENT).stdout)["results"]
+        by_name = {result["case"]["name"].split("/")[1]: result.get("implementation") for result in results}
+        self.assertEqual((by_name["S1024-bf16"], by_name["S1024-f32"]), ("cuda", None))
         results = json.loads(run(*arguments, "--implementation", "cpu-engine", **self.ENVIRONMENT).stdout)["results"]
         self.assertEqual({result["implementation"] for result in results}, {"cpu-engine"})
 

@@ -5,7 +5,7 @@
 #include <functional>
 #include <sstream>
 
-#include "cases/cases.hpp"
+#include "cases/backward.hpp"
 #include "cli/cli.hpp"
 #include "cli/doctor_findings.hpp"
 #include "cli/gpu_run.hpp"
@@ -16,7 +16,6 @@
 #include "cli/terminal.hpp"
 #include "cli/vllm.hpp"
 #include "cuda/fatbins.hpp"
-#include "dispatch.hpp"
 
 namespace flashspark::cli {
 namespace {
@@ -61,46 +60,73 @@ std::vector<cases::Case> common_problems() {
   add("PrefixLM, per token", [&](cases::Case &c) { paged(c), c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN; });
   add("relative-position bias", [&](cases::Case &c) { paged(c), c.rel_extent = 32; });
   add("dropout", [](cases::Case &c) { c.dropout = 0.1f; });
+  const auto gradients = [](cases::Case &c) { c.backward = true; };
+  add("gradients, bf16", gradients);
+  add("gradients, f32", [&](cases::Case &c) { gradients(c), c.q_dtype = c.kv_dtype = FLASHSPARK_FLOAT32; });
+  add("gradients, sinks and window", [&](cases::Case &c) { gradients(c), c.sinks = true, c.window_left = 31; });
+  add("gradients, softcap and dropout", [&](cases::Case &c) { gradients(c), c.softcap = 50, c.dropout = 0.1f; });
+  add("gradients, D = 256", [&](cases::Case &c) { gradients(c), c.head_dim = 256; });
+  add("gradients, D = 512", [&](cases::Case &c) { gradients(c), c.head_dim = 512; });
   return list;
 }
 
-// The choice for a problem in GPU memory. Dispatch reads no pointer, so none is needed.
-void choose_on_gpu(flashspark_attention_params params, Choice &choice) {
-  params.device = FLASHSPARK_CUDA;
+flashspark_status explain(const flashspark_attention_params &p, std::string &text) {
+  return flashspark_attention_explain(&p, text.data(), text.size());
+}
+flashspark_status explain(const flashspark_attention_backward_params &p, std::string &text) {
+  return flashspark_attention_backward_explain(&p, text.data(), text.size());
+}
+
+// The choice for a problem whose params say that it is in GPU memory. Dispatch reads no pointer, so it need not be.
+template <class Params>
+void choose_on_gpu(const Params &params, Choice &choice) {
   std::string text(4096, '\0');
-  if (flashspark_attention_explain(&params, text.data(), text.size()) == FLASHSPARK_OK)
-    choice.on_gpu = choose(params).name;
+  if (explain(params, text) == FLASHSPARK_OK) choice.on_gpu = chosen(params);
   choice.gpu_explanation = text.c_str();
+}
+
+template <class Params>
+void choose_on_cpu(const Params &params, Choice &choice) {
+  std::string text(4096, '\0');
+  const flashspark_status status = explain(params, text);
+  choice.explanation = text.c_str();
+  if (status != FLASHSPARK_OK) {
+    choice.reason = flashspark_last_error();
+    return;
+  }
+  choice.implementation = chosen(params);
+  std::istringstream lines(choice.explanation);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with(choice.implementation)) choice.reason = line.substr(choice.implementation.size());
+  }
+  // " (AVX2, 2 threads): chosen" or "...: chosen, as asked for"
+  const size_t open = choice.reason.find('('), close = choice.reason.rfind("): ");
+  if (open != std::string::npos && close != std::string::npos) {
+    const bool forced = choice.reason.ends_with("as asked for");
+    choice.reason = (forced ? "asked for, " : "first that fits, ") + choice.reason.substr(open + 1, close - open - 1);
+  }
+}
+
+Choice choice_for(const cases::Case &spec, bool gpu) {
+  Choice choice;
+  choice.problem = spec.name;
+  if (spec.backward) {
+    cases::BackwardProblem problem(spec);
+    choose_on_cpu(problem.params, choice);
+    problem.params.forward.device = FLASHSPARK_CUDA;
+    if (gpu) choose_on_gpu(problem.params, choice);
+  } else {
+    cases::Problem problem(spec);
+    choose_on_cpu(problem.params, choice);
+    problem.params.device = FLASHSPARK_CUDA;
+    if (gpu) choose_on_gpu(problem.params, choice);
+  }
+  return choice;
 }
 
 std::vector<Choice> choices(bool gpu) {
   std::vector<Choice> list;
-  for (const cases::Case &spec : common_problems()) {
-    cases::Problem problem(spec);
-    Choice choice;
-    choice.problem = spec.name;
-    std::string text(4096, '\0');
-    const flashspark_status status = flashspark_attention_explain(&problem.params, text.data(), text.size());
-    choice.explanation = text.c_str();
-    if (status == FLASHSPARK_OK) {
-      choice.implementation = choose(problem.params).name;
-      std::istringstream lines(choice.explanation);
-      for (std::string line; std::getline(lines, line);) {
-        if (line.starts_with(choice.implementation)) choice.reason = line.substr(choice.implementation.size());
-      }
-      // " (AVX2, 2 threads): chosen" or "...: chosen, as asked for"
-      const size_t open = choice.reason.find('('), close = choice.reason.rfind("): ");
-      if (open != std::string::npos && close != std::string::npos) {
-        const bool forced = choice.reason.ends_with("as asked for");
-        choice.reason =
-            (forced ? "asked for, " : "first that fits, ") + choice.reason.substr(open + 1, close - open - 1);
-      }
-    } else {
-      choice.reason = flashspark_last_error();
-    }
-    if (gpu) choose_on_gpu(problem.params, choice);
-    list.push_back(std::move(choice));
-  }
+  for (const cases::Case &spec : common_problems()) list.push_back(choice_for(spec, gpu));
   return list;
 }
 

@@ -25,6 +25,19 @@ T *at(cuda::Address address) {
   return reinterpret_cast<T *>(address);
 }
 
+flashspark_attention_params &forward_of(flashspark_attention_params &p) {
+  return p;
+}
+flashspark_attention_params &forward_of(flashspark_attention_backward_params &p) {
+  return p.forward;
+}
+flashspark_status compute(const flashspark_attention_params &p) {
+  return flashspark_attention_forward(&p);
+}
+flashspark_status compute(const flashspark_attention_backward_params &p) {
+  return flashspark_attention_backward(&p);
+}
+
 }  // namespace
 
 DeviceMemory::DeviceMemory(size_t bytes) {
@@ -64,34 +77,51 @@ std::byte *Memory::data() const {
   return device_ ? at<std::byte>(device_->address()) : host_.data();
 }
 
-GpuProblem::GpuProblem(cases::Problem &host, int device) : host_(host), params_(host.params) {
+template <class Problem>
+GpuProblem<Problem>::GpuProblem(Problem &host, int device) : host_(host), params_(host.params) {
   for (const std::span<std::byte> block : host.memory()) {
     if (block.data() == nullptr) continue;
     blocks_.push_back({block, DeviceMemory(block.size())});
     if (!block.empty())
       FLASHSPARK_CUDA_CALL(driver(), cuMemcpyHtoD, blocks_.back().device.address(), block.data(), block.size());
   }
-  params_.device = FLASHSPARK_CUDA;
-  params_.device_index = device;
-  params_.workspace = nullptr;
-  params_.workspace_size = 0;
-  const auto move = [&]<class T>(T *&pointer) {
-    if (pointer == nullptr) return;
-    const Block *block = find(pointer);
-    if (block == nullptr) throw std::logic_error("params point outside the problem's memory");
-    pointer = at<T>(block->device.address() + (reinterpret_cast<const std::byte *>(pointer) - block->host.data()));
-  };
-  flashspark_attention_params &p = params_;
+  move(params_);
+  flashspark_attention_params &p = forward_of(params_);
+  p.device = FLASHSPARK_CUDA;
+  p.device_index = device;
+  p.workspace = params_.workspace = nullptr;
+  p.workspace_size = params_.workspace_size = 0;
+}
+
+template <class Problem>
+template <class T>
+void GpuProblem<Problem>::move(T *&pointer) const {
+  if (pointer == nullptr) return;
+  const Block *block = find(pointer);
+  if (block == nullptr) throw std::logic_error("params point outside the problem's memory");
+  pointer = at<T>(block->device.address() + (reinterpret_cast<const std::byte *>(pointer) - block->host.data()));
+}
+
+template <class Problem>
+void GpuProblem<Problem>::move(flashspark_attention_params &p) const {
   for (flashspark_tensor *tensor : {&p.q, &p.k, &p.v, &p.out}) move(tensor->data);
   for (flashspark_scale *scale : {&p.q_descale, &p.k_descale, &p.v_descale}) move(scale->data);
   for (const int32_t **numbers :
        {&p.cu_seqlens_q, &p.cu_seqlens_k, &p.seqused_q, &p.seqused_k, &p.leftpad_k, &p.kv_batch_index, &p.page_table,
         &p.causal_per_seq, &p.prefix_ranges, &p.rswa_prefix_lens})
     move(*numbers);
-  move(p.output_scale), move(p.sinks), move(p.rel_logits), move(p.alibi_slopes), move(p.lse);
+  move(p.output_scale), move(p.sinks), move(p.rel_logits), move(p.alibi_slopes), move(p.dropout_state), move(p.lse);
 }
 
-const GpuProblem::Block *GpuProblem::find(const void *address) const {
+template <class Problem>
+void GpuProblem<Problem>::move(flashspark_attention_backward_params &p) const {
+  move(p.forward);
+  for (flashspark_tensor *tensor : {&p.dout, &p.dq, &p.dk, &p.dv}) move(tensor->data);
+  move(p.dlse), move(p.dsinks), move(p.drel_logits), move(p.dalibi_slopes);
+}
+
+template <class Problem>
+auto GpuProblem<Problem>::find(const void *address) const -> const Block * {
   const auto *byte = static_cast<const std::byte *>(address);
   for (const Block &block : blocks_) {  // an empty block contains no address but its start
     if (byte == block.host.data()) return &block;
@@ -102,17 +132,22 @@ const GpuProblem::Block *GpuProblem::find(const void *address) const {
   return nullptr;
 }
 
-flashspark_status GpuProblem::launch(const char *implementation) {
-  params_.implementation = implementation;
-  return flashspark_attention_forward(&params_);
+template <class Problem>
+flashspark_status GpuProblem<Problem>::launch(const char *implementation) {
+  forward_of(params_).implementation = implementation;
+  return compute(params_);
 }
 
-void GpuProblem::copy_results_back() {
+template <class Problem>
+void GpuProblem<Problem>::copy_results_back() {
   for (const std::span<std::byte> block : host_.written_memory()) {
     if (!block.empty())
       FLASHSPARK_CUDA_CALL(driver(), cuMemcpyDtoH, block.data(), find(block.data())->device.address(), block.size());
   }
 }
+
+template class GpuProblem<cases::Problem>;
+template class GpuProblem<cases::BackwardProblem>;
 
 GpuSession::GpuSession() {
   FLASHSPARK_CUDA_CALL(driver(), cuEventCreate, &start_, 0);
@@ -138,9 +173,9 @@ float GpuSession::elapsed(const std::function<void()> &work) {
   return milliseconds;
 }
 
-double GpuSession::time(GpuProblem &problem, const char *implementation, flashspark_status &status) {
+double GpuSession::time_cold(const std::function<void()> &work) {
   FLASHSPARK_CUDA_CALL(driver(), cuMemsetD8Async, flush_->address(), 0, flush_bytes_, nullptr);
-  return 1e-3 * elapsed([&] { status = problem.launch(implementation); });
+  return 1e-3 * elapsed(work);
 }
 
 double GpuSession::time(const std::function<void()> &issue) {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cases/cases.hpp"
+#include "cases/backward.hpp"
 #include "cli/machine.hpp"
 #include "cuda/device.hpp"
 
@@ -41,11 +41,13 @@ class Memory {
   cases::Buffer host_;
 };
 
-// A copy of a problem's memory, with params that point into it.
+// A copy of a problem's memory, with params that point into it. Problem: cases::Problem or BackwardProblem.
+template <class Problem>
 class GpuProblem {
  public:
-  GpuProblem(cases::Problem &host, int device);
-  const flashspark_attention_params &params() const { return params_; }
+  using Params = decltype(Problem::params);
+  GpuProblem(Problem &host, int device);
+  const Params &params() const { return params_; }
   flashspark_status launch(const char *implementation);  // NULL: what dispatch chooses
   void copy_results_back();                              // waits for the GPU to finish
 
@@ -55,10 +57,14 @@ class GpuProblem {
     DeviceMemory device;
   };
   const Block *find(const void *address) const;
+  void move(flashspark_attention_params &p) const;
+  void move(flashspark_attention_backward_params &p) const;
+  template <class T>
+  void move(T *&pointer) const;  // from the problem's memory to its copy
 
-  cases::Problem &host_;
+  Problem &host_;
   std::vector<Block> blocks_;
-  flashspark_attention_params params_;
+  Params params_;
 };
 
 // Device 0, with its context current on this thread.
@@ -69,7 +75,10 @@ class GpuSession {
   GpuSession(const GpuSession &) = delete;
   GpuSession &operator=(const GpuSession &) = delete;
   // Seconds of one call, measured on the GPU, with none of its inputs in L2.
-  double time(GpuProblem &problem, const char *implementation, flashspark_status &status);
+  template <class Problem>
+  double time(GpuProblem<Problem> &problem, const char *implementation, flashspark_status &status) {
+    return time_cold([&] { status = problem.launch(implementation); });
+  }
   // Seconds that the GPU takes for the work that `issue` enqueues, from the moment when all of it is enqueued. Calls
   // `issue` again if the GPU started before that.
   double time(const std::function<void()> &issue);
@@ -79,7 +88,8 @@ class GpuSession {
 
  private:
   float elapsed(const std::function<void()> &work);  // in milliseconds
-  void multiply(unsigned blocks, int32_t rounds);    // that many rounds of mma.sync in registers
+  double time_cold(const std::function<void()> &work);
+  void multiply(unsigned blocks, int32_t rounds);  // that many rounds of mma.sync in registers
   double peak_flops();
   double copy_bytes_per_second();
 

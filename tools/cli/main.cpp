@@ -76,8 +76,8 @@ void add_doctor(CLI::App &app, DoctorOptions &o) {
 }
 
 void add_verify(CLI::App &app, VerifyOptions &o) {
-  auto *sub = app.add_subcommand("verify",
-                                 "Three guide checks and the feature matrix, each against the oracle, on GPU and CPU");
+  auto *sub = app.add_subcommand(
+      "verify", "Three guide checks, the feature matrix and its gradients, each against the oracle, on GPU and CPU");
   add_text(sub, "--filter", o.filter, "Only cases whose name contains TEXT", "TEXT");
   add_text(sub, "--implementation", o.implementation, "Only this implementation", "NAME");
   add_flag(sub, "--cpu", o.cpu, "Stay on the CPU where there is a GPU too");
@@ -93,7 +93,7 @@ void add_verify(CLI::App &app, VerifyOptions &o) {
   sub->footer(
       "Examples:\n  flashspark verify\n  flashspark verify --filter guide\n"
       "  flashspark verify --filter paged --implementation cpu-engine --verbose\n"
-      "  flashspark verify --seed 7 --report verify.json\n\n"
+      "  flashspark verify --filter backward/ --seed 7 --report verify.json\n\n"
       "Exit status: 0 every case passed, 1 one failed, 2 wrong usage.");
 }
 
@@ -117,8 +117,10 @@ void add_bench(CLI::App &app, BenchOptions &o, BenchOptions &decode_options, Ben
       "bench", "Times the guide checks, prefill and decode, on the GPU if there is one, against limits");
   add_bench_options(sub, o, "Write a bar chart");
   add_flag(sub, "--matrix", o.matrix, "The feature matrix too");
+  add_flag(sub, "--backward", o.backward, "Gradients instead of results: training's cases");
   sub->footer(
       "Examples:\n  flashspark bench\n  flashspark bench --filter decode --plot decode.svg\n"
+      "  flashspark bench --backward --filter S1024\n"
       "  flashspark bench --threads 1 --json > bench.json\n\n"
       "Exit status: 0 fine, 1 a case could not run, 2 wrong usage.");
 

@@ -8,6 +8,7 @@
 #include "cli/cli.hpp"
 #include "cli/gpu_run.hpp"
 #include "cli/json.hpp"
+#include "dispatch.hpp"
 
 namespace flashspark::cli {
 
@@ -35,6 +36,13 @@ std::vector<std::string> select_implementations(const std::string &name, bool gp
       fmt::format("--implementation: \"{}\" is not in this build; there are {}", name, fmt::join(names, ", ")));
 }
 
+std::string chosen(const flashspark_attention_params &p) {
+  return choose(p).name;
+}
+std::string chosen(const flashspark_attention_backward_params &p) {
+  return choose_backward(p).name;
+}
+
 std::string environment_error() {
   cases::Case smallest;
   smallest.lens = {{1, 1}};
@@ -56,14 +64,22 @@ void print_list(const std::vector<cases::Case> &all, bool json) {
   for (const cases::Case &c : all) fmt::print("{}\n", c.name);
 }
 
-double time_call(cases::Problem &problem, const char *implementation, int threads, flashspark_status &status) {
+namespace {
+
+template <class Problem>
+double time_launch(Problem &problem, const char *implementation, int threads, flashspark_status &status) {
   const auto start = std::chrono::steady_clock::now();
   status = problem.launch(implementation, threads);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-Work work(const cases::Problem &problem) {
-  return {problem.flops(), problem.bytes()};
+}  // namespace
+
+double time_call(cases::Problem &problem, const char *implementation, int threads, flashspark_status &status) {
+  return time_launch(problem, implementation, threads, status);
+}
+double time_call(cases::BackwardProblem &problem, const char *implementation, int threads, flashspark_status &status) {
+  return time_launch(problem, implementation, threads, status);
 }
 
 Roofline roofline(const Work &work, const Limits &limits) {

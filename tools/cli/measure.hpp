@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cases/cases.hpp"
+#include "cases/backward.hpp"
 #include "cli/machine.hpp"
 
 namespace flashspark::cli {
@@ -16,6 +16,10 @@ std::vector<cases::Case> select(std::vector<cases::Case> all, const std::string 
 // needs a GPU that is not available.
 std::vector<std::string> select_implementations(const std::string &name, bool gpu);
 
+// The implementation that dispatch chooses. Throws Error if there is none.
+std::string chosen(const flashspark_attention_params &p);
+std::string chosen(const flashspark_attention_backward_params &p);
+
 // Problems with the library's environment variables, which the library reports only when it computes; empty if none.
 std::string environment_error();
 
@@ -23,13 +27,17 @@ void print_list(const std::vector<cases::Case> &all, bool json);
 
 // Seconds of one call, whose result is stored in `status`.
 double time_call(cases::Problem &problem, const char *implementation, int threads, flashspark_status &status);
+double time_call(cases::BackwardProblem &problem, const char *implementation, int threads, flashspark_status &status);
 
 // The least time that a call can take on this machine: the larger of its arithmetic and its memory traffic.
 struct Work {
   double flops = 0;
   double bytes = 0;
 };
-Work work(const cases::Problem &problem);
+template <class Problem>
+Work work(const Problem &problem) {
+  return {problem.flops(), problem.bytes()};
+}
 struct Roofline {
   double seconds = 0;  // 0: no work
   bool memory_bound = false;

@@ -1,4 +1,5 @@
-// flashspark verify: runs every case on every implementation that supports it and compares with the oracle.
+// flashspark verify: runs every case, results and gradients, on every implementation that supports it and compares with
+// the oracle.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -17,12 +18,20 @@ namespace {
 
 constexpr size_t kShortList = 40;  // up to this many cases print a line each; beyond, one line per group
 
+// What the oracle gives.
+cases::Result oracle(cases::Problem &problem) {
+  return cases::reference(problem);
+}
+cases::Gradients oracle(cases::BackwardProblem &problem) {
+  return problem.run("cpu-reference");
+}
+
 struct Outcome {
   const cases::Case *spec = nullptr;
   std::string implementation;
   enum { kPassed, kFailed, kSkipped } state = kPassed;
-  std::string reason;  // of the failure or the skip
-  cases::Comparison comparison;
+  std::string reason;            // of the failure or the skip
+  cases::Comparison comparison;  // of gradients without lse
   double seconds = 0;
   Work work;
   double of_limit = 0;  // fraction; 0: unknown
@@ -37,8 +46,30 @@ std::string why_failed(const cases::Comparison &c) {
   return text;
 }
 
+// Compares the problem's results with the oracle's and says why they are wrong. On the GPU tensor cores take the
+// probabilities in 16 bits.
+void compare(Outcome &o, cases::Problem &problem, const cases::Result &expected, bool on_gpu) {
+  std::vector<float> magnitudes;
+  if (on_gpu) magnitudes = cases::magnitudes(problem);
+  o.comparison = cases::compare(problem, problem.result(), expected, on_gpu ? &magnitudes : nullptr);
+  o.reason = why_failed(o.comparison);
+}
+
+void compare(Outcome &o, cases::BackwardProblem &problem, const cases::Gradients &expected, bool on_gpu) {
+  cases::Gradients magnitudes;
+  if (on_gpu) magnitudes = cases::magnitudes(problem);
+  const cases::GradientComparison c =
+      cases::compare(problem, problem.result(), expected, on_gpu ? &magnitudes : nullptr);
+  o.comparison.max_error = c.max_error;
+  o.comparison.rms_error = c.rms_error;
+  o.comparison.bound = c.bound;
+  o.comparison.ratio = c.ratio;
+  if (!c.passed()) o.reason = c.worst;
+}
+
 // Runs the problem on the GPU and copies the results back to the problem's own memory.
-flashspark_status run_on(GpuSession &gpu, cases::Problem &problem, const std::string &name, double &seconds) {
+template <class Problem>
+flashspark_status run_on(GpuSession &gpu, Problem &problem, const std::string &name, double &seconds) {
   GpuProblem copy(problem, 0);
   flashspark_status status = copy.launch(name.c_str());  // the first launch loads the kernel
   if (status != FLASHSPARK_OK) return status;
@@ -47,8 +78,8 @@ flashspark_status run_on(GpuSession &gpu, cases::Problem &problem, const std::st
   return status;
 }
 
-Outcome check(cases::Problem &problem, const cases::Result &expected, const std::string &name, int threads,
-              GpuSession *gpu) {
+template <class Problem, class Expected>
+Outcome check(Problem &problem, const Expected &expected, const std::string &name, int threads, GpuSession *gpu) {
   Outcome o;
   o.implementation = name;
   flashspark_status status = FLASHSPARK_OK;
@@ -66,10 +97,7 @@ Outcome check(cases::Problem &problem, const cases::Result &expected, const std:
     o.state = Outcome::kFailed;
     o.reason = flashspark_last_error();
   } else {
-    std::vector<float> magnitudes;  // tensor cores take the probabilities in 16 bits
-    if (on_gpu) magnitudes = cases::magnitudes(problem);
-    o.comparison = cases::compare(problem, problem.result(), expected, on_gpu ? &magnitudes : nullptr);
-    o.reason = why_failed(o.comparison);
+    compare(o, problem, expected, on_gpu);
     if (!o.comparison.passed()) o.state = Outcome::kFailed;
   }
   return o;
@@ -197,29 +225,34 @@ struct Verification {
   int passed = 0, failed = 0, skipped = 0;
 };
 
+template <class Problem>
+void run_case(Verification &v, const cases::Case &spec) {
+  Problem problem(spec);
+  const auto expected = oracle(problem);
+  for (const std::string &name : v.implementations) {
+    Outcome o = check(problem, expected, name, v.options.threads, v.gpu.get());
+    if (expected.status != FLASHSPARK_OK) {
+      o.state = Outcome::kFailed;
+      o.reason = "the oracle: " + expected.error;
+    }
+    o.spec = &spec;
+    o.work = work(problem);
+    const Roofline roof = roofline(o.work, name == kGpuImplementation ? v.gpu->limits() : v.limits);
+    // A call of a few microseconds says nothing about the limits.
+    if (roof.seconds > 20e-6 && o.state == Outcome::kPassed) o.of_limit = roof.seconds / o.seconds;
+    (o.state == Outcome::kPassed ? v.passed : o.state == Outcome::kFailed ? v.failed : v.skipped) += 1;
+    v.worst = std::max(v.worst, o.comparison.ratio);
+    v.outcomes.push_back(std::move(o));
+  }
+}
+
 void run(Verification &v) {
   const auto start = std::chrono::steady_clock::now();
   v.limits = measure_limits(v.options.threads);
   Progress progress(v.cases.size());
   for (const cases::Case &spec : v.cases) {
     progress.step(spec.name);
-    cases::Problem problem(spec);
-    const cases::Result expected = cases::reference(problem);
-    for (const std::string &name : v.implementations) {
-      Outcome o = check(problem, expected, name, v.options.threads, v.gpu.get());
-      if (expected.status != FLASHSPARK_OK) {
-        o.state = Outcome::kFailed;
-        o.reason = "the oracle: " + expected.error;
-      }
-      o.spec = &spec;
-      o.work = work(problem);
-      const Roofline roof = roofline(o.work, name == kGpuImplementation ? v.gpu->limits() : v.limits);
-      // A call of a few microseconds says nothing about the limits.
-      if (roof.seconds > 20e-6 && o.state == Outcome::kPassed) o.of_limit = roof.seconds / o.seconds;
-      (o.state == Outcome::kPassed ? v.passed : o.state == Outcome::kFailed ? v.failed : v.skipped) += 1;
-      v.worst = std::max(v.worst, o.comparison.ratio);
-      v.outcomes.push_back(std::move(o));
-    }
+    spec.backward ? run_case<cases::BackwardProblem>(v, spec) : run_case<cases::Problem>(v, spec);
   }
   v.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -271,6 +304,7 @@ void print(const Verification &v) {
 int verify(const VerifyOptions &options) {
   std::vector<cases::Case> all = cases::three_guide_checks();
   for (cases::Case &c : cases::feature_matrix()) all.push_back(std::move(c));
+  for (cases::Case &c : cases::backward_matrix()) all.push_back(std::move(c));
   all = select(std::move(all), options.filter, options.seed);
   if (options.list) return print_list(all, options.json), kOk;
   if (!options.report.empty()) require_writable(options.report);

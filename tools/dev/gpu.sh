@@ -10,12 +10,15 @@
 #          tools/dev/gpu.sh test [PYTEST ARGUMENTS]
 #          tools/dev/gpu.sh fuzz [CASES]     in several processes (5000)
 #          tools/dev/gpu.sh functions [PROCESSES]   the matrix of score functions, and 5,000 random ones (15)
+#          tools/dev/gpu.sh training [PROCESSES]    3,000 random training batches, graphs, streams (12)
+#          tools/dev/gpu.sh grid [PROCESSES]        flash-attention's parameter grids, gradients (14)
 #          tools/dev/gpu.sh bench [ARGUMENTS OF bench/gpu]
 #          tools/dev/gpu.sh decode [ARGUMENTS OF bench/gpu/decode.py]
 #          tools/dev/gpu.sh backward [ARGUMENTS OF bench/gpu/backward.py]
 #          tools/dev/gpu.sh sanitize [TOOL ...]
 #
-# Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, FUNCTIONS_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
+# Results go to $OUT (default build/gpu). Limits in seconds: TEST_LIMIT, FUZZ_LIMIT, FUNCTIONS_LIMIT, TRAINING_LIMIT,
+# GRID_LIMIT, BENCH_LIMIT, SANITIZE_LIMIT.
 # FLASHSPARK_WHEEL names another wheel, which is installed beside the first, to compare two builds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -163,21 +166,36 @@ run_fuzz() {
   return $failed
 }
 
-# Compiling functions keeps a core busy, so as many processes run as the host has cores, nearly.
-run_functions() {
-  local count=${1:-15} number failed=0 pids=()
+# run_parts NAME PROCESSES SECONDS TESTS ...: each process takes its part of the tests' cases. Compiling functions, or
+# building cases, keeps a core busy, so as many processes run as the host has cores, nearly.
+run_parts() {
+  local name=$1 count=$2 part number failed=0 pids=()
   for ((number = 0; number < count; ++number)); do
-    FLASHSPARK_MATRIX_PART=$number/$count FLASHSPARK_RANDOM_PART=$number/$count OMP_NUM_THREADS=1 \
-      OPENBLAS_NUM_THREADS=1 test_with "${FUNCTIONS_LIMIT:-540}" tests/gpu/test_flex_matrix.py \
-      tests/gpu/test_flex_random.py --durations=3 >"$out/functions-$number.log" 2>&1 &
+    part=$number/$count
+    FLASHSPARK_PART=$part FLASHSPARK_MATRIX_PART=$part FLASHSPARK_RANDOM_PART=$part OMP_NUM_THREADS=1 \
+      OPENBLAS_NUM_THREADS=1 test_with "$3" "${@:4}" --durations=3 >"$out/$name-$number.log" 2>&1 &
     pids+=($!)
   done
   for number in "${!pids[@]}"; do
     wait "${pids[$number]}" || failed=1
   done
-  tail -qn 1 "$out"/functions-*.log
-  grep -hE '^(FAILED|ERROR|E  )' "$out"/functions-*.log | cut -c1-600 | head -n 30
+  tail -qn 1 "$out/$name"-*.log
+  grep -hE '^(FAILED|ERROR|E  )' "$out/$name"-*.log | cut -c1-600 | head -n 30 || true
   return $failed
+}
+
+run_functions() {
+  run_parts functions "${1:-15}" "${FUNCTIONS_LIMIT:-540}" tests/gpu/test_flex_{matrix,random}.py
+}
+
+run_training() {
+  FLASHSPARK_TRAINING_CASES=${FLASHSPARK_TRAINING_CASES:-3000} \
+    run_parts training "${1:-12}" "${TRAINING_LIMIT:-150}" tests/gpu/test_backward_{random,graphs}.py
+}
+
+run_grid() {
+  FLASHSPARK_GRADIENT_POINTS=${FLASHSPARK_GRADIENT_POINTS:-2800} \
+    run_parts grid "${1:-14}" "${GRID_LIMIT:-150}" tests/gpu/test_gradient_grid.py
 }
 
 # run_bench PROGRAM [ARGUMENT ...]
@@ -221,6 +239,8 @@ case $stage in
   test) install && run_tests "$@" ;;
   fuzz) install && run_fuzz "$@" ;;
   functions) install && run_functions "$@" ;;
+  training) install && run_training "$@" ;;
+  grid) install && run_grid "$@" ;;
   bench) install && run_bench bench/gpu "$@" ;;
   decode) install && run_bench bench/gpu/decode.py "$@" ;;
   backward) install && timeout -s INT "${BENCH_LIMIT:-300}" "$python" bench/gpu/backward.py --out "$out/backward.md" "$@" ;;

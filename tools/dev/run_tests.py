@@ -138,7 +138,7 @@ def sanitizers(log: Log) -> None:
 
 def fuzz(log: Log) -> None:
     build = log.preset("fuzz")
-    targets = ["attention_fuzz", "append_fuzz"]
+    targets = ["attention_fuzz", "append_fuzz", "backward_fuzz"]
 
     def hunt(target: str) -> str:
         corpus = BUILD / "corpus" / target

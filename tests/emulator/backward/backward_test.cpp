@@ -1,9 +1,11 @@
 // The backward kernels against the formula: every kernel, every feature, in allocations of exact size.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <random>
 
 #include "backward/problem.hpp"
+#include "dtype.hpp"
 
 namespace flashspark::emulator {
 namespace {
@@ -122,7 +124,7 @@ TEST(Backward, Sequences) {
         BackwardSpec s;
         s.tokens = {70, 0, 3, 129}, s.keys = {40, 70, 0, 129};
         s.varlen_q = varlen_q, s.varlen_k = varlen_k, s.unused_rows = unused;
-        s.causal = true, s.heads_q = 2;
+        s.causal = varlen_q, s.heads_q = 2;  // a causal mask alone drops keys past the last one
         check(s, ++seed, Kernels::smallest);
       }
     }
@@ -150,6 +152,39 @@ TEST(Backward, LseAndSinks) {
   check(s, 81, Kernels::smallest);
   s.varlen_q = s.varlen_k = s.unused_rows = true;
   check(s, 82, Kernels::smallest);
+}
+
+// Rows whose lse says so, whatever keys the call has: of a part of the keys, where the whole row keeps none.
+TEST(Backward, RowsWithoutKeys) {
+  BackwardSpec s;
+  s.tokens = {70}, s.keys = {130};
+  s.without_keys = true;
+  check(s, 85);
+  s.tokens = {70, 33}, s.keys = {90, 60}, s.dlse = s.sinks = true;
+  check(s, 86, Kernels::smallest);
+}
+
+// What dQ's sums hold there is 0 times infinity.
+TEST(Backward, UnusedRowsBesideInfiniteValues) {
+  BackwardSpec s;
+  s.tokens = {70, 20}, s.keys = {40, 70};
+  s.varlen_q = s.varlen_k = s.unused_rows = true;
+  for (const BackwardKernel &kernel : backward_kernels()) {
+    if (kernel.instance->head_dim > 64) continue;
+    s.dtype = kernel.dtype;
+    BackwardProblem problem(s, 87);
+    const flashspark_attention_params &p = problem.params.forward;
+    for (int64_t n = 0; n < p.total_k * s.heads_kv * s.head_dim_v; ++n)
+      store_from_float(p.v.data, n, p.v.dtype, INFINITY);
+    problem.run(kernel, 87);
+    for (int64_t row = 0; row < p.total_q; ++row) {
+      bool used = false;
+      for (size_t b = 0; b < s.tokens.size(); ++b)
+        used |= row >= p.cu_seqlens_q[b] && row < p.cu_seqlens_q[b] + s.tokens[b];
+      for (int64_t n = row * s.heads_q * s.head_dim; !used && n < (row + 1) * s.heads_q * s.head_dim; ++n)
+        ASSERT_EQ(load_as_float(problem.params.dq.data, n, p.q.dtype), 0) << name_of(kernel) << ", row " << row;
+    }
+  }
 }
 
 TEST(Backward, Softcap) {

@@ -52,7 +52,8 @@ std::string to_string(const BackwardSpec &s) {
   flag(s.varlen_q, "varlen_q"), flag(s.varlen_k, "varlen_k"), flag(s.unused_rows, "unused_rows");
   flag(s.causal, "causal"), flag(s.deterministic, "deterministic"), flag(s.causal_per_seq, "causal_per_seq"),
       flag(s.sinks, "sinks"), flag(s.dlse, "dlse");
-  flag(s.heads_first, "heads_first"), flag(s.alibi, "alibi"), flag(s.alibi_per_seq, "by sequence");
+  flag(s.heads_first, "heads_first"), flag(s.without_keys, "without_keys"), flag(s.alibi, "alibi"),
+      flag(s.alibi_per_seq, "by sequence");
   flag(s.prefix_clamp_window, "prefix_clamp_window");
   const auto number = [&](int64_t value, const char *name) {
     if (value != 0) text += std::string(" ") + name + " " + std::to_string(value);

@@ -45,6 +45,7 @@ struct BackwardSpec {
   int32_t rswa_window = 0;
   int64_t attention_chunk = 0;
   bool sinks = false, dlse = false;
+  bool without_keys = false;  // every third row has an lse of -inf
   bool wanted_q = true, wanted_k = true, wanted_v = true, wanted_biases = true;
   bool heads_first = false;  // tensors lie (B, H, T, D)
   float spread = 1.0f;       // of scores: larger ones are peaked

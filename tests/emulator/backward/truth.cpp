@@ -77,7 +77,11 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
   const int64_t head_kv = h / (p.num_heads_q / p.num_heads_kv), tokens_q = extents_of(p).q_tokens;
   const int64_t at_out = q_offset(p, p.out, s, i, h), at_dout = q_offset(p, params.dout, s, i, h);
   const int64_t at_q = q_offset(p, p.q, s, i, h), at_lse = lse_offset(p, s, i, h);
-  const Row row = row_of(p, s, i, h);
+  Row row = row_of(p, s, i, h);
+  if (spec_.without_keys && i % 3 == 1) {
+    row.lse = -INFINITY;
+    std::fill(row.probability.begin(), row.probability.end(), 0.0);
+  }
   const auto number = [](const flashspark_tensor &t, int64_t at) { return double{load_as_float(t.data, at, t.dtype)}; };
   lse_[static_cast<size_t>(at_lse)] = static_cast<float>(row.lse);
   for (int64_t d = 0; d < p.head_dim_v; ++d) {

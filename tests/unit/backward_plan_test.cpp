@@ -1,0 +1,55 @@
+// The planner of the backward pass: which instance runs a problem.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <iterator>
+#include <set>
+#include <string>
+
+#include "cuda/backward.hpp"
+
+namespace flashspark::cuda {
+namespace {
+
+BackwardParams problem(int64_t head_dim, int64_t head_dim_v, int64_t num_heads, float softcap) {
+  BackwardParams b;
+  flashspark_attention_backward_params_init(&b);
+  Params &p = b.forward;
+  p.device = FLASHSPARK_CUDA;
+  p.num_seqs = 1, p.num_heads_q = p.num_heads_kv = num_heads;
+  p.head_dim = head_dim, p.head_dim_v = head_dim_v;
+  p.max_seqlen_q = p.max_seqlen_k = 1024;
+  p.softcap = softcap;
+  p.q.dtype = FLASHSPARK_BFLOAT16;
+  return b;
+}
+
+// Else it need not be built. tests/gpu/sanitizer_cases.py finds its problems among such.
+TEST(BackwardPlan, EveryInstanceRunsSomeProblem) {
+  for (const Machine &machine :
+       {Machine{Architecture::sm_90, 132, 50 << 20, 228 << 10}, Machine{Architecture::sm_120f, 48, 24 << 20, 100 << 10},
+        Machine{Architecture::sm_120f, 188, 128 << 20, 100 << 10}}) {
+    std::set<std::string> chosen;
+    for (int64_t head_dim = 8; head_dim <= kMaxBackwardHeadDim; head_dim += 8) {
+      for (const int64_t num_heads : {1, 16, 512}) {
+        for (const float softcap : {0.0f, 10.0f}) {
+          const BackwardParams b = problem(head_dim, head_dim, num_heads, softcap);
+          const bool any = std::any_of(std::begin(kBackwardInstances), std::end(kBackwardInstances),
+                                       [&](const BackwardInstance &instance) { return fits(instance, b.forward); });
+          if (any) chosen.insert(make_backward_plan(b, machine).instance->name);
+        }
+      }
+    }
+    for (const BackwardInstance &instance : kBackwardInstances)
+      EXPECT_TRUE(chosen.contains(instance.name)) << instance.name << " on " << machine.sm_count << " SMs";
+  }
+}
+
+TEST(BackwardPlan, SmallGridsHaveFewerKeysEachCta) {
+  const Machine machine{Architecture::sm_90, 132, 50 << 20, 228 << 10};
+  EXPECT_STREQ(make_backward_plan(problem(128, 128, 8, 0), machine).instance->name, "d128_short");
+  EXPECT_STREQ(make_backward_plan(problem(128, 128, 256, 0), machine).instance->name, "d128_pair");
+}
+
+}  // namespace
+}  // namespace flashspark::cuda
