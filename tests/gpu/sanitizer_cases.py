@@ -38,6 +38,7 @@ RUN_BY = {
     "attention_forward_quantize": "e4m3 result",
     "attention_schedule": "scheduled",
     "attention_block_tiles": "block lists",
+    "attention_backward_sums": "attention_backward_d64_mod_bf16",
     **{
         f"attention_backward_{part}_{dtype}": f"attention_backward_d64_{dtype}"
         for part in ("preprocess", "postprocess")
@@ -186,7 +187,12 @@ def run_backward(device: torch.device, kernel: Kernel) -> list[str]:
     large = kernel.instance == "d128"
     heads, heads_kv = (384, 192) if large else (4, 2)
     tokens, keys = (20, 256) if large else (70, 200)
-    options = {"softcap": 20.0, "dropout_p": 0.3, "rng_state": (11, 5)} if kernel.score_mod == "native" else {}
+    native = kernel.score_mod == "native"
+    options: dict[str, Any] = {}
+    if native:
+        options = {"softcap": 20.0, "dropout_p": 0.3, "rng_state": (11, 5), "attention_chunk": 150}
+    slopes, rel = 0.1 * torch.randn(heads), torch.randn(tokens, heads, 60)
+    names = ("q", "k", "v", "rel_logits", "alibi_slopes") if native else ("q", "k", "v")
     shapes = [
         (tokens, heads, kernel.head_dim),
         *[(keys, heads_kv, kernel.head_dim)] * 2,
@@ -199,17 +205,20 @@ def run_backward(device: torch.device, kernel: Kernel) -> list[str]:
         for where in (torch.device("cpu"), device):
             q, k, v, dout = (x.to(where, copy=True) if varlen else x.to(where, copy=True)[None] for x in rows)
             lists = [x.to(where) for x in cu]
+            if native:
+                bias = rel.to(where, copy=True)
+                options |= {"alibi_slopes": slopes.to(where), "rel_logits": bias if varlen else bias[None]}
             if varlen:
                 given = (*lists, tokens, keys)
                 forward, backward = flashspark.flash_attn_varlen_func, flashspark.flash_attn_varlen_backward
             else:
                 given, forward, backward = (), flashspark.flash_attn_func, flashspark.flash_attn_backward
             out, lse = forward(q, k, v, *given, causal=varlen, return_softmax_lse=True, **options)
-            results.append(backward(dout, q, k, v, out, lse, *given, causal=varlen, **options))
-        for name, want, got in zip(("dq", "dk", "dv"), *results):
+            results.append(backward(dout, q, k, v, out, lse, *given, causal=varlen, wanted=names, **options))
+        for name, want, got in zip(names, *results):
             error = float((want.float() - got.cpu().float()).abs().max() / want.float().abs().max())
             if not error < 0.02:
-                wrong.append(f"{name} by {error} of its largest, {'varlen' if varlen else 'dense'}")
+                wrong.append(f"d{name} by {error} of its largest, {'varlen' if varlen else 'dense'}")
     return wrong
 
 
