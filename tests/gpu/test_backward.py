@@ -237,9 +237,9 @@ def check(case: Case, seed: int, device: torch.device):
             assert (x[unused_biases(case, tensors)] == 0).all(), f"d{name} of {case}"
         scale = y.abs().max().item()
         error, allowed = (x.double() - y).abs().max().item(), (other.double() - true).abs().max().item()
-        # A result is rounded once in any case; ds of a row with few keys is a difference of equal numbers in float32.
+        # A result is rounded once in any case.
         unit = 0 if name not in ("q", "k", "v") else 2**-8 if case.dtype == torch.bfloat16 else 2**-11
-        bound = max(2 * allowed, unit * scale) + 1e-5 * scale + 4e-6
+        bound = max(2 * allowed, unit * scale) + 1e-5 * scale + 1e-6
         assert error <= bound, f"d{name}: {error} > {bound} of {scale}, {case}, seed {seed}"
 
 
@@ -320,7 +320,8 @@ def random_case(rng: random.Random) -> Case:
     most = 70 if ON_CPU else 500
     varlen = rng.random() < 0.5
     count = rng.randint(1, 5)
-    pairs = [(rng.randint(1, most), rng.randint(1, most)) for _ in range(count)]
+    # Of a row with one key ds is the difference of equal numbers: where all are so, rounding is all that is left.
+    pairs = [(rng.randint(1, most), rng.randint(4, most)) for _ in range(count)]
     group, heads_kv = rng.choice([1, 1, 2, 4, 5]), rng.randint(1, 3)
     options: dict[str, Any] = {"causal": rng.random() < 0.5}
     if rng.random() < 0.3:
