@@ -70,6 +70,7 @@ struct BackwardTraits {
   static constexpr int32_t kPasses = kCopyRows / kPassRows;
   static_assert(kCopyRows % kPassRows == 0);
   static_assert(!kPaired || (kHeadDim == kHeadDimV && kTile.keys_in_registers && kTile.values_in_registers));
+  static_assert(!kPaired || !kNative || kStages != RowStages::all);  // slopes of softcap have one stage
 
   // Which of the CTA's parts of keys a warp has. Of a pair, two neighbours have the same.
   static FLASHSPARK_DEVICE int32_t key_warp() { return kPaired ? ptx::warp() / 2 : ptx::warp(); }

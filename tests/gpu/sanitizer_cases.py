@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import flashspark
 import numpy as np
@@ -38,6 +39,7 @@ RUN_BY = {
     "attention_forward_quantize": "e4m3 result",
     "attention_schedule": "scheduled",
     "attention_block_tiles": "block lists",
+    "attention_backward_sums": "attention_backward_d64_mod_bf16",
     **{
         f"attention_backward_{part}_{dtype}": f"attention_backward_d64_{dtype}"
         for part in ("preprocess", "postprocess")
@@ -178,16 +180,20 @@ def run_block_lists(device: torch.device) -> list[str]:
     return wrong
 
 
-def backward_results(device: torch.device, kernel: Kernel, heads_kv: int, varlen: bool) -> tuple[list, str]:
-    """Gradients of q, k and v, and what ran."""
+def backward_results(device: torch.device, kernel: Kernel, varlen: bool, deterministic: bool) -> tuple[dict, str]:
+    """Gradients by name, and what ran. Where they need not be deterministic, heads of a group are of several CTAs."""
     torch.manual_seed(6)
-    tokens, keys = (70, 200) if heads_kv <= 2 else (20, 256)
-    shapes = [(tokens, 2 * heads_kv, kernel.head_dim), *[(keys, heads_kv, kernel.head_dim)] * 2]
+    heads, heads_kv, tokens, keys = 4, 2, 70, 200
+    shapes = [(tokens, heads, kernel.head_dim), *[(keys, heads_kv, kernel.head_dim)] * 2]
     rows = [torch.randn(shape).to(DTYPES[kernel.dtype]) for shape in (*shapes, shapes[0])]
-    q, k, v, dout = (x.to(device, copy=True) if varlen else x.to(device, copy=True)[None] for x in rows)
-    options: dict = {"causal": varlen}
+    slopes, rel = 0.1 * torch.randn(heads), torch.randn(tokens, heads, 60)
+    q, k, v, dout, rel = (x.to(device, copy=True) if varlen else x.to(device, copy=True)[None] for x in (*rows, rel))
+    options: dict[str, Any] = {"causal": varlen, "deterministic": deterministic}
+    wanted = ["q", "k", "v"]
     if kernel.score_mod == "native":
-        options |= {"softcap": 20.0, "dropout_p": 0.3, "rng_state": (11, 5)}
+        options |= {"softcap": 20.0, "dropout_p": 0.3, "rng_state": (11, 5), "attention_chunk": 150}
+        options |= {"alibi_slopes": slopes.to(device), "rel_logits": rel}
+        wanted += ["rel_logits", "alibi_slopes"]
     lengths: tuple = ()
     forward, backward = flashspark.flash_attn_func, flashspark.flash_attn_backward
     if varlen:
@@ -196,25 +202,23 @@ def backward_results(device: torch.device, kernel: Kernel, heads_kv: int, varlen
         forward, backward = flashspark.flash_attn_varlen_func, flashspark.flash_attn_varlen_backward
     out, lse = forward(q, k, v, *lengths, return_softmax_lse=True, **options)
     given = (dout, q, k, v, out, lse, *lengths)
-    return backward(*given, **options), backward(*given, explain=True, **options)
+    results = backward(*given, wanted=wanted, **options)
+    return dict(zip(wanted, results)), backward(*given, wanted=wanted, explain=True, **options)
 
 
 def run_backward(device: torch.device, kernel: Kernel) -> list[str]:
     """Gradients beside the CPU's, of packed sequences and of dense ones."""
     wrong = []
-    for varlen in (False, True):
-        shape = "varlen" if varlen else "dense"
-        for heads_kv in (2, 64, 192, 512):  # the host chooses by the number of CTAs
-            results, explained = backward_results(device, kernel, heads_kv, varlen)
-            if device.type == "cpu" or kernel.name in explained:
-                break
-        else:
-            wrong.append(f"no number of heads makes the host choose it, {shape}")
-        exact, _ = backward_results(torch.device("cpu"), kernel, heads_kv, varlen)
-        for name, want, got in zip(("dq", "dk", "dv"), exact, results):
-            error = float((want.float() - got.cpu().float()).abs().max() / want.float().abs().max())
+    for varlen, deterministic in ((False, False), (False, True), (True, False), (True, True)):
+        shape = f"{'varlen' if varlen else 'dense'}{', deterministic' if deterministic else ''}"
+        results, explained = backward_results(device, kernel, varlen, deterministic)
+        if device.type != "cpu" and kernel.name not in explained:
+            wrong.append(f"the host takes another kernel, {shape}")
+        exact, _ = backward_results(torch.device("cpu"), kernel, varlen, deterministic)
+        for name, want in exact.items():
+            error = float((want.float() - results[name].cpu().float()).abs().max() / want.float().abs().max())
             if not error < 0.02:
-                wrong.append(f"{name} by {error} of its largest, {shape}")
+                wrong.append(f"d{name} by {error} of its largest, {shape}")
     return wrong
 
 

@@ -80,7 +80,7 @@ class Step:
     def check(self, case: Case, seed: int) -> None:
         tensors = make(case, seed, self.device)
         want, peer = (by_formula(case, dtype, tensors) for dtype in (torch.float64, case.dtype))
-        compare(case, self.names, self.got, want, peer, seed)
+        compare(case, self.names, self.got, want, want, peer, seed)
 
 
 def with_other_lengths(case: Case, seed: int) -> Case:

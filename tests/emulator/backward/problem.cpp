@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <memory>
 #include <random>
 #include <tuple>
@@ -314,8 +315,13 @@ std::string BackwardProblem::compare(const char *name, const Guarded<float> &got
     if (std::isnan(y) ? std::isnan(x)
                       : std::fabs(x - y) <= roundings * truth.allowed[n] + truth.noise[n] + 1e-6 * std::fabs(y))
       continue;
-    return std::string(name) + "[" + std::to_string(n) + "]: " + std::to_string(x) + ", should be " +
-           std::to_string(y) + " within " + std::to_string(roundings * truth.allowed[n] + truth.noise[n]);
+    const auto text = [](double number) {
+      char digits[32];
+      std::snprintf(digits, sizeof digits, "%.9g", number);
+      return std::string(digits);
+    };
+    return std::string(name) + "[" + std::to_string(n) + "]: " + text(x) + ", should be " + text(y) + " within " +
+           text(roundings * truth.allowed[n] + truth.noise[n]);
   }
   return {};
 }

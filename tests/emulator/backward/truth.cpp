@@ -94,7 +94,13 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
   }
   if (row.lse == -INFINITY) return;
   double delta = cpu::dot(p.out, at_out, params.dout, at_dout, p.head_dim_v);
-  if (params.dlse != nullptr) delta -= double{params.dlse[at_lse]};
+  double delta_terms = 0;  // whose sum in float32 it is
+  for (int64_t d = 0; d < p.head_dim_v; ++d)
+    delta_terms += std::fabs(number(p.out, at_out + d) * number(params.dout, at_dout + d));
+  if (params.dlse != nullptr) {
+    delta -= double{params.dlse[at_lse]};
+    delta_terms += std::fabs(double{params.dlse[at_lse]});
+  }
   if (params.dsinks != nullptr) {
     const double x = -std::exp(double{sinks_[static_cast<size_t>(h)]} - row.lse) * delta;
     truth_sinks_.add(h, x, 0, 1e-4 * std::fabs(x) + 1e-7);
@@ -107,7 +113,7 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
     const double prob = row.probability[at];
     const int64_t at_v = kv_offset(p, p.v, s, j, head_kv), at_k = kv_offset(p, p.k, s, j, head_kv);
     // What cancels in the difference of dp and delta leaves the rounding errors of float sums.
-    double dp = 0, cancels = std::fabs(delta);
+    double dp = 0, cancels = delta_terms;
     for (int64_t d = 0; d < p.head_dim_v; ++d) {
       const double x = number(params.dout, at_dout + d) * number(p.v, at_v + d);
       dp += x, cancels += row.kept[at] * std::fabs(x);
