@@ -170,18 +170,28 @@ struct BackwardLoop {
     }
   }
 
+  template <bool in_turn>
   FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) const {
     const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
-    const bool in_turn = a.dq_turns != nullptr;
-    if (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
+    if constexpr (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
     add_query_gradient(a.dq_sum + row * T::kHeadDim, dq, lane);
-    if (in_turn) turns.pass(at.head, first_padded_row / T::kRows, at.block);
+    if constexpr (in_turn) turns.pass(at.head, first_padded_row / T::kRows, at.block);
   }
 
-  // K and V are in flight, and `count` blocks of rows follow from `at` on.
-  FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
+  // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them.
+  FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
+    if (a.dq_turns != nullptr) {
+      run<true>(blocks, first_head, count);
+    } else {
+      run<false>(blocks, first_head, count);
+    }
+  }
+
+  template <bool in_turn>
+  FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
+    const RowWalk at = RowWalk::from(blocks, in_turn, first_head);
     copy_queries(at, 0);
     copy_dout(at, 0);
     ptx::cp_async_commit();
@@ -195,14 +205,15 @@ struct BackwardLoop {
       load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
     }
     if constexpr (T::kStages == RowStages::all) {
-      run_overlapped(at, count);
+      run_overlapped<in_turn>(at, count);
     } else {
-      run_in_turn(at, count);
+      run_phases<in_turn>(at, count);
     }
   }
 
   // A block's scores, then its dQ.
-  FLASHSPARK_DEVICE void run_in_turn(RowWalk at, int32_t count) {
+  template <bool in_turn>
+  FLASHSPARK_DEVICE void run_phases(RowWalk at, int32_t count) {
     FLASHSPARK_NO_UNROLL
     for (int32_t left = count, stage = 0; left > 0; --left, stage = 1 - stage) {
       const RowWalk next = at.next();
@@ -219,13 +230,14 @@ struct BackwardLoop {
         copy_dout(next, 1 - stage);
       }
       ptx::cp_async_commit();
-      if (a.dq_sum != nullptr) add_to_dq(at, stage);
+      if (a.dq_sum != nullptr) add_to_dq<in_turn>(at, stage);
       at = next;
     }
   }
 
   // A block's scores and dQ of the one before: half of the warps begin with the one, half with the other, so that the
   // two of an SM's quarter are not at the same work.
+  template <bool in_turn>
   FLASHSPARK_DEVICE void run_overlapped(RowWalk at, int32_t count) {
     const bool dq_first = ptx::uniform(ptx::warp() / 4 % 2) == 0;
     RowWalk last = at;
@@ -242,7 +254,7 @@ struct BackwardLoop {
       FLASHSPARK_NO_UNROLL
       for (int32_t half = 0; half < 2; ++half) {
         if ((half == 0) == dq_first) {
-          if (left < count && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
+          if (left < count && a.dq_sum != nullptr) add_to_dq<in_turn>(last, 1 - stage);
         } else if (left > 0) {
           add_block(at, stage);
           if (left > 1) draw(next, 1 - stage);
@@ -323,7 +335,7 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
                        shared, backward_offsets<T>(), key, turns, {}, {}, {}, {}, 0};
   // clang-format on
-  if (count > 0) loop.run(RowWalk::from(blocks, a.dq_turns != nullptr, tile.head_q), count);
+  if (count > 0) loop.run(blocks, tile.head_q, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
   store_gradients(a, loop, shared);
 }
