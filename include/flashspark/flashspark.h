@@ -53,7 +53,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
+/* On Windows, programs that link the static library define FLASHSPARK_STATIC. */
+#if defined(_WIN32) && defined(FLASHSPARK_STATIC)
+#define FLASHSPARK_API
+#elif defined(_WIN32) && defined(FLASHSPARK_BUILDING)
+#define FLASHSPARK_API __declspec(dllexport)
+#elif defined(_WIN32)
+#define FLASHSPARK_API __declspec(dllimport)
+#elif defined(__GNUC__)
 #define FLASHSPARK_API __attribute__((visibility("default")))
 #else
 #define FLASHSPARK_API

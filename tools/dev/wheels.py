@@ -32,21 +32,26 @@ class Check(NamedTuple):
     otherwise: str
 
 
-def check_wheel(wheel: Path, machine: str, platform_tag: str, libraries: str = GLIBC) -> list[Check]:
-    """Tag, contents, size, machine, linked libraries (a pattern of those allowed), and no kernel twice."""
-    folder = BUILD / "unpacked" / wheel.stem
+def check_contents(wheel: Path, folder: Path, platform_tag: str, parts: tuple[str, ...]) -> list[Check]:
+    """Unpacks a wheel into a folder. Its tag and size, and that it has these parts and no strays."""
     shutil.rmtree(folder, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(folder)
     strays = [n for n in names if not re.match(r"flashspark(/|\.pth$|\.start$|-[\d.]+\.(dist-info|data)/)", n)]
     size = wheel.stat().st_size
-    checks = [
+    return [
         Check(wheel.name.endswith(f"-py3-none-{platform_tag}.whl"), f"the tag is not py3-none-{platform_tag}"),
         Check(size <= MOST_BYTES, f"{size} bytes, more than {MOST_BYTES}"),
-        *(Check(part in names, f"{part} is missing") for part in PARTS),
+        *(Check(part in names, f"{part} is missing") for part in parts),
         Check(not strays, f"strays: {strays}"),
     ]
+
+
+def check_wheel(wheel: Path, machine: str, platform_tag: str, libraries: str = GLIBC) -> list[Check]:
+    """Tag, contents, size, machine, linked libraries (a pattern of those allowed), and no kernel twice."""
+    folder = BUILD / "unpacked" / wheel.stem
+    checks = check_contents(wheel, folder, platform_tag, PARTS)
     commands = list(folder.glob("*.data/scripts/flashspark"))
     checks.append(Check(len(commands) == 1, "the command is missing"))
     for binary in [*folder.rglob("*.so"), *commands]:
@@ -61,11 +66,45 @@ def check_wheel(wheel: Path, machine: str, platform_tag: str, libraries: str = G
     return checks
 
 
+SYSTEM_DLLS = r"(?i:kernel32|advapi32|api-ms-win-crt-.*)"  # of every Windows 10 and newer
+WINDOWS_PARTS = (
+    "flashspark/__init__.py",
+    "flashspark/flashspark.dll",
+    "flashspark/_flashspark_ffi.dll",
+    "flashspark/py.typed",
+    "flashspark.pth",
+    "flashspark.start",
+)
+
+
+def check_windows_wheel(wheel: Path) -> list[Check]:
+    """The same of a wheel for Windows."""
+    folder = BUILD / "unpacked" / wheel.stem
+    checks = check_contents(wheel, folder, "win_amd64", WINDOWS_PARTS)
+    commands = list(folder.glob("*.data/scripts/flashspark.exe"))
+    checks.append(Check(len(commands) == 1, "the command is missing"))
+    for binary in [*folder.rglob("*.dll"), *commands]:
+        said = subprocess.check_output(["objdump", "-p", binary], text=True, errors="replace")
+        needed = re.findall(r"DLL Name: (\S+)\.dll", said)
+        ours = "flashspark|tvm_ffi" if binary.name == "_flashspark_ffi.dll" else "-"
+        strange = [n for n in needed if not re.fullmatch(rf"{ours}|{SYSTEM_DLLS}", n)]
+        checks.append(Check(bool(needed) and not strange, f"{binary.name} needs {strange or 'nothing'}"))
+        checks.append(Check("pei-x86-64" in said, f"{binary.name} is for another machine"))
+        twice = binary.name != "flashspark.dll" and FATBIN in binary.read_bytes()
+        checks.append(Check(not twice, f"{binary.name} has GPU kernels, which only flashspark.dll is to have"))
+    return checks
+
+
 def built_wheel(machine: str) -> Path:
     wheels = list((ROOT / "dist").glob(f"flashspark-*-linux_{machine}.whl"))
     if len(wheels) != 1:
         raise Failed(f"dist holds {len(wheels)} wheels for {machine}")
     return wheels[0]
+
+
+def built_windows_wheel() -> Path:
+    (wheel,) = (ROOT / "dist").glob("flashspark-*-win_amd64.whl")
+    return wheel
 
 
 def inspect_wheel(log: Log, wheel: Path, machine: str) -> None:
