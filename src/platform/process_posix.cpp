@@ -31,7 +31,10 @@ std::optional<std::string> environment_variable(const char *name) {
 std::string program_file() {
   std::error_code error;
   std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (error) self = std::filesystem::canonical(reinterpret_cast<const char *>(getauxval(AT_EXECFN)), error);
+  if (error) {
+    const auto *name = reinterpret_cast<const char *>(getauxval(AT_EXECFN));  // NOLINT: the kernel gives a number
+    self = std::filesystem::canonical(name, error);
+  }
   return self.string();
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import zipfile
 from pathlib import Path
@@ -77,20 +78,46 @@ WINDOWS_PARTS = (
 )
 
 
-def check_windows_wheel(wheel: Path) -> list[Check]:
+def needed_dlls(data: bytes) -> list[str]:
+    """The libraries that a PE file for x86-64 imports; ValueError: it is none."""
+    (header,) = struct.unpack_from("<I", data, 0x3C)
+    signature, machine, sections, optional_size = struct.unpack_from("<4sHH12xH", data, header)
+    optional = header + 24
+    (magic,) = struct.unpack_from("<H", data, optional)
+    if (signature, machine, magic) != (b"PE\0\0", 0x8664, 0x20B):
+        raise ValueError("no PE file for x86-64")
+    (imports,) = struct.unpack_from("<I", data, optional + 120)
+    spans = [struct.unpack_from("<IIII", data, optional + optional_size + 40 * n + 8) for n in range(sections)]
+
+    def at(address: int) -> int:
+        return next(raw + address - start for size, start, _, raw in spans if start <= address < start + size)
+
+    names = []
+    for entry in range(at(imports), len(data), 20):
+        (name,) = struct.unpack_from("<I", data, entry + 12)
+        if name == 0:
+            break
+        names.append(data[at(name) : data.index(b"\0", at(name))].decode().removesuffix(".dll"))
+    return names
+
+
+def check_windows_wheel(wheel: Path, platform_tag: str = "win_amd64") -> list[Check]:
     """The same of a wheel for Windows."""
     folder = BUILD / "unpacked" / wheel.stem
-    checks = check_contents(wheel, folder, "win_amd64", WINDOWS_PARTS)
+    checks = check_contents(wheel, folder, platform_tag, WINDOWS_PARTS)
     commands = list(folder.glob("*.data/scripts/flashspark.exe"))
     checks.append(Check(len(commands) == 1, "the command is missing"))
     for binary in [*folder.rglob("*.dll"), *commands]:
-        said = subprocess.check_output(["objdump", "-p", binary], text=True, errors="replace")
-        needed = re.findall(r"DLL Name: (\S+)\.dll", said)
-        ours = "flashspark|tvm_ffi" if binary.name == "_flashspark_ffi.dll" else "-"
-        strange = [n for n in needed if not re.fullmatch(rf"{ours}|{SYSTEM_DLLS}", n)]
+        data = binary.read_bytes()
+        try:
+            needed = needed_dlls(data)
+        except ValueError:
+            checks.append(Check(False, f"{binary.name} is for another machine"))
+            continue
+        ours = "flashspark|tvm_ffi|" if binary.name == "_flashspark_ffi.dll" else ""
+        strange = [n for n in needed if not re.fullmatch(ours + SYSTEM_DLLS, n)]
         checks.append(Check(bool(needed) and not strange, f"{binary.name} needs {strange or 'nothing'}"))
-        checks.append(Check("pei-x86-64" in said, f"{binary.name} is for another machine"))
-        twice = binary.name != "flashspark.dll" and FATBIN in binary.read_bytes()
+        twice = binary.name != "flashspark.dll" and FATBIN in data
         checks.append(Check(not twice, f"{binary.name} has GPU kernels, which only flashspark.dll is to have"))
     return checks
 
