@@ -44,11 +44,14 @@ def build(machine: str, python: Path, folder: Path) -> Path:
     """The wheel of one machine, made in a folder of its own."""
     print(f"{machine}: building in {folder}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
+    # As deep as the folders of the other builds: ccache knows kernels by the relative path of their sources.
+    cmake = BUILD / f"release-{folder.name}"
+    shutil.rmtree(cmake, ignore_errors=True)
     write_compilers(folder, machine, python)
     dated = {"SOURCE_DATE_EPOCH": run("git", "log", "-1", "--format=%ct").strip()}
     run(
         *(BIN / "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", folder),
-        *("-C", f"build-dir={folder}/cmake"),
+        *("-C", f"build-dir={cmake}"),
         *("-C", f"cmake.define.CMAKE_TOOLCHAIN_FILE={ROOT}/packaging/manylinux.toolchain.cmake"),
         *("-C", "cmake.define.FLASHSPARK_CUDA=ON"),
         *("-C", "cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=", "-C", "cmake.define.CMAKE_C_COMPILER_LAUNCHER="),
