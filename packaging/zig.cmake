@@ -1,6 +1,7 @@
 # What the toolchains share whose compiler is zig's clang, with its libc++: tools/dev/zig.py writes the compilers and the
 # folder of header-only libraries, and whoever configures names their folder in the environment.
-set(FLASHSPARK_RELEASE $ENV{FLASHSPARK_RELEASE})
+set(FLASHSPARK_RELEASE "$ENV{FLASHSPARK_RELEASE}" CACHE PATH "The compilers' folder")  # for when CMake runs again
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES FLASHSPARK_RELEASE)
 if(NOT EXISTS ${FLASHSPARK_RELEASE}/c++)
   message(FATAL_ERROR "no compilers in FLASHSPARK_RELEASE = \"${FLASHSPARK_RELEASE}\": tools/dev/zig.py writes them")
 endif()
