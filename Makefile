@@ -61,12 +61,12 @@ wheel-aarch64: deps
 	@_PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --wheel --no-isolation --outdir dist \
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/aarch64.toolchain.cmake
 
-# The wheel for 64-bit Windows, by zig's clang on mingw-w64; zig caches what it compiles, instead of ccache.
+# The wheel for 64-bit Windows, by zig's clang on mingw-w64; its compilers are scripts, so that ccache compares their texts.
 wheel-windows: deps
 	@rm -f dist/flashspark-*-win_amd64.whl
 	@$(BIN)/python tools/dev/zig.py windows build/zig-windows
-	@FLASHSPARK_RELEASE=$(CURDIR)/build/zig-windows _PYTHON_HOST_PLATFORM=win-amd64 \
-	  CMAKE_C_COMPILER_LAUNCHER= CMAKE_CXX_COMPILER_LAUNCHER= $(BIN)/python -m build --wheel --no-isolation --outdir dist \
+	@FLASHSPARK_RELEASE=$(CURDIR)/build/zig-windows _PYTHON_HOST_PLATFORM=win-amd64 CCACHE_COMPILERCHECK=content \
+	  $(BIN)/python -m build --wheel --no-isolation --outdir dist \
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/windows.toolchain.cmake
 
 wheels: deps

@@ -25,6 +25,7 @@ TARGETS = {
 HEADERS = {"hwy": "libhwy-dev", "fmt": "libfmt-dev", "CLI": "libcli11-dev", "nlohmann": "nlohmann-json3-dev"}
 # zig spells the name of this architecture in its own way.
 COMPILER = """#!/bin/sh
+# zig {version}: ccache compares this text
 for argument do
   shift
   case $argument in -march=x86-64-v2) argument=-march=x86_64_v2 ;; esac
@@ -56,11 +57,12 @@ def tools() -> Path:
 def write_compilers(folder: Path, machine: str, python: Path) -> None:
     """What packaging/zig.cmake names: compilers for one machine and C library, and header libraries."""
     zig = run(python / "python", "-c", "import ziglang; print(ziglang.__path__[0])").strip() + "/zig"
+    version = run(zig, "version").strip()
     target = f"-target {TARGETS[machine]}"
     folder.mkdir(parents=True, exist_ok=True)
     uses = {"cc": f"cc {target}", "c++": f"c++ {target}"} | {name: name for name in ("ar", "ranlib", "dlltool")}
     for name, use in uses.items():
-        (folder / name).write_text(COMPILER.format(zig=zig, use=use))
+        (folder / name).write_text(COMPILER.format(zig=zig, use=use, version=version))
         (folder / name).chmod(0o755)
     (folder / "include").mkdir(exist_ok=True)
     for header in HEADERS:
