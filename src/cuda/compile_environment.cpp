@@ -15,7 +15,7 @@ std::string_view text_of(const char *value) {
 }
 
 #if defined(_WIN32)
-constexpr char kCacheFolder[] = "\\flashspark\\kernels"; // LOCALAPPDATA is a place for caches
+constexpr char kCacheFolder[] = "\\flashspark\\kernels";  // LOCALAPPDATA is a place for caches
 constexpr char kNvrtcFiles[] = "nvrtc64_120_0.dll or nvrtc64_130_0.dll";
 
 // "C:\\cache", "\\\\server\\share".
