@@ -13,7 +13,7 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-torch test-vllm-all deps build wheel wheel-aarch64 wheels test-wheels wheel-flash-attn hf-kernel bench format lint clean
+.PHONY: help demo test test-torch test-vllm-all deps build wheel wheel-aarch64 wheel-windows wheels test-wheels wheel-flash-attn hf-kernel bench format lint clean
 
 help:
 	@echo "make demo            a language model answers through flashspark's paged attention, then flashspark verify"
@@ -21,7 +21,7 @@ help:
 	@echo "make test-vllm-all   the vLLM checks on every release from 0.17 on (minutes a release); table in build/vllm-checks.md"
 	@echo "make deps            apt packages and Python tools, where missing"
 	@echo "make build           library, command and tests in build/dev"
-	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm"
+	@echo "make wheel           dist/flashspark-*.whl for this machine; make wheel-aarch64: for 64-bit Arm; make wheel-windows"
 	@echo "make wheels          dist/release: manylinux_2_28 wheels for x86-64 and 64-bit Arm as they would be published, sums, SBOM"
 	@echo "make test-wheels     these wheels in old and foreign environments (Debian 11; 64-bit Arm), from the files alone"
 	@echo "make wheel-flash-attn   dist/flash_attn-*.whl, which stands in for flash-attention: integrations/flash_attn"
@@ -60,6 +60,14 @@ wheel-aarch64: deps
 	@rm -f dist/flashspark-*-linux_aarch64.whl
 	@_PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build --wheel --no-isolation --outdir dist \
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/aarch64.toolchain.cmake
+
+# The wheel for 64-bit Windows, by zig's clang on mingw-w64; its compilers are scripts, so that ccache compares their texts.
+wheel-windows: deps
+	@rm -f dist/flashspark-*-win_amd64.whl
+	@$(BIN)/python tools/dev/zig.py windows build/zig-windows
+	@FLASHSPARK_RELEASE=$(CURDIR)/build/zig-windows _PYTHON_HOST_PLATFORM=win-amd64 CCACHE_COMPILERCHECK=content \
+	  $(BIN)/python -m build --wheel --no-isolation --outdir dist \
+	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/windows.toolchain.cmake
 
 wheels: deps
 	@$(BIN)/python tools/dev/release.py

@@ -1,20 +1,5 @@
-# Release wheels: clang and libc++ as zig brings them, against glibc 2.28's symbols, for x86-64 and 64-bit Arm alike.
-# tools/dev/release.py writes the compilers and the folder of header-only libraries, and names their folder and the machine:
-set(FLASHSPARK_RELEASE $ENV{FLASHSPARK_RELEASE})
+# Release wheels for Linux: zig's clang and libc++ against glibc 2.28's symbols, for x86-64 and 64-bit Arm alike.
+# tools/dev/release.py names the machine.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR $ENV{FLASHSPARK_RELEASE_MACHINE})
-set(CMAKE_C_COMPILER ${FLASHSPARK_RELEASE}/cc)
-set(CMAKE_CXX_COMPILER ${FLASHSPARK_RELEASE}/c++)
-set(CMAKE_AR ${FLASHSPARK_RELEASE}/ar)
-set(CMAKE_RANLIB ${FLASHSPARK_RELEASE}/ranlib)
-set(CMAKE_STRIP "")  # zig has none: the linker strips
-set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
-# Equal bytes wherever the tree lies.
-set(CMAKE_C_FLAGS_INIT "-g0 -ffile-prefix-map=${CMAKE_SOURCE_DIR}=.")
-set(CMAKE_CXX_FLAGS_INIT "${CMAKE_C_FLAGS_INIT}")
-set(CMAKE_SHARED_LINKER_FLAGS_INIT "-s")
-set(CMAKE_MODULE_LINKER_FLAGS_INIT "-s")
-set(CMAKE_EXE_LINKER_FLAGS_INIT "-s")
-foreach(library HWY CLI11 FMT JSON)
-  set(FLASHSPARK_${library}_INCLUDE_DIR ${FLASHSPARK_RELEASE}/include CACHE PATH "")
-endforeach()
+include(${CMAKE_CURRENT_LIST_DIR}/zig.cmake)

@@ -43,9 +43,9 @@
  * 1024) and FLASHSPARK_CHECK (0 or 1) are read once a process, at the first call. So are those of run-time compilation
  * (flashspark_mod): FLASHSPARK_NVRTC (the path of libnvrtc; else it is searched for), FLASHSPARK_CACHE (0: keep no
  * compiled kernels on disk), FLASHSPARK_CACHE_DIR (a path; else $XDG_CACHE_HOME/flashspark/kernels or
- * ~/.cache/flashspark/kernels) and FLASHSPARK_CACHE_MAX_MB (1 to 1048576; 256). Empty is as if not set; with any other
- * value every call that takes params fails with FLASHSPARK_INVALID_ARGUMENT. To compare implementations within one
- * process, name them in params->implementation.
+ * ~/.cache/flashspark/kernels; Windows: %LOCALAPPDATA%\flashspark\kernels) and FLASHSPARK_CACHE_MAX_MB (1 to 1048576;
+ * 256). Empty is as if not set; with any other value every call that takes params fails with
+ * FLASHSPARK_INVALID_ARGUMENT. To compare implementations within one process, name them in params->implementation.
  */
 #ifndef FLASHSPARK_FLASHSPARK_H_
 #define FLASHSPARK_FLASHSPARK_H_
@@ -53,7 +53,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
+/* On Windows, programs that link the static library define FLASHSPARK_STATIC. */
+#if defined(_WIN32) && defined(FLASHSPARK_STATIC)
+#define FLASHSPARK_API
+#elif defined(_WIN32) && defined(FLASHSPARK_BUILDING)
+#define FLASHSPARK_API __declspec(dllexport)
+#elif defined(_WIN32)
+#define FLASHSPARK_API __declspec(dllimport)
+#elif defined(__GNUC__)
 #define FLASHSPARK_API __attribute__((visibility("default")))
 #else
 #define FLASHSPARK_API
@@ -472,8 +479,8 @@ FLASHSPARK_API int32_t flashspark_mod_scalar_index(const flashspark_mod *mod, co
 FLASHSPARK_API void flashspark_mod_retain(flashspark_mod *mod);  /* one reference more */
 FLASHSPARK_API void flashspark_mod_release(flashspark_mod *mod); /* one less; NULL is allowed */
 
-/* Folders, separated by colons, in which to look for libnvrtc before the system's: where Python keeps NVIDIA's wheels,
- * which a C library does not know. Without effect once NVRTC is in use. */
+/* Folders, separated by colons (Windows: semicolons), in which to look for libnvrtc before the system's: where Python
+ * keeps NVIDIA's wheels, which a C library does not know. Without effect once NVRTC is in use. */
 FLASHSPARK_API void flashspark_set_nvrtc_search_path(const char *folders);
 
 /* Computes out (and lse). On the CPU it returns when done; on a GPU when the work is on the stream. */

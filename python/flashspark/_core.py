@@ -9,7 +9,8 @@ from typing import Any
 
 import tvm_ffi
 
-_MODULE = "_flashspark_ffi.so"
+_WINDOWS = sys.platform == "win32"
+_MODULE = "_flashspark_ffi.dll" if _WINDOWS else "_flashspark_ffi.so"
 
 
 def _find() -> str:
@@ -28,6 +29,10 @@ def _find() -> str:
 
 def _load(path: str) -> Any:
     try:
+        if _WINDOWS:  # which does not look beside a library for what it needs, but takes what is loaded
+            import ctypes
+
+            ctypes.CDLL(os.path.join(os.path.dirname(path), "flashspark.dll"))
         return tvm_ffi.load_module(path)
     except Exception as error:
         from . import _elf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import struct
+import sys
 import sysconfig
 
 # e_machine of ELF files, and the names in wheels' files.
@@ -27,6 +28,8 @@ def is_musl() -> bool:
 
 def why_not_loaded(path: str, said: str) -> str:
     """`said` is what the loader says about it."""
+    if sys.platform == "win32":
+        return f"{path} does not load: {said.splitlines()[0] if said else 'no reason is given'}"
     here = platform.machine().lower()
     here, built = _ALIASES.get(here, here), machine_of(path)
     if not built:

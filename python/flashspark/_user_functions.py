@@ -52,11 +52,13 @@ _by_text: weakref.WeakValueDictionary[tuple[str, str], _Native] = weakref.WeakVa
 def _find_nvrtc() -> None:
     """Tells the library where Python keeps NVIDIA's wheels, before the first function."""
     roots = dict.fromkeys([*sys.path, *site.getsitepackages(), site.getusersitepackages()])
-    patterns = ("nvidia/cu1[3-9]/lib", "nvidia/cuda_nvrtc/lib")
+    patterns = ["nvidia/cu1[3-9]/lib", "nvidia/cuda_nvrtc/lib"]
+    if sys.platform == "win32":
+        patterns = ["nvidia/cu1[3-9]/bin/x86_64", "nvidia/cuda_nvrtc/bin"]
     found = [
         folder for root in roots if root for pattern in patterns for folder in glob.glob(os.path.join(root, pattern))
     ]
-    _core.set_nvrtc_search_path(":".join(folder for folder in found if ":" not in folder))
+    _core.set_nvrtc_search_path(os.pathsep.join(folder for folder in found if os.pathsep not in folder))
 
 
 def native_of_text(kind: str, text: str) -> _Native:

@@ -1,6 +1,5 @@
 // The memory of a Case: sizes, strides, lengths, pages, poison.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <numeric>
@@ -15,7 +14,8 @@ constexpr int64_t kGap = 16;        // elements between rows of strided tensors
 constexpr int64_t kGuard = 64;      // bytes before and after out and lse
 constexpr int64_t kSpareRows = 3;   // rows beyond the length where seqused_q or seqused_k is given
 constexpr int64_t kSparePages = 3;  // pages that no sequence uses
-constexpr int kPoison = 0xff;       // NaN in every floating-point type here
+constexpr std::align_val_t kAlignment{64};
+constexpr int kPoison = 0xff;  // NaN in every floating-point type here
 
 int64_t longest(const std::vector<SeqLen> &lens, int64_t SeqLen::*field) {
   int64_t n = 0;
@@ -59,14 +59,13 @@ std::byte *at(const flashspark_tensor &t, int64_t block, int64_t token, int64_t 
 }  // namespace
 
 Buffer::Buffer(size_t size) : size_(size) {
-  void *p = nullptr;
-  if (posix_memalign(&p, 64, std::max<size_t>(size, 1)) != 0) throw std::bad_alloc();
+  void *p = ::operator new(size, kAlignment);
   std::memset(p, kPoison, size);
   data_.reset(static_cast<std::byte *>(p));
 }
 
 void Buffer::Free::operator()(std::byte *p) const {
-  std::free(p);
+  ::operator delete(p, kAlignment);
 }
 
 Problem::Problem(const Case &spec) : spec_(spec) {

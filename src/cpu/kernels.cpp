@@ -49,6 +49,7 @@ HWY_AFTER_NAMESPACE();
 #include <atomic>
 #include <vector>
 
+#include "cpu/features.hpp"
 #include "environment.hpp"
 
 namespace flashspark::cpu {
@@ -59,22 +60,13 @@ struct Candidate {
   bool (*runs_here)();
 };
 
-// Best first. __builtin_cpu_supports() also asks whether the system saves the registers.
+// Best first.
 constexpr Candidate kCandidates[] = {
 #if HWY_TARGETS & HWY_AVX3
-    {{"AVX-512", N_AVX3::run_tile, N_AVX3::widen_row, N_AVX3::narrow_row},
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma");
-     }},
+    {{"AVX-512", N_AVX3::run_tile, N_AVX3::widen_row, N_AVX3::narrow_row}, [] { return features().avx512; }},
 #endif
 #if HWY_TARGETS & HWY_AVX2
-    {{"AVX2", N_AVX2::run_tile, N_AVX2::widen_row, N_AVX2::narrow_row},
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-              __builtin_cpu_supports("f16c");
-     }},
+    {{"AVX2", N_AVX2::run_tile, N_AVX2::widen_row, N_AVX2::narrow_row}, [] { return features().avx2; }},
 #endif
 #if HWY_TARGETS & HWY_SSE4
     {{"SSE4", N_SSE4::run_tile, N_SSE4::widen_row, N_SSE4::narrow_row},

@@ -2,21 +2,20 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 #include <new>
 
 namespace flashspark::cpu {
 
-struct FreeDeleter {
-  void operator()(void *pointer) const { std::free(pointer); }
+constexpr std::align_val_t kVectorAlignment{64};
+
+struct DeletesAligned {
+  void operator()(float *memory) const { ::operator delete(memory, kVectorAlignment); }
 };
-using Floats = std::unique_ptr<float, FreeDeleter>;
+using Floats = std::unique_ptr<float, DeletesAligned>;
 
 inline Floats allocate_floats(size_t count) {
-  Floats memory(static_cast<float *>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64)));
-  if (!memory) throw std::bad_alloc();
-  return memory;
+  return Floats(static_cast<float *>(::operator new(count * sizeof(float), kVectorAlignment)));
 }
 
 // Scratch memory of the calling thread, kept between calls.

@@ -1,8 +1,5 @@
 #include "cpu/thread_pool.hpp"
 
-#include <pthread.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -12,6 +9,7 @@
 #include <thread>
 
 #include "environment.hpp"
+#include "platform/process.hpp"
 
 namespace flashspark::cpu {
 namespace {
@@ -123,19 +121,12 @@ Pool &the_pool() {
   std::call_once(pool_once, [] {
     pool = new (pool_storage) Pool;
     // A forked child has none of the threads and maybe a locked mutex: it starts with a fresh pool.
-    pthread_atfork(nullptr, nullptr, [] {
+    at_fork_in_child([] {
       inside_task = false;
       pool = new Pool;
     });
   });
   return *pool.load();
-}
-
-int cpus_of_process() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace flashspark::cuda {
 
 struct CompileEnvironment {
   std::string nvrtc;                         // FLASHSPARK_NVRTC: the file to load; "": searched for
-  std::string cuda_home;                     // CUDA_HOME; "": not set
+  std::string cuda_home;                     // kCudaVariable; "": not set
   bool cache = true;                         // FLASHSPARK_CACHE
   std::string cache_folder;                  // FLASHSPARK_CACHE_DIR, or where caches belong; "": nowhere
   int64_t cache_bytes = int64_t{256} << 20;  // FLASHSPARK_CACHE_MAX_MB
@@ -16,6 +16,13 @@ struct CompileEnvironment {
 };
 
 const CompileEnvironment &compile_environment();
+
+// Below which the user's caches belong, and how each system's CUDA toolkit says where it is.
+#if defined(_WIN32)
+constexpr char kHomeVariable[] = "LOCALAPPDATA", kCudaVariable[] = "CUDA_PATH";
+#else
+constexpr char kHomeVariable[] = "HOME", kCudaVariable[] = "CUDA_HOME";
+#endif
 
 // The values of the switches; NULL or "": not set.
 struct CompileSwitches {

@@ -1,13 +1,12 @@
 #include "cuda/driver.hpp"
 
-#include <dlfcn.h>
-#include <pthread.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <type_traits>
 
 #include "error.hpp"
+#include "platform/dynamic_library.hpp"
+#include "platform/process.hpp"
 
 namespace flashspark::cuda {
 namespace {
@@ -48,14 +47,14 @@ const char *remedy_of(Result result) {
 }
 
 void load(Driver &d) {
-  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    d.unavailable_reason = "no NVIDIA driver: libcuda.so.1 is not found";
+  const DynamicLibrary library = DynamicLibrary::open_system(kDriverFile);
+  if (!library) {
+    d.unavailable_reason = std::string("no NVIDIA driver: ") + kDriverFile + " is not found";
     return;
   }
   d.found = true;
   using GetAddress = Result (*)(const char *, void **, int, uint64_t, int *);
-  const auto get_address = reinterpret_cast<GetAddress>(dlsym(library, "cuGetProcAddress_v2"));
+  const auto get_address = reinterpret_cast<GetAddress>(library.symbol("cuGetProcAddress_v2"));
   if (get_address == nullptr) {
     d.unavailable_reason = std::string("the NVIDIA driver is older than CUDA 12.0") + kUpdateDriver;
     return;
@@ -75,7 +74,7 @@ void load(Driver &d) {
   }
   if (result == kSuccess) result = d.cuDeviceGetCount(&d.device_count);
   if (result == kSuccess) {
-    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+    at_fork_in_child([] { forked.store(true, std::memory_order_relaxed); });
     return;
   }
   d.unavailable_reason = error_text(d, "cuInit", result) + remedy_of(result);

@@ -1,5 +1,5 @@
-// The CUDA driver API, loaded from libcuda.so.1 when it is first needed, since this library is built and loaded on
-// machines without it. The few declarations that it uses are written out here, so building needs no toolkit either.
+// The CUDA driver API, loaded from the driver's library when it is first needed, since this library is built and loaded
+// on machines without it. The few declarations that it uses are written out here, so building needs no toolkit either.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,12 @@ using Library = struct LibraryObject *;
 using Kernel = struct KernelObject *;
 using Function = struct FunctionObject *;
 using Address = uint64_t;
+
+#if defined(_WIN32)
+constexpr char kDriverFile[] = "nvcuda.dll";
+#else
+constexpr char kDriverFile[] = "libcuda.so.1";
+#endif
 
 constexpr Result kSuccess = 0, kOutOfMemory = 2, kNotInitialized = 3, kStubLibrary = 34, kDeviceUnavailable = 46,
                  kNoDevice = 100, kSystemNotReady = 802, kDriverMismatch = 803, kCompatNotSupported = 804;
@@ -91,7 +97,7 @@ constexpr int kOldestLoadingVersion = 12040, kCertainlyLoadingVersion = 13000;
 
 struct Driver {
   std::string unavailable_reason;  // why there is none, in words; the functions may be NULL then
-  bool found = false;              // libcuda.so.1 is there
+  bool found = false;              // kDriverFile is there
   Result init_result = kSuccess;   // of cuInit
   int version = 0;                 // 13000: CUDA 13.0
   int device_count = 0;

@@ -1,7 +1,5 @@
 #include "cuda/nvrtc.hpp"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -12,6 +10,7 @@
 #include "cuda/compile_environment.hpp"
 #include "cuda/kernel_sources.hpp"
 #include "error.hpp"
+#include "platform/dynamic_library.hpp"
 
 namespace flashspark::cuda {
 namespace {
@@ -44,7 +43,23 @@ struct Nvrtc {
   bool is_new_enough() const { return major > 12 || (major == 12 && minor >= 9); }
 };
 
+#if defined(_WIN32)
+constexpr const char *kFileNames[] = {"nvrtc64_130_0.dll", "nvrtc64_120_0.dll"};
+constexpr char kListSeparator = ';';
+constexpr std::string_view kFolderSeparators = "/\\";
+#else
 constexpr const char *kFileNames[] = {"libnvrtc.so.13", "libnvrtc.so.12"};
+constexpr char kListSeparator = ':';
+constexpr std::string_view kFolderSeparators = "/";
+#endif
+
+std::string builtins_file(const Nvrtc &n) {
+#if defined(_WIN32)
+  return "nvrtc-builtins64_" + std::to_string(n.major) + std::to_string(n.minor) + ".dll";
+#else
+  return "libnvrtc-builtins.so." + n.version();
+#endif
+}
 
 std::mutex loading;
 std::string search_path;      // guarded by `loading`
@@ -53,25 +68,23 @@ std::optional<Nvrtc> loaded;  // guarded by `loading`; stays as it is once it is
 // NVRTC opens its other half by its bare name. Where libnvrtc has no RPATH, the dynamic linker finds that only once it
 // is loaded from the same folder.
 void load_builtins(const Nvrtc &n) {
-  const size_t end = n.path.rfind('/');
+  const size_t end = n.path.find_last_of(kFolderSeparators);
   if (end == std::string::npos) return;
-  dlopen((n.path.substr(0, end) + "/libnvrtc-builtins.so." + n.version()).c_str(), RTLD_NOW | RTLD_LOCAL);
+  DynamicLibrary::open(n.path.substr(0, end + 1) + builtins_file(n));
 }
 
-// What is wrong with a library that is found goes to `faults`.
-std::optional<Nvrtc> load_library(const std::string &file, int flags, std::string &faults) {
-  void *library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | flags);
-  if (library == nullptr) return std::nullopt;
+// The functions of a library that is open. What is wrong with it goes to `faults`.
+std::optional<Nvrtc> take(DynamicLibrary library, const std::string &file, std::string &faults) {
+  if (!library) return std::nullopt;
   Nvrtc n;
   bool complete = true;
 #define FLASHSPARK_NVRTC_TAKE(name, ...)                              \
-  n.name = reinterpret_cast<decltype(n.name)>(dlsym(library, #name)); \
+  n.name = reinterpret_cast<decltype(n.name)>(library.symbol(#name)); \
   complete = complete && n.name != nullptr;
   FLASHSPARK_NVRTC_FUNCTIONS(FLASHSPARK_NVRTC_TAKE)
 #undef FLASHSPARK_NVRTC_TAKE
-  Dl_info info{};
-  const bool named = complete && dladdr(reinterpret_cast<void *>(n.nvrtcVersion), &info) != 0;
-  n.path = named && info.dli_fname != nullptr ? info.dli_fname : file;
+  if (complete) n.path = file_of(reinterpret_cast<void *>(n.nvrtcVersion));
+  if (n.path.empty()) n.path = file;
   complete = complete && n.nvrtcVersion(&n.major, &n.minor) == kDone;
   if (complete && n.is_new_enough()) {
     load_builtins(n);
@@ -79,35 +92,41 @@ std::optional<Nvrtc> load_library(const std::string &file, int flags, std::strin
   }
   faults +=
       (faults.empty() ? "" : ", ") + n.path + (complete ? " is " + n.version() : " is no NVRTC that makes cubins");
-  dlclose(library);
+  library.close();
   return std::nullopt;
 }
 
 constexpr const char *kMend =
     "CUDA 12.9 or newer is needed to compile kernels at run time: pip install nvidia-cuda-nvrtc (CUDA 13) or "
-    "'nvidia-cuda-nvrtc-cu12>=12.9', or install the CUDA toolkit, or set FLASHSPARK_NVRTC to the path of libnvrtc.so";
+    "'nvidia-cuda-nvrtc-cu12>=12.9', or install the CUDA toolkit, or set FLASHSPARK_NVRTC to the path of its library";
 
 std::vector<std::string> folders_after_plain_names() {
   std::vector<std::string> folders;
-  if (const std::string &home = compile_environment().cuda_home; !home.empty()) folders.push_back(home + "/lib64");
+  const std::string &home = compile_environment().cuda_home;
+#if defined(_WIN32)
+  if (!home.empty()) folders = {home + "/bin/x64", home + "/bin"};  // of CUDA 13, of CUDA 12
+#else
+  if (!home.empty()) folders.push_back(home + "/lib64");
   folders.emplace_back("/usr/local/cuda/lib64");
+#endif
   return folders;
 }
 
 Nvrtc find() {
   std::string faults;
   if (const std::string &file = compile_environment().nvrtc; !file.empty()) {
-    if (auto n = load_library(file, 0, faults)) return *n;
-    if (faults.empty()) faults = dlerror();
+    const DynamicLibrary library = DynamicLibrary::open(file);
+    if (auto n = take(library, file, faults)) return *n;
+    if (faults.empty()) faults = library.error();
     throw Error(FLASHSPARK_UNSUPPORTED, "FLASHSPARK_NVRTC = " + file + ": " + faults + "; " + kMend);
   }
   // What torch has loaded comes first: one NVRTC is enough.
   for (const char *name : kFileNames) {
-    if (auto n = load_library(name, RTLD_NOLOAD, faults)) return *n;
+    if (auto n = take(DynamicLibrary::find_loaded(name), name, faults)) return *n;
   }
   std::vector<std::string> prefixes;
   for (size_t begin = 0; begin < search_path.size();) {
-    const size_t end = std::min(search_path.find(':', begin), search_path.size());
+    const size_t end = std::min(search_path.find(kListSeparator, begin), search_path.size());
     if (end > begin) prefixes.push_back(search_path.substr(begin, end - begin) + "/");
     begin = end + 1;
   }
@@ -115,7 +134,7 @@ Nvrtc find() {
   for (const std::string &folder : folders_after_plain_names()) prefixes.push_back(folder + "/");
   for (const std::string &prefix : prefixes) {
     for (const char *name : kFileNames) {
-      if (auto n = load_library(prefix + name, 0, faults)) return *n;
+      if (auto n = take(DynamicLibrary::open(prefix + name), prefix + name, faults)) return *n;
     }
   }
   throw Error(FLASHSPARK_UNSUPPORTED,

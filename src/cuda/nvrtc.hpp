@@ -34,8 +34,8 @@ std::string nvrtc_version();
 // "NVRTC 13.0, /usr/local/cuda/lib64/libnvrtc.so.13", or why there is none. Never throws.
 std::string nvrtc_description();
 
-// Folders in which to look for libnvrtc, separated by colons: a C library does not know where Python keeps packages.
-// Without effect once NVRTC is loaded.
+// Folders in which to look for NVRTC, separated by colons (Windows: semicolons): a C library does not know where Python
+// keeps packages. Without effect once NVRTC is loaded.
 void set_nvrtc_search_path(std::string folders);
 
 }  // namespace flashspark::cuda

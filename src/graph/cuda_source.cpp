@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <functional>
 #include <map>
 #include <optional>
@@ -31,9 +30,7 @@ const char *type_name(Type type, Form form) {
 std::string literal(float x) {
   if (std::isnan(x)) return "fn::nan()";
   if (std::isinf(x)) return x > 0 ? "fn::infinity()" : "(-fn::infinity())";
-  char text[48];
-  std::snprintf(text, sizeof text, std::signbit(x) ? "(%af)" : "%af", static_cast<double>(x));
-  return text;
+  return std::signbit(x) ? "(" + hex_text(x) + "f)" : hex_text(x) + "f";
 }
 
 std::string literal(const Node &node, Form form) {

@@ -96,6 +96,9 @@ struct Graph {
 Graph parse(std::string_view text);
 // parse() of it gives the graph again.
 std::string to_text(const Graph &graph);
+// A finite number in C's hexadecimal notation: 0x1.8p+1. printf's %a has the locale's decimal point, and zeros on
+// Windows.
+std::string hex_text(float value);
 
 // Which nodes the results need.
 std::vector<bool> needed(const Graph &graph, std::span<const int32_t> results);

@@ -1,7 +1,7 @@
 // The text of a graph: reading it, strictly, and writing it.
 #include <charconv>
 #include <cmath>
-#include <cstdio>
+#include <iterator>
 #include <limits>
 #include <memory>
 
@@ -147,14 +147,18 @@ bool parse_line(std::string_view line, Graph &graph) {
 std::string float_text(float value) {
   if (std::isnan(value)) return "nan";
   if (std::isinf(value)) return value < 0 ? "-inf" : "inf";
-  char text[64];
-  std::snprintf(text, sizeof text, "%a", static_cast<double>(value));
-  std::string shown = text;
-  for (char &c : shown) c = c == ',' ? '.' : c;  // the decimal point of some locales
-  return shown;
+  return hex_text(value);
 }
 
 }  // namespace
+
+std::string hex_text(float value) {
+  char digits[64];
+  // As a double every float is normalised.
+  const double magnitude = std::fabs(static_cast<double>(value));
+  const auto [end, failure] = std::to_chars(std::begin(digits), std::end(digits), magnitude, std::chars_format::hex);
+  return (std::signbit(value) ? "-0x" : "0x") + std::string(digits, end);
+}
 
 Graph parse(std::string_view text) {
   Graph graph;

@@ -1,7 +1,6 @@
 // The choice of an implementation, and how it explains itself.
 #include "dispatch.hpp"
 
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,8 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "cuda/driver.hpp"
 #include "error.hpp"
 #include "flashspark/flashspark.h"
+#include "platform/dynamic_library.hpp"
 
 namespace flashspark {
 namespace {
@@ -182,7 +183,7 @@ TEST(Dispatch, OperationsWithoutAnImplementationAreRefused) {
 }
 
 TEST(Dispatch, CpuProblemsHearOfTheKernelsWithoutLoadingTheDriver) {
-  const auto loaded = [] { return dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD) != nullptr; };
+  const auto loaded = [] { return bool(DynamicLibrary::find_loaded(cuda::kDriverFile)); };
   const bool before = loaded();  // by another test
   const std::string line = line_of(Tiny().explain(FLASHSPARK_OK), "cuda");
   EXPECT_EQ(loaded(), before);

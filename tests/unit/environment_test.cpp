@@ -65,9 +65,17 @@ TEST(Environment, WrongValuesNameTheSwitchItsValueAndTheRule) {
             0u);
 }
 
+void set_variable(const char *name, const char *value) {
+#if defined(_WIN32)
+  _putenv_s(name, value);
+#else
+  setenv(name, value, 1);
+#endif
+}
+
 // The switches are read once, so each wrong one is tried in a process of its own.
 void call_everything(const char *name, const char *value) {
-  setenv(name, value, 1);
+  set_variable(name, value);
   flashspark_attention_params p;
   flashspark_attention_params_init(&p);
   p.num_heads_q = p.num_heads_kv = 1;
@@ -104,7 +112,7 @@ TEST(EnvironmentDeathTest, EveryCallRefusesAWrongSwitch) {
 
 // Explains a problem in a process of its own, in which an implementation is asked for by the environment.
 void explain_forced(const char *implementation, const char *expected) {
-  setenv("FLASHSPARK_FORCE_IMPLEMENTATION", "cpu-reference", 1);
+  set_variable("FLASHSPARK_FORCE_IMPLEMENTATION", "cpu-reference");
   flashspark_attention_params p;
   flashspark_attention_params_init(&p);
   p.num_heads_q = p.num_heads_kv = 1;
@@ -113,7 +121,7 @@ void explain_forced(const char *implementation, const char *expected) {
   p.implementation = implementation;
   std::string text(8192, '\0');
   const flashspark_status status = flashspark_attention_explain(&p, text.data(), text.size());
-  setenv("FLASHSPARK_FORCE_IMPLEMENTATION", "nonsense", 1);  // too late: the switch has been read
+  set_variable("FLASHSPARK_FORCE_IMPLEMENTATION", "nonsense");  // too late: the switch has been read
   const bool again = flashspark_attention_validate(&p) == FLASHSPARK_OK;
   const size_t line = text.find(std::string("\n") + expected + " (");
   const bool chosen = line != text.npos && text.find(": chosen, as asked for", line) < text.find('\n', line + 1);

@@ -5,10 +5,14 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <fstream>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "cases/backward.hpp"
 #include "cases/cases.hpp"
+#include "cpu/features.hpp"
 #include "cpu/tile.hpp"
 #include "dtype.hpp"
 #include "support/features.hpp"
@@ -17,6 +21,25 @@ namespace flashspark::test {
 namespace {
 
 constexpr int32_t kSmallTypes[] = {FLASHSPARK_FLOAT16, FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT8_E4M3};
+
+#if defined(__x86_64__)
+// Linux lists what it and the CPU offer.
+TEST(CpuFeatures, AreThoseThatTheSystemLists) {
+  std::ifstream file("/proc/cpuinfo");
+  std::string line;
+  while (std::getline(file, line) && !line.starts_with("flags")) continue;
+  const auto lists = [words = " " + line + " "](const std::string &names) {
+    std::istringstream wanted(names);
+    for (std::string name; wanted >> name;) {
+      if (words.find(" " + name + " ") == std::string::npos) return false;
+    }
+    return true;
+  };
+  ASSERT_TRUE(lists("sse4_2")) << line;
+  EXPECT_EQ(cpu::features().avx2, lists("avx avx2 fma bmi2 f16c"));
+  EXPECT_EQ(cpu::features().avx512, lists("avx avx2 fma bmi2 f16c avx512f avx512vl avx512dq avx512bw avx512cd"));
+}
+#endif
 
 class Targets : public testing::TestWithParam<const cpu::Kernels *> {};
 

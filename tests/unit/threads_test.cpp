@@ -1,7 +1,9 @@
 // Threads: the pool itself, calls from many threads, determinism, and a forked child.
 #include <gtest/gtest.h>
+#if !defined(_WIN32)
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -115,6 +117,7 @@ TEST(Determinism, BitIdenticalOverRunsThreadsAndNeighbours) {
   }
 }
 
+#if !defined(_WIN32)  // which has no fork
 TEST(Fork, AChildComputesAfterTheParentUsedItsThreads) {
   const Problem p = mixed_problem(9);
   const Layout layout{.num_threads = 4};
@@ -158,6 +161,7 @@ TEST(Fork, AChildComputesWhileTheParentsPoolIsBusy) {
   stop = true;
   busy.join();
 }
+#endif
 
 }  // namespace
 }  // namespace flashspark::test

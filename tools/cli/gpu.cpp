@@ -1,6 +1,5 @@
 // The GPUs, the driver and the toolkit.
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +8,7 @@
 #include <sstream>
 
 #include "cli/machine.hpp"
+#include "cli/system.hpp"
 #include "cuda/device.hpp"
 
 namespace flashspark::cli {
@@ -30,32 +30,20 @@ void ask_driver(GpuFacts &facts) {
   }
 }
 
-// Finds the first word that looks like a version, as in "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64
-// 580.95.05  Release Build ...".
-// version.
-std::string driver_number() {
-  std::istringstream words(read_text("/proc/driver/nvidia/version"));
-  for (std::string word; words >> word;) {
-    if (word.find_first_not_of("0123456789.") == std::string::npos && word.find('.') != std::string::npos) return word;
-  }
-  return {};
-}
-
 void find_toolkit(GpuFacts &facts) {
   namespace fs = std::filesystem;
   std::vector<std::string> folders;
   for (const char *variable : {"CUDA_HOME", "CUDA_PATH"}) {
     if (const char *value = std::getenv(variable)) folders.push_back(value);
   }
-  std::istringstream path(std::getenv("PATH") ? std::getenv("PATH") : "");
-  for (std::string folder; std::getline(path, folder, ':');) {
+  for (const std::string &folder : folders_of("PATH")) {
     std::error_code error;
-    const fs::path nvcc = fs::canonical(fs::path(folder) / "nvcc", error);
-    if (!error) folders.push_back(nvcc.parent_path().parent_path());
+    const fs::path nvcc = fs::canonical(fs::path(folder) / kNvcc, error);
+    if (!error) folders.push_back(nvcc.parent_path().parent_path().string());
   }
   folders.push_back("/usr/local/cuda");
   for (const std::string &folder : folders) {
-    if (access((folder + "/bin/nvcc").c_str(), X_OK) != 0) continue;
+    if (!is_program(fs::path(folder) / "bin" / kNvcc)) continue;
     facts.toolkit = folder;
     const auto json = nlohmann::json::parse(read_text(folder + "/version.json"), nullptr, false);
     if (!json.is_discarded() && json.contains("cuda")) facts.toolkit_version = json["cuda"].value("version", "");

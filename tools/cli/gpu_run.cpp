@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cli/system.hpp"
 #include "cuda/module.hpp"
 #include "error.hpp"
 #include "peak.hpp"

@@ -70,8 +70,7 @@ Json to_json(const cases::Case &c) {
 Json report_header() {
   char utc[32];
   const std::time_t now = std::time(nullptr);
-  std::tm parts{};
-  std::strftime(utc, sizeof utc, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &parts));
+  std::strftime(utc, sizeof utc, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
   const Machine m = machine();
   return {{"flashspark", m.version}, {"time", utc}, {"machine", to_json(m)}, {"cuda", to_json(gpu_facts())}};
 }

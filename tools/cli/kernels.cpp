@@ -1,21 +1,23 @@
-// The command's kernels are those of libflashspark.so, which is installed with it. What is defined here takes the place
-// of the fatbins in the static library, whose member the linker then leaves out: in a wheel they would be there twice.
+// The command's kernels are those of the shared library, which is installed with it. What is defined here takes the
+// place of the fatbins in the static library, whose member the linker then leaves out: in a wheel they would be there
+// twice.
 //
 // The library is opened, not linked: its folder depends on the Python version that a wheel is installed for, and the
 // command must start where the library is missing, and say so.
-#include <dlfcn.h>
 #include <fmt/format.h>
-#include <sys/auxv.h>
 
 #include <filesystem>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "cli/system.hpp"
 #include "cuda/fatbins.hpp"
 #include "cuda/kernel_sources.hpp"
 #include "cuda/library_kernels.hpp"
 #include "flashspark/flashspark.h"
+#include "platform/dynamic_library.hpp"
+#include "platform/process.hpp"
 
 namespace flashspark::cuda {
 namespace {
@@ -35,15 +37,16 @@ std::vector<fs::path> libraries(const fs::path &folder) {
     std::error_code error;
     if (const fs::path file = folder / path; fs::exists(file, error)) list.push_back(file.lexically_normal());
   };
-  add("../flashspark/libflashspark.so");     // pip install --target
-  add("../../flashspark/libflashspark.so");  // an unpacked wheel
+  const fs::path inside = fs::path("flashspark") / cli::kLibraryFile;
+  add(".." / inside);                              // pip install --target
+  add(fs::path("../..") / inside);                 // an unpacked wheel
+  add(fs::path("../Lib/site-packages") / inside);  // Windows
   for (const char *lib : {"../lib", "../lib64"}) {
     std::error_code error;
     for (const fs::directory_entry &entry : fs::directory_iterator(folder / lib, error)) {
-      const std::string name = entry.path().filename();
+      const std::string name = entry.path().filename().string();
       if (!name.starts_with("python3") && !name.starts_with("pypy3")) continue;
-      for (const char *packages : {"site-packages", "dist-packages"})
-        add(fs::path(lib) / name / packages / "flashspark/libflashspark.so");
+      for (const char *packages : {"site-packages", "dist-packages"}) add(fs::path(lib) / name / packages / inside);
     }
   }
   add(FLASHSPARK_INSTALLED_LIBRARY);
@@ -53,9 +56,9 @@ std::vector<fs::path> libraries(const fs::path &folder) {
 
 // Takes the library's kernels, or returns why they cannot be.
 std::string take(const fs::path &library, Found &found) {
-  void *handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (handle == nullptr) return dlerror();
-  const auto get = reinterpret_cast<GetLibraryKernels *>(dlsym(handle, kLibraryKernelsSymbol));
+  DynamicLibrary handle = DynamicLibrary::open(library.string());
+  if (!handle) return handle.error();
+  const auto get = reinterpret_cast<GetLibraryKernels *>(handle.symbol(kLibraryKernelsSymbol));
   const LibraryKernels *kernels = get != nullptr ? get() : nullptr;
   const std::string version = kernels != nullptr ? kernels->version : "another version";
   if (version == flashspark_version() && kernels->sources_hash == kernel_sources_hash()) {
@@ -63,21 +66,13 @@ std::string take(const fs::path &library, Found &found) {
     found.architectures = kernels->architectures;
     return {};
   }
-  dlclose(handle);
+  handle.close();
   return fmt::format("{} is of {}, this command of {}", library.string(),
                      version == flashspark_version() ? "another build of " + version : version, flashspark_version());
 }
 
-// Where this program is, also in a root without /proc.
-fs::path own_folder() {
-  std::error_code error;
-  fs::path self = fs::read_symlink("/proc/self/exe", error);
-  if (error) self = fs::canonical(reinterpret_cast<const char *>(getauxval(AT_EXECFN)), error);
-  return self.parent_path();
-}
-
 Found find() {
-  const fs::path folder = own_folder();
+  const fs::path folder = fs::path(program_file()).parent_path();
   Found found;
   for (const fs::path &library : libraries(folder)) {
     const std::string reason = take(library, found);
@@ -88,7 +83,8 @@ Found find() {
     if (found.missing_reason.empty()) found.missing_reason = reason;
   }
   if (found.missing_reason.empty())
-    found.missing_reason = "the kernels are in libflashspark.so, which is not installed beside " + folder.string();
+    found.missing_reason =
+        std::string("the kernels are in ") + cli::kLibraryFile + ", which is not installed beside " + folder.string();
   return found;
 }
 

@@ -1,9 +1,6 @@
 #include "cli/machine.hpp"
 
 #include <fmt/format.h>
-#include <sched.h>
-#include <sys/sysinfo.h>
-#include <sys/utsname.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -16,42 +13,12 @@
 #include <stdexcept>
 #include <thread>
 
+#include "cli/system.hpp"
 #include "flashspark/flashspark.h"
+#include "platform/process.hpp"
 
 namespace flashspark::cli {
 namespace {
-
-// The value after the colon in the first line that starts with `key`.
-std::string field(const std::string &text, const std::string &key, char separator) {
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    if (!line.starts_with(key)) continue;
-    const size_t at = line.find(separator);
-    if (at == std::string::npos) continue;
-    std::string value = line.substr(at + 1);
-    std::erase(value, '"');
-    return value.substr(std::min(value.find_first_not_of(" \t"), value.size()));
-  }
-  return {};
-}
-
-std::string cpu_model() {
-  const std::string info = read_text("/proc/cpuinfo");
-  if (std::string name = field(info, "model name", ':'); !name.empty()) return name;
-  // Arm CPUs report no model name there: use the board's, or the numbers that identify the core.
-  if (std::string board = read_text("/sys/firmware/devicetree/base/model"); !board.empty()) {
-    std::erase(board, '\0');
-    return board;
-  }
-  const std::string implementer = field(info, "CPU implementer", ':'), part = field(info, "CPU part", ':');
-  return implementer.empty() ? "unknown" : fmt::format("Arm implementer {} part {}", implementer, part);
-}
-
-double cpu_quota() {
-  std::istringstream text(read_text("/sys/fs/cgroup/cpu.max"));
-  double quota = 0, period = 0;
-  return text >> quota >> period && period > 0 ? quota / period : 0;  // "max 100000" means no quota
-}
 
 // All threads copy at once, each its own block, larger than its part of any cache. Returns the best of several runs.
 double copy_bandwidth(int threads) {
@@ -102,21 +69,17 @@ void require_writable(const std::string &path) {
 
 Machine machine() {
   Machine m;
-  m.cpu = cpu_model();
-  utsname names{};
-  uname(&names);
-  m.arch = names.machine;
-  m.kernel = names.release;
+  const SystemFacts system = system_facts();
+  m.cpu = system.cpu;
+  m.arch = system.arch;
+  m.kernel = system.kernel;
+  m.os = system.os;
+  m.memory_gib = system.memory_gib;
+  m.cpu_limit = system.cpu_limit;
   const char *simd = flashspark_cpu_target();
   m.simd = simd != nullptr ? simd : "unknown";
   m.threads = flashspark_cpu_threads();
-  cpu_set_t set;
-  m.cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
-                                                        : static_cast<int>(std::thread::hardware_concurrency());
-  m.cpu_limit = cpu_quota();
-  struct sysinfo info{};
-  if (sysinfo(&info) == 0) m.memory_gib = static_cast<double>(info.totalram) * info.mem_unit / (1 << 30);
-  m.os = field(read_text("/etc/os-release"), "PRETTY_NAME", '=');
+  m.cores = cpus_of_process();
   m.version = flashspark_version();
 #if defined(__clang__)
   m.compiler = "clang " __clang_version__;
@@ -124,10 +87,6 @@ Machine machine() {
   m.compiler = "gcc " __VERSION__;
 #endif
   return m;
-}
-
-size_t free_memory() {
-  return std::strtoull(field(read_text("/proc/meminfo"), "MemAvailable", ':').c_str(), nullptr, 10) << 10;  // "123 kB"
 }
 
 Limits measure_limits(int threads) {

@@ -22,7 +22,6 @@ struct Machine {
   std::string compiler;  // that built it
 };
 Machine machine();
-size_t free_memory();  // bytes available without swapping
 
 // What the hardware can reach, measured on the spot with `threads` threads.
 struct Limits {

@@ -1,12 +1,9 @@
 // Options and help. Only this file includes CLI11, which takes seconds to compile.
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <cerrno>
 #include <charconv>
-#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -17,6 +14,7 @@
 
 #include "cli/cli.hpp"
 #include "cli/measure.hpp"
+#include "cli/system.hpp"
 #include "flashspark/flashspark.h"
 
 namespace {
@@ -184,14 +182,6 @@ int run(int argc, char **argv) {
   return bench_command->got_subcommand("decode") ? bench_decode(decode_options) : bench(bench_options);
 }
 
-// If the caller closed a standard stream, the next file opened would take its descriptor and receive the output. Fill
-// those descriptors with ones that cannot be written.
-void open_standard_streams() {
-  for (int fd = 0; fd <= 2; ++fd) {
-    if (fcntl(fd, F_GETFD) < 0 && errno == EBADF) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
-  }
-}
-
 // Output that could not be written is an error, whatever the command found.
 int close_output(int status) {
   errno = 0;
@@ -206,8 +196,7 @@ int close_output(int status) {
 }  // namespace
 
 int main(int argc, char **argv) {
-  open_standard_streams();
-  std::signal(SIGPIPE, SIG_DFL);  // `| head -1` ends the command silently, whatever disposition was inherited
+  prepare_standard_streams();
   int status = kFailed;
   try {
     status = run(argc, argv);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cli/machine.hpp"
+#include "cpu/features.hpp"
 #include "flashspark/flashspark.h"
 
 namespace flashspark::cli {
@@ -60,8 +61,9 @@ struct Loop {
 
 Loop widest() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return {loop_64, 64};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {loop_32, 32};
+  const cpu::Features features = cpu::features();
+  if (features.avx512) return {loop_64, 64};
+  if (features.avx2) return {loop_32, 32};
 #endif
   return {loop_16, 16};
 }

@@ -1,43 +1,38 @@
 #include "cli/python_env.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <array>
 #include <cctype>
-#include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <sstream>
+
+#include "cli/system.hpp"
+#include "platform/process.hpp"
 
 namespace flashspark::cli {
 namespace {
 
 namespace fs = std::filesystem;
 
-bool executable(const fs::path &path) {
-  return access(path.c_str(), X_OK) == 0 && fs::is_regular_file(path);
-}
-
 fs::path on_path() {
-  std::istringstream folders(std::getenv("PATH") ? std::getenv("PATH") : "");
-  for (std::string folder; std::getline(folders, folder, ':');) {
-    if (executable(fs::path(folder) / "python3")) return fs::path(folder) / "python3";
+  for (const std::string &folder : folders_of("PATH")) {
+    if (is_program(fs::path(folder) / kPython)) return fs::path(folder) / kPython;
   }
   return {};
 }
 
 void find_interpreter(PythonEnvironment &env) {
-  std::error_code error;
-  const fs::path self = fs::read_symlink("/proc/self/exe", error);
-  if (const fs::path beside = self.parent_path() / "python3"; !error && executable(beside)) {
-    env.interpreter = beside, env.found_by = "beside this program";
-  } else if (const char *venv = std::getenv("VIRTUAL_ENV"); venv && executable(fs::path(venv) / "bin/python3")) {
-    env.interpreter = fs::path(venv) / "bin/python3", env.found_by = "$VIRTUAL_ENV";
-  } else if (const fs::path found = on_path(); !found.empty()) {
-    env.interpreter = found, env.found_by = "PATH";
-  }
+  const fs::path folder = fs::path(program_file()).parent_path();
+  const auto take = [&](const fs::path &python, const char *found_by) {
+    if (env.interpreter.empty() && is_program(python)) env.interpreter = python.string(), env.found_by = found_by;
+  };
+  if (!folder.empty()) take(folder / kPython, "beside this program");
+#if defined(_WIN32)  // outside of environments python.exe is one folder above the scripts
+  if (!folder.empty()) take(folder.parent_path() / kPython, "beside this program");
+#endif
+  if (const auto venv = environment_variable("VIRTUAL_ENV"))
+    take(fs::path(*venv) / kVenvPrograms / kPython, "$VIRTUAL_ENV");
+  take(on_path(), "PATH");
 }
 
 // Lists what importlib.metadata finds on the path of the user's own programs, since .pth files, PYTHONPATH or system
@@ -98,12 +93,6 @@ void take_answer(PythonEnvironment &env, const nlohmann::json &answer) {
     env.packages[name] = {package.at("version"), package.at("folder"), package.at("requirements")};
 }
 
-std::string quoted(const std::string &word) {
-  std::string text = "'";
-  for (const char c : word) text += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return text + "'";
-}
-
 // PEP 503: lower case, with runs of "-", "_" and "." replaced by "-".
 std::string normalise(const std::string &name) {
   std::string result;
@@ -162,16 +151,7 @@ bool requirement_met(const std::string &clauses, const std::string &version) {
 }
 
 std::string last_line_of(const PythonEnvironment &env, const std::vector<std::string> &arguments) {
-  // The current folder may contain another numpy or vllm. The option -P requires Python 3.11.
-  std::string command = "PYTHONSAFEPATH=1 " + quoted(env.interpreter);
-  for (const std::string &argument : arguments) command += " " + quoted(argument);
-  std::string output;
-  if (FILE *pipe = popen((command + " 2>/dev/null").c_str(), "r")) {
-    std::array<char, 4096> buffer;
-    while (std::fgets(buffer.data(), buffer.size(), pipe)) output += buffer.data();
-    pclose(pipe);
-  }
-  std::istringstream lines(output);
+  std::istringstream lines(output_of(env.interpreter, arguments));
   std::string last;
   for (std::string line; std::getline(lines, line);) {
     if (!line.empty()) last = line;

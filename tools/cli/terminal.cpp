@@ -1,24 +1,23 @@
 #include "cli/terminal.hpp"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
+#include "cli/system.hpp"
+
 namespace flashspark::cli {
 namespace {
 
-// Whether the stream is a terminal that supports escape sequences and NO_COLOR is not set.
-bool takes_escapes(int stream) {
+bool wanted_on(Stream stream) {
   const char *no_color = std::getenv("NO_COLOR");
-  const char *term = std::getenv("TERM");
-  return isatty(stream) && !(no_color && *no_color) && term && *term && std::string(term) != "dumb";
+  return !(no_color && *no_color) && takes_escapes(stream);
 }
 
 bool colours() {
-  static const bool on = takes_escapes(STDOUT_FILENO);
+  static const bool on = wanted_on(Stream::kOut);
   return on;
 }
 
@@ -81,7 +80,7 @@ void Table::print() const {
   for (size_t r = 0; r < rows_.size(); ++r) line(rows_[r], colours_[r], Colour::kPlain);
 }
 
-Progress::Progress(size_t total) : total_(total), shown_(takes_escapes(STDERR_FILENO) && total > 1) {}
+Progress::Progress(size_t total) : total_(total), shown_(wanted_on(Stream::kErr) && total > 1) {}
 
 Progress::~Progress() {
   if (shown_) fmt::print(stderr, "\r\033[K");

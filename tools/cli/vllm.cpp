@@ -1,13 +1,12 @@
 #include "cli/vllm.hpp"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <array>
-#include <cstdlib>
 #include <filesystem>
 
 #include "cli/cli.hpp"
+#include "cli/system.hpp"
 
 namespace flashspark::cli {
 namespace {
@@ -25,7 +24,7 @@ VllmReport vllm_report(const PythonEnvironment &env) {
         {"note", "vLLM " + version + " is installed, without flashspark", pip_install(env) + "flashspark-*.whl"});
     return report;
   }
-  if (isatty(STDERR_FILENO)) fmt::print(stderr, "asking vLLM {}: half a minute if torch is cold\n", version);
+  if (is_terminal(Stream::kErr)) fmt::print(stderr, "asking vLLM {}: half a minute if torch is cold\n", version);
   report.json = Json::parse(last_line_of(env, {"-m", "flashspark.vllm.doctor"}), nullptr, /*allow_exceptions=*/false);
   if (report.json.is_discarded() || !report.json.contains("lines") || !report.json.contains("findings")) {
     report.json = Json();
@@ -53,7 +52,7 @@ std::vector<std::string> hook_files(const PythonEnvironment &env) {
   for (const std::string &site : env.site_folders) {
     for (const char *name : kHookFiles) {
       const std::filesystem::path path = std::filesystem::path(site) / name;
-      if (std::error_code error; std::filesystem::is_regular_file(path, error)) found.push_back(path);
+      if (std::error_code error; std::filesystem::is_regular_file(path, error)) found.push_back(path.string());
     }
   }
   return found;
@@ -65,12 +64,9 @@ int verify_vllm(const VerifyOptions &options) {
     throw UsageError("verify --vllm: vLLM and flashspark are not both installed in " +
                      (env.interpreter.empty() ? "any Python found" : env.interpreter));
   const std::string seed = std::to_string(options.seed);
-  std::vector<const char *> words{env.interpreter.c_str(), "-m", "flashspark.vllm.verify", "--seed", seed.c_str()};
-  setenv("PYTHONSAFEPATH", "1", 1);  // the current folder may contain another vllm; the option -P requires Python 3.11
-  if (options.verbose) words.push_back("--verbose");
-  words.push_back(nullptr);
-  execv(env.interpreter.c_str(), const_cast<char *const *>(words.data()));
-  throw std::runtime_error("cannot run " + env.interpreter);
+  std::vector<std::string> words{"-m", "flashspark.vllm.verify", "--seed", seed};
+  if (options.verbose) words.emplace_back("--verbose");
+  become(env.interpreter, words);
 }
 
 int uninstall() {

@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import uuid
 import zipfile
@@ -24,20 +22,10 @@ from pathlib import Path
 
 from stage_log import BUILD, ROOT
 from wheels import BIN, FATBIN, check_wheel
+from zig import GLIBC, HEADERS, run, tools, write_compilers
 
 OUT = ROOT / "dist/release"
 MACHINES = ("x86_64", "aarch64")
-GLIBC = "2.28"  # Debian 10, RHEL 8
-HEADERS = {"hwy": "libhwy-dev", "fmt": "libfmt-dev", "CLI": "libcli11-dev", "nlohmann": "nlohmann-json3-dev"}
-# zig spells the name of this architecture in its own way.
-COMPILER = """#!/bin/sh
-for argument do
-  shift
-  case $argument in -march=x86-64-v2) argument=-march=x86_64_v2 ;; esac
-  set -- "$@" "$argument"
-done
-exec "{zig}" {use} "$@"
-"""
 LICENSES = {
     "libhwy-dev": "Apache-2.0",
     "libfmt-dev": "MIT",
@@ -48,40 +36,6 @@ LICENSES = {
 }
 
 
-def run(*command: str | Path, **more: str) -> str:
-    """A command's output; a command that fails ends the program with what it printed."""
-    done = subprocess.run([str(x) for x in command], cwd=ROOT, env=os.environ | more, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"release.py: {' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    return done.stdout
-
-
-def tools() -> Path:
-    """The folder of Python that has zig, auditwheel and wheel."""
-    venv, wanted = BUILD / "venv-release", ROOT / "packaging/requirements-release.txt"
-    stamp = venv / ".stamp"
-    if not stamp.exists() or stamp.read_text() != wanted.read_text():
-        run(BIN / "uv", "venv", "-q", "--clear", venv)
-        run(BIN / "uv", "pip", "install", "-q", "--python", venv / "bin/python", "-r", wanted)
-        stamp.write_text(wanted.read_text())
-    return venv / "bin"
-
-
-def write_compilers(folder: Path, machine: str, python: Path) -> None:
-    """What packaging/manylinux.toolchain.cmake names: compilers for one machine and glibc, and header libraries."""
-    zig = run(python / "python", "-c", "import ziglang; print(ziglang.__path__[0])").strip() + "/zig"
-    target = f"-target {machine}-linux-gnu.{GLIBC}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, use in {"cc": f"cc {target}", "c++": f"c++ {target}", "ar": "ar", "ranlib": "ranlib"}.items():
-        (folder / name).write_text(COMPILER.format(zig=zig, use=use))
-        (folder / name).chmod(0o755)
-    (folder / "include").mkdir(exist_ok=True)
-    for header in HEADERS:
-        link = folder / "include" / header
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"/usr/include/{header}")  # /usr/include itself would bring this machine's glibc
-
-
 def platform_tag(machine: str) -> str:
     return f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
 
@@ -90,11 +44,14 @@ def build(machine: str, python: Path, folder: Path) -> Path:
     """The wheel of one machine, made in a folder of its own."""
     print(f"{machine}: building in {folder}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
+    # As deep as the folders of the other builds: ccache knows kernels by the relative path of their sources.
+    cmake = BUILD / f"release-{folder.name}"
+    shutil.rmtree(cmake, ignore_errors=True)
     write_compilers(folder, machine, python)
     dated = {"SOURCE_DATE_EPOCH": run("git", "log", "-1", "--format=%ct").strip()}
     run(
         *(BIN / "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", folder),
-        *("-C", f"build-dir={folder}/cmake"),
+        *("-C", f"build-dir={cmake}"),
         *("-C", f"cmake.define.CMAKE_TOOLCHAIN_FILE={ROOT}/packaging/manylinux.toolchain.cmake"),
         *("-C", "cmake.define.FLASHSPARK_CUDA=ON"),
         *("-C", "cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=", "-C", "cmake.define.CMAKE_C_COMPILER_LAUNCHER="),

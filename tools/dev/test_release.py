@@ -11,6 +11,7 @@ Needs root (chroot) for `old`, and Debian's mirror for `old` and `arm`: the firs
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import subprocess
@@ -38,6 +39,9 @@ library = ctypes.CDLL("/wheel/flashspark/libflashspark.so")
 library.flashspark_version.restype = ctypes.c_char_p
 print("library", library.flashspark_version().decode())
 """
+
+
+X86_TARGETS = {"AVX-512": {"avx2", "fma", "avx512vl", "avx512dq", "avx512bw", "avx512cd"}, "AVX2": {"avx2", "fma"}}
 
 
 class Failed(Exception):
@@ -69,6 +73,21 @@ def unpacked(wheel: Path, folder: Path) -> Path:
     return command
 
 
+def widest_target() -> str:
+    """The vectors that doctor must name here: a wheel whose compiler cannot tell them is right, and slow."""
+    if platform.machine() != "x86_64":
+        return "NEON"
+    flags = set(next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")).split())
+    return next((name for name, wanted in X86_TARGETS.items() if wanted <= flags), "SSE4")
+
+
+def check_target(*doctor: str | Path) -> None:
+    done = subprocess.run([*map(str, doctor), "--json"], capture_output=True, text=True, cwd=WORK)
+    simd = json.loads(done.stdout)["machine"]["simd"]
+    if simd != widest_target():
+        raise Failed(f"{doctor[-2]} computes with {simd}, though this machine has {widest_target()}")
+
+
 def old() -> None:
     system = WORK / "debian11"
     if not (system / "done").exists():
@@ -78,6 +97,7 @@ def old() -> None:
     command = "/" + str(unpacked(wheel_of("x86_64"), system / "wheel").relative_to(system))
     run("chroot", system, command, "--version", expect="flashspark")
     run("chroot", system, command, "doctor", expect=KERNELS)
+    check_target("chroot", system, command, "doctor")
     run("chroot", system, command, *VERIFY, expect="PASSED")
     run("chroot", system, "python3", "-c", LOAD, expect="library")
 
@@ -87,6 +107,7 @@ def here() -> None:
     run(UV, "venv", "-q", "--clear", venv)
     run(UV, "pip", "install", "-q", "--python", venv / "bin/python", wheel_of(platform.machine()))
     run(venv / "bin/flashspark", "doctor", cwd=WORK, expect=KERNELS)
+    check_target(venv / "bin/flashspark", "doctor")
     run(venv / "bin/flashspark", *VERIFY, cwd=WORK, expect="PASSED")
     run(venv / "bin/python", "-P", "-c", CALL, cwd=WORK, expect="attention")
 
