@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gpt import Packed
+from attention import Packed
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,19 +31,25 @@ def pieces(documents: list[bytes], longest: int, seed: int) -> Iterator[bytes]:
 
 
 def batches(
-    documents: list[bytes], tokens: int, longest: int, seed: int, device: str = "cpu"
+    documents: list[bytes], tokens: int, longest: int, seed: int, device: str = "cpu", dense: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Packed]]:
-    """(inputs, targets, packed) of exactly `tokens` tokens, without end."""
+    """(inputs, targets, packed) of exactly `tokens` tokens, without end. dense: of pieces as long as the longest."""
+    if dense and tokens % longest:
+        raise ValueError(f"tokens = {tokens}: must be a multiple of {longest}")
     source = pieces(documents, longest, seed)
     while True:
         inputs, targets, offsets = bytearray(), bytearray(), [0]
         while len(inputs) < tokens:
             piece = next(source)[: tokens - len(inputs) + 1]
+            if dense and len(piece) <= longest:
+                continue
             inputs += piece[:-1]
             targets += piece[1:]
             offsets.append(len(inputs))
         lengths = torch.tensor(offsets).diff()
-        places = torch.arange(tokens) - torch.tensor(offsets[:-1]).repeat_interleave(lengths)
-        packed = Packed(torch.tensor(offsets, dtype=torch.int32, device=device), longest, places.to(device))
+        document = torch.arange(len(lengths)).repeat_interleave(lengths)
+        places = torch.arange(tokens) - torch.tensor(offsets)[document]
+        starts = torch.tensor(offsets, dtype=torch.int32, device=device)
+        packed = Packed(starts, longest, places.to(device), (document * longest + places).to(device), dense)
         x, y = (torch.frombuffer(text, dtype=torch.uint8).long().to(device) for text in (inputs, targets))
         yield x, y, packed
