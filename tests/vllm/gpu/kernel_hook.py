@@ -21,8 +21,8 @@ FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")  # what vLLM's package
 class KernelLoader(Loader):
     """calls: how many the forward function had, by the number of query tokens: one a sequence, or more."""
 
-    def __init__(self, repository: str) -> None:
-        self.repository, self.calls = repository, Counter()
+    def __init__(self, repository: str, backend: str | None) -> None:
+        self.repository, self.backend, self.calls = repository, backend, Counter()
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -30,7 +30,7 @@ class KernelLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         from kernels import get_kernel
 
-        interface = get_kernel(self.repository, version=0).interface
+        interface = get_kernel(self.repository, version=0, backend=self.backend).interface
         for name in FUNCTIONS:
             setattr(module, name, getattr(interface, name))
 
@@ -41,7 +41,7 @@ class KernelLoader(Loader):
         module._flash_attn_fwd = forward
 
 
-class Finder(MetaPathFinder):
+class KernelFinder(MetaPathFinder):
     def __init__(self, loader: KernelLoader) -> None:
         self.loader = loader
 
@@ -49,10 +49,11 @@ class Finder(MetaPathFinder):
         return ModuleSpec(name, self.loader) if name == TARGET else None
 
 
-def install(repository: str) -> KernelLoader:
-    """repository: its name; LOCAL_KERNELS=NAME=FOLDER in the environment says where it lies."""
+def install(repository: str, backend: str | None = None) -> KernelLoader:
+    """repository: its name; LOCAL_KERNELS=NAME=FOLDER in the environment says where it lies. backend: "cpu" for CPU
+    tensors; None: torch's."""
     if TARGET in sys.modules:
         raise RuntimeError(f"{TARGET} is loaded already")
-    loader = KernelLoader(repository)
-    sys.meta_path.insert(0, Finder(loader))
+    loader = KernelLoader(repository, backend)
+    sys.meta_path.insert(0, KernelFinder(loader))
     return loader
