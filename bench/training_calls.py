@@ -59,7 +59,14 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def native_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, tail: tuple[Any, ...]) -> float:
+def native_calls(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    tail: tuple[Any, ...] = (),
+    backward_only: bool = False,
+) -> float:
     """Both native calls alone, with all memory at hand."""
     out = torch.empty_like(q)
     lse = q.new_empty((q.shape[1], q.shape[0]) if tail else (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
@@ -68,9 +75,12 @@ def native_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.
 
     def both() -> None:
         _core.attention_forward(*arguments)
+        backward()
+
+    def backward() -> None:
         _core.attention_backward(dout, None, *gradients, None, None, None, *arguments)
 
-    return microseconds(both)
+    return microseconds(backward if backward_only else both)
 
 
 def packed_lengths(device: str) -> torch.Tensor:
@@ -112,6 +122,17 @@ def measure(name: str, function: Callable[..., Any], varlen: bool, device: str, 
     return row
 
 
+def measure_backward(device: str) -> dict[str, Any]:
+    """flash_attn_backward, which is given memory for the gradients."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v, dout = (torch.randn(1, 16, 1, 64, device=device, dtype=dtype) for _ in range(4))
+    out, lse = flashspark.flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
+    memory = {name: torch.empty_like(q) for name in ("dq", "dk", "dv")}
+    took = microseconds(lambda: flashspark.flash_attn_backward(dout, q, k, v, out, lse, causal=True, **memory))
+    native = native_calls(q, k, v, dout, backward_only=True)
+    return {"call": "flash_attn_backward", "both": took, "native": native, "Python": took - native}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -120,6 +141,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(name, *case, given.device, given.profile) for name, case in cases(given.device).items()]
+    rows.append(measure_backward(given.device))
     columns = ["without gradients", "forward", "both", "native", "Python"]
     print("us a call".ljust(26) + "".join(f"{x:>19}" for x in columns))
     for row in rows:

@@ -170,19 +170,20 @@ class Attention(torch.autograd.Function):
 # What Attention.apply ends in, where no transformation of torch.func is active. Before that it looks at the signature
 # of `forward` and binds the arguments to it, which takes as long as all else about a call.
 _apply = super(torch.autograd.Function, Attention).apply
+_transforms_are_active, _unwrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.unwrap_if_dead
 
 
-def apply(problem: Any, *tensors: Array) -> tuple[Array, Array]:
+def apply(problem: Any, tensors: Sequence[Array]) -> tuple[Array, Array]:
     """Attention.apply."""
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         return Attention.apply(problem, *tensors)
-    return _apply(problem, *map(torch._C._functorch.unwrap_if_dead, tensors))
+    return _apply(problem, *map(_unwrapped, tensors))
 
 
 def below_transforms(problem: Any, *tensors: Array) -> tuple[Array, Array]:
     """Attention.apply for kernels of operators: there the dispatcher takes torch.func's transformations apart."""
-    if not torch._C._are_functorch_transforms_active():
-        return apply(problem, *tensors)
+    if not _transforms_are_active():
+        return apply(problem, tensors)
     with enable_single_level_autograd_function():
         return _apply(problem, *tensors)
 
@@ -249,7 +250,7 @@ def attend(
         given += () if lists is None else (*lists.masked, *lists.full)
     problem = Problem(face, tensors, mode, head, tail, functions)
     problem.heads_first = heads_first
-    result, logs = apply(problem, *[x for x in given if isinstance(x, torch.Tensor)])
+    result, logs = apply(problem, [x for x in given if isinstance(x, torch.Tensor)])
     return result, logs if want_lse else None
 
 

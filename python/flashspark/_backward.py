@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import _core, _layout
-from ._call import FLOATS, TORCH, Mode, as_torch_raises, call, learn_torch, required, respelled
+from ._call import FLOATS, TORCH, Mode, as_torch_raises, call, is_plain, learn_torch, required, respelled
 from ._kinds import settled
 from ._ops import flash_attn_func, flash_attn_varlen_func
 from ._signature import ATTENTION, BACKWARD, NO_TAIL, in_tail
@@ -26,7 +26,6 @@ _SCHEDULE = in_tail("scheduler_metadata")
 # The arguments that have gradients, in the order in which `gradients` takes and gives them.
 ARGUMENTS = ("q", "k", "v", "sinks", "rel_logits", "alibi_slopes")
 _ROWS = len("qkv")
-_ALLOCATED = (None, None, None)  # the caller gives no memory for the gradients of q, k and v
 
 
 class Forward(NamedTuple):
@@ -51,7 +50,7 @@ def gradients(
     dlse: Array | None,
     wanted: Sequence[bool],
     explain: bool = False,
-    given: Sequence[Array | None] = _ALLOCATED,
+    given: Sequence[Array | None] = (None, None, None),
 ) -> list[Array | None] | str:
     """The gradients of ARGUMENTS and then of score_mod's captured tensors, None where one is not wanted.
 
@@ -60,7 +59,7 @@ def gradients(
     """
     face, (q, k, v) = forward.face, forward.tensors
     learn_torch(q)
-    if not explain and given is _ALLOCATED and (found := _direct(forward, dout, dlse, wanted)) is not None:
+    if not explain and (found := _direct(forward, dout, dlse, wanted, given)) is not None:
         return found
     tail = [*forward.tail, *NO_TAIL[len(forward.tail) :]]
     tail[_SCHEDULE] = None
@@ -114,7 +113,9 @@ def gradients(
     return rows + floats
 
 
-def _direct(forward: Forward, dout: Array, dlse: Array | None, wanted: Sequence[bool]) -> list[Array | None] | None:
+def _direct(
+    forward: Forward, dout: Array, dlse: Array | None, wanted: Sequence[bool], given: Sequence[Array | None]
+) -> list[Array | None] | None:
     """`gradients` of plain torch tensors, passed on unconverted: no functions, biases or dropout. None if the native
     call refuses them. Nothing has been computed then, and the general path copies, or says what is wrong."""
     face, (q, k, v), out, lse, head, tail, extras, captured = forward
@@ -124,16 +125,21 @@ def _direct(forward: Forward, dout: Array, dlse: Array | None, wanted: Sequence[
         or q.is_neg() or k.is_neg() or v.is_neg() or dout.is_neg() or out.is_neg()
         or (TORCH.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, dout, out, lse)))
         or ("numpy.ma" in sys.modules and any(map(is_masked, tail)))
+        or not all(x is None or is_plain(x) for x in given)
     ):  # fmt: skip
         return None
     try:
-        rows = [TORCH.empty_like(x) if want else None for x, want in zip((q, k, v), wanted)]
+        rows = [
+            None if not want else TORCH.empty_like(x) if into is None else into
+            for x, want, into in zip((q, k, v), wanted, given)
+        ]
         none = (None,) * (len(ARGUMENTS) - _ROWS)
         _core.attention_backward(dout, dlse, *rows, *none, face, 0, q, k, v, out, lse, *head, *tail)
     except MemoryError as error:
         raise as_torch_raises(error) from None
     except Exception:  # noqa: BLE001 - left to the general path
         return None
+    bump(*given)
     return [*rows, *none]
 
 
