@@ -41,8 +41,10 @@ prepare() {
 }
 
 keep() {
-  FLASHSPARK_GPU_STATE=$state OUT=$out tools/dev/gpu_vllm.sh keep >/dev/null
-  keep_folders .gpu/integrations
+  keep_folders .gpu/integrations .gpu/kit
+  if compgen -G '.gpu/v*/' >/dev/null || compgen -G "$state/in/v*/" >/dev/null; then
+    FLASHSPARK_GPU_STATE=$state OUT=$out tools/dev/gpu_vllm.sh keep >/dev/null
+  fi
 }
 
 # environment NAME WHEELS FOLDER ...: sets `python` to an environment with those wheels of .gpu/integrations and the folders,
