@@ -1,8 +1,8 @@
-"""Trains the small GPT on this repository's documents; with --compare also by torch's attention, on the same batches.
+"""Trains the small GPT on this repository's files; with --compare also by torch's attention, on the same batches.
 
     python examples/train/train.py --steps 20                         # on the CPU
     python examples/train/train.py --compare --seconds 90 --device cuda --out DIR
-    python examples/train/train.py --attention flashspark torch torch-varlen --seconds 60 --device cuda --compile
+    python examples/train/train.py --attention flashspark torch torch-varlen --seconds 60 --device cuda --out DIR
 
 Prints the loss and the speed. --out: training.json with both, and training.svg with the losses. On a GPU under autocast
 to bfloat16, 32768 tokens a step. The speed of batches without packing is measured as well (--dense steps). attention.py
@@ -131,6 +131,13 @@ def said_of(run: dict, common: int) -> str:
     )
 
 
+def write(folder: Path, facts: dict, runs: list[dict], dense: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.json").write_text(json.dumps({**facts, "runs": runs, "dense": dense}) + "\n")
+    size = f"{runs[0]['parameters'] / 1e6:.1f} M parameters, {facts['tokens']} tokens a step"
+    (folder / "training.svg").write_text(plot(runs, f"{size}, {facts['device']}, {facts['dtype']}"))
+
+
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,22 +158,20 @@ def main() -> None:
     dtype = given.dtype or ("float32" if given.device == "cpu" else "bfloat16")
     tokens = given.tokens or (2048 if given.device == "cpu" else 32768)
     options = {"dtype": dtype, "rate": given.rate, "compiled": given.compile, "quiet": False}
-    runs = [train(name, steps, tokens, given.device, seconds=given.seconds, **options) for name in names]
-    dense = []
-    if given.dense:
-        whole = max(tokens // Config().longest, 1) * Config().longest
-        dense = [train(name, given.dense, whole, given.device, dense=True, **options) for name in names]
+    device = "CPU" if given.device == "cpu" else torch.cuda.get_device_name()
+    facts = {"device": device, "torch": torch.__version__, "dtype": dtype, "tokens": tokens, "compiled": given.compile}
+    runs: list[dict] = []
+    dense: list[dict] = []
+    for name in names:
+        runs.append(train(name, steps, tokens, given.device, seconds=given.seconds, **options))
+        if given.dense:
+            whole = max(tokens // Config().longest, 1) * Config().longest
+            dense.append(train(name, given.dense, whole, given.device, dense=True, **options))
+        if given.out:  # after each, so that nothing is lost if a later one fails
+            write(given.out, facts, runs, dense)
     for group in (runs, dense):
         for run in group:
             print(said_of(run, min(len(x["losses"]) for x in group)))
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        device = "CPU" if given.device == "cpu" else torch.cuda.get_device_name()
-        facts = {"device": device, "torch": torch.__version__, "dtype": dtype, "tokens": tokens}
-        facts |= {"compiled": given.compile, "parameters": runs[0]["parameters"]}
-        (given.out / "training.json").write_text(json.dumps({**facts, "runs": runs, "dense": dense}) + "\n")
-        title = f"{runs[0]['parameters'] / 1e6:.1f} M parameters, {tokens} tokens a step, {device}, {dtype}"
-        (given.out / "training.svg").write_text(plot(runs, title))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 #          tools/dev/gpu_integrations.sh hook [CASE ...]   vLLM's FlashAttention 4 is the built kernel (make hf-kernel's tree),
 #                                                          beside vLLM's own attention: eager graph
 #          tools/dev/gpu_integrations.sh lora              examples/transformers/lora.py: SmolLM2 of .gpu/v0.25.1, if that is there
-#          tools/dev/gpu_integrations.sh train [SECONDS]   examples/train, beside torch's attention (90)
+#          tools/dev/gpu_integrations.sh train [SECONDS]   examples/train, beside torch's SDPA and varlen_attn, each (90)
 #          tools/dev/gpu_integrations.sh calls             bench/training_calls.py: what Python costs
 #
 # Not here, since it does not fit: SGLang's server (it needs torch 2.14, sglang-kernel and FlashInfer).
@@ -130,7 +130,8 @@ lora() {
 
 train() {
   with_package
-  "$python" examples/train/train.py --compare --device cuda --seconds "${1:-90}" --out "$out" "${@:2}"
+  PYTHONSAFEPATH='' "$python" examples/train/train.py --attention flashspark torch torch-varlen --device cuda \
+    --seconds "${1:-90}" --out "$out" "${@:2}"
 }
 
 stage=${1:-}
