@@ -16,6 +16,7 @@ and more. An fp8 cache moves the logits of such prompts by more than that: there
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -132,6 +133,7 @@ def run(case: str, out: str, model: str, tp: int, kernel: str | None = None) -> 
         "disable_log_stats": True, **models.prepare(config), **CASES[case],
     }  # fmt: skip
     if hook:
+        importlib.import_module(kernel_hook.TARGET)  # here, and not while a graph is being captured
         arguments["attention_config"] = {"flash_attn_version": 4}
     start = time.perf_counter()
     llm = vllm.LLM(**arguments)
