@@ -83,7 +83,9 @@ def test_lora() -> None:
 
     runs = [lora.train(name, steps=4, size=2, longest=32) for name in lora.ATTENTION]
     assert runs[0]["trained"] == runs[1]["trained"] > 400_000
-    left, apart = lora.judged(runs, "float32")
-    assert left < 0.99 and apart < 1e-3
-    with pytest.raises(ValueError, match="from eager attention's"):
-        lora.judged([runs[0], {**runs[1], "losses": [x * 1.1 for x in runs[1]["losses"]]}], "float32")
+    left, ours, eager = lora.judged(runs, runs[1])
+    assert left < 0.99 and ours < 1e-3 and eager == 0
+    with pytest.raises(ValueError, match="from float32's"):
+        lora.judged([{"losses": [x * 0.99 for x in runs[0]["losses"]]}, runs[1]], runs[1])
+    with pytest.raises(ValueError, match="of what it was"):
+        lora.judged([{"losses": run["losses"][::-1]} for run in runs], {"losses": runs[1]["losses"][::-1]})
