@@ -1,17 +1,16 @@
 """A small GPT whose documents are packed end to end, without padding: each attends to itself alone.
 
 RMS norms, rotary embedding, grouped queries (8 heads, 2 for keys and values, 64 wide), SwiGLU; every second layer sees
-a sliding window of 128 tokens. Its attention is one function, so that several can be compared.
+a sliding window of 128 tokens. Its attention is one function, so that several can be compared (attention.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import flashspark.torch_ops
 import torch
 import torch.nn.functional as F
+from attention import Attention, Packed, flashspark_attention
 from torch import Tensor, nn
 
 
@@ -26,38 +25,6 @@ class Config:
     inner: int = 1216
     window: int = 128
     longest: int = 1024
-
-
-@dataclass
-class Packed:
-    """Where each document starts, and where the last one ends; the longest; each token's place in its document."""
-
-    offsets: Tensor  # int32 (documents + 1,)
-    longest: int
-    places: Tensor  # (tokens,)
-
-
-Attention = Callable[[Tensor, Tensor, Tensor, Packed, int | None], Tensor]
-
-
-def flashspark_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
-    """q (tokens, heads, head_dim), k and v alike. Gradients come by themselves; torch.compile keeps the operator."""
-    function = flashspark.torch_ops if torch.compiler.is_compiling() else flashspark
-    return function.flash_attn_varlen_func(
-        q, k, v, packed.offsets, packed.offsets, packed.longest, packed.longest, causal=True,
-        window_size=(-1 if window is None else window - 1, 0),
-    )  # fmt: skip
-
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
-    """The same by torch's scaled_dot_product_attention, whose mask has tokens x tokens elements."""
-    tokens = torch.arange(len(q), device=q.device)
-    starts = tokens - packed.places
-    seen = (tokens <= tokens[:, None]) & (starts == starts[:, None])
-    if window is not None:
-        seen &= tokens[:, None] - tokens < window
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

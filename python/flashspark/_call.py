@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ _BF16, _U16 = BFLOAT16_NUMBER, np.dtype(np.uint16)
 _FOUR_BF16 = DTYPE_CODES["bfloat16"] * 0x1111  # stored_as of q, k, v and out
 _NUMPY = frozenset({np.ndarray, type(None), int, bool})  # the types in a plain call's tail
 CU_SEQLENS_Q, OUTPUT_SCALE = in_tail("cu_seqlens_q"), in_tail("output_scale")
-_FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
+FLOATS, _PAST_FLOATS = in_tail("sinks"), in_tail("rel_logits") + 1  # tensors that could have a gradient
 _INDEX = {name: index for index, name in enumerate(ATTENTION.names)}
 _STORED = ("q", "k", "v", "out", "sinks", "rel_logits")  # in the order of their bits in stored_as
 _ZERO = 0  # a default, recognised by identity: a caller may pass an array, which `==` would compare by element
@@ -97,13 +98,13 @@ class _Torch:
         self.Parameter, self.Tensor = torch.nn.Parameter, torch.Tensor
 
 
-_torch = _Torch()
+TORCH = _Torch()
 
 
 def learn_torch(x: Array) -> None:
     """Enables the fast paths for torch once x is a torch tensor."""
-    if _torch.Tensor is None and is_torch(x):
-        _torch.learn()
+    if TORCH.Tensor is None and is_torch(x):
+        TORCH.learn()
 
 
 def call(function: Callable[..., Any], signature: Signature, args: tuple[Any, ...], face: int = 0) -> Any:
@@ -149,16 +150,16 @@ def is_plain(x: Array) -> bool:
 
     The native call itself refuses everything else that a fast path must not take.
     """
-    return type(x) is _torch.Tensor and not x.is_neg() and not (x.requires_grad and _torch.is_grad_enabled())
+    return type(x) is TORCH.Tensor and not x.is_neg() and not (x.requires_grad and TORCH.is_grad_enabled())
 
 
 def is_direct(x: Any) -> bool:
     """Whether the native call takes a captured array as it is: it lies where it says, in a type that is exported."""
     if type(x) is _ndarray:
         return x.flags.writeable and x.dtype.num <= LAST_NUMPY_TYPE
-    if _torch.Tensor is None or (type(x) is not _torch.Tensor and type(x) is not _torch.Parameter):
+    if TORCH.Tensor is None or (type(x) is not TORCH.Tensor and type(x) is not TORCH.Parameter):
         return False
-    return not x.is_neg() and not (x.requires_grad and _torch.is_grad_enabled())
+    return not x.is_neg() and not (x.requires_grad and TORCH.is_grad_enabled())
 
 
 class Mode(NamedTuple):
@@ -171,6 +172,9 @@ class Mode(NamedTuple):
     explain: bool = False
     strict: bool = False
     spelled: Mapping[str, str] = MappingProxyType({})
+
+
+_NO_MODE = Mode()
 
 
 def attend(
@@ -195,7 +199,7 @@ def attend(
     elif type(q) is type(k) is type(v) is _ndarray:
         if (
             ((number := q.dtype.num) <= LAST_NUMPY_TYPE or (number == _BF16 and k.dtype is v.dtype is q.dtype))
-            and (not tail or (_NUMPY.issuperset(map(type, tail)) and len(tail) <= _FLOATS))
+            and (not tail or (_NUMPY.issuperset(map(type, tail)) and len(tail) <= FLOATS))
             and (out is None or (type(out) is _ndarray and (number != _BF16 or out.dtype.num == _BF16)))
             and (lse is None or type(lse) is _ndarray)
         ):
@@ -215,24 +219,30 @@ def attend(
             except Exception:  # noqa: BLE001, S110 - left to the general path
                 pass
     elif (
-        type(q) is type(k) is type(v) is _torch.Tensor
+        type(q) is type(k) is type(v) is TORCH.Tensor
         and not (q.is_neg() or k.is_neg() or v.is_neg())
-        and not (_torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and not (TORCH.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         and (out is None or is_plain(out))
         and (lse is None or is_plain(lse))
         and ("numpy.ma" not in sys.modules or not any(map(is_masked, tail)))
-        and (len(tail) <= _FLOATS or all(x is None or is_plain(x) for x in tail[_FLOATS:_PAST_FLOATS]))
+        and (len(tail) <= FLOATS or all(x is None or is_plain(x) for x in tail[FLOATS:_PAST_FLOATS]))
     ):
         try:
             if out is not None:
                 result = out
-            elif len(tail) <= _FLOATS and q.shape[-1] == v.shape[-1] and q.itemsize > 1 and q.is_contiguous():
-                result = _torch.empty_like(q)
+            elif len(tail) <= FLOATS and q.shape[-1] == v.shape[-1] and q.itemsize > 1 and q.is_contiguous():
+                result = TORCH.empty_like(q)
             else:
                 result = empty_out(q, v, tail[OUTPUT_SCALE] if len(tail) > OUTPUT_SCALE else None)
             logs = lse
             if want_lse and lse is None:
-                logs = empty_lse(q, bool(tail) and tail[CU_SEQLENS_Q] is not None)
+                if tail and tail[CU_SEQLENS_Q] is not None:
+                    rows, heads, _ = q.shape
+                    shape = (heads, rows)
+                else:
+                    count, rows, heads, _ = q.shape
+                    shape = (count, heads, rows)
+                logs = q.new_empty(shape, dtype=TORCH.float32)
             function(face, 0, q, k, v, result, logs, *head, *tail)
         except MemoryError as error:
             raise as_torch_raises(error) from None
@@ -240,20 +250,23 @@ def attend(
             pass
         else:
             if out is not None:
-                _torch.increment_version((out,))
+                TORCH.increment_version((out,))
             if lse is not None:
-                _torch.increment_version((lse,))
+                TORCH.increment_version((lse,))
             return result, logs
-    mode = mode or Mode()
+    mode = mode or _NO_MODE
     try:
         if _needs_gradients((*tensors, out, lse, *tail), function):
-            # The layer above this one, which needs torch: loaded when a gradient is first wanted.
-            return import_module("._autograd", __package__).attend(
-                face, tensors, out, lse, want_lse, mode, head, tail, function
-            )
+            return _autograd().attend(face, tensors, out, lse, want_lse, mode, head, tail, function)
         return _attend_any(face, (*tensors, out, lse, *head, *tail), want_lse, mode, function)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise respelled(error, mode.spelled) from None
+
+
+@cache
+def _autograd() -> Any:
+    """The layer above this one, which needs torch: loaded when a gradient is first wanted."""
+    return import_module("._autograd", __package__)
 
 
 def _needs_gradients(given: tuple[Any, ...], function: Callable[..., Any]) -> bool:

@@ -18,7 +18,7 @@ from . import _core
 from ._block_lists import holds
 from ._block_mask import BlockMask, as_block_mask
 from ._call import _BF16, _FOUR_BF16, _U16, FUNC, HEADS_FIRST, as_torch_raises, is_direct
-from ._call import _torch as torch_functions
+from ._call import TORCH as torch_functions
 from ._recognise import found_in, served
 from ._signature import NO_TAIL
 from ._tensors import LAST_NUMPY_TYPE, Array, is_cupy, is_torch

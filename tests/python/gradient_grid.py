@@ -110,12 +110,6 @@ def sample(count: int, most_scores: int = 1 << 22) -> list[Point]:
     return points
 
 
-def refused_on_gpu(p: Point) -> bool:
-    """Whether the GPU's kernels lack the gradients."""
-    modified = p.dropout > 0 or p.softcap > 0
-    return p.deterministic or p.alibi or (modified and p.d > 128)
-
-
 @dataclass
 class Problem:
     """Sequences lie one behind the other. rows, keys: of each, its slices of the tokens of q, and of k and v."""

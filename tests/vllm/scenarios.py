@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hugging_face
 from attention import CALLS, per_request_causal
 from checks import (
     FA_UTILS,
@@ -359,6 +360,21 @@ def community_shim() -> Results:
     return results
 
 
+def hugging_face_kernel() -> Results:
+    """flashspark's take-over is off, and an import hook gives vLLM a kernel of a Hugging Face repository."""
+    os.environ["FLASHSPARK"] = "0"
+    disarm()
+    if not hugging_face.fits(os.environ["CHECKED_VERSION"]):
+        return {"calls": "left out: wants four results"}
+    folder = Path(tempfile.mkdtemp())
+    kernel = hugging_face.install(folder)
+    c = context()
+    load()
+    results = run((hugging_face.calls,), c, kernel)
+    shutil.rmtree(folder)
+    return results
+
+
 def _child(queue: Any) -> None:
     load()
     plugins()
@@ -387,5 +403,6 @@ def workers() -> Results:
 SCENARIOS: tuple[Callable[[], Results], ...] = (
     *(hook, plugin, spark, hopper, off_flashspark, off_shim_switch, other_gpu, unserved_gpu, no_driver, override),
     *(bad_switch, own_error, broken_library, missing_library, no_kernels, unknown_vllm, community_shim, workers),
+    hugging_face_kernel,
 )
 BY_NAME: dict[str, Callable[[], Results]] = {s.__name__: s for s in SCENARIOS}

@@ -1,6 +1,7 @@
 """Real vLLM on a GPU: stock attention and flashspark's on the same requests, compared token by token.
 
     e2e.py run CASE OUT.json --model DIR [--tp N]      one engine; FLASHSPARK=0 in the environment makes it stock's
+    e2e.py run .. --kernel NAME                        ours is a kernel of a Hugging Face repository: kernel_hook.py
     e2e.py compare STOCK.json OURS.json --model DIR    exit status 0: equal, but for near ties
     e2e.py model KIND DIR                              a small model with random weights: see models.py
     e2e.py cases                                       the names of the cases
@@ -15,6 +16,7 @@ and more. An fp8 cache moves the logits of such prompts by more than that: there
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -25,6 +27,7 @@ import time
 from typing import Any
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
+import kernel_hook  # noqa: E402
 import models  # noqa: E402
 
 NEAR_TIE = 0.3
@@ -109,8 +112,12 @@ def forbid_waiting() -> None:
     attention._attend = strict
 
 
-def run(case: str, out: str, model: str, tp: int) -> None:
+def run(case: str, out: str, model: str, tp: int, kernel: str | None = None) -> None:
+    """kernel: the name of a Hugging Face repository, whose kernel serves through vLLM's FlashAttention 4."""
     ours = os.environ.get("FLASHSPARK") != "0"
+    if kernel and ours:
+        sys.exit("--kernel: needs FLASHSPARK=0, or an installed flashspark would take the calls over")
+    hook = kernel_hook.install(kernel) if kernel else None
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if case == "spawn" or tp > 1 else "0"
     import torch
     import vllm
@@ -125,6 +132,9 @@ def run(case: str, out: str, model: str, tp: int) -> None:
         "enable_prefix_caching": False, "tensor_parallel_size": tp,
         "disable_log_stats": True, **models.prepare(config), **CASES[case],
     }  # fmt: skip
+    if hook:
+        importlib.import_module(kernel_hook.TARGET)  # here, and not while a graph is being captured
+        arguments["attention_config"] = {"flash_attn_version": 4}
     start = time.perf_counter()
     llm = vllm.LLM(**arguments)
     load = time.perf_counter() - start
@@ -154,7 +164,8 @@ def run(case: str, out: str, model: str, tp: int) -> None:
         )
     tokens = sum(len(r["tokens"]) for r in results)
     report = {
-        "case": case, "ours": ours, "tp": tp, "vllm": vllm.__version__, "torch": torch.__version__, "load_s": load,
+        "case": case, "ours": ours or hook is not None, "tp": tp,
+        "vllm": vllm.__version__, "torch": torch.__version__, "load_s": load,
         "gpu": torch.cuda.get_device_name(), "tokens_per_s": tokens / seconds, "log": log.lines, "results": results,
     }  # fmt: skip
     with open(out, "w") as file:
@@ -165,9 +176,11 @@ def run(case: str, out: str, model: str, tp: int) -> None:
     # A model that needs vLLM's attention before its engine (see models.prepare) makes us say that we are switched off.
     if not ours and any(x.startswith("flashspark:") and "FLASHSPARK=0 is set" not in x for x in log.lines):
         sys.exit(f"{case}: FLASHSPARK=0, and yet: {log.lines}")
-    who = "ours" if ours else "stock"
+    if hook and not (hook.calls["prefill"] and hook.calls["decode"]):
+        sys.exit(f"{case}: the kernel had the calls {dict(hook.calls)}: {log.lines}")
+    who = f"{kernel}, {dict(hook.calls)} calls" if hook else "ours" if ours else "stock"
     print(f"E2E {case} {who}: {tokens} tokens, {tokens / seconds:.0f} tokens/s, loaded in {load:.0f} s")
-    for line in log.lines if ours else []:
+    for line in log.lines if ours or hook else []:
         print(f"E2E   {line}")
 
 
@@ -245,6 +258,7 @@ def main() -> int:
     one.add_argument("out")
     one.add_argument("--model", required=True)
     one.add_argument("--tp", type=int, default=1)
+    one.add_argument("--kernel", metavar="NAME")
     two = sub.add_parser("compare")
     two.add_argument("stock")
     two.add_argument("ours")
@@ -255,7 +269,7 @@ def main() -> int:
     sub.add_parser("cases")
     options = parser.parse_args()
     if options.what == "run":
-        run(options.case, options.out, options.model, options.tp)
+        run(options.case, options.out, options.model, options.tp, options.kernel)
     elif options.what == "compare":
         return compare(options.stock, options.ours, options.model)
     elif options.what == "model":
