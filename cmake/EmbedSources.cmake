@@ -5,8 +5,8 @@
 function(flashspark_embed_sources target)
   set(root ${PROJECT_SOURCE_DIR}/kernels)
   set(patterns ${root}/kernels.def ${root}/kernels.hpp ${root}/forward/forward.cu ${root}/forward/function.cu
-    ${root}/mask/block_mask.cu ${root}/nvrtc/*)
-  foreach(folder append attention common forward mask ptx)
+    ${root}/backward/function.cu ${root}/mask/block_mask.cu ${root}/nvrtc/*)
+  foreach(folder append attention backward common forward mask ptx)
     list(APPEND patterns ${root}/${folder}/*.cuh ${root}/${folder}/*.hpp ${root}/${folder}/*.def)
   endforeach()
   file(GLOB_RECURSE files CONFIGURE_DEPENDS ${patterns})

@@ -118,10 +118,9 @@ static_assert(std::popcount(kAllGradients) == kAllBits - 10);
 
 // What the kernels of the backward pass have not got yet.
 constexpr FeatureSet kCudaGradients =
-    without(kAllGradients, {"float32", "attention_chunk", "prefix ranges", "rswa", "rel_logits", "alibi", "score_mod",
-                            "mask_mod", "block lists", "deterministic", "gradient of rel_logits",
-                            "gradient of alibi_slopes", "gradients of captured tensors"});
-static_assert(std::popcount(kCudaGradients) == std::popcount(kAllGradients) - 13);
+    without(kAllGradients, {"float32", "attention_chunk", "prefix ranges", "rswa", "rel_logits", "alibi",
+                            "deterministic", "gradient of rel_logits", "gradient of alibi_slopes"});
+static_assert(std::popcount(kCudaGradients) == std::popcount(kAllGradients) - 9);
 
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;

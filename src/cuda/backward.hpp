@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
 
 #include "backward/arguments.hpp"
 #include "backward/smem_plan.hpp"
+#include "cuda/backward_functions.hpp"
 #include "cuda/plan.hpp"
 #include "problem.hpp"
 #include "scratch.hpp"
@@ -18,11 +20,15 @@ struct BackwardPlan {
   KernelDType dtype{};
   Launch preprocess, main, postprocess;  // in this order
   BackwardArguments arguments{};
-  size_t sum_bytes = 0, row_bytes = 0;  // scratch: sums of dq, then two values for each row
+  size_t sum_bytes = 0, row_bytes = 0;  // scratch: sums of dq, then two values for each row, then what `functions` take
+  std::optional<BackwardFunctionPlan> functions;  // the main kernel is compiled at run time
 
-  size_t workspace() const { return sum_bytes + 2 * row_bytes; }
+  size_t workspace() const { return sum_bytes + 2 * row_bytes + (functions ? functions->bytes : 0); }
   // `memory` is aligned to 16 bytes. A plan must be bound before it is launched.
   void bind(void *memory);
+
+  // Of the main kernel with functions, once the plan is bound.
+  FunctionBackwardArguments function_arguments() const;
 
   KernelKey preprocess_key() const { return {Operation::attention_backward_preprocess, dtype}; }
   KernelKey main_key() const { return {Operation::attention_backward, dtype, InstanceIndex::none, instance->index}; }

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 
 #include "cuda/arguments.hpp"
@@ -29,6 +30,10 @@ double cost(const BackwardInstance &instance, const Params &p, const Machine &ma
 
 // The narrowest that can run it; of those that are equally narrow the fastest.
 const BackwardInstance *choose_instance(const Params &p, const Machine &machine) {
+  if (takes_backward_functions(p)) {
+    return std::find_if(std::begin(kBackwardFunctionInstances), std::end(kBackwardFunctionInstances),
+                        [&](const BackwardInstance &instance) { return fits(instance, p); });
+  }
   const BackwardInstance *best = nullptr;
   const auto rank = [&](const BackwardInstance &i) {
     return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none, cost(i, p, machine));
@@ -81,6 +86,7 @@ void set_blocks(const Params &p, const Shape &shape, BackwardPlan &plan) {
 }  // namespace
 
 bool fits(const BackwardInstance &instance, const Params &p) {
+  if (takes_backward_functions(p) != is_of_functions(instance.index)) return false;
   const bool modified = p.softcap > 0 || p.dropout_p > 0;
   return p.head_dim <= instance.head_dim && p.head_dim_v <= instance.head_dim_v &&
          (!modified || instance.score_mod == ScoreMod::native);
@@ -89,7 +95,11 @@ bool fits(const BackwardInstance &instance, const Params &p) {
 BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &machine,
                                 const BackwardInstance *instance) {
   const Params &p = params.forward;
-  const Shape shape = shape_of(p);
+  // Functions and lists do not change how heads are grouped here.
+  Params plain = p;
+  plain.score_mod = plain.mask_mod = {};
+  plain.masked_blocks = plain.full_blocks = {};
+  const Shape shape = shape_of(plain);
   BackwardPlan plan;
   plan.instance = instance != nullptr ? instance : choose_instance(p, machine);
   plan.tile = &plan.instance->tile(machine.arch);
@@ -103,6 +113,10 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   set_gradients(params, a);
   a.sum_columns = plan.instance->head_dim;
   set_blocks(p, shape, plan);
+  if (takes_backward_functions(p)) {
+    plan.functions = plan_backward_functions(params, *plan.instance, *plan.tile);
+    plan.main.shared_bytes = plan.functions->shared_bytes;
+  }
   plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
   if (a.dq != nullptr) plan.sum_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
   return plan;
@@ -113,17 +127,27 @@ void BackwardPlan::bind(void *memory) {
   arguments.dq_sum = sum_bytes > 0 ? reinterpret_cast<float *>(at) : nullptr;
   arguments.row_lse = reinterpret_cast<float *>(at + sum_bytes);
   arguments.row_delta = reinterpret_cast<float *>(at + sum_bytes + row_bytes);
+  if (functions) functions->bind(at + sum_bytes + 2 * row_bytes);
+}
+
+FunctionBackwardArguments BackwardPlan::function_arguments() const {
+  FunctionBackwardArguments a{arguments, functions->functions, {}, functions->block_arguments.table};
+  std::copy(std::begin(functions->gradients), std::end(functions->gradients), a.gradients);
+  return a;
 }
 
 std::string to_string(const BackwardPlan &plan) {
-  std::string text = to_string(plan.preprocess_key(), plan.preprocess) + "\n";
+  std::string text = plan.functions ? to_string(*plan.functions) : "";
+  text += to_string(plan.preprocess_key(), plan.preprocess) + "\n";
   if (plan.main.grid[0] > 0) {
-    text += to_string(plan.main_key(), plan.main) + ", tile " + std::to_string(plan.tile->rows) + " x " +
-            std::to_string(plan.tile->keys()) + "\n";
+    text += to_string(plan.main_key(), plan.main) + (plan.functions ? ", compiled at run time" : "") +
+            (plan.functions && plan.functions->block_sparse ? ", over block lists" : "") + ", tile " +
+            std::to_string(plan.tile->rows) + " x " + std::to_string(plan.tile->keys()) + "\n";
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
-         (plan.sum_bytes > 0 ? "dq in float32 and " : "") + "two values a row\n";
+         (plan.sum_bytes > 0 ? "dq in float32 and " : "") + "two values a row" +
+         (plan.functions && plan.functions->bytes > 0 ? ", a byte for each pair of blocks" : "") + "\n";
 }
 
 }  // namespace flashspark::cuda

@@ -47,6 +47,13 @@ std::string literal(const Node &node, Form form) {
   return cast + "(" + std::to_string(node.value) + (node.type == Type::i64 ? "ll)" : ")");
 }
 
+// Parameters of the functions that are written.
+constexpr const char *kArguments = "[[maybe_unused]] const FunctionArguments &f",
+                     *kPosition = "[[maybe_unused]] const FunctionKey &kv",
+                     *kRowAndKey = "[[maybe_unused]] const uint32_t *w, [[maybe_unused]] const Key &at",
+                     *kScore =
+                         "[[maybe_unused]] float s, [[maybe_unused]] float scale, [[maybe_unused]] float inverse_scale";
+
 // One function: its three parts, row(), key() and apply() or keep().
 class Writer {
  public:
@@ -59,6 +66,8 @@ class Writer {
 
   // The members of struct Score or Mask.
   std::string members(bool is_score);
+  // The members of struct Score of a backward kernel; the graph is that of `score`.
+  std::string gradient_members(const ScoreGradients &score);
   int32_t words() const { return words_; }
 
  private:
@@ -83,6 +92,7 @@ class Writer {
   std::string real(Part &part, int32_t n);
   std::string scaled(Part &part, int32_t n);
   std::string load(Part &part, const Node &x);
+  std::string index(Part &part, int32_t at, const std::string &tensor, int32_t dimension);
   std::string division(Part &part, const Node &x);
   std::string operation(const Node &x, const std::function<std::string(int32_t)> &in) const;
   std::string word(int32_t n, Form form);
@@ -90,6 +100,7 @@ class Writer {
   struct Linear {
     std::string first, step;
   };
+  std::string first_members() const;
   std::string sum(int32_t n);
   void add_terms(int32_t n, bool negative, std::vector<std::pair<int32_t, bool>> &terms) const;
   std::optional<Linear> linear_in_key(int32_t n, Form form);
@@ -196,13 +207,15 @@ std::string Writer::load(Part &part, const Node &x) {
   const std::string tensor = "f.tensors[" + std::to_string(first_tensor_ + x.number) + "]";
   std::string text = std::string("fn::load_") + (x.dtype == DataType::boolean ? "bool" : name(x.dtype)) + "(" + tensor +
                      ", fn::offset(" + tensor;
-  for (int32_t d = 0; d < x.num_operands; ++d) {
-    const int32_t at = input(x, d);
-    const bool from_0 = node(at).type == Type::i32 && ranges_[static_cast<size_t>(at)].low >= 0;
-    text += std::string(", fn::index") + (from_0 ? "_from_0" : "") + "(" + value(part, at, Form::plain) + ", " +
-            tensor + ".shape[" + std::to_string(d) + "])";
-  }
+  for (int32_t d = 0; d < x.num_operands; ++d) text += ", " + index(part, input(x, d), tensor, d);
   return text + "))";
+}
+
+// Node `at` as an index of a tensor's dimension.
+std::string Writer::index(Part &part, int32_t at, const std::string &tensor, int32_t dimension) {
+  const bool from_0 = node(at).type == Type::i32 && ranges_[static_cast<size_t>(at)].low >= 0;
+  return std::string("fn::index") + (from_0 ? "_from_0" : "") + "(" + value(part, at, Form::plain) + ", " + tensor +
+         ".shape[" + std::to_string(dimension) + "])";
 }
 
 // An integer by a constant above 0: a shift and a mask for a power of two, which are exact for negative numbers, too;
@@ -421,62 +434,127 @@ std::optional<Writer::Linear> Writer::linear_in_key(int32_t n, Form form) {
   return std::nullopt;
 }
 
-std::string Writer::members(bool is_score) {
-  const std::string result = is_score ? sum(g_.results[0]) : value(each_, g_.results[0], Form::plain);
-  const std::string arguments = "[[maybe_unused]] const FunctionArguments &f";
-  const std::string position = "[[maybe_unused]] const FunctionKey &kv";
-  const std::string each = arguments + ", [[maybe_unused]] const uint32_t *w, [[maybe_unused]] const Key &at, ";
+// What comes before the function itself, whose own part is written.
+std::string Writer::first_members() const {
   return "    static constexpr bool kExists = true, kUsesKeys = " +
          std::string(key_fields_.empty() ? "false" : "true") +
          ", kHasOffset = " + (offset_.empty() ? "false" : "true") + ", kIsBias = " + (is_bias_ ? "true" : "false") +
          ";\n    static constexpr int32_t kOperations = " + std::to_string(each_.statements) +
          ";\n    static constexpr int32_t kWords = " + std::to_string(words_) +
-         ";\n    static FLASHSPARK_DEVICE void row(" + arguments +
+         ";\n    static FLASHSPARK_DEVICE void row(" + kArguments +
          ", [[maybe_unused]] const FunctionRow &r, [[maybe_unused]] float inverse_scale, [[maybe_unused]] uint32_t *w) "
          "{\n" +
          row_.body + "    }\n" + "    struct Key {" + key_fields_ + " };\n    static FLASHSPARK_DEVICE Key key(" +
-         arguments + ", " + position + ") {\n" + key_.body + "      return {" + key_names_ +
-         "};\n    }\n    static FLASHSPARK_DEVICE " +
-         (is_score
-              ? "float apply(" + each +
-                    "[[maybe_unused]] float s, [[maybe_unused]] float scale, [[maybe_unused]] float inverse_scale, "
-              : "bool keep(" + each) +
-         position + ") {\n" + each_.body + "      return " + result + ";\n    }\n" +
+         kArguments + ", " + kPosition + ") {\n" + key_.body + "      return {" + key_names_ + "};\n    }\n";
+}
+
+std::string Writer::members(bool is_score) {
+  const std::string result = is_score ? sum(g_.results[0]) : value(each_, g_.results[0], Form::plain);
+  const std::string each = std::string(kArguments) + ", " + kRowAndKey + ", ";
+  return first_members() + "    static FLASHSPARK_DEVICE " +
+         (is_score ? "float apply(" + each + kScore + ", " : "bool keep(" + each) + kPosition + ") {\n" + each_.body +
+         "      return " + result + ";\n    }\n" +
          (offset_.empty() ? ""
-                          : "    static FLASHSPARK_DEVICE float offset(" + arguments +
+                          : "    static FLASHSPARK_DEVICE float offset(" + std::string(kArguments) +
                                 ", [[maybe_unused]] const uint32_t *w, [[maybe_unused]] float inverse_scale, "
                                 "[[maybe_unused]] float first) {\n      return " +
                                 offset_ + ";\n    }\n");
 }
 
+std::string Writer::gradient_members(const ScoreGradients &score) {
+  const std::string loads = std::to_string(score.loads.size());
+  std::string results, places = "PlaceBy::head";
+  size_t next = 0;
+  const auto result = [&] { return g_.results[next++]; };
+  const auto assign = [&](const std::string &to, const std::string &text) {
+    results += "      y." + to + " = " + text + ";\n";
+  };
+  assign("value", value(each_, result(), Form::plain));
+  assign("by_score", value(each_, result(), Form::plain));
+  for (size_t n = 0; n < score.loads.size(); ++n) {
+    const std::string at = "[" + std::to_string(n) + "]", to = "g[" + std::to_string(score.loads[n].tensor) + "]";
+    const std::string tensor = "f.tensors[" + std::to_string(first_tensor_ + score.loads[n].tensor) + "]";
+    assign("slopes" + at, value(each_, result(), Form::plain));
+    std::string offset = "fn::offset(" + to;
+    uint8_t depends = 0;
+    for (int32_t d = 0; d < score.loads[n].rank; ++d) {
+      const int32_t node_of_index = result();
+      depends |= node(node_of_index).depends;
+      offset += ", " + index(each_, node_of_index, tensor, d);
+    }
+    assign("places" + at, to + ".data + " + offset + ")");
+    const bool of_row = (depends & kDependsQ) != 0, of_key = (depends & kDependsKv) != 0;
+    const char *by = (depends & kDependsScore) != 0 || (of_row && of_key) ? "score"
+                     : of_row                                             ? "row"
+                     : of_key                                             ? "key"
+                                                                          : "head";
+    places = "n == " + std::to_string(n) + " ? PlaceBy::" + by + " : " + places;
+  }
+  return first_members() + "    static constexpr int32_t kLoads = " + loads +
+         ";\n    static FLASHSPARK_DEVICE constexpr PlaceBy place_by([[maybe_unused]] int32_t n) { return " + places +
+         "; }\n    static FLASHSPARK_DEVICE ScoreGradients<kLoads> apply(" + kArguments +
+         ", [[maybe_unused]] const CapturedGradient *g, " + kRowAndKey + ", " + kScore + ", " + kPosition + ") {\n" +
+         each_.body + "      ScoreGradients<kLoads> y;\n" + results + "      return y;\n    }\n";
+}
+
 constexpr const char *kNoMembers =
     "    static constexpr bool kExists = false, kUsesKeys = false, kHasOffset = false, kIsBias = false;\n"
-    "    static constexpr int32_t kOperations = 0, kWords = 0;\n"
-    "    static FLASHSPARK_DEVICE void row(const FunctionArguments &, const FunctionRow &, float, uint32_t *) {}\n";
+    "    static constexpr int32_t kOperations = 0, kWords = 0, kLoads = 0;\n"
+    "    static FLASHSPARK_DEVICE void row(const FunctionArguments &, const FunctionRow &, float, uint32_t *) {}\n"
+    "    struct Key {};\n"
+    "    static FLASHSPARK_DEVICE Key key(const FunctionArguments &, const FunctionKey &) { return {}; }\n";
+
+// The functions of a kernel, one after the other: captured tensors and scalars of the second follow those of the first.
+class SourceWriter {
+ public:
+  explicit SourceWriter(const CudaSourceOptions &options) : options_(options) {
+    source_.text = "namespace flashspark {\n\nstruct UserFunctions {\n";
+  }
+
+  // graph: NULL where there is no such function. members(writer): what the type has.
+  template <class Members>
+  void add(const char *type, const Graph *graph, Members members, const char *also_without = "") {
+    source_.text += std::string("  struct ") + type + " {\n";
+    if (graph == nullptr) {
+      source_.text += std::string(kNoMembers) + also_without;
+    } else {
+      Writer writer(*graph, tensors_, scalars_, options_.wide_positions);
+      source_.text += members(writer);
+      source_.row_words += writer.words();
+      tensors_ += graph->num_tensors;
+      scalars_ += graph->num_scalars;
+    }
+    source_.text += "  };\n";
+  }
+
+  CudaSource finish() {
+    source_.text += "};\n\n}  // namespace flashspark\n";
+    return std::move(source_);
+  }
+
+ private:
+  CudaSourceOptions options_;
+  CudaSource source_;
+  int32_t tensors_ = 0, scalars_ = 0;
+};
 
 }  // namespace
 
 CudaSource cuda_source(const Graph *score, const Graph *mask, const CudaSourceOptions &options) {
-  CudaSource source;
-  source.text = "namespace flashspark {\n\nstruct UserFunctions {\n";
-  int32_t tensors = 0, scalars = 0;
-  const auto add = [&](const char *type, const Graph *graph, bool is_score) {
-    source.text += std::string("  struct ") + type + " {\n";
-    if (graph == nullptr) {
-      source.text += kNoMembers;
-    } else {
-      Writer writer(*graph, tensors, scalars, options.wide_positions);
-      source.text += writer.members(is_score);
-      source.row_words += writer.words();
-      tensors += graph->num_tensors;
-      scalars += graph->num_scalars;
-    }
-    source.text += "  };\n";
-  };
-  add("Score", score, true);
-  add("Mask", mask, false);
-  source.text += "};\n\n}  // namespace flashspark\n";
-  return source;
+  SourceWriter source(options);
+  source.add("Score", score, [](Writer &writer) { return writer.members(true); });
+  source.add("Mask", mask, [](Writer &writer) { return writer.members(false); });
+  return source.finish();
+}
+
+CudaSource cuda_gradient_source(const ScoreGradients *score, const Graph *mask, const CudaSourceOptions &options) {
+  SourceWriter source(options);
+  source.add(
+      "Score", score != nullptr ? &score->graph : nullptr,
+      [&](Writer &writer) { return writer.gradient_members(*score); },
+      "    static FLASHSPARK_DEVICE constexpr PlaceBy place_by(int32_t) { return PlaceBy::head; }\n");
+  source.add("Mask", mask, [](Writer &writer) { return writer.members(false); });
+  return source.finish();
 }
 
 }  // namespace flashspark::graph

@@ -37,7 +37,9 @@ std::span<const BackwardKernel> backward_kernels() {
 }
 std::string name_of(const BackwardKernel &kernel) {
   return std::string(kernel.instance->name) + (kernel.dtype == FLASHSPARK_BFLOAT16 ? "_bf16" : "_fp16") +
-         (kernel.tiles == Architecture::sm_120f ? "_sm_120f" : "_sm_90");
+         (kernel.tiles == Architecture::sm_120f ? "_sm_120f" : "_sm_90") +
+         (kernel.functions != nullptr ? std::string("_") + kernel.functions : "") +
+         (kernel.block_sparse ? "_lists" : "");
 }
 
 std::string to_string(const BackwardSpec &s) {
@@ -51,6 +53,7 @@ std::string to_string(const BackwardSpec &s) {
   flag(s.heads_first, "heads_first");
   text += " window " + std::to_string(s.window_left) + "," + std::to_string(s.window_right) + " softcap " +
           std::to_string(s.softcap) + " dropout " + std::to_string(s.dropout_p) + " spread " + std::to_string(s.spread);
+  if (s.functions) text += to_string(*s.functions);
   return text;
 }
 
@@ -155,6 +158,7 @@ void BackwardProblem::make_memory(uint64_t seed) {
   fill(params.dout, s.tokens, cu_q_, s.varlen_q, s.heads_q, s.head_dim_v);
   fill(p.k, s.keys, cu_k_, s.varlen_k, s.heads_kv, s.head_dim);
   fill(p.v, s.keys, cu_k_, s.varlen_k, s.heads_kv, s.head_dim_v);
+  if (s.functions) functions_ = std::make_unique<ProblemFunctions>(*s.functions, params, seed);
 }
 
 void BackwardProblem::compute_truth() {
@@ -186,11 +190,15 @@ void BackwardProblem::compute_truth() {
       for (int64_t i = 0; i < tq; ++i) {
         const int64_t pos = i + tk - tq;
         std::vector<double> score(static_cast<size_t>(tk), -INFINITY), slope(static_cast<size_t>(tk), 1.0);
+        std::vector<double> given(static_cast<size_t>(tk));  // to the user's function
+        const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
+        const graph::Row row{narrow(b), narrow(h), narrow(i), narrow(tq), narrow(tk), narrow(q0), narrow(k0)};
         double largest = s.sinks ? double{sinks_[static_cast<size_t>(h)]} : -INFINITY;
         for (int64_t j = 0; j < tk; ++j) {
           if ((causal && j > pos) || (s.window_left >= 0 && j < pos - s.window_left) ||
               (s.window_right >= 0 && j > pos + s.window_right))
             continue;
+          if (functions_ != nullptr && !functions_->keeps(row, narrow(j))) continue;
           double x = 0;
           for (int64_t d = 0; d < s.head_dim; ++d)
             x += element(p.q, bq, q0 + i, h, d) * element(p.k, bk, k0 + j, h / group, d);
@@ -199,6 +207,12 @@ void BackwardProblem::compute_truth() {
             const double t = std::tanh(x / double{s.softcap});
             slope[static_cast<size_t>(j)] = 1 - t * t;
             x = double{s.softcap} * t;
+          }
+          given[static_cast<size_t>(j)] = x;
+          if (functions_ != nullptr) {
+            double by_score = 1;
+            x = functions_->modified(row, narrow(j), x, by_score);
+            slope[static_cast<size_t>(j)] *= by_score;
           }
           score[static_cast<size_t>(j)] = x;
           largest = std::max(largest, x);
@@ -237,8 +251,12 @@ void BackwardProblem::compute_truth() {
             const double x = element(params.dout, bq, q0 + i, h, d) * element(p.v, bk, k0 + j, h / group, d);
             dp += x, cancels += kept * std::fabs(x);
           }
-          const double noise = (prob * 0x1p-18 + 0x1p-25) * cancels * double{p.softmax_scale};
-          const double ds = prob * (kept * dp - delta) * slope[static_cast<size_t>(j)] * double{p.softmax_scale};
+          const double modified = prob * (kept * dp - delta);  // the gradient of the modified score
+          if (functions_ != nullptr && prob > 0)
+            functions_->add(row, narrow(j), given[static_cast<size_t>(j)], modified, prob * 0x1p-18 * cancels);
+          const double steep = std::max(1.0, std::fabs(slope[static_cast<size_t>(j)]));
+          const double noise = (prob * 0x1p-18 + 0x1p-25) * cancels * steep * double{p.softmax_scale};
+          const double ds = prob == 0 ? 0 : modified * slope[static_cast<size_t>(j)] * double{p.softmax_scale};
           const int64_t row_k = bk * rows_k + k0 + j, row_q = bq * rows_q + q0 + i;
           for (int64_t d = 0; d < s.head_dim_v; ++d)
             add(truth_v_, row_k, s.heads_kv, h / group, s.head_dim_v, d,
@@ -271,9 +289,15 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   };
   const bool bfloat16 = kernel.dtype == FLASHSPARK_BFLOAT16;
   const auto a = std::make_unique<BackwardArguments>(plan.arguments);
+  if (plan.functions) ProblemFunctions::prepare(*plan.functions, seed);
   launch(options(plan.preprocess), [&] { bfloat16 ? preprocess<ptx::Bfloat16>(*a) : preprocess<ptx::Float16>(*a); });
   Counters counters;
-  if (plan.main.grid[0] > 0) counters = launch(options(plan.main), [&] { kernel.run(*a); });
+  if (plan.main.grid[0] > 0 && plan.functions) {
+    const auto with_functions = std::make_unique<FunctionBackwardArguments>(plan.function_arguments());
+    counters = launch(options(plan.main), [&] { kernel.run_functions(*with_functions); });
+  } else if (plan.main.grid[0] > 0) {
+    counters = launch(options(plan.main), [&] { kernel.run(*a); });
+  }
   if (plan.postprocess.grid[0] > 0)
     launch(options(plan.postprocess),
            [&] { bfloat16 ? postprocess<ptx::Bfloat16>(*a) : postprocess<ptx::Float16>(*a); });
@@ -311,10 +335,13 @@ std::string BackwardProblem::compare(const char *name, const flashspark_tensor &
 std::string BackwardProblem::compare(const BackwardKernel &kernel) const {
   const BackwardSpec &s = spec_;
   // Of a term's factors: pairs of warps hand P to each other in 16 bits, and round dS as all do.
-  const int roundings = kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients ? 2 : 1;
+  const bool hands_over =
+      kernel.functions == nullptr && kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients;
+  const int roundings = hands_over ? 2 : 1;
   std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true, 1);
   if (text.empty()) text = compare("dk", params.dk, truth_k_, s.heads_kv, s.head_dim, true, roundings);
   if (text.empty()) text = compare("dq", params.dq, truth_q_, s.heads_q, s.head_dim, false, roundings);
+  if (text.empty() && functions_ != nullptr) text = functions_->compare();
   for (size_t h = 0; text.empty() && s.sinks && h < dsinks_.size(); ++h) {
     const double x = double{dsinks_[h]}, y = truth_sinks_.value[h];
     if (!(std::fabs(x - y) <= 0.02 * truth_sinks_.allowed[h] + 1e-5))

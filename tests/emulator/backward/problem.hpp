@@ -3,10 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "backward/functions.hpp"
 #include "cuda/backward.hpp"
 #include "emulator.hpp"
 #include "guarded.hpp"
@@ -18,6 +21,10 @@ struct BackwardKernel {
   int32_t dtype;
   Architecture tiles;
   void (*run)(const BackwardArguments &);
+  // Of kernels with functions:
+  const char *functions = nullptr;  // their names in tests/support/named_graphs.hpp
+  bool block_sparse = false;
+  void (*run_functions)(const FunctionBackwardArguments &) = nullptr;
 };
 std::span<const BackwardKernel> backward_kernels();
 std::string name_of(const BackwardKernel &kernel);
@@ -40,6 +47,7 @@ struct BackwardSpec {
   bool wanted_q = true, wanted_k = true, wanted_v = true;
   bool heads_first = false;  // tensors lie (B, H, T, D)
   float spread = 1.0f;       // of scores: larger ones are peaked
+  std::optional<FunctionSpec> functions;
 };
 std::string to_string(const BackwardSpec &spec);
 
@@ -71,6 +79,7 @@ class BackwardProblem {
   Guarded<float> lse_, dlse_, sinks_, dsinks_;
   Guarded<int32_t> cu_q_, cu_k_, used_q_, used_k_, causal_;
   Truth truth_q_, truth_k_, truth_v_, truth_sinks_;
+  std::unique_ptr<ProblemFunctions> functions_;
   int64_t max_q_ = 0, max_k_ = 0;
 };
 
