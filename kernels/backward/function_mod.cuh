@@ -12,6 +12,7 @@
 #pragma once
 
 #include "attention/functions.cuh"
+#include "backward/blocks.cuh"
 #include "backward/function_traits.cuh"
 #include "backward/modifications.cuh"
 

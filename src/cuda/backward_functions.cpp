@@ -42,15 +42,13 @@ const graph::CudaSource &source_of(const Params &p, const BackwardFunctionPlan &
   static std::mutex mutex;
   static auto *sources = new std::map<SourceKey, graph::CudaSource>;
   const std::lock_guard lock(mutex);
-  const auto [known, is_new] = sources->try_emplace(source_key(p, plan));
-  if (is_new) {
-    std::optional<graph::ScoreGradients> score;
-    if (p.score_mod.mod != nullptr) score = graph::score_gradients(p.score_mod.mod->graph, plan.wanted);
-    known->second = graph::cuda_gradient_source(score ? &*score : nullptr,
-                                                p.mask_mod.mod != nullptr ? &p.mask_mod.mod->graph : nullptr,
-                                                {.wide_positions = plan.wide_positions});
-  }
-  return known->second;
+  const SourceKey key = source_key(p, plan);
+  if (const auto known = sources->find(key); known != sources->end()) return known->second;
+  std::optional<graph::ScoreGradients> score;
+  if (p.score_mod.mod != nullptr) score = graph::score_gradients(p.score_mod.mod->graph, plan.wanted);
+  const graph::Graph *mask = p.mask_mod.mod != nullptr ? &p.mask_mod.mod->graph : nullptr;
+  return (*sources)[key] =
+             graph::cuda_gradient_source(score ? &*score : nullptr, mask, {.wide_positions = plan.wide_positions});
 }
 
 bool is_wanted(const BackwardParams &p, int32_t tensor) {
@@ -196,6 +194,7 @@ std::string unsupported_backward_functions(const BackwardParams &params) {
       p.rswa_window > 0 || p.attention_chunk > 0)
     add("alibi_slopes, rel_logits, prefix ranges, rswa_window and attention_chunk beside score_mod, mask_mod or block "
         "lists");
+  if (p.deterministic != 0) add("deterministic beside score_mod, mask_mod or block lists");
   for (int32_t n = 0; p.deterministic != 0 && p.score_mod.mod != nullptr && n < p.score_mod.num_tensors; ++n) {
     if (is_wanted(params, n))
       add("deterministic with dtensors[" + std::to_string(n) + "], which is summed in no order");

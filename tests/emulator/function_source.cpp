@@ -54,6 +54,9 @@ std::string source_of_all() {
     list += "  EACH(" + name + ") \\\n";
   };
   for (const test::NamedFunctions &each : test::named_functions()) add(each.name, source_of(each));
+  for (const test::NamedFunctions &each : test::gradient_functions()) {
+    if (gradients) add(each.name, source_of(each));
+  }
   for (uint64_t seed = 0; seed < kRandomFunctions; ++seed) {
     add(RandomFunctions(seed).name(), source_of(seed));
   }
