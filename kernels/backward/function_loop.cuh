@@ -34,12 +34,43 @@ struct SequenceBlocks {
 };
 
 template <class T>
-struct FunctionLoop : BackwardLoop<T> {
-  const FunctionBackwardArguments &f;
+struct FunctionLoop {
+  const FunctionBackwardArguments &a;
+  KeyMask mask;
   FunctionRow row;  // of the sequence; h and q_idx are each row's own
   SequenceBlocks blocks;
-  int32_t end_head, last_key;  // of the CTA
+  int32_t first_key, last_key, end_head;  // of the CTA
+  int32_t first_padded_row;
+  QueryLoader<T> q;
+  GradientLoader<T> dout;
+  ptx::SharedAddress shared;
+  BackwardOffsets<T> lane;
+  PhiloxKey dropout_key;
+
+  KeyOperand<T, T::kHeadDim, T::kTile.keys_in_registers> keys;
+  KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
+  KeyGradient<T, T::kHeadDim> dk;  // of a pair, what the warp sums
+  KeyGradient<T, T::kHeadDimV> dv;
   CapturedSums<T> sums;
+
+  FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
+    return shared + (T::kStages == 1 || stage == 0 ? T::kMemory.queries : T::kMemory.second_stage);
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress rows(int32_t stage) const {
+    return shared + T::kMemory.rows + stage * T::kMemory.row_stage;
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
+    return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
+  }
+  FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + lane.warp_key; }
+
+  FLASHSPARK_DEVICE void copy_queries(const RowWalk &at, int32_t stage) {
+    q.copy(at, queries(stage));
+    copy_row_values<T>(a, first_padded_row, at, rows(stage));
+  }
+  FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
+    if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, row.b, first_key, at, kept(stage));
+  }
 
   // The first block of rows from `at` on that the lists name; its head is end_head if there is none. A lane looks at a
   // block of rows.
@@ -49,8 +80,7 @@ struct FunctionLoop : BackwardLoop<T> {
       while (at.head < end_head) {
         for (; at.block < at.end; at.block += 32) {
           const int32_t first = (at.block + ptx::lane()) * T::kRows, last = min_of(first + T::kRows, row.seqlen_q) - 1;
-          const bool listed =
-              at.block + ptx::lane() < at.end && blocks.any(at.head, first, last, this->first_key, last_key);
+          const bool listed = at.block + ptx::lane() < at.end && blocks.any(at.head, first, last, first_key, last_key);
           const uint32_t found = ptx::ballot(listed);
           if (found == 0) continue;
           at.block = ptx::uniform(at.block + static_cast<int32_t>(ptx::lowest_bit(found)));
@@ -65,58 +95,57 @@ struct FunctionLoop : BackwardLoop<T> {
   FLASHSPARK_DEVICE void write_words(const RowWalk &at) const {
     FunctionRow of_head = row;
     of_head.h = at.head;
-    write_function_words<T>(f, of_head, at.block * T::kRows, this->shared + T::kMemory.words);
+    write_function_words<T>(a, of_head, at.block * T::kRows, shared + T::kMemory.words);
   }
 
   FLASHSPARK_DEVICE uint32_t status(int32_t head, int32_t token) const {
     if constexpr (!T::kBlockSparse) return kListed;
     if (token >= row.seqlen_q) return kUnlisted;
-    return blocks.at(head, blocks.query_block(token), blocks.key_block(min_of(this->warp_key(), last_key)));
+    return blocks.at(head, blocks.query_block(token), blocks.key_block(min_of(warp_key(), last_key)));
   }
 
   // Of the lane's keys, which of the tile's rows keep them, counted from the lane's first row.
   FLASHSPARK_DEVICE Interval kept_rows(int32_t key, int32_t token) const {
-    const int32_t at = this->warp_key() + ptx::lane() / 4 + 8 * key, first = token + ptx::lane() % 4 * 2;
-    if (at >= this->mask.end) return {0, 0};
-    return {at + this->mask.low - first, min_of(at + this->mask.high, row.seqlen_q) - first};
+    const int32_t at = warp_key() + ptx::lane() / 4 + 8 * key, first = token + ptx::lane() % 4 * 2;
+    if (at >= mask.end) return {0, 0};
+    return {at + mask.low - first, min_of(at + mask.high, row.seqlen_q) - first};
   }
 
-  // As BackwardLoop::add_rows() does it: for dV, or for dK and dQ, or for all.
+  // What kScoreRows rows of a block add to dV, or to dK and dQ, or to all.
   template <bool of_values, bool of_keys>
   FLASHSPARK_DEVICE void add_function_rows(const RowWalk &at, int32_t stage, int32_t first_row) {
     const int32_t token = at.block * T::kRows + first_row;
-    const ptx::SharedAddress q_rows = this->queries(stage) + first_row * T::KeyLayout::kPitch;
-    const ptx::SharedAddress dout_rows = this->shared + T::kMemory.dout + first_row * T::ValueLayout::kPitch;
-    const ptx::SharedAddress lse = this->rows(stage) + first_row * 4, dscores = this->shared + T::kMemory.dscores;
-    const Interval visited = this->mask.visited(this->warp_key(), T::kWarpKeys);
+    const ptx::SharedAddress q_rows = queries(stage) + first_row * T::KeyLayout::kPitch;
+    const ptx::SharedAddress dout_rows = shared + T::kMemory.dout + first_row * T::ValueLayout::kPitch;
+    const ptx::SharedAddress lse = rows(stage) + first_row * 4, dscores = shared + T::kMemory.dscores;
+    const Interval visited = mask.visited(warp_key(), T::kWarpKeys);
     ScoreOperand<T> p{}, ds{};
     const uint32_t listed = status(at.head, token);
     if (listed == kUnlisted || token >= visited.end || token + T::kScoreRows <= visited.begin) {
-      if constexpr (of_keys) store_scores(ds, dscores, this->lane.score_store, first_row);
+      if constexpr (of_keys) store_scores(ds, dscores, lane.score_store, first_row);
       return;
     }
     ScoreTile<T> scores{}, products{};
-    score_product<T, typename T::KeyLayout>(scores, this->keys, this->shared, q_rows, this->lane);
+    score_product<T, typename T::KeyLayout>(scores, keys, shared, q_rows, lane);
     if constexpr (of_keys)
-      score_product<T, typename T::ValueLayout>(products, this->values, this->shared + T::kMemory.values, dout_rows,
-                                                this->lane);
-    const FunctionTile tile{this->warp_key(),
+      score_product<T, typename T::ValueLayout>(products, values, shared + T::kMemory.values, dout_rows, lane);
+    const FunctionTile tile{warp_key(),
                             first_row,
                             {kept_rows(0, token), kept_rows(1, token)},
                             listed != kWhole,
                             lse,
                             lse + T::kRows * 4,
-                            this->kept(stage),
-                            this->shared + T::kMemory.words};
-    function_scores<T, of_keys>(f, tile, scores, products, p, ds, sums);
-    if constexpr (of_keys) store_scores(ds, dscores, this->lane.score_store, first_row);
+                            kept(stage),
+                            shared + T::kMemory.words};
+    function_scores<T, of_keys>(a, tile, scores, products, p, ds, sums);
+    if constexpr (of_keys) store_scores(ds, dscores, lane.score_store, first_row);
     // Of a pair both sums lie in dk.
     if constexpr (of_values && of_keys) {
-      gradient_product<T, typename T::ValueLayout>(this->dv, p, dout_rows, this->lane);
+      gradient_product<T, typename T::ValueLayout>(dv, p, dout_rows, lane);
     } else if constexpr (of_values) {
-      gradient_product<T, typename T::ValueLayout>(this->dk, p, dout_rows, this->lane);
+      gradient_product<T, typename T::ValueLayout>(dk, p, dout_rows, lane);
     }
-    if constexpr (of_keys) gradient_product<T, typename T::KeyLayout>(this->dk, ds, q_rows, this->lane);
+    if constexpr (of_keys) gradient_product<T, typename T::KeyLayout>(dk, ds, q_rows, lane);
   }
 
   FLASHSPARK_DEVICE void add_block(const RowWalk &at, int32_t stage) {
@@ -133,15 +162,15 @@ struct FunctionLoop : BackwardLoop<T> {
   }
 
   // K and V are in flight, and block `at` is the first.
-  FLASHSPARK_DEVICE void run_listed(RowWalk at) {
-    this->copy_queries(at, 0);
-    this->dout.copy(at, this->shared + T::kMemory.dout);
+  FLASHSPARK_DEVICE void run(RowWalk at) {
+    copy_queries(at, 0);
+    dout.copy(at, shared + T::kMemory.dout);
     ptx::cp_async_commit();
-    this->draw(at, 0);
+    draw(at, 0);
     ptx::cp_async_wait<1>();
     ptx::cta_barrier();  // K and V are here
-    load_key_operand<T, typename T::KeyLayout>(this->keys, this->shared, this->lane);
-    load_key_operand<T, typename T::ValueLayout>(this->values, this->shared + T::kMemory.values, this->lane);
+    load_key_operand<T, typename T::KeyLayout>(keys, shared, lane);
+    load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
     ptx::cta_barrier();  // all have V in registers, where words take its memory
     write_words(at);
     FLASHSPARK_NO_UNROLL
@@ -150,18 +179,21 @@ struct FunctionLoop : BackwardLoop<T> {
       const bool has_next = next.head < end_head;
       ptx::cp_async_wait<0>();
       ptx::cta_barrier();  // Q, dO and the rows' words are here; all are done with dS^T and the other stage
-      if (T::kStages > 1 && has_next) this->copy_queries(next, 1 - stage);
+      if (T::kStages > 1 && has_next) copy_queries(next, 1 - stage);
       ptx::cp_async_commit();
       add_block(at, stage);
-      if (has_next) this->draw(next, 1 - stage);
+      if (has_next) draw(next, 1 - stage);
       ptx::cta_barrier();  // dS^T is here; all are done with dO and the words
       if (has_next) {
-        if constexpr (T::kStages == 1) this->copy_queries(next, 1 - stage);
-        this->dout.copy(next, this->shared + T::kMemory.dout);
+        if constexpr (T::kStages == 1) copy_queries(next, 1 - stage);
+        dout.copy(next, shared + T::kMemory.dout);
         write_words(next);
       }
       ptx::cp_async_commit();
-      if (this->a.dq_sum != nullptr) this->add_to_dq(at);
+      if (a.dq_sum != nullptr) {
+        const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
+        add_query_gradient<T>(a.dq_sum + row * T::kHeadDim, shared + T::kMemory.dscores, shared, lane);
+      }
       if (next.head != at.head) sums.end_head();
       if (!has_next) break;
       at = next;
@@ -170,19 +202,17 @@ struct FunctionLoop : BackwardLoop<T> {
 
   FLASHSPARK_DEVICE void store() {
     ptx::cta_barrier();  // all are done with K, whose memory the results pass through
-    const KeyTile tile = find_key_tile(f, T::kKeys);
-    const float value_scale = f.dropout.scale;
+    const KeyTile tile = find_key_tile(a, T::kKeys);
+    const float value_scale = a.dropout.scale;
     if constexpr (!T::kPaired) {
-      store_gradient<T, typename T::KeyLayout>(f.dk, f.dk_strides, tile, this->dk, f.softmax_scale, f.head_dim,
-                                               this->shared);
-      store_gradient<T, typename T::ValueLayout>(f.dv, f.dv_strides, tile, this->dv, value_scale, f.head_dim_v,
-                                                 this->shared);
+      store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, dk, a.softmax_scale, a.head_dim, shared);
+      store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, dv, value_scale, a.head_dim_v, shared);
     } else {
       const bool of_values = T::sums_values();
-      store_gradient<T, typename T::KeyLayout>(of_values ? f.dv : f.dk, of_values ? f.dv_strides : f.dk_strides, tile,
-                                               this->dk, of_values ? value_scale : f.softmax_scale,
-                                               of_values ? f.head_dim_v : f.head_dim,
-                                               this->shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
+      store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, tile,
+                                               dk, of_values ? value_scale : a.softmax_scale,
+                                               of_values ? a.head_dim_v : a.head_dim,
+                                               shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
     }
   }
 };
@@ -210,13 +240,11 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
   const FunctionRow row{
       tile.seq, 0, 0, rows.seqlen_q, keys.end - keys.begin, rows.q_row, static_cast<int32_t>(keys.row)};
   // clang-format off
-  FunctionLoop<T> loop{{a, key_mask(a, mask), tile.seq, tile.first,
-                        first_padded_row(a, tile.seq, rows.q_row),
-                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
-                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                        shared, backward_offsets<T>(), dropout_key(a.dropout), {}, {}, {}, {}},
-                       a, row, {a.blocks, a.blocks.data + tile.seq * a.blocks.batch_stride},
-                       (tile.head_kv + 1) * group, own.end - 1, {}};
+  FunctionLoop<T> loop{a, key_mask(a, mask), row, {a.blocks, a.blocks.data + tile.seq * a.blocks.batch_stride},
+                       tile.first, own.end - 1, (tile.head_kv + 1) * group, first_padded_row(a, tile.seq, rows.q_row),
+                       make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
+                       make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
+                       shared, backward_offsets<T>(), dropout_key(a.dropout), {}, {}, {}, {}, {}};
   // clang-format on
   const RowWalk first = loop.find({begin, end, tile.head_kv * group, begin});
   if (first.head < loop.end_head) {
@@ -226,7 +254,7 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
     make_tile_loader<T, KVOperand::key>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared);
     make_tile_loader<T, KVOperand::value>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared + T::kMemory.values);
     ptx::cp_async_commit();
-    loop.run_listed(first);
+    loop.run(first);
   }
   loop.store();
 }
