@@ -84,14 +84,17 @@ void ProblemFunctions::capture(const graph::Graph &graph, bool with_gradients, s
 ProblemFunctions::ProblemFunctions(const FunctionSpec &spec, BackwardParams &p, uint64_t seed)
     : spec_(spec), random_(seed, 'f'), scalars_(graph::kMaxScalars, 0.25) {
   Params &f = p.forward;
+  // Functions are made of graphs as they are written: what these capture counts, also what is no longer read.
+  std::optional<graph::Graph> written_score, written_mask;
   if (spec.functions.starts_with("random_")) {
     const RandomFunctions random(std::stoull(spec.functions.substr(7)));
-    score_ = graph::simplified_function(random.score), mask_ = graph::simplified_function(random.mask);
+    written_score = random.score, written_mask = random.mask;
   } else {
     const test::NamedFunctions named = test::named(spec.functions);
-    if (const auto graph = named.score()) score_ = graph::simplified_function(*graph);
-    if (const auto graph = named.mask()) mask_ = graph::simplified_function(*graph);
+    written_score = named.score(), written_mask = named.mask();
   }
+  if (written_score) score_ = graph::simplified_function(*written_score);
+  if (written_mask) mask_ = graph::simplified_function(*written_mask);
   const auto tensors_of = [](const std::vector<Captured> &from) {
     std::vector<graph::AuxTensor> tensors;
     for (const Captured &c : from) tensors.push_back(c.tensor);
@@ -115,7 +118,7 @@ ProblemFunctions::ProblemFunctions(const FunctionSpec &spec, BackwardParams &p, 
       place.results = indices;
       places_.push_back(std::move(place));
     }
-    score_mod_ = std::make_unique<test::Function>(*score_, true, bindings(score_tensors_));
+    score_mod_ = std::make_unique<test::Function>(*written_score, true, bindings(score_tensors_));
     score_mod_->give(f);
     for (const Captured &c : of_score_) gradients_.push_back(c.gradient);
     p.dtensors = gradients_.data();
@@ -123,7 +126,7 @@ ProblemFunctions::ProblemFunctions(const FunctionSpec &spec, BackwardParams &p, 
   if (mask_) {
     capture(*mask_, false, of_mask_);
     mask_tensors_ = tensors_of(of_mask_);
-    mask_mod_ = std::make_unique<test::Function>(*mask_, false, bindings(mask_tensors_));
+    mask_mod_ = std::make_unique<test::Function>(*written_mask, false, bindings(mask_tensors_));
     mask_mod_->give(f);
   }
   if (spec.lists) {
