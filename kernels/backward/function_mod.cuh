@@ -23,7 +23,8 @@ namespace flashspark {
 FLASHSPARK_DEVICE void add_each(float *to, float x) {
   const auto address = reinterpret_cast<uint64_t>(to);
   const auto low = static_cast<int32_t>(address), high = static_cast<int32_t>(address >> 32);
-  if (ptx::ballot(low == ptx::shuffle(low, 0) && high == ptx::shuffle(high, 0)) == ~0u) {
+  const int32_t first_low = ptx::shuffle(low, 0), first_high = ptx::shuffle(high, 0);
+  if (ptx::ballot(low == first_low && high == first_high) == ~0u) {
     FLASHSPARK_UNROLL
     for (uint32_t lanes = 16; lanes > 0; lanes /= 2) x += ptx::shuffle_xor(x, lanes);
     if (ptx::lane() != 0) return;
