@@ -1,6 +1,7 @@
 """Gradients through score functions, mask functions and block lists: of q, k, v and of what score functions capture.
 
-Each is at most twice as far from float64's as that of the same formula in torch, in the tensors' own type.
+Each is at most twice as far from float64's as that of the same formula in torch, in the tensors' own type, or as that
+in float64 with `out` rounded to this type, from which a backward pass takes it.
 """
 
 from __future__ import annotations
@@ -115,8 +116,13 @@ def attention(case: Case, q, k, v, score, mask):
     return out, lse.masked_fill(lse == -math.inf, 0)
 
 
-def gradients(case: Case, function, given, tensors, dout, dlse, dtype):
-    """Of q, k, v and of what the function captures, in an order of its own."""
+def rounding_of_out(out, dout, lse, dtype: torch.dtype):
+    """What makes of a sum's gradients those that come of a rounded `out`: ds = p (dp - rowsum(dout * out))."""
+    return -((dout.double() * (out.to(dtype) - out)).sum(-1).detach() * lse).sum()
+
+
+def gradients(case: Case, function, given, tensors, dout, dlse, dtype, rounded=None):
+    """Of q, k, v and of what the function captures. rounded: the type that `out` is rounded to in between."""
     rows = [x.detach().to(dtype, copy=True).requires_grad_() for x in given]
     names = scores({})[case.score][1].split()
     held = dict(tensors)
@@ -127,6 +133,8 @@ def gradients(case: Case, function, given, tensors, dout, dlse, dtype):
     total = (out.double() * dout.double()).sum()
     if case.dlse:
         total = total + (lse.double() * dlse.double()).sum()
+    if rounded is not None:
+        total = total + rounding_of_out(out, dout, lse, rounded)
     total.backward()
     found = dict(zip("qkv", (x.grad for x in rows)))
     return found | {name: held[name].grad for name in names}
@@ -143,12 +151,14 @@ def check(case: Case, seed: int, device: torch.device, function=attention):
     tensors = captured(n, case.dtype, device, seed)
     want = gradients(case, formula, given, tensors, dout, dlse, torch.float64)
     peer = gradients(case, formula, given, tensors, dout, dlse, case.dtype)
+    rounded = gradients(case, formula, given, tensors, dout, dlse, torch.float64, case.dtype)
     got = gradients(case, function, given, tensors, dout, dlse, case.dtype)
     for name, y in want.items():
-        x, other = got[name], peer[name]
+        x = got[name]
         assert torch.isfinite(x).all(), f"{name} of {case}"
         scale = y.abs().max().item()
-        error, allowed = (x.double() - y).abs().max().item(), (other.double() - y).abs().max().item()
+        error, *others = ((g.double() - y).abs().max().item() for g in (x, peer[name], rounded[name]))
+        allowed = max(others)
         unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(x.dtype, 2**-14)
         bound = max(2 * allowed, unit * scale) + 1e-5 * scale + 1e-6
         assert error <= bound, f"{name}: {error} > {bound} of {scale}, {case}, seed {seed}"
@@ -224,7 +234,7 @@ def packed_mask(b, h, q, k, lengths, aux):
     return (k + h) % 3 != 0
 
 
-def packed_formula(tensors, aux, dtype, dout):
+def packed_formula(tensors, aux, dtype, dout, rounded=None):
     q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in tensors)
     aux = [x.detach().to(torch.float64, copy=True).requires_grad_() for x in aux]
     i = j = 0
@@ -242,6 +252,9 @@ def packed_formula(tensors, aux, dtype, dout):
         p = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0).to(dtype)
         out = torch.einsum("hij,jhd->ihd", p, v[j : j + keys].repeat_interleave(group, 1))
         total = total + (out.double() * dout[i : i + rows].double()).sum()
+        if rounded is not None:
+            lse = torch.logsumexp(s.masked_fill(empty, 0), -1).masked_fill(empty[..., 0], 0)
+            total = total + rounding_of_out(out, dout[i : i + rows], lse.t(), rounded)
         i, j = i + rows, j + keys
     total.backward()
     return [x.grad for x in (q, k, v, *aux)]
@@ -255,6 +268,7 @@ def test_packed_sequences(width, device):
     q, k, v, dout = (torch.randn(*s, generator=make).to(torch.bfloat16).to(device) for s in shapes)
     aux = [torch.randn(n, generator=make).to(device) for n in (HEADS, 256)]
     want, peer = (packed_formula((q, k, v), aux, dtype, dout) for dtype in (torch.float64, torch.bfloat16))
+    rounded = packed_formula((q, k, v), aux, torch.float64, dout, torch.bfloat16)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, *aux)]
     cu = [
         torch.tensor([0, *torch.tensor([n[x] for n in LENGTHS]).cumsum(0)], dtype=torch.int32).to(device)
@@ -265,9 +279,10 @@ def test_packed_sequences(width, device):
         mask_mod=packed_mask, aux_tensors=leaves[3:],
     )  # fmt: skip
     out.backward(dout)
-    for name, leaf, y, other in zip(("q", "k", "v", "slopes", "by token"), leaves, want, peer):
+    for name, leaf, y, *others in zip(("q", "k", "v", "slopes", "by token"), leaves, want, peer, rounded):
         scale = y.abs().max().item()
-        error, allowed = (leaf.grad.double() - y).abs().max().item(), (other.double() - y).abs().max().item()
+        error, *found = ((g.double() - y).abs().max().item() for g in (leaf.grad, *others))
+        allowed = max(found)
         bound = max(2 * allowed, 2**-8 * scale if name in "qkv" else 0) + 1e-4 * scale + 1e-6
         assert error <= bound, f"{name}: {error} > {bound} of {scale}"
 
