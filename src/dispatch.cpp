@@ -117,9 +117,8 @@ constexpr FeatureSet kAllGradients =
 static_assert(std::popcount(kAllGradients) == kAllBits - 10);
 
 // What the kernels of the backward pass have not got yet.
-constexpr FeatureSet kCudaGradients = without(kAllGradients, {"float32", "score_mod", "mask_mod", "block lists",
-                                                              "gradients of captured tensors"});
-static_assert(std::popcount(kCudaGradients) == std::popcount(kAllGradients) - 5);
+constexpr FeatureSet kCudaGradients = without(kAllGradients, {"float32"});
+static_assert(std::popcount(kCudaGradients) == std::popcount(kAllGradients) - 1);
 
 FeatureSet required_features(const Params &p) {
   FeatureSet set = 0;

@@ -221,8 +221,8 @@ FLASHSPARK_DEVICE int32_t index(int64_t i, int32_t size) {
 FLASHSPARK_DEVICE int32_t index_from_0(int32_t i, int32_t size) {
   return min_of(i, size - 1);
 }
-template <class... Index>
-FLASHSPARK_DEVICE int64_t offset(const CapturedTensor &t, Index... indices) {
+template <class Tensor, class... Index>
+FLASHSPARK_DEVICE int64_t offset(const Tensor &t, Index... indices) {
   const int32_t at[sizeof...(indices) + 1] = {indices..., 0};
   int64_t sum = 0;
   FLASHSPARK_UNROLL

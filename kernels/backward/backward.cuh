@@ -266,30 +266,31 @@ struct BackwardLoop {
   }
 };
 
+// Of a pair both sums lie in dk.
 template <class T>
-FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const BackwardLoop<T> &loop,
-                                       ptx::SharedAddress shared) {
+FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const KeyGradient<T, T::kHeadDim> &dk,
+                                       const KeyGradient<T, T::kHeadDimV> &dv, ptx::SharedAddress shared) {
   // Found again, instead of being kept through the loop.
   const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
   const bool of_values = T::kPaired && T::sums_values();
   if (a.head_parts > 1) {
     if (T::kPaired) {
-      add_gradient<T, T::kHeadDim>(of_values ? a.dv_sum : a.dk_sum, tile, loop.dk);
+      add_gradient<T, T::kHeadDim>(of_values ? a.dv_sum : a.dk_sum, tile, dk);
     } else {
-      add_gradient<T, T::kHeadDim>(a.dk_sum, tile, loop.dk);
-      add_gradient<T, T::kHeadDimV>(a.dv_sum, tile, loop.dv);
+      add_gradient<T, T::kHeadDim>(a.dk_sum, tile, dk);
+      add_gradient<T, T::kHeadDimV>(a.dv_sum, tile, dv);
     }
     return;
   }
   const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
   if constexpr (T::kPaired) {
-    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, tile,
-                                             loop.dk, of_values ? value_scale : a.softmax_scale,
+    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, tile, dk,
+                                             of_values ? value_scale : a.softmax_scale,
                                              of_values ? a.head_dim_v : a.head_dim,
                                              shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
   } else {
-    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, loop.dk, a.softmax_scale, a.head_dim, shared);
-    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, loop.dv, value_scale, a.head_dim_v, shared);
+    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, dk, a.softmax_scale, a.head_dim, shared);
+    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, dv, value_scale, a.head_dim_v, shared);
   }
 }
 
@@ -337,7 +338,7 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   // clang-format on
   if (count > 0) loop.run(blocks, tile.head_q, count);
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
-  store_gradients(a, loop, shared);
+  store_gradients<T>(a, loop.dk, loop.dv, shared);
 }
 
 }  // namespace flashspark

@@ -33,6 +33,8 @@ enum class BackwardIndex : int32_t {
   none = -1,
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, score_mod, tile_90, tile_120f) name,
 #include "backward/instances.def"
+// Then those of kernels with the user's functions.
+#include "backward/function_instances.def"
 #undef FLASHSPARK_INSTANCE
 };
 
@@ -57,9 +59,23 @@ constexpr bool registers = true, shared = false;
 inline constexpr BackwardInstance kTable[] = {
 #include "backward/instances.def"
 };
+// Of kernels with the user's functions: their indices follow.
+inline constexpr BackwardInstance kFunctionTable[] = {
+#include "backward/function_instances.def"
+};
 }  // namespace backward_instances
 #undef FLASHSPARK_INSTANCE
 #undef FLASHSPARK_TILE
 inline constexpr auto &kBackwardInstances = backward_instances::kTable;
+inline constexpr auto &kBackwardFunctionInstances = backward_instances::kFunctionTable;
+
+constexpr int32_t kNumBackwardInstances = sizeof kBackwardInstances / sizeof kBackwardInstances[0];
+constexpr bool is_of_functions(BackwardIndex index) {
+  return static_cast<int32_t>(index) >= kNumBackwardInstances;
+}
+constexpr const BackwardInstance &instance_of(BackwardIndex index) {
+  const auto n = static_cast<int32_t>(index);
+  return is_of_functions(index) ? kBackwardFunctionInstances[n - kNumBackwardInstances] : kBackwardInstances[n];
+}
 
 }  // namespace flashspark

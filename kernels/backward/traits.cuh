@@ -21,7 +21,7 @@ struct BackwardTraits {
   using Element = Element_;
   using ElementKV = Element_;
   using Mma = MmaF16<Element>;
-  static constexpr BackwardInstance kInstance = kBackwardInstances[static_cast<int32_t>(index)];
+  static constexpr BackwardInstance kInstance = instance_of(index);
 #if defined(TUNE_WARPS)  // bench/gpu/backward_tune.sh tries others
   static constexpr BackwardTile kTile{
       TUNE_WARPS, TUNE_KEYS, TUNE_ROWS, TUNE_SCORES, TUNE_K, TUNE_V, RowStages::TUNE_STAGES, KeySharing::TUNE_SHARING,
@@ -69,7 +69,8 @@ struct BackwardTraits {
   static constexpr int32_t kPassRows = kThreads / kRowThreads;
   static constexpr int32_t kPasses = kCopyRows / kPassRows;
   static_assert(kCopyRows % kPassRows == 0);
-  static_assert(!kPaired || (kHeadDim == kHeadDimV && kTile.keys_in_registers && kTile.values_in_registers));
+  static_assert(!kPaired || kHeadDim == kHeadDimV);
+  static_assert(!kPaired || is_of_functions(index) || (kTile.keys_in_registers && kTile.values_in_registers));
   static_assert(!kPaired || !kNative || kStages != RowStages::all);  // slopes of softcap have one stage
 
   // Which of the CTA's parts of keys a warp has. Of a pair, two neighbours have the same.

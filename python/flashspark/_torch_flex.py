@@ -91,7 +91,9 @@ def _operands(make, query, key, value, score_mod, block_mask, scale, options, sc
     score = _traced(_aten(score_mod, query, 5, score_buffers, make), "score", score_buffers)
     mask = _traced(_aten(mask_mod, query, 4, mask_buffers, make), "mask", mask_buffers)
     heads = query.shape[1]
-    left = served(score, mask, False, query.shape[2], key.shape[2], (heads,), (query.shape[0], heads))
+    # On a GPU ALiBi stays a function: beside lists and other functions there are no gradients of built-in slopes.
+    slopes = () if query.is_cuda else ((heads,), (query.shape[0], heads))
+    left = served(score, mask, False, query.shape[2], key.shape[2], *slopes)
     if {"causal", "window_left", "window_right"} & set(left[2]):  # which the operator does not have
         left = (score, left[1], {})
     score, mask, parameters = left

@@ -21,6 +21,7 @@ std::string unsupported_backward(const BackwardParams &params) {
   };
   add(misaligned_rows(p, "out", p.out));
   add(misaligned_rows(p, "dout", params.dout));
+  add(unsupported_backward_functions(params));
   const int64_t padded = (is_varlen_q(p) ? p.total_q : p.num_seqs * p.max_seqlen_q) + 64 * (p.num_seqs + 1);
   if (padded > kMaxTokens) add("tokens of all sequences, each up to whole blocks of 64, > 2^30");
   return text;
@@ -35,18 +36,35 @@ void backward(const BackwardParams &params, const ScratchSource &scratch) {
   const auto stream = static_cast<Stream>(p.stream);
   // Kernels before memory: loading one may fail.
   const Kernel preprocess = get(plan.preprocess_key(), p.device_index);
-  const Kernel main = get(plan.main_key(), p.device_index, plan.main.shared_bytes);
+  const Kernel main = plan.functions ? get_backward_function_kernel(p, *plan.functions, plan.main_key(), p.device_index)
+                                     : get(plan.main_key(), p.device_index, plan.main.shared_bytes);
+  const auto small_kernel = [&](Operation operation, bool is_needed) {
+    return is_needed ? get({operation}, p.device_index) : nullptr;
+  };
+  const Kernel clear =
+      small_kernel(Operation::attention_backward_clear, plan.functions && plan.functions->clear.grid[0] > 0);
+  const Kernel make_blocks =
+      small_kernel(Operation::attention_backward_blocks, plan.functions && plan.functions->make_blocks.grid[0] > 0);
   const Kernel postprocess = get(plan.postprocess_key(), p.device_index);
   const Kernel sums = plan.sums.grid[0] > 0 ? get(plan.sums_key(), p.device_index) : Kernel{};
   const Workspace memory({params.workspace, params.workspace_size}, stream, scratch, plan.workspace());
   plan.bind(memory.data());
-  const auto put = [&](Kernel each, const Launch &shape) {
-    if (shape.grid[0] > 0) launch(each, shape, &plan.arguments, stream, device.machine.arch);
+  const auto put = [&](Kernel each, const Launch &shape, const void *arguments) {
+    if (shape.grid[0] > 0) launch(each, shape, arguments, stream, device.machine.arch);
   };
-  put(preprocess, plan.preprocess);
-  put(main, plan.main);
-  put(postprocess, plan.postprocess);
-  put(sums, plan.sums);
+  if (plan.functions) {
+    put(clear, plan.functions->clear, &plan.functions->clear_arguments);
+    put(make_blocks, plan.functions->make_blocks, &plan.functions->block_arguments);
+  }
+  put(preprocess, plan.preprocess, &plan.arguments);
+  if (plan.functions) {
+    const FunctionBackwardArguments arguments = plan.function_arguments();
+    put(main, plan.main, &arguments);
+  } else {
+    put(main, plan.main, &plan.arguments);
+  }
+  put(postprocess, plan.postprocess, &plan.arguments);
+  put(sums, plan.sums, &plan.arguments);
 }
 
 size_t backward_workspace(const BackwardParams &p) {

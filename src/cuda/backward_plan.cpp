@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 
 #include "cuda/arguments.hpp"
@@ -41,6 +42,10 @@ int64_t choose_head_parts(const BackwardInstance &instance, const Params &p, con
 
 // The narrowest that can run it; of those that are equally narrow the fastest.
 const BackwardInstance *choose_instance(const Params &p, const Machine &machine) {
+  if (takes_backward_functions(p)) {
+    return std::find_if(std::begin(kBackwardFunctionInstances), std::end(kBackwardFunctionInstances),
+                        [&](const BackwardInstance &instance) { return fits(instance, p); });
+  }
   const BackwardInstance *best = nullptr;
   const auto rank = [&](const BackwardInstance &i) {
     return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none,
@@ -140,6 +145,7 @@ void set_sums(const Params &p, BackwardPlan &plan) {
 }  // namespace
 
 bool fits(const BackwardInstance &instance, const Params &p) {
+  if (takes_backward_functions(p) != is_of_functions(instance.index)) return false;
   const bool modified = shape_of(p).needs_score_mod || p.dropout_p > 0;
   return p.head_dim <= instance.head_dim && p.head_dim_v <= instance.head_dim_v &&
          (!modified || instance.score_mod == ScoreMod::native);
@@ -148,7 +154,11 @@ bool fits(const BackwardInstance &instance, const Params &p) {
 BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &machine,
                                 const BackwardInstance *instance) {
   const Params &p = params.forward;
-  const Shape shape = shape_of(p);
+  // Functions and lists do not change how heads are grouped here.
+  Params plain = p;
+  plain.score_mod = plain.mask_mod = {};
+  plain.masked_blocks = plain.full_blocks = {};
+  const Shape shape = shape_of(plain);
   BackwardPlan plan;
   plan.instance = instance != nullptr ? instance : choose_instance(p, machine);
   plan.tile = &plan.instance->tile(machine.arch);
@@ -163,6 +173,10 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   a.sum_columns = plan.instance->head_dim;
   a.sum_columns_v = plan.instance->head_dim_v;
   set_blocks(p, shape, machine, plan);
+  if (takes_backward_functions(p)) {
+    plan.functions = plan_backward_functions(params, *plan.instance, *plan.tile);
+    plan.main.shared_bytes = plan.functions->shared_bytes;
+  }
   set_gradient_sums(p, plan);
   set_sums(p, plan);
   return plan;
@@ -183,19 +197,30 @@ void BackwardPlan::bind(void *memory) {
   arguments.row_delta = take(row_bytes);
   arguments.sink_sums = take(sink_bytes);
   arguments.slope_sums = take(slope_bytes);
+  if (functions) functions->bind(static_cast<char *>(memory) + own_bytes());
+}
+
+FunctionBackwardArguments BackwardPlan::function_arguments() const {
+  FunctionBackwardArguments a{arguments, functions->functions, {}, functions->block_arguments.table};
+  std::copy(std::begin(functions->gradients), std::end(functions->gradients), a.gradients);
+  return a;
 }
 
 std::string to_string(const BackwardPlan &plan) {
-  std::string text = to_string(plan.preprocess_key(), plan.preprocess) + "\n";
+  std::string text = plan.functions ? to_string(*plan.functions) : "";
+  text += to_string(plan.preprocess_key(), plan.preprocess) + "\n";
   if (plan.main.grid[0] > 0) {
-    text += to_string(plan.main_key(), plan.main) + ", tile " + std::to_string(plan.tile->rows) + " x " +
-            std::to_string(plan.tile->keys()) + (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") + "\n";
+    text += to_string(plan.main_key(), plan.main) + (plan.functions ? ", compiled at run time" : "") +
+            (plan.functions && plan.functions->block_sparse ? ", over block lists" : "") + ", tile " +
+            std::to_string(plan.tile->rows) + " x " + std::to_string(plan.tile->keys()) +
+            (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") + "\n";
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
   if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
          (plan.dq_bytes > 0 ? "dq in float32, " : "") +
-         (plan.dk_bytes + plan.dv_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row\n";
+         (plan.dk_bytes + plan.dv_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row" +
+         (plan.functions && plan.functions->bytes > 0 ? ", a byte for each pair of blocks" : "") + "\n";
 }
 
 }  // namespace flashspark::cuda

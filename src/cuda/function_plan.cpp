@@ -73,11 +73,15 @@ FunctionPlan plan_functions(const Params &p, const Shape &shape, const Instance 
     plan.block_tiles = plan_block_tiles(p, shape, tile);
     plan.arguments.blocks = plan.block_tiles->lists;
   }
-  add_function(p.score_mod, 0, 0, plan.arguments);
+  add_functions(p, plan.arguments);
+  return plan;
+}
+
+void add_functions(const Params &p, FunctionArguments &a) {
+  add_function(p.score_mod, 0, 0, a);
   const bool has_score = p.score_mod.mod != nullptr;
   add_function(p.mask_mod, has_score ? p.score_mod.mod->graph.num_tensors : 0,
-               has_score ? p.score_mod.mod->graph.num_scalars : 0, plan.arguments);
-  return plan;
+               has_score ? p.score_mod.mod->graph.num_scalars : 0, a);
 }
 
 FunctionArguments mask_arguments(const flashspark_function &mask) {

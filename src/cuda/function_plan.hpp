@@ -31,6 +31,9 @@ FunctionPlan plan_functions(const Params &p, const Shape &shape, const Instance 
 // Nothing is dropped where p.dropout_p is 0.
 DropoutArguments dropout_arguments(const Params &p);
 
+// What the functions capture.
+void add_functions(const Params &p, FunctionArguments &a);
+
 // Of a kernel that asks a mask function alone.
 FunctionArguments mask_arguments(const flashspark_function &mask);
 

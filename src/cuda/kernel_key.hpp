@@ -26,7 +26,7 @@ struct KernelKey {
     return instance == InstanceIndex::none ? nullptr : &kInstances[static_cast<int32_t>(instance)];
   }
   const BackwardInstance *backward_traits() const {
-    return backward == BackwardIndex::none ? nullptr : &kBackwardInstances[static_cast<int32_t>(backward)];
+    return backward == BackwardIndex::none ? nullptr : &instance_of(backward);
   }
   const char *instance_name() const {
     if (backward != BackwardIndex::none) return backward_traits()->name;

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "graph/derivative.hpp"
 #include "graph/graph.hpp"
 
 namespace flashspark::graph {
@@ -21,5 +22,7 @@ struct CudaSourceOptions {
 // `score` and `mask`: simplified(), NULL where there is none. The mask's tensors and scalars follow the score's in the
 // kernel's arguments.
 CudaSource cuda_source(const Graph *score, const Graph *mask, const CudaSourceOptions &options = {});
+// The same for a backward kernel (kernels/backward/function_mod.cuh).
+CudaSource cuda_gradient_source(const ScoreGradients *score, const Graph *mask, const CudaSourceOptions &options = {});
 
 }  // namespace flashspark::graph

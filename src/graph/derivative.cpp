@@ -205,4 +205,26 @@ Derivative derivative(const Graph &graph) {
   return Reverse(graph).run();
 }
 
+ScoreGradients score_gradients(const Graph &score, uint32_t wanted) {
+  const Derivative slopes = derivative(score);
+  ScoreGradients all;
+  Graph joined = score;
+  std::vector<int32_t> moved;  // the derivative's nodes, which follow
+  for (Node node : slopes.graph.nodes) {
+    for (int32_t n = 0; n < node.num_operands; ++n) node.operands[n] = moved[node.operands[n]];
+    moved.push_back(joined.add_copy(node));
+  }
+  joined.results.push_back(moved[slopes.graph.results[0]]);
+  for (size_t n = 0; n < slopes.loads.size(); ++n) {
+    if ((wanted >> slopes.loads[n].tensor & 1) == 0) continue;
+    const Node &load = score.nodes[slopes.loads[n].node];
+    all.loads.push_back({load.number, load.num_operands});
+    joined.results.push_back(moved[slopes.graph.results[1 + n]]);
+    for (const int32_t index : load.inputs()) joined.results.push_back(index);
+  }
+  joined.num_tensors = score.num_tensors, joined.num_scalars = score.num_scalars;
+  all.graph = simplified_function(joined);
+  return all;
+}
+
 }  // namespace flashspark::graph

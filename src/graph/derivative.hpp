@@ -26,4 +26,17 @@ struct Derivative {
 // derivative needs more nodes than a graph may have.
 Derivative derivative(const Graph &graph);
 
+// All that the backward pass of a score asks of its function, as one graph. Its results are the function's value, its
+// derivative by the score, and of each load first that by what it has read, then its indices.
+struct ScoreGradients {
+  struct Load {
+    int32_t tensor, rank;
+  };
+  Graph graph;
+  std::vector<Load> loads;
+};
+
+// The loads are those of tensors whose bit is set in `wanted`. Throws as derivative() does.
+ScoreGradients score_gradients(const Graph &score, uint32_t wanted);
+
 }  // namespace flashspark::graph

@@ -5,7 +5,10 @@
 #include "cuda/backward.hpp"
 #include "cuda/device.hpp"
 #include "cuda/fake_cuda.hpp"
+#include "cuda/processes.hpp"
 #include "flashspark/flashspark.h"
+#include "support/functions.hpp"
+#include "support/named_graphs.hpp"
 
 namespace flashspark::cuda {
 namespace {
@@ -162,6 +165,49 @@ TEST_F(Backward, KernelsByHeadTypeAndModification) {
   modified([](Params &p) { p.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ; });
   modified([](Params &p) { p.rswa_window = 64; });
   modified([](Params &p) { p.attention_chunk = 64; });
+}
+
+// A function that captures a tensor, and lists: two launches more, before the others, and the lists' bytes.
+TEST_F(Backward, FunctionsAndLists) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  const graph::Graph alibi = *test::named("alibi").score();
+  flashspark_mod *mod = test::make_mod(alibi, true);
+  const flashspark_captured_tensor slopes{address(40), FLASHSPARK_FLOAT32, 1, {8}, {2}};
+  const flashspark_captured_gradient gradient{static_cast<float *>(address(41)), {3}};
+  Params &p = b.forward;
+  p.score_mod = {mod, &slopes, nullptr, 1, 0};
+  b.dtensors = &gradient;
+  p.masked_blocks.counts = static_cast<int32_t *>(address(42));
+  p.masked_blocks.indices = static_cast<int32_t *>(address(43));
+  p.masked_blocks.width = 5;
+  p.block_size_q = 16, p.block_size_k = 64, p.num_blocks_q = 7, p.block_batch = 2, p.block_heads = 8;
+  run();
+  BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
+  ASSERT_TRUE(plan.functions);
+  EXPECT_EQ(plan.main_key().name(), "attention_backward_d128_functions_bf16");
+  EXPECT_EQ(plan.functions->bytes, size_t{2 * 8 * 7 * 5});
+  EXPECT_EQ(fake.order,
+            (std::vector<std::string>{
+                "alloc " + std::to_string(plan.workspace()), "flashspark_attention_backward_clear",
+                "flashspark_attention_backward_blocks", "flashspark_attention_backward_preprocess_bf16",
+                "flashspark_attention_backward_functions", "flashspark_attention_backward_postprocess_bf16", "free"}));
+  ASSERT_EQ(fake.launches.size(), 5u);
+  const ClearArguments &clear = fake.launches[0].clear;
+  EXPECT_TRUE(clear.num_tensors == 1 && clear.tensors[0].gradient.data == gradient.data &&
+              clear.tensors[0].elements == 8 && clear.tensors[0].gradient.strides[0] == 3);
+  const FunctionBackwardArguments &a = fake.launches[3].backward_functions;
+  EXPECT_TRUE(a.q == p.q.data && a.gradients[0].data == gradient.data && a.functions.tensors[0].data == slopes.data);
+  EXPECT_EQ(a.group.value, 4u) << "heads of a group stay together, whatever the lists are";
+  EXPECT_EQ(a.blocks.data, fake.launches[1].blocks.table.data);
+  EXPECT_TRUE(a.blocks.query_blocks == 7 && a.blocks.key_blocks == 5 && a.blocks.head_stride == 35);
+  EXPECT_EQ(a.blocks.data - reinterpret_cast<uint8_t *>(a.row_delta), 8 * 256 * 4);
+  EXPECT_NE(explain(FLASHSPARK_OK).find("compiled at run time, over block lists"), std::string::npos);
+
+  b.forward.deterministic = 1;
+  expect_refused("deterministic with dtensors[0]");
+  b.forward.deterministic = 0, b.forward.attention_chunk = 64;
+  expect_refused("attention_chunk beside score_mod");
+  flashspark_mod_release(mod);
 }
 
 TEST_F(Backward, RefusesWhatItCannotDo) {

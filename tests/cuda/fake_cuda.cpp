@@ -148,6 +148,12 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
       kernel->image, kernel->function, device, {x, y, z}, threads, shared_bytes, stream, {}, {}, {}, {}, false};
   if (kernel->function == "flashspark_append_kv") {
     std::memcpy(&launch.append, parameters[0], sizeof launch.append);
+  } else if (kernel->function == "flashspark_attention_backward_clear") {
+    std::memcpy(&launch.clear, parameters[0], sizeof launch.clear);
+  } else if (kernel->function == "flashspark_attention_backward_blocks") {
+    std::memcpy(&launch.blocks, parameters[0], sizeof launch.blocks);
+  } else if (kernel->function == "flashspark_attention_backward_functions") {
+    std::memcpy(&launch.backward_functions, parameters[0], sizeof launch.backward_functions);
   } else if (kernel->function.starts_with("flashspark_attention_backward")) {
     std::memcpy(&launch.backward, parameters[0], sizeof launch.backward);
   } else if (kernel->function == "flashspark_attention_block_tiles") {

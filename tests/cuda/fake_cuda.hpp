@@ -11,7 +11,7 @@
 
 #include "append/arguments.hpp"
 #include "attention/block_tiles.hpp"
-#include "backward/arguments.hpp"
+#include "backward/function_arguments.hpp"
 #include "cuda/driver.hpp"
 #include "forward/arguments.hpp"
 
@@ -34,6 +34,9 @@ struct Launch {
   flashspark::BlockTileArguments block_tiles{};
   flashspark::BackwardArguments backward{};  // of the kernels of attention_backward
   bool early = false;                        // programmatic dependent launch
+  flashspark::ClearArguments clear{};
+  flashspark::BlockStatusArguments blocks{};
+  flashspark::FunctionBackwardArguments backward_functions{};
 };
 
 struct State {

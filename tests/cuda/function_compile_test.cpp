@@ -1,4 +1,4 @@
-// Forward kernels with named functions, compiled by NVRTC for SM12x: registers are enough, and it takes about a second.
+// Kernels with named functions, compiled by NVRTC for SM12x: registers are enough, and it takes about a second.
 #include <elf.h>
 #include <gtest/gtest.h>
 
@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "cuda/backward_functions.hpp"
 #include "cuda/block_mask.hpp"
 #include "cuda/function_kernel.hpp"
 #include "cuda/processes.hpp"
@@ -172,13 +173,13 @@ Outcome compile_one(const CompileRequest &request) {
   return outcome;
 }
 
-std::vector<Outcome> compile_all(const std::vector<Pair> &pairs) {
+std::vector<Outcome> compile_all(const std::vector<Pair> &pairs, CompileRequest (*request)(const Pair &)) {
   std::vector<Outcome> outcomes(pairs.size());
   std::atomic<size_t> next{0};
   std::vector<std::thread> threads;
   for (unsigned n = 0; n < std::clamp(std::thread::hardware_concurrency(), 1u, 8u); ++n) {
     threads.emplace_back([&] {
-      for (size_t at = next++; at < pairs.size(); at = next++) outcomes[at] = compile_one(request_of(pairs[at]));
+      for (size_t at = next++; at < pairs.size(); at = next++) outcomes[at] = compile_one(request(pairs[at]));
     });
   }
   for (std::thread &thread : threads) thread.join();
@@ -208,7 +209,7 @@ TEST(FunctionKernels, CompileWithoutStackInAboutASecond) {
   if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
   constexpr double kSeconds = 2, kMostSeconds = 4;
   const std::vector<Pair> pairs = all_pairs();
-  const std::vector<Outcome> outcomes = compile_all(pairs);
+  const std::vector<Outcome> outcomes = compile_all(pairs, request_of);
   for (size_t n = 0; n < pairs.size(); ++n) {
     const Outcome &outcome = outcomes[n];
     const std::string name = pairs[n].name();
@@ -219,6 +220,74 @@ TEST(FunctionKernels, CompileWithoutStackInAboutASecond) {
     EXPECT_TRUE(outcome.registers > 32 && outcome.registers <= 255) << name << ": " << outcome.registers;
     const auto known = kKnownStacks.find(name);
     EXPECT_LE(outcome.stack, known != kKnownStacks.end() ? known->second : 0) << name;
+  }
+}
+
+CompileRequest backward_request_of(const Pair &pair) {
+  const auto score = pair.functions.score(), mask = pair.functions.mask();
+  Params p{};
+  if (score) p.score_mod.mod = test::make_mod(*score, true);
+  if (mask) p.mask_mod.mod = test::make_mod(*mask, false);
+  BackwardFunctionPlan plan;
+  plan.block_sparse = pair.block_sparse;
+  plan.wanted = ~0u;
+  KernelKey key{Operation::attention_backward, KernelDType::bf16};
+  for (const BackwardInstance &instance : kBackwardFunctionInstances) {
+    if (std::string(instance.name) == pair.instance) key.backward = instance.index;
+  }
+  CompileRequest request = backward_function_request(p, plan, key, Architecture::sm_120f);
+  for (const flashspark_mod *mod : {p.score_mod.mod, p.mask_mod.mod})
+    flashspark_mod_release(const_cast<flashspark_mod *>(mod));
+  return request;
+}
+
+// As kKnownStacks, of backward kernels: with two gradients of 128 columns, or one of 256, few registers are left.
+const std::map<std::string, uint32_t> kKnownBackwardStacks = {
+    {"d128_functions relative_position", 16},
+    {"d128_functions bias_2d", 24},
+    {"d128_functions bias_3d", 48},
+    {"d128_functions decay", 8},
+    {"d128_functions positions", 48},
+    {"d128_functions window", 16},
+    {"d128_functions flags", 16},
+    {"d128_functions alibi_documents", 24},
+    {"d128_functions capped_window", 8},
+    {"d256_functions alibi", 80},
+    {"d256_functions relative_position", 56},
+    {"d256_functions softcap", 56},
+    {"d256_functions documents lists", 32},
+    {"d128_functions alibi_documents lists", 72},
+    {"d128_functions outer", 16},
+};
+
+std::vector<Pair> backward_pairs() {
+  std::vector<Pair> pairs;
+  for (const test::NamedFunctions &functions : test::named_functions()) pairs.push_back({functions, "d128_functions"});
+  for (const char *instance : {"d64_functions", "d96_functions", "d192_functions", "d256_functions"}) {
+    for (const char *name : {"alibi", "relative_position", "softcap"}) pairs.push_back({test::named(name), instance});
+    pairs.push_back({test::named("documents"), instance, true});
+  }
+  pairs.push_back({test::named("none"), "d128_functions", true});
+  pairs.push_back({test::named("alibi_documents"), "d128_functions", true});
+  pairs.push_back({test::named("outer"), "d128_functions"});
+  return pairs;
+}
+
+TEST(BackwardFunctionKernels, CompileWithoutStackInAboutASecond) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  constexpr double kMostSeconds = 6;
+  const std::vector<Pair> pairs = backward_pairs();
+  const std::vector<Outcome> outcomes = compile_all(pairs, backward_request_of);
+  for (size_t n = 0; n < pairs.size(); ++n) {
+    const Outcome &outcome = outcomes[n];
+    const std::string name = pairs[n].name();
+    ASSERT_EQ(outcome.error, "") << name;
+    std::printf("  %-36s %4.2f s, %3u registers, %u bytes of stack\n", name.c_str(), outcome.seconds, outcome.registers,
+                outcome.stack);
+    EXPECT_LT(outcome.seconds, kMostSeconds) << name;
+    EXPECT_TRUE(outcome.registers > 32 && outcome.registers <= 255) << name << ": " << outcome.registers;
+    const auto known = kKnownBackwardStacks.find(name);
+    EXPECT_LE(outcome.stack, known != kKnownBackwardStacks.end() ? known->second : 0) << name;
   }
 }
 

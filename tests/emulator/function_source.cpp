@@ -1,6 +1,7 @@
 // Writes user functions as CUDA C++ (src/graph/cuda_source.hpp), for the build of the emulator's tests.
 //   function_source NAME FILE   type UserFunctions_NAME, of the named functions (tests/support/named_graphs.hpp)
 //   function_source --all FILE  those of all of them and of random graphs, and a list of them
+//   function_source --gradients NAME|--all FILE  the same for backward kernels, with all gradients that there are
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -19,10 +20,19 @@ std::optional<graph::Graph> simplified(const graph::Graph *graph) {
   return graph::simplified_function(*graph);
 }
 
+bool gradients = false;
+
 std::string source_of(const graph::Graph *score, const graph::Graph *mask, const std::string &name) {
   const auto simple_score = simplified(score), simple_mask = simplified(mask);
-  std::string text =
-      graph::cuda_source(simple_score ? &*simple_score : nullptr, simple_mask ? &*simple_mask : nullptr).text;
+  const graph::Graph *masks = simple_mask ? &*simple_mask : nullptr;
+  std::string text;
+  if (gradients) {
+    std::optional<graph::ScoreGradients> of_score;
+    if (simple_score) of_score = graph::score_gradients(*simple_score, ~0u);
+    text = graph::cuda_gradient_source(of_score ? &*of_score : nullptr, masks).text;
+  } else {
+    text = graph::cuda_source(simple_score ? &*simple_score : nullptr, masks).text;
+  }
   const std::string general = "struct UserFunctions {";
   return text.replace(text.find(general), general.size(), "struct UserFunctions_" + name + " {");
 }
@@ -32,6 +42,11 @@ std::string source_of(const test::NamedFunctions &functions) {
   return source_of(score ? &*score : nullptr, mask ? &*mask : nullptr, functions.name);
 }
 
+std::string source_of(uint64_t seed) {
+  const RandomFunctions random(seed);
+  return source_of(&random.score, &random.mask, random.name());
+}
+
 std::string source_of_all() {
   std::string text, list;
   const auto add = [&](const std::string &name, const std::string &source) {
@@ -39,9 +54,11 @@ std::string source_of_all() {
     list += "  EACH(" + name + ") \\\n";
   };
   for (const test::NamedFunctions &each : test::named_functions()) add(each.name, source_of(each));
+  for (const test::NamedFunctions &each : test::gradient_functions()) {
+    if (gradients) add(each.name, source_of(each));
+  }
   for (uint64_t seed = 0; seed < kRandomFunctions; ++seed) {
-    const RandomFunctions random(seed);
-    add(random.name(), source_of(&random.score, &random.mask, random.name()));
+    add(RandomFunctions(seed).name(), source_of(seed));
   }
   return text + "#define FLASHSPARK_ALL_FUNCTIONS(EACH) \\\n" + list + "\n";
 }
@@ -51,16 +68,22 @@ std::string source_of_all() {
 
 int main(int argc, char **argv) try {
   using namespace flashspark;
-  if (argc != 3) return 2;
-  const std::string name = argv[1];
+  emulator::gradients = argc == 4 && std::string(argv[1]) == "--gradients";
+  if (argc != (emulator::gradients ? 4 : 3)) return 2;
+  const std::string name = argv[argc - 2];
   const test::NamedFunctions functions = test::named(name);
-  if (name != "--all" && functions.name == nullptr) {
-    std::fprintf(stderr, "no functions are called %s\n", argv[1]);
+  const std::string random = "random_";
+  const bool is_random = name.starts_with(random);
+  if (name != "--all" && !is_random && functions.name == nullptr) {
+    std::fprintf(stderr, "no functions are called %s\n", name.c_str());
     return 2;
   }
-  std::ofstream file(argv[2]);
-  file << "// Written by tests/emulator/function_source.cpp.\n#include \"attention/function_mod.cuh\"\n\n"
-       << (name == "--all" ? emulator::source_of_all() : emulator::source_of(functions));
+  std::ofstream file(argv[argc - 1]);
+  file << "// Written by tests/emulator/function_source.cpp.\n#include \""
+       << (emulator::gradients ? "backward" : "attention") << "/function_mod.cuh\"\n\n"
+       << (name == "--all" ? emulator::source_of_all()
+           : is_random     ? emulator::source_of(std::stoull(name.substr(random.size())))
+                           : emulator::source_of(functions));
   return file.flush() ? 0 : 1;
 } catch (const std::exception &error) {
   std::fprintf(stderr, "%s\n", error.what());

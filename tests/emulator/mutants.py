@@ -50,10 +50,18 @@ DETECTORS = [
 FUZZ, FORWARD, WILD = "emulator_fuzz", "emulator_forward_test", "emulator_wild_test"
 FUNCTIONS = "emulator_functions_test"  # of kernels whose names begin with functions/
 BACKWARD = "emulator_backward_test"  # with backward_
+BACKWARD_FUNCTIONS = "emulator_backward_functions_test"  # with functions/backward_
 # The objects whose compiler line a mutant's kernels get.
-KERNELS = {FUNCTIONS: "emulator_function_kernels.dir", BACKWARD: "emulator_backward_kernels.dir"}
+KERNELS = {
+    FUNCTIONS: "emulator_function_kernels.dir",
+    BACKWARD: "emulator_backward_kernels.dir",
+    BACKWARD_FUNCTIONS: "emulator_backward_function_kernels.dir",
+}
 # What runs the other kernels of an operation, which are built with the fault, too.
-HARNESS = {BACKWARD: "backward/problem.cpp"}
+HARNESS = {
+    BACKWARD: ["backward/problem.cpp"],
+    BACKWARD_FUNCTIONS: ["backward/problem.cpp", "backward/functions.cpp"],
+}
 
 
 @dataclass
@@ -100,7 +108,10 @@ class Build:
         subprocess.run(["ninja", "-C", folder, *programs], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(WORK, ignore_errors=True)
         shutil.copytree(ROOT / "kernels", WORK / "kernels")  # others may edit theirs meanwhile
-        self.compile_line = {name: self.command(KERNELS.get(name, "emulator_kernels.dir"), "-c") for name in programs}
+        self.compile_line = {
+            name: [*self.command(KERNELS.get(name, "emulator_kernels.dir"), "-c"), f"-I{ROOT}/tests"]
+            for name in programs
+        }
         self.link_line = {name: self.command(f"-o tests/emulator/{name}", "") for name in programs}
 
     def command(self, *needed: str) -> list[str]:
@@ -129,7 +140,8 @@ class Build:
         return to
 
     def link(self, program: str, objects: list[Path], to: Path) -> None:
-        left_out = r"emulator_(function_|backward_)?kernels\.dir|" + re.escape(HARNESS.get(program, "harness")) + r"\.o"
+        harness = "|".join(re.escape(name) + r"\.o" for name in HARNESS.get(program, ["harness"]))
+        left_out = rf"emulator_(backward_)?(function_)?kernels\.dir|{harness}"
         words = [word for word in self.link_line[program] if not re.search(left_out, word)]
         at = words.index("-o")
         words[at + 1] = str(to)
@@ -145,13 +157,15 @@ class Build:
                 raise Broken(f"{name}: the emulator has no such kernel (tests/emulator/CMakeLists.txt)")
             objects.append(self.compile(program, source, kernels, folder / f"{Path(name).name}.o"))
         # The combine kernel is part of the harness.
-        harness = HERE / HARNESS.get(program, "attention/harness.cpp")
-        objects.append(self.compile(program, harness, kernels, folder / "harness.o"))
+        for number, harness in enumerate(HARNESS.get(program, ["attention/harness.cpp"])):
+            objects.append(self.compile(program, HERE / harness, kernels, folder / f"harness{number}.o"))
         self.link(program, objects, folder / program)
         return folder / program
 
 
 def program_of(mutant: Mutant) -> str:
+    if mutant.kernels and mutant.kernels[0].startswith("functions/backward_"):
+        return BACKWARD_FUNCTIONS
     if mutant.kernels and mutant.kernels[0].startswith("functions/"):
         return FUNCTIONS
     if mutant.kernels and mutant.kernels[0].startswith("backward_"):
@@ -221,8 +235,9 @@ def unchanged_pass(build: Build, mutants: list[Mutant]) -> None:
     names = sorted({name for mutant in mutants if program_of(mutant) == FUZZ for name in mutant.kernels})
     runs = [Mutant(name, "", "", "", [name]) for name in names]
     runs += [Mutant(FUNCTIONS, "", "", "", ["functions/"])] if of_functions else []
-    tests = {(mutant.test, program_of(mutant) == BACKWARD) for mutant in mutants if mutant.test}
-    runs += [Mutant(test, "", "", "", ["backward_"] if backward else [], test) for test, backward in sorted(tests)]
+    kinds = {BACKWARD: "backward_", BACKWARD_FUNCTIONS: "functions/backward_"}
+    tests = {(mutant.test, kinds.get(program_of(mutant), "")) for mutant in mutants if mutant.test}
+    runs += [Mutant(test, "", "", "", [kind] if kind else [], test) for test, kind in sorted(tests)]
     fuzz = build.make(folder, WORK / "kernels", names, FUZZ) if names else None
 
     def passes(run: Mutant) -> None:

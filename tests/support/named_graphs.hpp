@@ -218,9 +218,30 @@ inline std::vector<NamedFunctions> named_functions() {
   return all;
 }
 
+// Of backward kernels alone: gradients of captured tensors that belong to a row, a key, and a number of the score.
+inline std::vector<NamedFunctions> gradient_functions() {
+  using In = const Inputs &;
+  return {
+      {"outer",
+       [](In f) {
+         return f.score() * f.load(0, DataType::f32, {f.h(), f.q()}).of(Op::Sigmoid) +
+                f.load(1, DataType::f16, {f.q()}) * f.load(2, DataType::f32, {f.kv(), f.h()});
+       },
+       {}},
+      {"by_score",
+       [](In f) {
+         return f.score() + f.load(0, DataType::f32, {(f.score() * 4).of(Op::Floor).of(Op::ToI32)}) *
+                                f.load(0, DataType::f32, {f.kv().of(Op::Neg)});
+       },
+       [](In f) { return (f.q() + f.kv()) % 3 != 0; }},
+  };
+}
+
 inline NamedFunctions named(std::string_view name) {
-  for (const NamedFunctions &each : named_functions()) {
-    if (name == each.name) return each;
+  for (const auto &functions : {named_functions(), gradient_functions()}) {
+    for (const NamedFunctions &each : functions) {
+      if (name == each.name) return each;
+    }
   }
   if (name == "none") return {"none", {}, {}};  // of kernels for block lists or dropout alone
   return {nullptr, {}, {}};

@@ -41,7 +41,9 @@ std::span<const BackwardKernel> backward_kernels() {
 }
 std::string name_of(const BackwardKernel &kernel) {
   return std::string(kernel.instance->name) + (kernel.dtype == FLASHSPARK_BFLOAT16 ? "_bf16" : "_fp16") +
-         (kernel.tiles == Architecture::sm_120f ? "_sm_120f" : "_sm_90");
+         (kernel.tiles == Architecture::sm_120f ? "_sm_120f" : "_sm_90") +
+         (kernel.functions != nullptr ? std::string("_") + kernel.functions : "") +
+         (kernel.block_sparse ? "_lists" : "");
 }
 
 std::string to_string(const BackwardSpec &s) {
@@ -63,6 +65,7 @@ std::string to_string(const BackwardSpec &s) {
   number(s.attention_chunk, "attention_chunk");
   text += " window " + std::to_string(s.window_left) + "," + std::to_string(s.window_right) + " softcap " +
           std::to_string(s.softcap) + " dropout " + std::to_string(s.dropout_p) + " spread " + std::to_string(s.spread);
+  if (s.functions) text += to_string(*s.functions);
   return text;
 }
 
@@ -183,6 +186,7 @@ void BackwardProblem::make_memory(uint64_t seed) {
   fill(params.dout, s.tokens, cu_q_, s.varlen_q, s.heads_q, s.head_dim_v);
   fill(p.k, s.keys, cu_k_, s.varlen_k, s.heads_kv, s.head_dim);
   fill(p.v, s.keys, cu_k_, s.varlen_k, s.heads_kv, s.head_dim_v);
+  if (s.functions) functions_ = std::make_unique<ProblemFunctions>(*s.functions, params, seed);
 }
 
 void BackwardProblem::make_biases(uint64_t seed) {
@@ -271,9 +275,15 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   };
   const bool bfloat16 = kernel.dtype == FLASHSPARK_BFLOAT16;
   const auto a = std::make_unique<BackwardArguments>(plan.arguments);
+  if (plan.functions) ProblemFunctions::prepare(*plan.functions, seed);
   launch(options(plan.preprocess), [&] { bfloat16 ? preprocess<ptx::Bfloat16>(*a) : preprocess<ptx::Float16>(*a); });
   Counters counters;
-  if (plan.main.grid[0] > 0) counters = launch(options(plan.main), [&] { kernel.run(*a); });
+  if (plan.main.grid[0] > 0 && plan.functions) {
+    const auto with_functions = std::make_unique<FunctionBackwardArguments>(plan.function_arguments());
+    counters = launch(options(plan.main), [&] { kernel.run_functions(*with_functions); });
+  } else if (plan.main.grid[0] > 0) {
+    counters = launch(options(plan.main), [&] { kernel.run(*a); });
+  }
   if (plan.postprocess.grid[0] > 0)
     launch(options(plan.postprocess),
            [&] { bfloat16 ? postprocess<ptx::Bfloat16>(*a) : postprocess<ptx::Float16>(*a); });
@@ -329,11 +339,12 @@ std::string BackwardProblem::compare(const char *name, const Guarded<float> &got
 std::string BackwardProblem::compare(const BackwardKernel &kernel) const {
   const BackwardSpec &s = spec_;
   // Of a term's factors: all round dS; pairs of warps hand P to each other in 16 bits, and slopes of softcap.
-  const bool pair = kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients;
+  const bool pair = kernel.functions == nullptr && kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients;
   const int handed = pair ? 1 : 0, roundings = 1 + handed + (pair && s.softcap > 0 ? 1 : 0);
   std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true, 1);
   if (text.empty()) text = compare("dk", params.dk, truth_k_, s.heads_kv, s.head_dim, true, roundings);
   if (text.empty()) text = compare("dq", params.dq, truth_q_, s.heads_q, s.head_dim, false, roundings);
+  if (text.empty() && functions_ != nullptr) text = functions_->compare();
   if (text.empty()) text = compare("dsinks", dsinks_, truth_sinks_, 0);
   if (text.empty() && s.wanted_biases) text = compare("dalibi_slopes", dslopes_, truth_slopes_, handed);
   if (text.empty() && s.wanted_biases) text = compare("drel_logits", drel_, truth_rel_, handed);

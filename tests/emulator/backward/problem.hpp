@@ -3,11 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "backward/functions.hpp"
 #include "cuda/backward.hpp"
 #include "emulator.hpp"
 #include "guarded.hpp"
@@ -19,6 +22,10 @@ struct BackwardKernel {
   int32_t dtype;
   Architecture tiles;
   void (*run)(const BackwardArguments &);
+  // Of kernels with functions:
+  const char *functions = nullptr;  // their names in tests/support/named_graphs.hpp
+  bool block_sparse = false;
+  void (*run_functions)(const FunctionBackwardArguments &) = nullptr;
 };
 std::span<const BackwardKernel> backward_kernels();
 std::string name_of(const BackwardKernel &kernel);
@@ -51,6 +58,7 @@ struct BackwardSpec {
   float spread = 1.0f;       // of scores: larger ones are peaked
   bool deterministic = false;
   int32_t sm_count = 2;  // with many SMs the query heads of a group are of several CTAs
+  std::optional<FunctionSpec> functions;
 };
 std::string to_string(const BackwardSpec &spec);
 bool can_run(const BackwardKernel &kernel, const BackwardSpec &spec);
@@ -95,6 +103,7 @@ class BackwardProblem {
   Guarded<char> rel_;  // of rel_dtype
   Guarded<int32_t> cu_q_, cu_k_, used_q_, used_k_, causal_, ranges_, prefixes_;
   Truth truth_q_, truth_k_, truth_v_, truth_sinks_, truth_slopes_, truth_rel_;
+  std::unique_ptr<ProblemFunctions> functions_;
   int64_t max_q_ = 0, max_k_ = 0;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "backward/functions.hpp"
 #include "backward/problem.hpp"
 #include "cpu/reference_scores.hpp"
 #include "dropout.hpp"
@@ -14,23 +15,36 @@ namespace {
 // One row, key by key.
 struct Row {
   std::vector<double> score, probability, slope, kept;  // kept: what dropout multiplies with
+  std::vector<double> given;                            // scores as the user's function gets them
   double lse = -INFINITY;
 };
 
-Row row_of(const Params &p, const Sequence &s, int64_t i, int64_t h) {
+graph::Row graph_row(const Sequence &s, int64_t i, int64_t h) {
+  const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
+  return {narrow(s.index),    narrow(h),       narrow(i),      narrow(s.seqlen_q),
+          narrow(s.seqlen_k), narrow(s.q_row), narrow(s.k_row)};
+}
+
+Row row_of(const Params &p, const Sequence &s, int64_t i, int64_t h, const ProblemFunctions *functions) {
   const auto keys = static_cast<size_t>(s.seqlen_k);
   Row row{std::vector<double>(keys, -INFINITY), std::vector<double>(keys, 0.0), std::vector<double>(keys, 1.0),
-          std::vector<double>(keys, 1.0)};
+          std::vector<double>(keys, 1.0), std::vector<double>(keys, 0.0)};
   const Dropout dropout = dropout_of(p);
   const double sink = p.sinks != nullptr ? double{load_as_float(p.sinks, h, p.sinks_dtype)} : -INFINITY;
   double largest = sink;
   for (int64_t j = 0; j < s.seqlen_k; ++j) {
-    if (!cpu::keep(p, s, i, j)) continue;
+    const auto key = static_cast<int32_t>(j);
+    if (!cpu::keep(p, s, i, j) || (functions != nullptr && !functions->keeps(graph_row(s, i, h), key))) continue;
     const auto at = static_cast<size_t>(j);
     const double x = cpu::capped(p, double{p.softmax_scale} * cpu::query_key(p, s, i, j, h));
     if (p.softcap > 0) row.slope[at] = 1 - std::pow(x / double{p.softcap}, 2);
     if (p.dropout_p > 0) row.kept[at] = dropout.drops(s.index, h, i, j) ? 0 : double{dropout.scale};
-    row.score[at] = x + cpu::bias(p, s, i, j, h);
+    row.given[at] = row.score[at] = x + cpu::bias(p, s, i, j, h);
+    if (functions != nullptr) {
+      double by_score = 1;
+      row.score[at] = functions->modified(graph_row(s, i, h), key, row.given[at], by_score);
+      row.slope[at] *= by_score;
+    }
     largest = std::max(largest, row.score[at]);
   }
   if (largest == -INFINITY) return row;
@@ -77,7 +91,7 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
   const int64_t head_kv = h / (p.num_heads_q / p.num_heads_kv), tokens_q = extents_of(p).q_tokens;
   const int64_t at_out = q_offset(p, p.out, s, i, h), at_dout = q_offset(p, params.dout, s, i, h);
   const int64_t at_q = q_offset(p, p.q, s, i, h), at_lse = lse_offset(p, s, i, h);
-  Row row = row_of(p, s, i, h);
+  Row row = row_of(p, s, i, h, functions_.get());
   if (spec_.without_keys && i % 3 == 1) {
     row.lse = -INFINITY;
     std::fill(row.probability.begin(), row.probability.end(), 0.0);
@@ -127,7 +141,10 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
       const auto far = static_cast<double>(std::abs(distance));
       truth_slopes_.add((spec_.alibi_per_seq ? s.index * p.num_heads_q : 0) + h, -modified * far, step(), noise * far);
     }
-    const double scale = row.slope[at] * double{p.softmax_scale}, ds = modified * scale, error = noise * scale;
+    if (functions_ != nullptr && prob > 0)
+      functions_->add(graph_row(s, i, h), static_cast<int32_t>(j), row.given[at], modified, prob * 0x1p-18 * cancels);
+    const double scale = row.slope[at] * double{p.softmax_scale}, ds = prob == 0 ? 0 : modified * scale;
+    const double error = noise * std::max(1.0, std::fabs(row.slope[at])) * double{p.softmax_scale};
     const int64_t row_k = (batch_k * extents_of(p).kv_tokens + s.k_row + j) * p.num_heads_kv + head_kv;
     for (int64_t d = 0; d < p.head_dim_v; ++d)
       truth_v_.add(row_k * p.head_dim_v + d, prob * row.kept[at] * number(params.dout, at_dout + d), step());

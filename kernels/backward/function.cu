@@ -1,0 +1,24 @@
+// A backward kernel with the user's functions. The build does not compile it: the library does, at run time, behind the
+// text of UserFunctions (src/graph/cuda_source.hpp), with the macros of backward.cu and
+//
+//   FLASHSPARK_BLOCK_SPARSE  1: lists say which blocks of rows and keys are computed
+#include "backward/function_loop.cuh"
+
+#include FLASHSPARK_USER_FUNCTIONS
+
+namespace flashspark {
+
+#if defined(FLASHSPARK_TILES_SM120F) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
+constexpr Architecture kArchitecture = Architecture::sm_120f;
+#else
+constexpr Architecture kArchitecture = Architecture::sm_90;
+#endif
+using Kernel = FunctionBackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT,
+                                      UserFunctions, FLASHSPARK_BLOCK_SPARSE != 0>;
+
+}  // namespace flashspark
+
+FLASHSPARK_KERNEL(flashspark::Kernel::kThreads, flashspark::Kernel::kTile.min_ctas)
+FLASHSPARK_ENTRY(FLASHSPARK_PARAMETER flashspark::FunctionBackwardArguments arguments) {
+  flashspark::function_backward<flashspark::Kernel>(arguments);
+}

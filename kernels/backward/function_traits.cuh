@@ -1,0 +1,35 @@
+// What is known of a backward kernel with the user's functions, and what these give it.
+#pragma once
+
+#include "backward/function_arguments.hpp"
+#include "backward/function_memory.hpp"
+#include "backward/traits.cuh"
+
+namespace flashspark {
+
+// What the place of a gradient in a captured tensor depends on: the sequence and the query head alone; the row, too; or
+// the key, too; or both, or the score.
+enum class PlaceBy : uint8_t { head, row, key, score };
+
+// What the user's function makes of a score, and its derivatives by the score and by what each load of a captured
+// tensor has read, with the place of that one's gradient.
+template <int32_t loads>
+struct ScoreGradients {
+  float value, by_score;
+  float slopes[loads + 1];
+  float *places[loads + 1];
+};
+
+template <BackwardIndex index, Architecture arch, class Element, class Functions_, bool block_sparse>
+struct FunctionBackwardTraits : BackwardTraits<index, arch, Element> {
+  using Base = BackwardTraits<index, arch, Element>;
+  using Functions = Functions_;
+  static constexpr bool kBlockSparse = block_sparse;
+  static constexpr int32_t kFunctionWords = Functions::Score::kWords + Functions::Mask::kWords;
+  static constexpr FunctionBackwardMemory kMemory =
+      function_backward_memory(Base::kInstance, Base::kTile, kFunctionWords);
+  // A tile of scores lies in one of the user's blocks.
+  static_assert(Base::kWarpKeys == 16 && Base::kScoreRows == 16);
+};
+
+}  // namespace flashspark

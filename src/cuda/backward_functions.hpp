@@ -1,0 +1,51 @@
+// The part of a backward plan that the user's functions and block lists need, and the kernel that NVRTC compiles for it
+// (kernels/backward/function.cu).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "backward/config.hpp"
+#include "backward/function_arguments.hpp"
+#include "cuda/driver.hpp"
+#include "cuda/nvrtc.hpp"
+#include "cuda/plan.hpp"
+#include "problem.hpp"
+
+namespace flashspark::cuda {
+
+// Whether a problem's backward pass takes such a kernel.
+bool takes_backward_functions(const Params &forward);
+
+struct BackwardFunctionPlan {
+  FunctionArguments functions{};
+  CapturedGradient gradients[kMaxCapturedTensors]{};
+  uint32_t wanted = 0;  // bit n: the gradient of score_mod's tensor n
+  bool wide_positions = false, block_sparse = false;
+  Launch clear, make_blocks;  // before the other launches; a grid of 0: not needed
+  ClearArguments clear_arguments{};
+  BlockStatusArguments block_arguments{};
+  size_t bytes = 0;           // of scratch memory: what the lists say of blocks
+  uint32_t shared_bytes = 0;  // of the main kernel
+
+  // `memory` is aligned to 16 bytes.
+  void bind(void *memory);
+};
+
+BackwardFunctionPlan plan_backward_functions(const BackwardParams &p, const BackwardInstance &instance,
+                                             const BackwardTile &tile);
+// A line for each launch before the others.
+std::string to_string(const BackwardFunctionPlan &plan);
+
+// The main kernel, ready to be launched on device `index`.
+Kernel get_backward_function_kernel(const Params &forward, const BackwardFunctionPlan &plan, const KernelKey &kernel,
+                                    int index);
+// What it is compiled from.
+CompileRequest backward_function_request(const Params &forward, const BackwardFunctionPlan &plan,
+                                         const KernelKey &kernel, Architecture arch);
+
+// What the kernels with functions cannot take, in words; empty if nothing.
+std::string unsupported_backward_functions(const BackwardParams &p);
+
+}  // namespace flashspark::cuda

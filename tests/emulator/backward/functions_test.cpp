@@ -1,0 +1,143 @@
+// Backward kernels with the user's functions and block lists: every kernel that is linked in has named functions of its
+// own (CMakeLists.txt).
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "backward/problem.hpp"
+
+namespace flashspark::emulator {
+namespace {
+
+using Draw = cases::Random;
+
+class EveryKernel : public testing::TestWithParam<BackwardKernel> {};
+
+BackwardSpec spec_of(const BackwardKernel &kernel) {
+  BackwardSpec s;
+  s.head_dim = kernel.instance->head_dim, s.head_dim_v = kernel.instance->head_dim_v;
+  s.functions = FunctionSpec{};
+  s.functions->functions = kernel.functions, s.functions->lists = kernel.block_sparse;
+  s.functions->wish.size_q = s.functions->wish.size_k = 64;
+  return s;
+}
+
+void check(const BackwardSpec &spec, const BackwardKernel &kernel, uint64_t seed) {
+  Counters counters;
+  EXPECT_EQ(check_backward(spec, kernel, seed, &counters), "");
+  EXPECT_EQ(counters.bank_conflicts, 0u) << name_of(kernel);
+}
+
+TEST_P(EveryKernel, WholeTiles) {
+  BackwardSpec s = spec_of(GetParam());
+  s.tokens = {128}, s.keys = {128};
+  check(s, GetParam(), 1);
+}
+
+TEST_P(EveryKernel, RaggedTiles) {
+  BackwardSpec s = spec_of(GetParam());
+  s.head_dim -= 8, s.head_dim_v -= 16;
+  uint64_t seed = 10;
+  for (const auto &[tokens, keys] : {std::pair{1, 130}, std::pair{70, 1}, std::pair{70, 33}, std::pair{17, 150}}) {
+    s.tokens = {tokens}, s.keys = {keys};
+    check(s, GetParam(), ++seed);
+  }
+}
+
+TEST_P(EveryKernel, SequencesAndSharedKeys) {
+  BackwardSpec s = spec_of(GetParam());
+  s.tokens = {70, 0, 33, 100}, s.keys = {90, 40, 0, 150};
+  s.heads_q = 4, s.heads_kv = 2, s.causal = true;
+  check(s, GetParam(), 20);
+  s.varlen_q = s.varlen_k = true, s.causal = false, s.window_left = 60, s.window_right = 20;
+  check(s, GetParam(), 21);
+  s.unused_rows = s.sinks = s.dlse = true;
+  s.functions->wish.per_head = s.functions->wish.per_batch = false;
+  check(s, GetParam(), 22);
+}
+
+TEST_P(EveryKernel, SoftcapAndDropout) {
+  BackwardSpec s = spec_of(GetParam());
+  s.tokens = {70, 30}, s.keys = {150, 90}, s.heads_q = 2, s.heads_kv = 1;
+  s.softcap = 3;
+  check(s, GetParam(), 30);
+  s.dropout_p = 0.25f, s.causal = true;
+  check(s, GetParam(), 31);
+}
+
+TEST_P(EveryKernel, ListsOfAnySize) {
+  const BackwardKernel &kernel = GetParam();
+  if (!kernel.block_sparse) return;
+  for (uint64_t seed = 1; seed <= 16; ++seed) {
+    Draw draw(seed, 'b');
+    BackwardSpec s = spec_of(kernel);
+    s.tokens = {static_cast<int32_t>(draw.from(1, 150)), static_cast<int32_t>(draw.from(1, 100))};
+    s.keys = {static_cast<int32_t>(draw.from(1, 300)), static_cast<int32_t>(draw.from(1, 150))};
+    s.heads_kv = draw.from(1, 2), s.heads_q = s.heads_kv * draw.from(1, 3);
+    s.causal = draw.one_in(3), s.varlen_q = s.varlen_k = draw.one_in(2);
+    test::BlockListWish &wish = s.functions->wish;
+    wish.size_q = draw.of<int64_t>({16, 16, 32, 48, 64, 80, 128, 1 << 20});
+    wish.size_k = draw.of<int64_t>({16, 16, 32, 48, 64, 80, 128, 1 << 20});
+    wish.per_batch = draw.one_in(2), wish.per_head = draw.one_in(2);
+    wish.masked = !draw.one_in(5), wish.full = !wish.masked || !draw.one_in(5);
+    if (draw.one_in(3)) wish.none = 20, wish.all = 1;
+    check(s, kernel, seed);
+  }
+}
+
+// Counts and blocks that are out of range: whatever the result is, nothing outside the tensors is read or written.
+TEST_P(EveryKernel, SurvivesWildLists) {
+  const BackwardKernel &kernel = GetParam();
+  if (!kernel.block_sparse) return;
+  constexpr int32_t kValues[] = {INT32_MIN, -100000, -1, 0, 1, 2, 3, 100000, 1 << 30, INT32_MAX};
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
+    Draw draw(seed, 'w');
+    BackwardSpec s = spec_of(kernel);
+    s.dtype = kernel.dtype;
+    s.tokens = {70, 20}, s.keys = {130, 200}, s.heads_q = 2;
+    s.functions->wish.size_q = draw.of<int64_t>({16, 48, 64}), s.functions->wish.size_k = draw.of<int64_t>({16, 48});
+    BackwardProblem problem(s, seed);
+    // Arrays of their own, which end where the lists do.
+    Params &p = problem.params.forward;
+    std::vector<Guarded<int32_t>> arrays;
+    for (flashspark_block_list *list : {&p.masked_blocks, &p.full_blocks}) {
+      list->width = 2;
+      list->count_block_stride = 1, list->index_block_stride = 2;
+      list->count_head_stride = p.num_blocks_q, list->index_head_stride = 2 * p.num_blocks_q;
+      list->count_batch_stride = p.block_heads * p.num_blocks_q;
+      list->index_batch_stride = 2 * list->count_batch_stride;
+      for (const int64_t width : {1, 2}) {
+        Guarded<int32_t> &numbers =
+            arrays.emplace_back(static_cast<size_t>(p.block_batch * p.block_heads * p.num_blocks_q * width));
+        for (int32_t &number : numbers) number = kValues[draw.below(std::size(kValues))];
+        (width == 1 ? list->counts : list->indices) = numbers.data();
+      }
+    }
+    EXPECT_NO_THROW(problem.run(kernel, seed)) << "seed " << seed;
+  }
+}
+
+std::vector<BackwardKernel> all() {
+  std::vector<BackwardKernel> kernels;
+  for (const BackwardKernel &kernel : backward_kernels()) {
+    if (kernel.functions != nullptr) kernels.push_back(kernel);
+  }
+  return kernels;
+}
+INSTANTIATE_TEST_SUITE_P(BackwardFunctions, EveryKernel, testing::ValuesIn(all()),
+                         [](const auto &kernel) { return name_of(kernel.param); });
+
+// What CMake lists.
+TEST(BackwardFunctions, KernelsAreLinkedIn) {
+  std::set<const BackwardInstance *> instances;
+  int lists = 0;
+  for (const BackwardKernel &kernel : all()) {
+    instances.insert(kernel.instance);
+    lists += kernel.block_sparse ? 1 : 0;
+  }
+  EXPECT_EQ(instances.size(), std::size(kBackwardFunctionInstances));
+  EXPECT_GE(lists, 4);
+}
+
+}  // namespace
+}  // namespace flashspark::emulator

@@ -1,0 +1,300 @@
+"""Gradients through score functions, mask functions and block lists: of q, k, v and of what score functions capture.
+
+Each is at most twice as far from float64's as that of the same formula in torch, in the tensors' own type, or as that
+in float64 with `out` rounded to this type, from which a backward pass takes it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import flashspark
+import pytest
+import torch
+from problem import ON_CPU
+from torch.nn.attention import flex_attention as torch_flex
+
+RANDOM_CASES = int(os.environ.get("FLASHSPARK_BACKWARD_CASES", "6" if ON_CPU else "60"))
+LENGTH = 90 if ON_CPU else 333
+HEADS, BATCH = 4, 2
+
+
+def scores(t):
+    """Score functions by name, and which of the tensors `t` each one captures."""
+    return {
+        "none": (None, ""),
+        "alibi": (lambda s, b, h, q, k: s + t["slopes"][h] * (k - q), "slopes"),
+        "relative position": (
+            lambda s, b, h, q, k: s + t["relative"][h, torch.clamp(q - k + 32, 0, 63)],
+            "relative",
+        ),
+        "table": (lambda s, b, h, q, k: s + t["table"][b, h, q, k], "table"),
+        "softcap": (lambda s, b, h, q, k: t["cap"] * torch.tanh(s / t["cap"]), "cap"),
+        "temperature": (lambda s, b, h, q, k: s * torch.sigmoid(t["rows"][h, q]) + t["keys"][k], "rows keys"),
+        "one tensor twice": (lambda s, b, h, q, k: s + t["keys"][q] * t["keys"][k], "keys"),
+        "waves": (lambda s, b, h, q, k: s + t["slopes"][h] * torch.sin(0.1 * (q - k)) * torch.exp(-s * s), "slopes"),
+        "minus infinity": (
+            lambda s, b, h, q, k: torch.where((q + k) % 5 == 2, -math.inf, s * t["keys"][k]),
+            "keys",
+        ),
+    }
+
+
+def masks(t):
+    return {
+        "none": None,
+        "causal": lambda b, h, q, k: q >= k,
+        "documents": lambda b, h, q, k: t["documents"][b, q] == t["documents"][b, k],
+        "by head": lambda b, h, q, k: ((q - k) % (h + 1) == 0) | (k < 4),
+        "nothing for some": lambda b, h, q, k: (q % 7 != 0) & (k + 40 > q),
+    }
+
+
+def captured(length: int, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    make = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=make)
+
+    t = {
+        "slopes": normal(HEADS).abs() / 16,
+        "relative": normal(HEADS, 64).to(dtype),
+        "table": normal(BATCH, HEADS, length, length).to(dtype),
+        "cap": torch.tensor(3.0),
+        "rows": normal(HEADS, length),
+        "keys": normal(length).to(dtype),
+        "documents": torch.randint(0, 5, (BATCH, length), generator=make).sort().values,
+    }
+    return {name: x.to(device) for name, x in t.items()}
+
+
+@dataclass
+class Case:
+    score: str
+    mask: str
+    width: int = 64
+    width_v: int = 0  # 0: as width
+    heads_kv: int = 2
+    length: int = LENGTH
+    dtype: torch.dtype = torch.bfloat16
+    block: int = 128
+    by_head: bool = True  # the mask's lists
+    dlse: bool = False
+
+
+def formula(case: Case, q, k, v, score, mask):
+    """out and lse in the tensors' type."""
+    group = HEADS // case.heads_kv
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    n = case.length
+    at = [
+        torch.arange(count, device=q.device).view(shape)
+        for count, shape in ((BATCH, (BATCH, 1, 1, 1)), (HEADS, (HEADS, 1, 1)), (n, (n, 1)), (n, (n,)))
+    ]
+    s = (q * case.width**-0.5) @ k.transpose(-1, -2)
+    if score is not None:
+        s = score(s, *at).to(q.dtype)
+    if mask is not None:
+        s = s.masked_fill(~mask(*at), -math.inf)
+    empty = (s == -math.inf).all(-1, keepdim=True)
+    s = s.masked_fill(empty, 0)
+    p = torch.softmax(s, -1).masked_fill(empty, 0)
+    return p @ v, torch.logsumexp(s, -1).masked_fill(empty[..., 0], 0)
+
+
+def attention(case: Case, q, k, v, score, mask):
+    lists = None
+    if mask is not None:
+        lists = flashspark.create_block_mask(
+            mask, BATCH, HEADS if case.by_head else None, case.length, case.length, device=q.device,
+            BLOCK_SIZE=case.block,
+        )  # fmt: skip
+    out, lse = flashspark.flex_attention(q, k, v, score, lists, enable_gqa=True, return_lse=True)
+    return out, lse.masked_fill(lse == -math.inf, 0)
+
+
+def rounding_of_out(out, dout, lse, dtype: torch.dtype):
+    """What makes of a sum's gradients those that come of a rounded `out`: ds = p (dp - rowsum(dout * out))."""
+    return -((dout.double() * (out.to(dtype) - out)).sum(-1).detach() * lse).sum()
+
+
+def gradients(case: Case, function, given, tensors, dout, dlse, dtype, rounded=None):
+    """Of q, k, v and of what the function captures. rounded: the type that `out` is rounded to in between."""
+    rows = [x.detach().to(dtype, copy=True).requires_grad_() for x in given]
+    names = scores({})[case.score][1].split()
+    held = dict(tensors)
+    for name in names:
+        kind = torch.float64 if dtype == torch.float64 else tensors[name].dtype
+        held[name] = tensors[name].detach().to(kind, copy=True).requires_grad_()
+    out, lse = function(case, *rows, scores(held)[case.score][0], masks(held)[case.mask])
+    total = (out.double() * dout.double()).sum()
+    if case.dlse:
+        total = total + (lse.double() * dlse.double()).sum()
+    if rounded is not None:
+        total = total + rounding_of_out(out, dout, lse, rounded)
+    total.backward()
+    found = dict(zip("qkv", (x.grad for x in rows)))
+    return found | {name: held[name].grad for name in names}
+
+
+def check(case: Case, seed: int, device: torch.device, function=attention):
+    make = torch.Generator().manual_seed(seed)
+    n, width_v = case.length, case.width_v or case.width
+    shapes = [(BATCH, HEADS, n, case.width), (BATCH, case.heads_kv, n, case.width), (BATCH, case.heads_kv, n, width_v)]
+    shapes += [(BATCH, HEADS, n, width_v), (BATCH, HEADS, n)]
+    q, k, v, dout, dlse = (torch.randn(*s, generator=make).to(device) for s in shapes)
+    given = [x.to(case.dtype) for x in (q, k, v)]
+    dout = dout.to(case.dtype)
+    tensors = captured(n, case.dtype, device, seed)
+    want = gradients(case, formula, given, tensors, dout, dlse, torch.float64)
+    peer = gradients(case, formula, given, tensors, dout, dlse, case.dtype)
+    rounded = gradients(case, formula, given, tensors, dout, dlse, torch.float64, case.dtype)
+    got = gradients(case, function, given, tensors, dout, dlse, case.dtype)
+    for name, y in want.items():
+        x = got[name]
+        assert torch.isfinite(x).all(), f"{name} of {case}"
+        scale = y.abs().max().item()
+        error, *others = ((g.double() - y).abs().max().item() for g in (x, peer[name], rounded[name]))
+        allowed = max(others)
+        unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(x.dtype, 2**-14)
+        bound = max(2 * allowed, unit * scale) + 1e-5 * scale + 1e-6
+        assert error <= bound, f"{name}: {error} > {bound} of {scale}, {case}, seed {seed}"
+
+
+@pytest.mark.parametrize("mask", masks({}))
+@pytest.mark.parametrize("score", scores({}))
+def test_functions(score, mask, device):
+    number = list(scores({})).index(score) * 5 + list(masks({})).index(mask)
+    check(Case(score, mask, dtype=(torch.bfloat16, torch.float16)[number % 2]), number, device)
+
+
+@pytest.mark.parametrize(
+    "width", [(32, 32), (80, 72), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str
+)
+@pytest.mark.parametrize("score", ["alibi", "relative position", "temperature"])
+def test_head_sizes(score, width, device):
+    check(Case(score, "documents", width=width[0], width_v=width[1]), width[0], device)
+
+
+@pytest.mark.parametrize("block", [16, 48, 64, 128, 256])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_block_sizes(block, by_head, device):
+    check(Case("none", "by head" if by_head else "documents", block=block, by_head=by_head, dlse=True), block, device)
+    check(Case("table", "by head" if by_head else "documents", width=128, block=block, by_head=by_head), block, device)
+
+
+@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+def test_random(seed, device):
+    make = torch.Generator().manual_seed(1000 + seed)
+
+    def of(*values: Any) -> Any:
+        return values[int(torch.randint(0, len(values), (), generator=make))]
+
+    case = Case(
+        of(*scores({})), of(*masks({})), width=of(32, 64, 96, 128, 128, 256), heads_kv=of(1, 2, 4),
+        length=of(1, 17, 64, 65, LENGTH), dtype=of(torch.bfloat16, torch.float16), block=of(16, 32, 128),
+        by_head=of(False, True), dlse=of(False, True),
+    )  # fmt: skip
+    if case.mask == "by head":
+        case.by_head = True
+    check(case, seed, device)
+
+
+def through_torch(case: Case, q, k, v, score, mask):
+    """As `attention`, by torch's own function."""
+    lists = None
+    if mask is not None:
+        lists = torch_flex.create_block_mask(
+            mask, BATCH, HEADS, case.length, case.length, device=q.device, BLOCK_SIZE=128
+        )
+    with flashspark.flex.redirect_torch_flex_attention():
+        out, lse = torch_flex.flex_attention(q, k, v, score, lists, enable_gqa=True, return_lse=True)
+    return out, lse.masked_fill(lse == -math.inf, 0)
+
+
+@pytest.mark.parametrize("score", ["alibi", "relative position", "softcap"])
+@pytest.mark.parametrize("mask", ["none", "documents"])
+def test_torchs_own_function(score, mask, device):
+    check(Case(score, mask), 5, device, through_torch)
+
+
+# Functions in FlashAttention 4's form, over packed sequences with fewer rows in use.
+LENGTHS = [(40, 61), (1, 17), (0, 30), (70, 70)]
+
+
+def packed_score(score, b, h, q, k, lengths, aux):
+    last = q + lengths.seqlen_k - lengths.seqlen_q
+    return score + aux[0][h] * (k - last) / 8 + aux[1][k + lengths.offset_k] - aux[1][q + lengths.offset_q]
+
+
+def packed_mask(b, h, q, k, lengths, aux):
+    return (k + h) % 3 != 0
+
+
+def packed_formula(tensors, aux, dtype, dout, rounded=None):
+    q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in tensors)
+    aux = [x.detach().to(torch.float64, copy=True).requires_grad_() for x in aux]
+    i = j = 0
+    total = torch.zeros((), dtype=torch.float64, device=q.device)
+    for rows, keys in LENGTHS:
+        at_q, at_k = torch.arange(rows, device=q.device)[:, None], torch.arange(keys, device=q.device)
+        h = torch.arange(HEADS, device=q.device)[:, None, None]
+        group = HEADS // k.shape[1]
+        s = torch.einsum("ihd,jhd->hij", q[i : i + rows], k[j : j + keys].repeat_interleave(group, 1)) * (
+            q.shape[-1] ** -0.5
+        )
+        s = s.double() + aux[0][h] * (at_k - at_q - keys + rows) / 8 + aux[1][at_k + j] - aux[1][at_q + i]
+        s = s.masked_fill((at_k + h) % 3 == 0, -math.inf)
+        empty = (s == -math.inf).all(-1, keepdim=True)
+        p = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0).to(dtype)
+        out = torch.einsum("hij,jhd->ihd", p, v[j : j + keys].repeat_interleave(group, 1))
+        total = total + (out.double() * dout[i : i + rows].double()).sum()
+        if rounded is not None:
+            lse = torch.logsumexp(s.masked_fill(empty, 0), -1).masked_fill(empty[..., 0], 0)
+            total = total + rounding_of_out(out, dout[i : i + rows], lse.t(), rounded)
+        i, j = i + rows, j + keys
+    total.backward()
+    return [x.grad for x in (q, k, v, *aux)]
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_packed_sequences(width, device):
+    make = torch.Generator().manual_seed(width)
+    tokens, keys = (sum(n[x] for n in LENGTHS) for x in (0, 1))
+    shapes = (tokens, HEADS, width), (keys, 2, width), (keys, 2, width), (tokens, HEADS, width)
+    q, k, v, dout = (torch.randn(*s, generator=make).to(torch.bfloat16).to(device) for s in shapes)
+    aux = [torch.randn(n, generator=make).to(device) for n in (HEADS, 256)]
+    want, peer = (packed_formula((q, k, v), aux, dtype, dout) for dtype in (torch.float64, torch.bfloat16))
+    rounded = packed_formula((q, k, v), aux, torch.float64, dout, torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, *aux)]
+    cu = [
+        torch.tensor([0, *torch.tensor([n[x] for n in LENGTHS]).cumsum(0)], dtype=torch.int32).to(device)
+        for x in (0, 1)
+    ]
+    out = flashspark.flash_attn_varlen_func(
+        *leaves[:3], *cu, max(n[0] for n in LENGTHS), max(n[1] for n in LENGTHS), score_mod=packed_score,
+        mask_mod=packed_mask, aux_tensors=leaves[3:],
+    )  # fmt: skip
+    out.backward(dout)
+    for name, leaf, y, *others in zip(("q", "k", "v", "slopes", "by token"), leaves, want, peer, rounded):
+        scale = y.abs().max().item()
+        error, *found = ((g.double() - y).abs().max().item() for g in (leaf.grad, *others))
+        allowed = max(found)
+        bound = max(2 * allowed, 2**-8 * scale if name in "qkv" else 0) + 1e-4 * scale + 1e-6
+        assert error <= bound, f"{name}: {error} > {bound} of {scale}"
+
+
+@pytest.mark.needs_gpu
+def test_deterministic_gradients_of_captured_tensors_are_refused(device):
+    slopes = torch.rand(HEADS, device=device, requires_grad=True)
+    q, k, v = (torch.randn(1, HEADS, 64, 64, dtype=torch.bfloat16, device=device) for _ in range(3))
+    out = flashspark.flex_attention(q, k, v, lambda s, b, h, i, j: s + slopes[h] * (j - i))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(Exception, match="deterministic"):
+            out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
