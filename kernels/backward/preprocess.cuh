@@ -44,6 +44,15 @@ FLASHSPARK_DEVICE void zero_unowned_rows(void *data, const Strides &strides, con
   }
 }
 
+FLASHSPARK_DEVICE void zero_sums(float *sums, int64_t count, int32_t cta, int32_t num_ctas) {
+  ptx::Vector16 zero;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
+  const int64_t step = int64_t{num_ctas} * kPreprocessThreads;
+  for (int64_t n = int64_t{cta} * kPreprocessThreads + ptx::thread_index(); n < count / 4; n += step)
+    reinterpret_cast<ptx::Vector16 *>(sums)[n] = zero;
+}
+
 // What the main kernel writes some elements of.
 FLASHSPARK_DEVICE void zero_sparse(const BackwardArguments &a, int32_t heads, int32_t num_ctas) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
@@ -56,12 +65,8 @@ FLASHSPARK_DEVICE void zero_sparse(const BackwardArguments &a, int32_t heads, in
       }
     }
   }
-  if (a.slope_sums != nullptr) {
-    const int64_t sums = static_cast<int64_t>(heads) * a.key_slots * a.slot_warps;
-    for (int64_t n = cta * kPreprocessThreads + thread; n < sums;
-         n += static_cast<int64_t>(num_ctas) * kPreprocessThreads)
-      a.slope_sums[n] = 0;
-  }
+  if (a.slope_sums != nullptr)
+    zero_sums(a.slope_sums, static_cast<int64_t>(heads) * a.key_slots * a.slot_warps, cta, num_ctas);
 }
 
 template <class Element>
@@ -72,15 +77,6 @@ FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a) {
   zero_unowned_rows<Element>(a.dq, a.dq_strides, q, a.num_seqs, a.total_q, heads, a.head_dim, ctas);
   zero_unowned_rows<Element>(a.dk, a.dk_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim, ctas);
   zero_unowned_rows<Element>(a.dv, a.dv_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim_v, ctas);
-}
-
-FLASHSPARK_DEVICE void zero_sums(float *sums, int64_t count, int32_t cta, int32_t num_ctas) {
-  ptx::Vector16 zero;
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
-  const int64_t step = int64_t{num_ctas} * kPreprocessThreads;
-  for (int64_t n = int64_t{cta} * kPreprocessThreads + ptx::thread_index(); n < count / 4; n += step)
-    reinterpret_cast<ptx::Vector16 *>(sums)[n] = zero;
 }
 
 template <class Element>
