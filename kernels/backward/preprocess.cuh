@@ -49,20 +49,23 @@ FLASHSPARK_DEVICE void zero_sums(float *sums, int64_t count, int32_t cta, int32_
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
   const int64_t step = int64_t{num_ctas} * kPreprocessThreads;
+  FLASHSPARK_NO_UNROLL
   for (int64_t n = int64_t{cta} * kPreprocessThreads + ptx::thread_index(); n < count / 4; n += step)
     reinterpret_cast<ptx::Vector16 *>(sums)[n] = zero;
 }
 
-// What the main kernel writes some elements of.
+// What the main kernel writes some elements of. A CTA takes rows of its own head.
 FLASHSPARK_DEVICE void zero_sparse(const BackwardArguments &a, int32_t heads, int32_t num_ctas) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   if (a.drel_logits != nullptr) {
+    const int32_t head = quotient(cta, a.num_row_blocks);
     const int64_t rows = a.cu_seqlens_q != nullptr ? a.total_q : static_cast<int64_t>(a.num_seqs) * a.max_seqlen_q;
-    for (int64_t row = cta; row < rows; row += num_ctas) {
-      for (int32_t head = 0; head < heads; ++head) {
-        float *to = a.drel_logits + row * a.rel_token_stride + head * a.rel_head_stride;
-        for (int32_t n = thread; n < a.rel_extent; n += kPreprocessThreads) to[n] = 0;
-      }
+    float *const of_head = a.drel_logits + head * a.rel_head_stride;
+    FLASHSPARK_NO_UNROLL
+    for (int64_t row = cta - head * a.num_row_blocks; row < rows; row += a.num_row_blocks) {
+      float *const to = of_head + row * a.rel_token_stride;
+      FLASHSPARK_NO_UNROLL
+      for (int32_t n = thread; n < a.rel_extent; n += kPreprocessThreads) to[n] = 0;
     }
   }
   if (a.slope_sums != nullptr)
