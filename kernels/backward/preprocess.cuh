@@ -44,24 +44,32 @@ FLASHSPARK_DEVICE void zero_unowned_rows(void *data, const Strides &strides, con
   }
 }
 
-// What the main kernel writes some elements of.
+FLASHSPARK_DEVICE void zero_sums(float *sums, int64_t count, int32_t cta, int32_t num_ctas) {
+  ptx::Vector16 zero;
+  FLASHSPARK_UNROLL
+  for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
+  const int64_t step = int64_t{num_ctas} * kPreprocessThreads;
+  FLASHSPARK_NO_UNROLL
+  for (int64_t n = int64_t{cta} * kPreprocessThreads + ptx::thread_index(); n < count / 4; n += step)
+    reinterpret_cast<ptx::Vector16 *>(sums)[n] = zero;
+}
+
+// What the main kernel writes some elements of. A CTA takes rows of its own head.
 FLASHSPARK_DEVICE void zero_sparse(const BackwardArguments &a, int32_t heads, int32_t num_ctas) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   if (a.drel_logits != nullptr) {
+    const int32_t head = quotient(cta, a.num_row_blocks);
     const int64_t rows = a.cu_seqlens_q != nullptr ? a.total_q : static_cast<int64_t>(a.num_seqs) * a.max_seqlen_q;
-    for (int64_t row = cta; row < rows; row += num_ctas) {
-      for (int32_t head = 0; head < heads; ++head) {
-        float *to = a.drel_logits + row * a.rel_token_stride + head * a.rel_head_stride;
-        for (int32_t n = thread; n < a.rel_extent; n += kPreprocessThreads) to[n] = 0;
-      }
+    float *const of_head = a.drel_logits + head * a.rel_head_stride;
+    FLASHSPARK_NO_UNROLL
+    for (int64_t row = cta - head * a.num_row_blocks; row < rows; row += a.num_row_blocks) {
+      float *const to = of_head + row * a.rel_token_stride;
+      FLASHSPARK_NO_UNROLL
+      for (int32_t n = thread; n < a.rel_extent; n += kPreprocessThreads) to[n] = 0;
     }
   }
-  if (a.slope_sums != nullptr) {
-    const int64_t sums = static_cast<int64_t>(heads) * a.key_slots * a.slot_warps;
-    for (int64_t n = cta * kPreprocessThreads + thread; n < sums;
-         n += static_cast<int64_t>(num_ctas) * kPreprocessThreads)
-      a.slope_sums[n] = 0;
-  }
+  if (a.slope_sums != nullptr)
+    zero_sums(a.slope_sums, static_cast<int64_t>(heads) * a.key_slots * a.slot_warps, cta, num_ctas);
 }
 
 template <class Element>
@@ -72,15 +80,6 @@ FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a) {
   zero_unowned_rows<Element>(a.dq, a.dq_strides, q, a.num_seqs, a.total_q, heads, a.head_dim, ctas);
   zero_unowned_rows<Element>(a.dk, a.dk_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim, ctas);
   zero_unowned_rows<Element>(a.dv, a.dv_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim_v, ctas);
-}
-
-FLASHSPARK_DEVICE void zero_sums(float *sums, int64_t count, int32_t cta, int32_t num_ctas) {
-  ptx::Vector16 zero;
-  FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < 4; ++n) zero.word[n] = 0;
-  const int64_t step = int64_t{num_ctas} * kPreprocessThreads;
-  for (int64_t n = int64_t{cta} * kPreprocessThreads + ptx::thread_index(); n < count / 4; n += step)
-    reinterpret_cast<ptx::Vector16 *>(sums)[n] = zero;
 }
 
 template <class Element>
