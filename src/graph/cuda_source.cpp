@@ -172,7 +172,7 @@ std::string CudaWriter::gradient_members(const ScoreGradients &score) {
     for (int32_t d = 0; d < score.loads[n].rank; ++d) {
       const int32_t node_of_index = result();
       depends |= node(node_of_index).depends;
-      offset += ", " + index(each_, node_of_index, tensor, d);
+      offset.append(", ").append(index(each_, node_of_index, tensor, d));
     }
     assign("places" + at, to + ".data + " + offset + ")");
     const bool of_row = (depends & kDependsQ) != 0, of_key = (depends & kDependsKv) != 0;
@@ -180,7 +180,7 @@ std::string CudaWriter::gradient_members(const ScoreGradients &score) {
                      : of_row                                             ? "row"
                      : of_key                                             ? "key"
                                                                           : "head";
-    places = "n == " + std::to_string(n) + " ? PlaceBy::" + by + " : " + places;
+    places.insert(0, "n == " + std::to_string(n) + " ? PlaceBy::" + by + " : ");
   }
   return first_members() + "    static constexpr int32_t kLoads = " + loads +
          ";\n    static FLASHSPARK_DEVICE constexpr PlaceBy place_by([[maybe_unused]] int32_t n) { return " + places +
