@@ -1,9 +1,10 @@
 """FlexAttention: score functions and block masks, flashspark beside torch's compiled flex_attention.
 
-    python bench/gpu/flex.py [--shapes ABC] [--only NAME ...] [--no-peer] [--out DIR]
+    python bench/gpu/flex.py [--shapes ABC] [--only NAME ...] [--no-peer] [--backward] [--out DIR]
 
 One process, the same tensors for both, bf16, medians of CUDA events around five calls each, after warm-up. `plain` is
-flashspark's causal kernel without functions on the same shape; `first` the first call, which compiles.
+flashspark's causal kernel without functions on the same shape; `first` the first call, which compiles. `native`: the
+same by an argument of flash_attn_func. With --backward gradients of q, k and v are timed, by torch.autograd.grad.
 """
 
 from __future__ import annotations
@@ -61,7 +62,24 @@ def functions(heads: int) -> list[tuple[str, Any, Any]]:
     return [*masks, ("ALiBi", alibi, causal), ("relative", relative, causal), ("softcap 30", softcap, causal)]
 
 
-def measure(shape: str, only: list[str] | None, with_peer: bool) -> list[dict[str, Any]]:
+def native(name: str, heads: int) -> dict[str, Any] | None:
+    """Arguments of flash_attn_func that say the same."""
+    slopes = torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
+    known = {"causal": {}, "window 1024": {"window_size": (1024, 0)}, "softcap 30": {"softcap": 30.0}}
+    known["ALiBi"] = {"alibi_slopes": slopes}
+    return known[name] | {"causal": True} if name in known else None
+
+
+def pass_of(call: Callable[[], Any], backward: bool, tensors: list[torch.Tensor]) -> Callable[[], Any]:
+    """The call, or the backward pass of what it gives."""
+    if not backward:
+        return call
+    out = call()
+    dout = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)
+
+
+def measure(shape: str, only: list[str] | None, with_peer: bool, backward: bool) -> list[dict[str, Any]]:
     import flashspark
     import torch.nn.attention.flex_attention as peer
 
@@ -69,8 +87,9 @@ def measure(shape: str, only: list[str] | None, with_peer: bool) -> list[dict[st
     make = dict(device="cuda", dtype=torch.bfloat16)
     q = torch.randn(batch, heads, tokens, width, **make)
     k, v = (torch.randn(batch, heads_kv, tokens, width, **make) for _ in range(2))
-    rows = [x.transpose(1, 2) for x in (q, k, v)]
-    plain = microseconds(lambda: flashspark.flash_attn_func(*rows, causal=True))
+    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
+    rows = [x.transpose(1, 2) for x in inputs]
+    plain = microseconds(pass_of(lambda: flashspark.flash_attn_func(*rows, causal=True), backward, inputs))
     compiled = torch.compile(peer.flex_attention, dynamic=False)
     found = []
     for name, score_mod, mask_mod in functions(heads):
@@ -82,12 +101,16 @@ def measure(shape: str, only: list[str] | None, with_peer: bool) -> list[dict[st
         ours()
         torch.cuda.synchronize()
         row: dict[str, Any] = {"shape": shape, "name": name, "first": time.perf_counter() - start, "plain": plain}
-        row["ours"] = microseconds(ours)
+        row["ours"] = microseconds(pass_of(ours, backward, inputs))
+        if (arguments := native(name, heads)) is not None:
+            call = pass_of(lambda: flashspark.flash_attn_func(*rows, **arguments), backward, inputs)  # noqa: B023
+            row["native"] = microseconds(call)
         row["density"] = 1 - mask.sparsity() / 100
         if with_peer:
             torch._dynamo.reset()  # dynamo gives up after so many functions
             theirs = peer.create_block_mask(mask_mod, None, None, tokens, tokens, device="cuda")
-            row["peer"] = microseconds(lambda: compiled(q, k, v, score_mod, theirs, enable_gqa=True))  # noqa: B023
+            call = pass_of(lambda: compiled(q, k, v, score_mod, theirs, enable_gqa=True), backward, inputs)  # noqa: B023
+            row["peer"] = microseconds(call)
             row["ratio"] = row["peer"] / row["ours"]
         found.append(row)
         print(" ".join(f"{key} {value:.3g}" if isinstance(value, float) else str(value) for key, value in row.items()))
@@ -100,12 +123,15 @@ def main() -> int:
     parser.add_argument("--shapes", default="ABC")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--backward", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peers", type=Path, help=argparse.SUPPRESS)  # what tools/dev/gpu.sh passes to every bench
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.manual_seed(0)
-    found = [row for shape in arguments.shapes for row in measure(shape, arguments.only, not arguments.no_peer)]
+    found = []
+    for shape in arguments.shapes:
+        found += measure(shape, arguments.only, not arguments.no_peer, arguments.backward)
     if arguments.out:
         (arguments.out / "flex.json").write_text(json.dumps(found, indent=1))
     return 0

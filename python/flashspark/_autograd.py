@@ -35,6 +35,7 @@ _STRICT = _call.Mode(strict=True)
 # Calls, without their sizes, whose gradients some implementation is known to have.
 _supported: set[Any] = set()
 _MOST_SUPPORTED = 1000
+_NONE_FITS = "no implementation fits\n"  # where what explains a problem ends
 
 
 class _Places(NamedTuple):
@@ -156,13 +157,13 @@ class Problem:
             return
         wanted = self.wanted(needed, tensors)
         wanted[:_ROWS] = [False] * _ROWS  # which all have, and which would need memory
-        try:
-            gradients(self._forward(parts, out, lse), out, None, wanted, explain=True)
-        except NotImplementedError as error:
+        text = str(gradients(self._forward(parts, out, lse), out, None, wanted, explain=True))
+        if text.endswith(_NONE_FITS):
             places = self.places.tensors
             word = self._word(next((n for n, x in zip(places, tensors) if x.requires_grad), places[0]))
-            text = f"{word}.requires_grad = True: must be False, or call under torch.no_grad(): {error}"
-            raise NotImplementedError(text) from None
+            raise NotImplementedError(
+                f"{word}.requires_grad = True: must be False, or call under torch.no_grad(): {_NONE_FITS}{text}"
+            )
         if len(_supported) >= _MOST_SUPPORTED:
             _supported.clear()
         _supported.add(kind)
