@@ -162,7 +162,7 @@ BackwardArguments make(const Shape &s, std::vector<void *> &all) {
   a.num_row_blocks = s.batch * a.seq_row_blocks, a.padded_rows = a.num_row_blocks * Kernel::kRows;
   a.num_key_tiles = (s.tokens + Kernel::kKeys - 1) / Kernel::kKeys;
   a.sum_columns = a.sum_columns_v = dim, a.key_tile = Kernel::kKeys;
-  a.section_heads = s.tokens <= 2048 ? s.heads * s.batch : 4;
+  a.section_heads = s.tokens <= 2048 ? s.heads * s.batch : 8;
   a.head_parts = TUNE_PARTS ? s.heads / s.heads_kv : 1;
   const int64_t padded = int64_t{s.heads} * a.padded_rows;
   a.dq_sum = memory<float>(padded * dim, all);

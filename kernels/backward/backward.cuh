@@ -171,13 +171,12 @@ struct BackwardLoop {
   }
 
   template <bool in_turn>
-  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) const {
+  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
     const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
     if constexpr (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
     add_query_gradient(a.dq_sum + row * T::kHeadDim, dq, lane);
-    if constexpr (in_turn) turns.pass(at.head, first_padded_row / T::kRows, at.block);
   }
 
   // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them.
@@ -191,7 +190,7 @@ struct BackwardLoop {
 
   template <bool in_turn>
   FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
-    const RowWalk at = RowWalk::from(blocks, in_turn, first_head);
+    const RowWalk at{blocks.begin, blocks.end, first_head, blocks.begin};
     copy_queries(at, 0);
     copy_dout(at, 0);
     ptx::cp_async_commit();
@@ -209,6 +208,7 @@ struct BackwardLoop {
     } else {
       run_phases<in_turn>(at, count);
     }
+    if constexpr (in_turn) turns.pass();
   }
 
   // A block's scores, then its dQ.
@@ -327,9 +327,9 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   ptx::grid_dependency_launch();
   PhiloxKey key{};
   if constexpr (T::kNative) key = dropout_key(a.dropout);
-  Turns<T> turns{a, tile.first / T::kKeys, {0, 0}};
-  if (a.dq_turns != nullptr && turns.tile > 0)
-    turns.before = uniform(visited_blocks<T>(a, mask, tile.first - T::kKeys, rows.seqlen_q));
+  Turns<T> turns{a, tile.first / T::kKeys, ceil_div(keys.end, T::kKeys), {0, 0}, nullptr};
+  if (a.dq_turns != nullptr && turns.tile + 1 < turns.tiles)
+    turns.before = uniform(Turns<T>::groups(visited_blocks<T>(a, mask, tile.first + T::kKeys, rows.seqlen_q)));
   // clang-format off
   BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),

@@ -81,7 +81,8 @@ FLASHSPARK_DEVICE int32_t first_key_slot(const BackwardArguments &a, int32_t seq
 }
 
 // A few heads take turns, so that the rows of a few are in L2 at a time; of their tiles those of the first keys come
-// first: under a causal mask they see most rows, and the CTAs with the most work start before the others.
+// first: under a causal mask they see most rows, and the CTAs with the most work start before the others. With turns
+// (turns.cuh) the last keys come first.
 FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t cta) {
   const auto group = static_cast<int32_t>(a.group.value);
   const int32_t heads = a.num_heads_kv * a.head_parts * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
@@ -97,7 +98,7 @@ FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t cta)
     tile.seq = ptx::uniform(kv.quotient);
     tile.head_kv = ptx::uniform(kv.remainder);
     tile.head_q = tile.head_kv * group + ptx::uniform(head.remainder) * tile.num_heads_q;
-    tile.first = ptx::uniform(rank * a.key_tile);
+    tile.first = ptx::uniform((a.dq_turns != nullptr ? a.num_key_tiles - 1 - rank : rank) * a.key_tile);
     tile.batch = tile.seq;
     tile.held = a.max_seqlen_k;
     tile.valid = tile.first < tile.held;
@@ -123,28 +124,23 @@ FLASHSPARK_DEVICE KeyTile find_key_tile(const BackwardArguments &a, int32_t cta)
     tile.row = ptx::uniform(ptx::shuffle(row, winner));
     tile.held = ptx::uniform(ptx::shuffle(held, winner));
     const int32_t of_seq = ceil_div(tile.held, a.key_tile);
-    tile.first = ptx::uniform((rank - (ptx::shuffle(passed, winner) - of_seq)) * a.key_tile);
+    const int32_t number = rank - (ptx::shuffle(passed, winner) - of_seq);
+    tile.first = ptx::uniform((a.dq_turns != nullptr ? of_seq - 1 - number : number) * a.key_tile);
     tile.valid = tile.first >= 0 && tile.first < tile.held;
     return tile;
   }
   return tile;
 }
 
-// The blocks of rows that a CTA visits: blocks [begin, end) of a sequence's tokens, of each query head of the group,
-// from the first one on or, `down`, from the last one.
+// The blocks of rows that a CTA visits: blocks [begin, end) of a sequence's tokens, of each query head of the group.
 struct RowWalk {
   int32_t begin, end;  // block numbers
-  bool down;
-  int32_t head;  // of all heads
+  int32_t head;        // of all heads
   int32_t block;
 
-  FLASHSPARK_DEVICE static RowWalk from(Interval blocks, bool down, int32_t head) {
-    return {blocks.begin, blocks.end, down, head, down ? blocks.end - 1 : blocks.begin};
-  }
-  FLASHSPARK_DEVICE bool is_last_of_head() const { return block == (down ? begin : end - 1); }
+  FLASHSPARK_DEVICE bool is_last_of_head() const { return block + 1 == end; }
   FLASHSPARK_DEVICE RowWalk next() const {
-    if (is_last_of_head()) return from({begin, end}, down, head + 1);
-    return {begin, end, down, head, down ? block - 1 : block + 1};
+    return is_last_of_head() ? RowWalk{begin, end, head + 1, begin} : RowWalk{begin, end, head, block + 1};
   }
 };
 

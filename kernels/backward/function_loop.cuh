@@ -75,7 +75,7 @@ struct FunctionLoop {
   // The first block of rows from `at` on that the lists name; its head is end_head if there is none. A lane looks at a
   // block of rows.
   FLASHSPARK_DEVICE RowWalk find(RowWalk at) const {
-    if (at.begin >= at.end) return {at.begin, at.end, false, end_head, at.begin};
+    if (at.begin >= at.end) return {at.begin, at.end, end_head, at.begin};
     if constexpr (T::kBlockSparse) {
       while (at.head < end_head) {
         for (; at.block < at.end; at.block += 32) {
@@ -86,7 +86,7 @@ struct FunctionLoop {
           at.block = ptx::uniform(at.block + static_cast<int32_t>(ptx::lowest_bit(found)));
           return at;
         }
-        at = {at.begin, at.end, false, at.head + 1, at.begin};
+        at = {at.begin, at.end, at.head + 1, at.begin};
       }
     }
     return at;
@@ -231,7 +231,7 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
                        shared, backward_offsets<T>(), dropout_key(a.dropout), {}, {}, {}, {}, {}};
   // clang-format on
-  const RowWalk first = loop.find(RowWalk::from({begin, end}, false, tile.head_q));
+  const RowWalk first = loop.find({begin, end, tile.head_q, begin});
   if (first.head < loop.end_head) {
     KeyBounds visited = no_keys();
     visited.visited[0] = own;

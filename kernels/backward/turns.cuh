@@ -1,7 +1,7 @@
-// The order in which CTAs add to dq, with `deterministic`: that of their keys. Each warp of a CTA has its own part of a
-// block's dQ and waits for the same warp of the CTA before, so that no CTA waits for another as a whole. A CTA waits
-// for such as begin before it alone, and all walk over rows from the last block on: under a causal mask the first tile
-// of keys, for which all others wait, then never waits for rows that it sees alone.
+// The order in which CTAs add to dq, with `deterministic`: the last keys first. Each warp of a CTA has its own part of
+// a block's dQ and waits for the same warp of the CTA before it in this order, which is also that of their launch: so
+// none waits for one that has not begun. Under a causal mask hardly any waits, since a tile of later keys begins with a
+// later row and stays ahead. A turn is for a few blocks of rows, as it takes long to make additions known.
 #pragma once
 
 #include "backward/scores.cuh"
@@ -10,39 +10,55 @@ namespace flashspark {
 
 template <class T>
 struct Turns {
-  const BackwardArguments &a;
-  int32_t tile;     // number of the CTA's keys among the tiles of the sequence
-  Interval before;  // blocks of rows that the tile before visits
+  static constexpr int32_t kRows = 128;  // docs/experiments.md E96
+  static constexpr int32_t kBlocks = T::kRows < kRows ? kRows / T::kRows : 1;
 
-  // Number of the last of the tiles before that visits the block, plus 1; 0: none. Ends of what tiles visit rise with
-  // the tile, but for masks of kernels with ScoreMod::native.
-  FLASHSPARK_DEVICE int32_t last_visitor(const BackwardMask<T> &mask, int32_t block) const {
-    if (block >= before.begin && block < before.end) return tile;
+  const BackwardArguments &a;
+  int32_t tile, tiles;  // the CTA's keys among those of the sequence
+  Interval before;      // groups of kBlocks blocks that the next tile visits, whose turn is before
+  int32_t *turn;        // of the warp's part of the group that it is adding to; NULL: none yet
+
+  static FLASHSPARK_DEVICE Interval groups(Interval blocks) {
+    const int32_t begin = blocks.begin / kBlocks;
+    return {begin, is_empty(blocks) ? begin : ceil_div(blocks.end, kBlocks)};
+  }
+  // 0: of none.
+  FLASHSPARK_DEVICE int32_t turn_of(int32_t number) const { return tiles - number; }
+
+  // The last turn before this one at a group of blocks. Both ends of what tiles visit rise with the tile, but for masks
+  // of kernels with ScoreMod::native.
+  FLASHSPARK_DEVICE int32_t turn_before(const BackwardMask<T> &mask, int32_t group) const {
+    if (group >= before.begin && group < before.end) return turn_of(tile + 1);
     if constexpr (T::kNative) {
-      for (int32_t base = tile - 2; base >= 0; base -= 32) {
-        const int32_t other = base - ptx::lane();
+      for (int32_t base = tile + 2; base < tiles; base += 32) {
+        const int32_t other = base + ptx::lane(), tokens = mask.of.end - mask.of.shift;
         const Interval visited =
-            other < 0 ? Interval{0, 0} : visited_blocks<T>(a, mask.of, other * T::kKeys, mask.of.end - mask.of.shift);
-        const uint32_t found = ptx::ballot(block >= visited.begin && block < visited.end);
-        if (found != 0) return base - static_cast<int32_t>(ptx::lowest_bit(found)) + 1;
+            other >= tiles ? Interval{0, 0} : groups(visited_blocks<T>(a, mask.of, other * T::kKeys, tokens));
+        const uint32_t found = ptx::ballot(group >= visited.begin && group < visited.end);
+        if (found != 0) return turn_of(base + static_cast<int32_t>(ptx::lowest_bit(found)));
       }
     }
     return 0;
   }
 
-  // The number of the last tile, plus 1, that has added to the warp's part of a block. block: of all of a head. It only
-  // rises, so that offsets of sequences that overlap, which share it, make no CTA wait forever.
-  FLASHSPARK_DEVICE int32_t *done(int32_t head, int32_t block) const {
-    return a.dq_turns + (static_cast<int64_t>(head) * a.num_row_blocks + block) * T::kWarps + ptx::warp();
-  }
-  FLASHSPARK_DEVICE void wait(const BackwardMask<T> &mask, int32_t head, int32_t first_block, int32_t block) const {
-    const int32_t last = last_visitor(mask, block);
-    if (ptx::lane() == 0) ptx::wait_until_at_least(done(head, first_block + block), last);
+  // first_block: the sequence's first among a head's blocks. Memory has the last turn that is over; it only rises, so
+  // that sequences whose offsets overlap, and which share it, make no CTA wait forever.
+  FLASHSPARK_DEVICE void wait(const BackwardMask<T> &mask, int32_t head, int32_t first_block, int32_t block) {
+    const int32_t group = block / kBlocks;
+    int32_t *const next =
+        a.dq_turns + (static_cast<int64_t>(head) * a.num_row_blocks + first_block + group) * T::kWarps + ptx::warp();
+    if (next == turn) return;
+    pass();
+    turn = next;
+    const int32_t last = turn_before(mask, group);
+    if (ptx::lane() == 0) ptx::wait_until_at_least(turn, last);
     ptx::warp_barrier();
   }
-  FLASHSPARK_DEVICE void pass(int32_t head, int32_t first_block, int32_t block) const {
+  // The turn is over. It has been for a while, so that additions need not be waited for.
+  FLASHSPARK_DEVICE void pass() {
+    if (turn == nullptr) return;
     ptx::warp_barrier();  // all lanes have added
-    if (ptx::lane() == 0) ptx::raise_in_memory(done(head, first_block + block), tile + 1);
+    if (ptx::lane() == 0) ptx::raise_in_memory(turn, turn_of(tile));
   }
 };
 

@@ -85,15 +85,14 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   const int64_t key_tiles = key_tiles_of_head(p, keys), parts = choose_head_parts(*plan.instance, p, machine);
   const int64_t heads = p.num_heads_kv * (is_varlen_k(p) ? 1 : p.num_seqs) * parts;
   const int64_t ctas = key_tiles * heads, places = int64_t{machine.sm_count} * plan.tile->min_ctas;
-  // So many heads take turns that each SM gets about as much work as the others (docs/experiments.md E91). A grid of
-  // more than a few CTAs an SM does so with a few heads at a time, whose rows then stay in L2.
-  constexpr int64_t kFewHeads = 4, kFewTurns = 4;
-  const int64_t section =
-      ctas <= kFewTurns * places ? heads : std::max(kFewHeads, ceil_div(places, std::max<int64_t>(1, key_tiles)));
+  // Eight heads take turns, in sections of equal size: each SM gets about as much work as the others, and the rows of a
+  // few heads stay in L2. In a grid of few CTAs an SM all heads do (docs/experiments.md E91).
+  constexpr int64_t kSection = 8, kFewCtas = 4;
+  const int64_t section = ctas <= kFewCtas * places ? heads : ceil_div(heads, ceil_div(heads, kSection));
   a.key_tile = static_cast<int32_t>(keys);
   a.num_key_tiles = static_cast<int32_t>(key_tiles);
   a.head_parts = static_cast<int32_t>(parts);
-  a.section_heads = static_cast<int32_t>(std::min(section, heads));
+  a.section_heads = static_cast<int32_t>(section);
   const auto grid = [](int64_t n) { return static_cast<uint32_t>(n); };
   plan.preprocess = {{grid(blocks * p.num_heads_q), 1, 1}, traits_of(Operation::attention_backward_preprocess).threads};
   plan.main = {{grid(ctas), 1, 1},

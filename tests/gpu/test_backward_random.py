@@ -40,9 +40,9 @@ def test_what_the_batches_cover():
     for case in map(draw, range(2000)):
         window = case.options.get("window_size", (-1, -1))
         used = {
-            "causal": case.options["causal"],
+            "causal": case.options.get("causal", False),
             "window": max(window) >= 0,
-            "causal window": case.options["causal"] and window[0] >= 0,
+            "causal window": case.options.get("causal", False) and window[0] >= 0,
             "softcap": "softcap" in case.options,
             "softcap and dropout": "softcap" in case.options and case.p > 0,
             "dropout": case.p > 0,

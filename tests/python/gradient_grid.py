@@ -211,6 +211,11 @@ def noise(exact: torch.Tensor, dtype: torch.dtype) -> float:
     return 2 * (narrow + 0.3 - 0.3 - narrow).abs().max().item()
 
 
+# Grids in which flash-attention asks for finite gradients alone: in rows with three keys or fewer, of large values,
+# most of dS is what out loses by its rounding.
+FINITE = frozenset({"varlen_overflow"})
+
+
 def check(p: Point, device: torch.device) -> None:
     x = build(p, device)
     leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
@@ -219,7 +224,7 @@ def check(p: Point, device: torch.device) -> None:
     got = torch.autograd.grad(out, leaves, dout, retain_graph=p.repeats > 0)
     for name, ours in zip(("dq", "dk", "dv"), got):
         assert ours.isfinite().all(), name
-    if p.repeats == 0:
+    if p.repeats == 0 and p.grid not in FINITE:
         want, theirs = by_formula(p, x, torch.float64), by_formula(p, x, x.q.dtype)
         for name, ours, exact, other in zip(("dq", "dk", "dv"), got, want, theirs):
             error, peer = ((t.double() - exact).abs().max().item() for t in (ours, other))

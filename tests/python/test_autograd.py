@@ -237,7 +237,7 @@ def test_double_backward_is_refused(door):
 
 
 def asked_about(monkeypatch, answer=None):
-    """What the calls that follow ask about their backward pass; `answer` is what they are told in place of the truth."""
+    """What the calls that follow ask about their backward pass; `answer` is what they are told."""
     from flashspark import _autograd
 
     asked, real = [], _autograd.gradients
