@@ -116,13 +116,13 @@ def attention(case: Case, q, k, v, score, mask):
     return out, lse.masked_fill(lse == -math.inf, 0)
 
 
-def rounding_of_out(out, dout, lse, dtype: torch.dtype):
-    """What makes of a sum's gradients those that come of a rounded `out`: ds = p (dp - rowsum(dout * out))."""
-    return -((dout.double() * (out.to(dtype) - out)).sum(-1).detach() * lse).sum()
+def error_of_out(out, dout, lse, given):
+    """What makes of a sum's gradients those of the `out` that the backward pass is given: ds = p (dp - dout * out)."""
+    return -((dout.double() * (given.double() - out)).sum(-1).detach() * lse).sum()
 
 
-def gradients(case: Case, function, given, tensors, dout, dlse, dtype, rounded=None):
-    """Of q, k, v and of what the function captures. rounded: the type that `out` is rounded to in between."""
+def gradients(case: Case, function, given, tensors, dout, dlse, dtype, given_out=None):
+    """Of q, k, v and of what the function captures; and out. given_out: what the backward pass takes for out."""
     rows = [x.detach().to(dtype, copy=True).requires_grad_() for x in given]
     names = scores({})[case.score][1].split()
     held = dict(tensors)
@@ -133,11 +133,11 @@ def gradients(case: Case, function, given, tensors, dout, dlse, dtype, rounded=N
     total = (out.double() * dout.double()).sum()
     if case.dlse:
         total = total + (lse.double() * dlse.double()).sum()
-    if rounded is not None:
-        total = total + rounding_of_out(out, dout, lse, rounded)
+    if given_out is not None:
+        total = total + error_of_out(out, dout, lse, given_out)
     total.backward()
     found = dict(zip("qkv", (x.grad for x in rows)))
-    return found | {name: held[name].grad for name in names}
+    return found | {name: held[name].grad for name in names}, out.detach()
 
 
 def check(case: Case, seed: int, device: torch.device, function=attention):
@@ -149,16 +149,15 @@ def check(case: Case, seed: int, device: torch.device, function=attention):
     given = [x.to(case.dtype) for x in (q, k, v)]
     dout = dout.to(case.dtype)
     tensors = captured(n, case.dtype, device, seed)
-    want = gradients(case, formula, given, tensors, dout, dlse, torch.float64)
-    peer = gradients(case, formula, given, tensors, dout, dlse, case.dtype)
-    rounded = gradients(case, formula, given, tensors, dout, dlse, torch.float64, case.dtype)
-    got = gradients(case, function, given, tensors, dout, dlse, case.dtype)
+    got, out = gradients(case, function, given, tensors, dout, dlse, case.dtype)
+    want, _ = gradients(case, formula, given, tensors, dout, dlse, torch.float64, out)
+    exact, _ = gradients(case, formula, given, tensors, dout, dlse, torch.float64)
+    peer, _ = gradients(case, formula, given, tensors, dout, dlse, case.dtype)
     for name, y in want.items():
         x = got[name]
         assert torch.isfinite(x).all(), f"{name} of {case}"
         scale = y.abs().max().item()
-        error, *others = ((g.double() - y).abs().max().item() for g in (x, peer[name], rounded[name]))
-        allowed = max(others)
+        error, allowed = (x.double() - y).abs().max().item(), (peer[name].double() - exact[name]).abs().max().item()
         unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(x.dtype, 2**-14)
         bound = max(2 * allowed, unit * scale) + 1e-5 * scale + 1e-6
         assert error <= bound, f"{name}: {error} > {bound} of {scale}, {case}, seed {seed}"
@@ -234,7 +233,7 @@ def packed_mask(b, h, q, k, lengths, aux):
     return (k + h) % 3 != 0
 
 
-def packed_formula(tensors, aux, dtype, dout, rounded=None):
+def packed_formula(tensors, aux, dtype, dout, given_out=None):
     q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in tensors)
     aux = [x.detach().to(torch.float64, copy=True).requires_grad_() for x in aux]
     i = j = 0
@@ -252,9 +251,9 @@ def packed_formula(tensors, aux, dtype, dout, rounded=None):
         p = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0).to(dtype)
         out = torch.einsum("hij,jhd->ihd", p, v[j : j + keys].repeat_interleave(group, 1))
         total = total + (out.double() * dout[i : i + rows].double()).sum()
-        if rounded is not None:
+        if given_out is not None:
             lse = torch.logsumexp(s.masked_fill(empty, 0), -1).masked_fill(empty[..., 0], 0)
-            total = total + rounding_of_out(out, dout[i : i + rows], lse.t(), rounded)
+            total = total + error_of_out(out, dout[i : i + rows], lse.t(), given_out[i : i + rows])
         i, j = i + rows, j + keys
     total.backward()
     return [x.grad for x in (q, k, v, *aux)]
@@ -267,8 +266,7 @@ def test_packed_sequences(width, device):
     shapes = (tokens, HEADS, width), (keys, 2, width), (keys, 2, width), (tokens, HEADS, width)
     q, k, v, dout = (torch.randn(*s, generator=make).to(torch.bfloat16).to(device) for s in shapes)
     aux = [torch.randn(n, generator=make).to(device) for n in (HEADS, 256)]
-    want, peer = (packed_formula((q, k, v), aux, dtype, dout) for dtype in (torch.float64, torch.bfloat16))
-    rounded = packed_formula((q, k, v), aux, torch.float64, dout, torch.bfloat16)
+    exact, peer = (packed_formula((q, k, v), aux, dtype, dout) for dtype in (torch.float64, torch.bfloat16))
     leaves = [x.clone().requires_grad_() for x in (q, k, v, *aux)]
     cu = [
         torch.tensor([0, *torch.tensor([n[x] for n in LENGTHS]).cumsum(0)], dtype=torch.int32).to(device)
@@ -279,10 +277,10 @@ def test_packed_sequences(width, device):
         mask_mod=packed_mask, aux_tensors=leaves[3:],
     )  # fmt: skip
     out.backward(dout)
-    for name, leaf, y, *others in zip(("q", "k", "v", "slopes", "by token"), leaves, want, peer, rounded):
+    want = packed_formula((q, k, v), aux, torch.float64, dout, out.detach())
+    for name, leaf, y, true, other in zip(("q", "k", "v", "slopes", "by token"), leaves, want, exact, peer):
         scale = y.abs().max().item()
-        error, *found = ((g.double() - y).abs().max().item() for g in (leaf.grad, *others))
-        allowed = max(found)
+        error, allowed = (leaf.grad.double() - y).abs().max().item(), (other.double() - true).abs().max().item()
         bound = max(2 * allowed, 2**-8 * scale if name in "qkv" else 0) + 1e-4 * scale + 1e-6
         assert error <= bound, f"{name}: {error} > {bound} of {scale}"
 
