@@ -50,6 +50,9 @@ class Backward : public testing::Test {
   flashspark_attention_backward_params b;
 };
 
+// Of dk and dv: three tiles of 128 keys of two sequences and two heads.
+constexpr int64_t kKeySums = int64_t{12} * 128 * (128 + 128);
+
 TEST_F(Backward, LaunchesThreeKernels) {
   run();
   const BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
@@ -74,8 +77,11 @@ TEST_F(Backward, LaunchesThreeKernels) {
   }
   const BackwardArguments &a = fake.launches[1].backward;
   EXPECT_EQ(a.padded_rows, 2 * 128);  // of two sequences of 100 tokens each
-  EXPECT_EQ(plan.workspace(), size_t{8} * 256 * (128 + 2) * sizeof(float));
-  EXPECT_EQ(reinterpret_cast<char *>(a.row_lse) - reinterpret_cast<char *>(a.dq_sum), 8 * 256 * 128 * 4);
+  EXPECT_EQ(a.head_parts, 4);         // the heads of a group are of a CTA each, and dk and dv have sums
+  EXPECT_EQ(plan.workspace(), (size_t{8} * 256 * (128 + 2) + kKeySums) * sizeof(float));
+  EXPECT_EQ(a.dk_sum - a.dq_sum, 8 * 256 * 128);
+  EXPECT_EQ(a.dv_sum - a.dk_sum, kKeySums / 2);
+  EXPECT_EQ(a.row_lse - a.dv_sum, kKeySums / 2);
   EXPECT_EQ(a.row_delta - a.row_lse, 8 * 256);
   EXPECT_NE(explain(FLASHSPARK_OK).find(plan.main_key().name() + ": grid "), std::string::npos);
 }
@@ -94,8 +100,29 @@ TEST_F(Backward, ScratchMemoryOfTheCaller) {
 TEST_F(Backward, WithoutDqNothingIsSummed) {
   b.dq.data = nullptr;
   run();
-  ASSERT_EQ(fake.launches.size(), 2u);
+  ASSERT_EQ(fake.launches.size(), 3u);  // the last one for dk and dv
   EXPECT_EQ(fake.launches[1].backward.dq_sum, nullptr);
+  EXPECT_EQ(fake.launches[2].grid[0], 12 * 4);
+  b.dk.data = b.dv.data = nullptr, b.dq = tensor(7, 100, 8);
+  run();
+  EXPECT_EQ(fake.launches.back().backward.dk_sum, nullptr);
+  EXPECT_EQ(fake.launches.back().backward.dv_sum, nullptr);
+}
+
+TEST_F(Backward, DeterministicOnesTakeTurns) {
+  b.forward.deterministic = 1;
+  run();
+  const BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
+  const BackwardArguments &a = fake.launches[1].backward;
+  EXPECT_EQ(a.head_parts, 1);
+  EXPECT_EQ(a.dk_sum, nullptr);
+  ASSERT_NE(a.dq_turns, nullptr);
+  EXPECT_EQ(reinterpret_cast<char *>(a.dq_sum) - reinterpret_cast<char *>(a.dq_turns),
+            int64_t{8} * a.num_row_blocks * a.slot_warps * 4);
+  EXPECT_EQ(plan.workspace(), size_t{8} * (256 * (128 + 2) + static_cast<size_t>(a.num_row_blocks * a.slot_warps)) * 4);
+  b.dq.data = nullptr;
+  run();
+  EXPECT_EQ(fake.launches.back().backward.dq_turns, nullptr);
 }
 
 // Parts of dsinks and dalibi_slopes lie behind dq's sums and the rows' values; a fourth kernel adds them.
@@ -114,7 +141,7 @@ TEST_F(Backward, GradientsOfSinksAndSlopesAreSummedInOrder) {
   EXPECT_EQ(a.key_slots, 2 * ((300 + a.key_tile - 1) / a.key_tile));
   EXPECT_EQ(a.sink_sums - a.row_delta, 8 * a.padded_rows);
   EXPECT_EQ(a.slope_sums - a.sink_sums, 8 * a.num_row_blocks * 4);
-  EXPECT_EQ(plan.workspace(), (size_t{8} * 256 * (128 + 2) + size_t{8} * 4 * 4 +
+  EXPECT_EQ(plan.workspace(), (size_t{8} * 256 * (128 + 2) + kKeySums + static_cast<size_t>(8 * a.num_row_blocks * 4) +
                                size_t{8} * static_cast<size_t>(a.key_slots * plan.tile->warps)) *
                                   sizeof(float));
   EXPECT_NE(explain(FLASHSPARK_OK).find("attention_backward_sums: grid "), std::string::npos);
@@ -211,9 +238,6 @@ TEST_F(Backward, FunctionsAndLists) {
 }
 
 TEST_F(Backward, RefusesWhatItCannotDo) {
-  b.forward.deterministic = 1;
-  expect_refused("lacks deterministic");
-  b.forward.deterministic = 0;
   b.dout.token_stride = 1028, b.dout.batch_stride = 1028 * 200;
   expect_refused("dout token_stride 1028 is not a multiple of 8");
 }

@@ -45,10 +45,32 @@ TEST(BackwardPlan, EveryInstanceRunsSomeProblem) {
   }
 }
 
-TEST(BackwardPlan, SmallGridsHaveFewerKeysEachCta) {
+// Where the query heads of a group fill the SMs only if they are of several CTAs.
+TEST(BackwardPlan, HeadsOfAGroupAreOfSeveralCtasOnSmallGrids) {
   const Machine machine{Architecture::sm_90, 132, 50 << 20, 228 << 10};
-  EXPECT_STREQ(make_backward_plan(problem(128, 128, 8, 0), machine).instance->name, "d128_short");
-  EXPECT_STREQ(make_backward_plan(problem(128, 128, 256, 0), machine).instance->name, "d128_pair");
+  BackwardParams b = problem(128, 128, 16, 0);
+  b.forward.num_heads_kv = 8;
+  const auto parts = [&] { return make_backward_plan(b, machine).arguments.head_parts; };
+  EXPECT_EQ(parts(), 2);  // 64 CTAs, or 128
+  b.forward.deterministic = 1;
+  EXPECT_EQ(parts(), 1);
+  b.forward.deterministic = 0, b.forward.max_seqlen_q = b.forward.max_seqlen_k = 2048;
+  EXPECT_EQ(parts(), 1);  // 128 CTAs, or 256 of half as many rows: as good
+  b.forward.causal = 1;
+  EXPECT_EQ(parts(), 2);  // the longest of 128 CTAs has twice the rows of the mean
+  b.forward.num_seqs = 8;
+  EXPECT_EQ(parts(), 1);
+}
+
+TEST(BackwardPlan, HeadsTakeTurnsInSectionsOfEqualSize) {
+  const Machine machine{Architecture::sm_90, 132, 50 << 20, 228 << 10};
+  const auto section = [&](int64_t heads) {
+    return make_backward_plan(problem(128, 128, heads, 0), machine).arguments.section_heads;
+  };
+  EXPECT_EQ(section(20), 20);  // few CTAs an SM
+  EXPECT_EQ(section(256), 8);
+  EXPECT_EQ(section(257), 8);  // 33 sections
+  EXPECT_EQ(section(100), 8);
 }
 
 }  // namespace
