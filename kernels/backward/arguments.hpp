@@ -23,7 +23,8 @@ struct BackwardArguments : AttentionArguments {
   // The same of dk and dv, where the query heads of a group are of several CTAs: (tiles, key_tile / 16, sum_columns /
   // 8, 32, 4), and with sum_columns_v. Else NULL.
   float *dk_sum, *dv_sum;
-  // With `deterministic`: (Hq, num_row_blocks, warps), what has been added to a warp's part of dq (turns.cuh). Else NULL.
+  // With `deterministic`: (Hq, num_row_blocks, warps), what has been added to a warp's part of dq (turns.cuh). Else
+  // NULL.
   int32_t *dq_turns;
   float *row_lse;    // (Hq, padded_rows) lse in units of log2; +inf where no key counts
   float *row_delta;  // (Hq, padded_rows) sum of dout * out, minus dlse

@@ -13,8 +13,7 @@ struct FunctionBackwardMemory : BackwardMemory {
 constexpr FunctionBackwardMemory function_backward_memory(const BackwardInstance &instance, const BackwardTile &tile,
                                                           int32_t words) {
   FunctionBackwardMemory m{backward_memory(instance, tile), 0};
-  m.words = tile.values_in_registers ? m.slopes
-                                     : m.values + tile.keys() * instance.head_dim_v * 2;
+  m.words = tile.values_in_registers ? m.slopes : m.values + tile.keys() * instance.head_dim_v * 2;
   const int32_t end = m.words + words * tile.rows * 4;
   const int32_t more = end > m.rows ? end - m.rows : 0;
   m.rows += more, m.kept += more, m.total += more;
