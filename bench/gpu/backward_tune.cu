@@ -1,6 +1,6 @@
 // Times one tile of one backward instance on dense problems, to choose the tiles in kernels/backward/instances.def;
 // each problem is checked on some of its rows and keys.
-//   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -DFLASHSPARK_NAME=d128_pair -DTUNE_WARPS=8 -DTUNE_KEYS=16 -DTUNE_ROWS=64
+//   nvcc -std=c++20 -O3 -arch=sm_90 -Ikernels -DFLASHSPARK_NAME=d128 -DTUNE_WARPS=8 -DTUNE_KEYS=16 -DTUNE_ROWS=64
 //     -DTUNE_SCORES=32 -DTUNE_K=false -DTUNE_V=true -DTUNE_STAGES=queries -DTUNE_SHARING=none -DTUNE_CTAS=1
 //     bench/gpu/backward_tune.cu
 // Columns are the TFLOP/s of each problem, of all three kernels and of the main one alone (2.5 times the forward FLOP,

@@ -172,9 +172,9 @@ TEST_F(Backward, KernelsByHeadTypeAndModification) {
   b.forward.head_dim = 72;
   EXPECT_EQ(kernel(), "attention_backward_d96_fp16");
   b.forward.head_dim = 136;
-  EXPECT_EQ(kernel(), "attention_backward_d192_pair_fp16");
+  EXPECT_EQ(kernel(), "attention_backward_d192_fp16");
   b.forward.head_dim = 256;
-  EXPECT_EQ(kernel(), "attention_backward_d256_pair_fp16");
+  EXPECT_EQ(kernel(), "attention_backward_d256_fp16");
   b.forward.softcap = 5;
   EXPECT_EQ(kernel(), "attention_backward_d256_mod_fp16");
   b.forward.softcap = 0, b.forward.dropout_p = 0.1f, b.forward.head_dim = 192;

@@ -50,12 +50,10 @@ TEST(KernelKey, InstancesAreNamedAfterTheirColumns) {
 }
 
 TEST(KernelKey, BackwardInstancesAreNamedAfterTheirColumns) {
-  constexpr const char *kSharings[] = {"", "_short", "_pair"};
   for (const BackwardInstance &instance : kBackwardInstances) {
     EXPECT_EQ(&kBackwardInstances[static_cast<int32_t>(instance.index)], &instance);
-    EXPECT_EQ(instance.name, "d" + std::to_string(instance.head_dim) +
-                                 kSharings[static_cast<int32_t>(instance.sm_90.sharing)] +
-                                 (instance.score_mod == ScoreMod::none ? "" : "_mod"));
+    EXPECT_EQ(instance.name,
+              "d" + std::to_string(instance.head_dim) + (instance.score_mod == ScoreMod::none ? "" : "_mod"));
   }
 }
 
