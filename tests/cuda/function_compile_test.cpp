@@ -243,19 +243,21 @@ CompileRequest backward_request_of(const Pair &pair) {
 
 // As kKnownStacks, of backward kernels: with two gradients of 128 columns, or one of 256, few registers are left.
 const std::map<std::string, uint32_t> kKnownBackwardStacks = {
-    {"d128_functions bias_2d", 16},
-    {"d128_functions bias_3d", 56},
-    {"d128_functions decay", 8},
+    {"d128_functions alibi", 72},
+    {"d128_functions softcap", 8},
+    {"d128_functions clip", 64},
+    {"d128_functions bias_2d", 40},
+    {"d128_functions waves", 32},
+    {"d128_functions parity", 8},
     {"d128_functions positions", 32},
-    {"d128_functions window", 16},
+    {"d128_functions window", 8},
     {"d128_functions flags", 16},
-    {"d128_functions alibi_documents", 24},
+    {"d128_functions alibi_documents", 40},
     {"d128_functions capped_window", 8},
     {"d256_functions alibi", 80},
-    {"d256_functions relative_position", 72},
-    {"d256_functions softcap", 56},
-    {"d256_functions documents lists", 32},
-    {"d128_functions alibi_documents lists", 72},
+    {"d256_functions relative_position", 80},
+    {"d256_functions softcap", 64},
+    {"d256_functions documents lists", 56},
     {"d128_functions outer", 16},
 };
 
