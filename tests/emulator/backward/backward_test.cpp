@@ -96,6 +96,17 @@ TEST(Backward, Deterministic) {
   check(s, 11, Kernels::smallest);
 }
 
+// More heads than take turns at a time, the last section with fewer than the others.
+TEST(Backward, ManyHeads) {
+  BackwardSpec s;
+  s.tokens = {20}, s.keys = {150};
+  s.heads_q = s.heads_kv = 17, s.causal = true, s.head_dim = s.head_dim_v = 16;
+  BackwardProblem problem(s, 3);
+  const cuda::Machine machine{Architecture::sm_120f, s.sm_count, 1 << 20, 100 << 10};
+  ASSERT_EQ(cuda::make_backward_plan(problem.params, machine).arguments.section_heads, 6);
+  check(s, 3, Kernels::smallest, false);
+}
+
 // On so many SMs each query head of a group is of a CTA of its own, and these add up dk and dv.
 TEST(Backward, HeadsOfSeveralCtas) {
   BackwardSpec s;

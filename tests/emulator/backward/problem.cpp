@@ -1,6 +1,7 @@
 #include "backward/problem.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -262,7 +263,7 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   const cuda::Machine machine{kernel.tiles, spec_.sm_count, 1 << 20, 100 << 10};
   cuda::BackwardPlan plan = cuda::make_backward_plan(params, machine, kernel.instance);
   Guarded<float> scratch(plan.workspace() / sizeof(float));
-  std::fill(scratch.begin(), scratch.end(), NAN);
+  std::fill(scratch.begin(), scratch.end(), std::bit_cast<float>(0xffc00000u));  // NaN, and a negative number
   plan.bind(scratch.data());
   const auto options = [&](const cuda::Launch &shape) {
     LaunchOptions o;
