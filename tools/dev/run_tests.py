@@ -302,8 +302,8 @@ def budgets(log: Log) -> None:
 
 def emulator(log: Log) -> None:
     """The GPU kernels' own source on the CPU: every instance, and random serving batches, in two processes."""
-    tests = ("test", "append_test", "wild_test", "function_values_test", "block_mask_test")
-    sharded = ("backward_test", "forward_test", "functions_test")
+    tests = ("test", "append_test", "wild_test", "function_values_test", "gradient_values_test", "block_mask_test")
+    sharded = ("backward_test", "backward_functions_test", "forward_test", "functions_test")
     programs = [f"emulator_{name}" for name in (*tests, *sharded, "fuzz")]
     build = log.preset("emulator", *programs) / "tests/emulator"
     for name in tests:
