@@ -57,7 +57,8 @@ def architectures(files: dict[str, bytes]) -> list[str]:
     """The library's GPU architectures as metadata.json has them: 8.0, 12.0f. None if it was built without kernels."""
     if FATBIN not in files[LIBRARY]:
         return []
-    lists = re.findall(rb"(?<=\0)sm_\d+f?(?:, sm_\d+f?)*(?=\0)", files[LIBRARY])  # the longest is what the build wrote
+    # The longest is what the build wrote. Something else may stand right before it, as not every text ends with a NUL.
+    lists = re.findall(rb"sm_\d+f?(?:, sm_\d+f?)*(?=\0)", files[LIBRARY])
     words = re.findall(r"sm_(\d+)(\d)(f?)", max(lists, key=len, default=b"").decode())
     return [f"{major}.{minor}{family}" for major, minor, family in words]
 
