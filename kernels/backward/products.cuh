@@ -83,7 +83,8 @@ FLASHSPARK_DEVICE BackwardOffsets<T> backward_offsets() {
     o.sum_columns[n] =
         keep_in_register(T::KeyLayout::step(T::Mma::template value_lane_offset<typename T::KeyLayout>(lane),
                                             warp % T::kSumColumnWarps * (T::kSumColumns / 8) + 2 * n));
-  o.thread = keep_in_register(ptx::thread_index());
+  // Heads of 256 columns leave no register for it.
+  o.thread = T::kHeadDim > 192 && !T::kNative ? ptx::thread_index() : keep_in_register(ptx::thread_index());
   o.warp_key = ptx::uniform(static_cast<int32_t>(warp_key));
   return o;
 }
