@@ -40,6 +40,8 @@ RUN_BY = {
     "attention_schedule": "scheduled",
     "attention_block_tiles": "block lists",
     "attention_backward_sums": "attention_backward_d64_mod_bf16",
+    "attention_backward_blocks": "backward functions",
+    "attention_backward_clear": "backward functions",
     **{
         f"attention_backward_{part}_{dtype}": f"attention_backward_d64_{dtype}"
         for part in ("preprocess", "postprocess")
@@ -163,6 +165,35 @@ def run_functions(device: torch.device, name: str) -> list[str]:
     return [f"out by {error}"] if not error < 0.03 else []
 
 
+def run_backward_functions(device: torch.device) -> list[str]:
+    """Gradients through a kernel that is compiled at run time, with lists and of what a function captures."""
+    torch.manual_seed(4)
+    shapes = ((2, 4, 70, 64), (2, 2, 200, 64), (2, 2, 200, 64), (2, 4, 70, 64))
+    q, k, v, dout = (torch.randn(shape).to(torch.bfloat16) for shape in shapes)
+    slopes, documents = torch.rand(4) / 16, torch.arange(200, dtype=torch.int32) // 48
+    found = []
+    for where in (torch.device("cpu"), device):
+        own_documents = documents.to(where)
+        inputs = [x.to(where, copy=True).requires_grad_() for x in (q, k, v, slopes)]
+
+        def near(b, h, i, j):
+            return (own_documents[i] == own_documents[j]) | (j < 3 * h)  # noqa: B023
+
+        def bias(score, b, h, i, j):
+            return score - inputs[3][h] * abs(i - j)  # noqa: B023
+
+        lists = flashspark.create_block_mask(near, None, 4, 70, 200, device=where, BLOCK_SIZE=128)
+        out = flashspark.flex_attention(*inputs[:3], score_mod=bias, block_mask=lists, enable_gqa=True)
+        found.append([x.cpu().float() for x in torch.autograd.grad(out, inputs, dout.to(where))])
+    wrong = []
+    # The slopes' gradient also has the rounding of out, which the passes have each their own of.
+    for name, want, got, allowed in zip(("q", "k", "v", "slopes"), *found, (0.02, 0.02, 0.02, 0.06)):
+        error = float((want - got).abs().max() / want.abs().max())
+        if not error < allowed:
+            wrong.append(f"d{name} by {error} of its largest")
+    return wrong
+
+
 def run_block_lists(device: torch.device) -> list[str]:
     """Lists of blocks that no tile fits, for all heads together and for each, beside the CPU's."""
     wrong = []
@@ -229,7 +260,7 @@ def run_backward(device: torch.device, kernel: Kernel) -> list[str]:
 
 
 # Cases that are no Spec.
-OTHERS = {"append_kv": run_append, "block lists": run_block_lists}
+OTHERS = {"append_kv": run_append, "block lists": run_block_lists, "backward functions": run_backward_functions}
 OTHERS |= {name: partial(run_functions, name=name) for name in FUNCTIONS}
 OTHERS |= {
     kernel.name: partial(run_backward, kernel=kernel)

@@ -24,7 +24,9 @@ def test_every_kernel_is_run():
     assert kernels <= listed | by_others
 
 
-@pytest.mark.parametrize("name", ["append_kv", "block lists", "functions", "blocks of 128", "dropout"])
+@pytest.mark.parametrize(
+    "name", ["append_kv", "block lists", "backward functions", "functions", "blocks of 128", "dropout"]
+)
 def test_other_cases(name):
     import sanitizer_cases as sanitizer
 
