@@ -58,7 +58,7 @@ void backward(const BackwardParams &params, const ScratchSource &scratch) {
   }
   put(preprocess, plan.preprocess, &plan.arguments);
   if (plan.functions) {
-    const FunctionBackwardArguments arguments = plan.function_arguments();
+    const FunctionBackwardArguments arguments = plan.functions->with(plan.arguments);
     put(main, plan.main, &arguments);
   } else {
     put(main, plan.main, &plan.arguments);

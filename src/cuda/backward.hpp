@@ -32,9 +32,6 @@ struct BackwardPlan {
   // `memory` is aligned to 16 bytes. A plan must be bound before it is launched.
   void bind(void *memory);
 
-  // Of the main kernel with functions, once the plan is bound.
-  FunctionBackwardArguments function_arguments() const;
-
   KernelKey preprocess_key() const { return {Operation::attention_backward_preprocess, dtype}; }
   KernelKey main_key() const { return {Operation::attention_backward, dtype, InstanceIndex::none, instance->index}; }
   KernelKey postprocess_key() const { return {Operation::attention_backward_postprocess, dtype}; }

@@ -132,6 +132,12 @@ bool takes_backward_functions(const Params &p) {
   return has_functions(p) || has_block_lists(p);
 }
 
+FunctionBackwardArguments BackwardFunctionPlan::with(const BackwardArguments &arguments) const {
+  FunctionBackwardArguments a{arguments, functions, {}, block_arguments.table};
+  std::copy(std::begin(gradients), std::end(gradients), a.gradients);
+  return a;
+}
+
 void BackwardFunctionPlan::bind(void *memory) {
   block_arguments.table.data = block_sparse ? static_cast<uint8_t *>(memory) : nullptr;
 }

@@ -31,6 +31,8 @@ struct BackwardFunctionPlan {
 
   // `memory` is aligned to 16 bytes.
   void bind(void *memory);
+  // The main kernel's, of those that it has without functions; once the plan is bound.
+  FunctionBackwardArguments with(const BackwardArguments &arguments) const;
 };
 
 BackwardFunctionPlan plan_backward_functions(const BackwardParams &p, const BackwardInstance &instance,

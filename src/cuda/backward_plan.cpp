@@ -199,12 +199,6 @@ void BackwardPlan::bind(void *memory) {
   if (functions) functions->bind(static_cast<char *>(memory) + own_bytes());
 }
 
-FunctionBackwardArguments BackwardPlan::function_arguments() const {
-  FunctionBackwardArguments a{arguments, functions->functions, {}, functions->block_arguments.table};
-  std::copy(std::begin(functions->gradients), std::end(functions->gradients), a.gradients);
-  return a;
-}
-
 std::string to_string(const BackwardPlan &plan) {
   std::string text = plan.functions ? to_string(*plan.functions) : "";
   text += to_string(plan.preprocess_key(), plan.preprocess) + "\n";

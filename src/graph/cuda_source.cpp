@@ -174,7 +174,7 @@ std::string CudaWriter::gradient_members(const ScoreGradients &score) {
       depends |= node(node_of_index).depends;
       offset.append(", ").append(index(each_, node_of_index, tensor, d));
     }
-    assign("places" + at, to + ".data + " + offset + ")");
+    assign("places" + at, std::string(to).append(".data + ").append(offset).append(")"));
     const bool of_row = (depends & kDependsQ) != 0, of_key = (depends & kDependsKv) != 0;
     const char *by = (depends & kDependsScore) != 0 || (of_row && of_key) ? "score"
                      : of_row                                             ? "row"

@@ -280,7 +280,7 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   launch(options(plan.preprocess), [&] { bfloat16 ? preprocess<ptx::Bfloat16>(*a) : preprocess<ptx::Float16>(*a); });
   Counters counters;
   if (plan.main.grid[0] > 0 && plan.functions) {
-    const auto with_functions = std::make_unique<FunctionBackwardArguments>(plan.function_arguments());
+    const auto with_functions = std::make_unique<FunctionBackwardArguments>(plan.functions->with(plan.arguments));
     counters = launch(options(plan.main), [&] { kernel.run_functions(*with_functions); });
   } else if (plan.main.grid[0] > 0) {
     counters = launch(options(plan.main), [&] { kernel.run(*a); });
