@@ -106,6 +106,7 @@ function(flashspark_add_kernels target)
   string(APPEND assembly "${FLASHSPARK_ASSEMBLY_END}")
   string(REPLACE ";" ", " architectures "${FLASHSPARK_CUDA_ARCHITECTURES}")
   string(REGEX REPLACE "([0-9]+f?)" "sm_\\1" architectures "${architectures}")
+  set(before "flashspark: kernels for ")
   set(why_none "")
   if(NOT names)
     set(architectures "")
@@ -115,7 +116,9 @@ function(flashspark_add_kernels target)
     "namespace flashspark::cuda {\n\nstd::span<const Fatbin> fatbins() {\n"
     "  static constexpr Fatbin table[] = {\n${rows}    {\"\", nullptr, nullptr},\n  };\n"
     "  return {table, std::size(table) - 1};\n}\n\n"
-    "const char *fatbin_architectures() {\n  return \"${architectures}\";\n}\n\n"
+    "// tools/dev/hf_kernel.py looks for this text in the library.\n"
+    "[[gnu::used]] static const char kKernels[] = \"${before}${architectures}\";\n"
+    "const char *fatbin_architectures() {\n  return kKernels + sizeof \"${before}\" - 1;\n}\n\n"
     "const char *why_no_fatbins() {\n  return \"${why_none}\";\n}\n\n}  // namespace flashspark::cuda\n")
   file(CONFIGURE OUTPUT ${FLASHSPARK_FATBIN_FOLDER}/fatbins.S CONTENT "${assembly}" @ONLY)
   file(CONFIGURE OUTPUT ${FLASHSPARK_FATBIN_FOLDER}/fatbins.cpp CONTENT "${table}" @ONLY)

@@ -60,12 +60,15 @@ def test_torch_sdpa(device, dtype):
     ours.calls(reset=True)
     torch.nn.attention.activate_flash_attention_impl(ours.NAME)
     try:
-        given = gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True), *tensors)
+        # On some GPUs, the H100 among them, torch prefers cuDNN to its flash implementation.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            given = gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True), *tensors)
     finally:
         torch.nn.attention.restore_flash_attention_impl()
     assert ours.calls(reset=True) == {"flashspark": 2}
     close(given, expected, TOLERANCE[dtype])
-    scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
     assert not ours.calls()
 
 
@@ -92,7 +95,7 @@ def installed(implementation):
             pytest.skip("the stand-in flash_attn is not installed")
         import flash_attn
 
-        assert "flashspark" in flash_attn.__version__
+        assert "flashspark" in flash_attn.__doc__, f"{flash_attn.__file__} is not the stand-in"
     else:
         import flashspark.integrations.transformers
 

@@ -110,7 +110,16 @@ def test_wrong_wheels(tmp_path):
         tool.read_wheel(tmp_path / "flashspark-0.1.0-py3-none-win_amd64.whl")
     with pytest.raises(SystemExit, match=r"holds the name libflashspark\.so 0 times"):
         tool.renamed({"libflashspark.so": b"", "_flashspark_ffi.so": b""}, "0" * 64)
-    assert tool.architectures({"libflashspark.so": b"\0sm_80\0"}) == []
+    with pytest.raises(SystemExit, match="does not say which GPU architectures"):
+        tool.architectures({"libflashspark.so": b"\0sm_80, sm_90, sm_120f\0"})
+
+
+def test_architectures():
+    """Those that the build has kernels for, and no others that the library speaks of."""
+    texts = {b"sm_90": ["9.0"], b"sm_80, sm_90, sm_120f": ["8.0", "9.0", "12.0f"], b"": []}
+    for text, expected in texts.items():
+        library = b"\0sm_120f, sm_121f\0flashspark: kernels for " + text + b"\0sm_100, sm_103, sm_110\0"
+        assert load_tool().architectures({"libflashspark.so": library}) == expected
 
 
 def test_without_an_installation_and_beside_one(repository, tmp_path):

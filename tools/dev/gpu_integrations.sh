@@ -101,6 +101,7 @@ hook_case() {
 hook() {
   local case failed=0 pids=()
   (($#)) || set -- eager graph
+  quiet_vllm
   environment vllm '[kt]*.whl' "$state/v$version/site"  # kernels and tomlkit; flash_attn would need flashspark
   vllm_folder
   hf_kernel

@@ -78,20 +78,9 @@ environment() {
   fi
   python=$venv/bin/python3
   model=$state/$version/model
-  export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 FLASHSPARK_CAPABILITIES=${FLASHSPARK_CAPABILITIES:-9.0}
-  export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_USE_FLASHINFER_SAMPLER=0
+  quiet_vllm
+  export FLASHSPARK_CAPABILITIES=${FLASHSPARK_CAPABILITIES:-9.0}
   export TVM_FFI_DISABLE_TORCH_C_DLPACK=1
-}
-
-# run_engine NAME FLASHSPARK CASE MODEL [--tp N]: runs one engine.
-run_engine() {
-  local name=$1 switch=$2 case=$3 path=$4 status=0
-  shift 4
-  # Concurrent engines must not share a cache of compiled graphs.
-  FLASHSPARK=$switch VLLM_CACHE_ROOT=$state/cache/$name timeout "${LIMIT:-240}" "$python" tests/vllm/gpu/e2e.py run "$case" "$out/$name.json" --model "$path" "$@" \
-    >"$out/$name.log" 2>&1 || status=$?
-  grep '^E2E' "$out/$name.log" | cut -c1-300 || true
-  ((status == 0)) || { echo "$name: exit status $status"; grep -vE '^\s*$' "$out/$name.log" | tail -n 15 | cut -c1-300; return 1; }
 }
 
 # pair NAME CASE MODEL [--tp N]: runs stock and flashspark concurrently, then compares them. With mixed batches in

@@ -50,16 +50,12 @@ def read_wheel(path: Path) -> tuple[str, dict[str, bytes]]:
     return machine[1], {name: data for name, data in sorted(files.items()) if not LEFT_OUT.match(name)}
 
 
-FATBIN = (0xBA55ED50).to_bytes(4, "little")  # what the kernels in a library begin with
-
-
 def architectures(files: dict[str, bytes]) -> list[str]:
     """The library's GPU architectures as metadata.json has them: 8.0, 12.0f. None if it was built without kernels."""
-    if FATBIN not in files[LIBRARY]:
-        return []
-    # The longest is what the build wrote. Something else may stand right before it, as not every text ends with a NUL.
-    lists = re.findall(rb"sm_\d+f?(?:, sm_\d+f?)*(?=\0)", files[LIBRARY])
-    words = re.findall(r"sm_(\d+)(\d)(f?)", max(lists, key=len, default=b"").decode())
+    found = re.search(rb"flashspark: kernels for ([^\0]*)\0", files[LIBRARY])  # by cmake/Fatbin.cmake
+    if found is None:
+        raise SystemExit(f"{LIBRARY}: does not say which GPU architectures its kernels are for")
+    words = re.findall(r"sm_(\d+)(\d)(f?)", found[1].decode())
     return [f"{major}.{minor}{family}" for major, minor, family in words]
 
 
