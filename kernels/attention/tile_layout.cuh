@@ -33,4 +33,17 @@ struct TileLayout {
   }
 };
 
+// The same without a permutation: each row has 16 bytes more, so that neighbouring rows lie in different banks by
+// themselves. Offsets are then sums, whose constant parts instructions take as they are.
+template <int32_t columns>
+struct PaddedTileLayout {
+  static constexpr int32_t kPitch = columns * 2 + 16;
+  static constexpr int32_t kChunks = columns / 8;
+  static constexpr int32_t kGroup = TileLayout<columns>::kGroup;
+
+  static FLASHSPARK_DEVICE uint32_t offset(uint32_t row, uint32_t chunk) { return row * kPitch + chunk * 16; }
+  static FLASHSPARK_DEVICE uint32_t down(uint32_t offset, uint32_t rows) { return offset + rows * kPitch; }
+  static FLASHSPARK_DEVICE uint32_t step(uint32_t offset, uint32_t chunks) { return offset + chunks * 16; }
+};
+
 }  // namespace flashspark

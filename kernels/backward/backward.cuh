@@ -10,12 +10,13 @@
 //     dQ += dS K                      all keys        the next dO is copied meanwhile
 //
 // Where all of this has two stages in shared memory (RowStages::all), dQ is computed one block later, and the second
-// barrier is not needed.
+// barrier is not needed; pair_block.cuh has the order in which whole blocks do it.
 #pragma once
 
 #include "attention/tile_loader.cuh"
 #include "backward/epilogue.cuh"
 #include "backward/modifications.cuh"
+#include "backward/pair_block.cuh"
 #include "backward/row_loader.cuh"
 #include "backward/turns.cuh"
 
@@ -40,14 +41,19 @@ struct BackwardLoop {
   KeyGradient<T, T::kHeadDimV> dv;
   float slope_sum;  // of the head's gradient of alibi_slopes
 
+  // By a product, instructions have the constant part of an address in them.
+  static FLASHSPARK_DEVICE int32_t of_stage(int32_t stage, int32_t first, int32_t second) {
+    if constexpr (T::kStages == RowStages::all) return first + stage * (second - first);
+    return stage == 0 ? first : second;
+  }
   FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
-    return shared + (stage == 0 ? T::kMemory.queries : T::kMemory.second_queries);
+    return shared + of_stage(stage, T::kMemory.queries, T::kMemory.second_queries);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress douts(int32_t stage) const {
-    return shared + (stage == 0 ? T::kMemory.dout : T::kMemory.second_dout);
+    return shared + of_stage(stage, T::kMemory.dout, T::kMemory.second_dout);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress dscores(int32_t stage) const {
-    return shared + (stage == 0 ? T::kMemory.dscores : T::kMemory.second_dscores);
+    return shared + of_stage(stage, T::kMemory.dscores, T::kMemory.second_dscores);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress rows(int32_t stage) const {
     return shared + T::kMemory.rows + stage * T::kMemory.row_stage;
@@ -170,13 +176,17 @@ struct BackwardLoop {
     }
   }
 
+  FLASHSPARK_DEVICE float *dq_rows(const RowWalk &at) const {
+    const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
+    return a.dq_sum + row * T::kHeadDim;
+  }
   template <bool in_turn>
   FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
-    const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
+    float *const to = dq_rows(at);
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
     if constexpr (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
-    add_query_gradient(a.dq_sum + row * T::kHeadDim, dq, lane);
+    add_query_gradient(to, dq, lane);
   }
 
   // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them.
@@ -204,7 +214,11 @@ struct BackwardLoop {
       load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
     }
     if constexpr (T::kStages == RowStages::all) {
-      run_overlapped<in_turn>(at, count);
+      if constexpr (in_turn) {
+        run_overlapped<in_turn>(at, count);
+      } else {
+        run_whole_blocks(at, count);
+      }
     } else {
       run_phases<in_turn>(at, count);
     }
@@ -263,6 +277,58 @@ struct BackwardLoop {
       last = at;
       at = next;
     }
+  }
+
+  // The same, but whole blocks by add_whole_block(), for whose registers turns leave too few.
+  FLASHSPARK_DEVICE void run_whole_blocks(RowWalk at, int32_t count) {
+    const bool values_summed = ptx::uniform(T::sums_values()) != 0;  // the compiler knows no uniform values otherwise
+    RowWalk last = at;
+    FLASHSPARK_NO_UNROLL
+    for (int32_t left = count, stage = 0; left >= 0; --left, stage = 1 - stage) {
+      const RowWalk next = at.next();
+      const bool has_dq = left < count && a.dq_sum != nullptr;
+      const bool whole = has_dq && left > 1 && is_whole(at) && q.is_full(next) && dout.is_full(next);
+      ptx::cp_async_wait<0>();
+      ptx::cta_barrier();  // as in run_overlapped()
+      if (left > 1 && !whole) {
+        copy_queries(next, 1 - stage);
+        copy_dout(next, 1 - stage);
+      }
+      if (whole) {
+        if (values_summed) {
+          add_whole_block<true>(last, next, stage);
+        } else {
+          add_whole_block<false>(last, next, stage);
+        }
+      } else {
+        ptx::cp_async_commit();
+        if (has_dq) add_to_dq<false>(last, 1 - stage);
+        if (left > 0) add_block(at, stage);
+      }
+      last = at;
+      at = next;
+    }
+  }
+
+  // Whether all of the block's rows and the warp's keys see each other.
+  FLASHSPARK_DEVICE bool is_whole(const RowWalk &at) const {
+    const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    return at.block * T::kRows >= unmasked.begin && (at.block + 1) * T::kRows <= unmasked.end;
+  }
+
+  template <bool values_summed>
+  FLASHSPARK_DEVICE void add_whole_block(const RowWalk &last, const RowWalk &next, int32_t stage) {
+    const PairRows of_stage{values_summed ? queries(stage) : douts(stage),
+                            values_summed ? douts(stage) : queries(stage), row_values(stage, 0), dscores(stage)};
+    const auto copy = [&] {
+      q.copy_full(next, queries(1 - stage), lane.thread);
+      copy_row_values<T>(a, first_padded_row, next, rows(1 - stage), lane.thread);
+      dout.copy_full(next, douts(1 - stage), lane.thread);
+      ptx::cp_async_commit();
+    };
+    const auto add_dq = [&](const QueryGradient<T> &dq) { add_query_gradient(dq_rows(last), dq, lane); };
+    flashspark::add_whole_block<T, values_summed>(dk, keys, of_stage, shared, dscores(1 - stage), a.scale_log2, lane,
+                                                  copy, add_dq);
   }
 };
 

@@ -25,6 +25,12 @@ struct RowLoader {
       copy_rows<false>(at, first, to, thread);
     }
   }
+  FLASHSPARK_DEVICE bool is_full(const RowWalk &at) const {
+    return (at.block + 1) * T::kRows <= tokens && columns == width;
+  }
+  FLASHSPARK_DEVICE void copy_full(const RowWalk &at, ptx::SharedAddress to, uint32_t thread) const {
+    copy_rows<true>(at, at.block * T::kRows, to, thread);
+  }
 
  private:
   template <bool full>

@@ -22,12 +22,13 @@ struct BackwardMemory {
 
 constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const BackwardTile &tile) {
   BackwardMemory m{};
-  const int32_t value_bytes = tile.keys() * instance.head_dim_v * 2;
+  const int32_t value_bytes = tile.keys() * tile.row_bytes(instance.head_dim_v);
   const bool native = instance.score_mod == ScoreMod::native;
-  const int32_t query_bytes = tile.rows * instance.head_dim * 2, dout_bytes = tile.rows * instance.head_dim_v * 2,
-                score_bytes = tile.keys() * tile.rows * 2;
+  const int32_t query_bytes = tile.rows * tile.row_bytes(instance.head_dim),
+                dout_bytes = tile.rows * tile.row_bytes(instance.head_dim_v),
+                score_bytes = tile.keys() * tile.row_bytes(tile.rows);
   const bool two_queries = tile.stages != RowStages::one, two_of_all = tile.stages == RowStages::all;
-  m.queries = m.second_queries = tile.keys() * instance.head_dim * 2;
+  m.queries = m.second_queries = tile.keys() * tile.row_bytes(instance.head_dim);
   m.dout = m.second_dout = m.queries + query_bytes;
   const int32_t second_stage = m.dout + dout_bytes;
   int32_t end = second_stage;

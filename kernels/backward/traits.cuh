@@ -55,9 +55,11 @@ struct BackwardTraits {
   static constexpr int32_t kSumColumns = kHeadDim / kSumColumnWarps;  // of a warp
   static_assert(kSumRowWarps * kSumColumnWarps == kWarps && kSumColumns % 16 == 0);
 
-  using KeyLayout = TileLayout<kHeadDim>;     // and of Q
-  using ValueLayout = TileLayout<kHeadDimV>;  // and of dO
-  using ScoreLayout = TileLayout<kRows>;      // dS^T: a key a row
+  template <int32_t columns>
+  using Layout = std::conditional_t<kTile.padded(), PaddedTileLayout<columns>, TileLayout<columns>>;
+  using KeyLayout = Layout<kHeadDim>;     // and of Q
+  using ValueLayout = Layout<kHeadDimV>;  // and of dO
+  using ScoreLayout = Layout<kRows>;      // dS^T: a key a row
   static constexpr BackwardMemory kMemory = backward_memory(kInstance, kTile);
   static_assert(kMemory.total <= kMaxSharedBytes);
 
