@@ -62,10 +62,13 @@ wheel-aarch64: deps
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/aarch64.toolchain.cmake
 
 # The wheel for 64-bit Windows, by zig's clang on mingw-w64; its compilers are scripts, so that ccache compares their texts.
+# Not nvcc's: kernels that another build of this tree compiled are taken from the cache.
 wheel-windows: deps
 	@rm -f dist/flashspark-*-win_amd64.whl
 	@$(BIN)/python tools/dev/zig.py windows build/zig-windows
-	@FLASHSPARK_RELEASE=$(CURDIR)/build/zig-windows _PYTHON_HOST_PLATFORM=win-amd64 CCACHE_COMPILERCHECK=content \
+	@FLASHSPARK_RELEASE=$(CURDIR)/build/zig-windows _PYTHON_HOST_PLATFORM=win-amd64 \
+	  CMAKE_C_COMPILER_LAUNCHER='env;CCACHE_COMPILERCHECK=content;ccache' \
+	  CMAKE_CXX_COMPILER_LAUNCHER='env;CCACHE_COMPILERCHECK=content;ccache' \
 	  $(BIN)/python -m build --wheel --no-isolation --outdir dist \
 	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/packaging/windows.toolchain.cmake
 
