@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def test_one_start_costs_less_than_a_millisecond():
         sys.meta_path.pop(0)
 
     assert min(timeit.repeat(start, number=20, repeat=5)) / 20 < 1e-3
+
+
+def test_the_report_asks_no_finder_for_pip():
+    """setuptools has one that then keeps its distutils away, and vLLM imports setuptools."""
+    code = """
+    class Asked:
+        def find_spec(name, path=None, target=None):
+            if name == "pip":
+                print("asked")
+    sys.meta_path.insert(0, Asked)
+    import flashspark.vllm.doctor
+    print(flashspark.vllm.doctor.REINSTALL)
+    """
+    said = python("-c", "import sys, textwrap; exec(textwrap.dedent(sys.argv[1]))", code)
+    pip = "pip" if importlib.machinery.PathFinder.find_spec("pip") else "uv pip"
+    assert said == f"install an intact wheel: {pip} install --no-deps --force-reinstall flashspark-*.whl"
 
 
 def test_silent_when_the_package_is_gone(tmp_path, fake_vllm):

@@ -7,6 +7,7 @@ vLLM prints while it is imported; the report is the last line of the output.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -20,7 +21,9 @@ from . import replace, takeover
 from .names import FLASH_ATTN
 
 HOOK_FILES = ("flashspark.pth", "flashspark.start")
-_PIP = "pip" if importlib.util.find_spec("pip") else "uv pip"  # uv's environments have no pip
+# uv's environments have no pip. Only the path is asked: setuptools' finder takes the question for pip's own start, and
+# then keeps its distutils away, without which setuptools, and so vLLM, does not import (Python before 3.12).
+_PIP = "pip" if importlib.machinery.PathFinder.find_spec("pip") else "uv pip"
 REINSTALL = f"install an intact wheel: {_PIP} install --no-deps --force-reinstall flashspark-*.whl"
 _ASKED = ((64, "auto"), (128, "auto"), (256, "auto"), (512, "auto"), (128, "fp8"), (128, "nvfp4"))
 
