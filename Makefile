@@ -86,7 +86,7 @@ wheel-flash-attn: $(BIN)/.stamp
 
 # Of the wheels that dist holds, for one machine or both; the wheel of this machine is made if there is none.
 hf-kernel:
-	@ls dist/flashspark-*.whl >/dev/null 2>&1 || $(MAKE) --no-print-directory wheel
+	@ls dist/flashspark-*-linux_*.whl >/dev/null 2>&1 || $(MAKE) --no-print-directory wheel
 	@$(PYTHON) tools/dev/hf_kernel.py
 
 bench: wheel $(TORCH)/.stamp

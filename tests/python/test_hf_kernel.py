@@ -104,6 +104,13 @@ def test_the_same_wheel_gives_the_same_bytes(repository, wheel, tmp_path):
     assert all((repository / name).read_bytes() == (again / name).read_bytes() for name in files)
 
 
+def test_wheels_for_windows_are_left_where_they_lie(tmp_path):
+    names = ["flashspark-0.1.0-py3-none-linux_x86_64.whl", "flashspark-0.1.0-py3-none-manylinux_2_28_aarch64.whl"]
+    for name in (*names, "flashspark-0.1.0-py3-none-win_amd64.whl"):
+        (tmp_path / name).touch()
+    assert [path.name for path in load_tool().wheels_of(tmp_path)] == names
+
+
 def test_wrong_wheels(tmp_path):
     tool = load_tool()
     with pytest.raises(SystemExit, match="x86_64 or aarch64"):

@@ -36,6 +36,11 @@ LEFT_OUT = re.compile(r"vllm/|_hook\.py$|.*__pycache__|.*\.pyc$")
 LIBRARY, BINDINGS = "libflashspark.so", "_flashspark_ffi.so"
 
 
+def wheels_of(folder: Path) -> list[Path]:
+    """Those for Linux; Hugging Face's loader has no variant that this library could be for Windows."""
+    return sorted(folder.glob(f"{NAME}-*linux_*.whl"))
+
+
 def read_wheel(path: Path) -> tuple[str, dict[str, bytes]]:
     """The machine that a wheel is for, and the files of its package."""
     machine = re.search(r"linux(?:_\d+_\d+)?_(x86_64|aarch64)\.whl$", path.name)
@@ -128,11 +133,11 @@ def write(out: Path, wheels: Iterable[Path]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheel", type=Path, nargs="+", default=sorted((ROOT / "dist").glob(f"{NAME}-*.whl")))
+    parser.add_argument("--wheel", type=Path, nargs="+", default=wheels_of(ROOT / "dist"))
     parser.add_argument("--out", type=Path, default=ROOT / "build/hf-kernel")
     options = parser.parse_args()
     if not options.wheel:
-        sys.exit("dist holds no wheel: make wheel, or --wheel FILE")
+        sys.exit("dist holds no wheel for Linux: make wheel, or --wheel FILE")
     for variant in write(options.out, options.wheel):
         print(options.out / "build" / variant)
 
