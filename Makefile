@@ -75,7 +75,8 @@ wheel-windows: deps
 wheels: deps
 	@$(BIN)/python tools/dev/release.py
 
-test-wheels:
+test-wheels: deps
+	@packaging/deps.sh release
 	@$(BIN)/python tools/dev/test_release.py
 
 # Pure Python. Built from a copy, since setuptools leaves its folders beside the sources.

@@ -1,10 +1,11 @@
 """Tests the wheels of dist/release from the files alone, in environments that have nothing of this tree.
 
-usage: test_release.py [old] [here] [arm]
+usage: test_release.py [refused] [old] [here] [arm]
 
-old   Debian 11 (glibc 2.31), made by debootstrap: the command's doctor and verify; the libraries load
-here  a fresh environment of this machine: pip install, doctor, verify, a NumPy call
-arm   Debian 12's Python for 64-bit Arm under qemu: pip install, import, doctor, verify of some cases, a NumPy call
+refused  pip and uv refuse the wheels where they cannot run: another CPU, musl, an older glibc
+old      Debian 11 (glibc 2.31), made by debootstrap: the command's doctor and verify; the libraries load
+here     a fresh environment of this machine: pip install, doctor, verify, a NumPy call
+arm      Debian 12's Python for 64-bit Arm under qemu: pip install, import, doctor, verify of some cases, a NumPy call
 
 Needs root (chroot) for `old`, and Debian's mirror for `old` and `arm`: the first run downloads their systems.
 """
@@ -56,6 +57,13 @@ def run(*command: str | Path, expect: str = "", **more: object) -> str:
     return said
 
 
+def refuses(*command: str | Path, expect: str) -> None:
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, cwd=WORK)
+    said = done.stdout + done.stderr
+    if done.returncode == 0 or expect not in said:
+        raise Failed(f"{' '.join(map(str, command))} ({done.returncode}), expected {expect!r}:\n{said[-3000:]}")
+
+
 def wheel_of(machine: str) -> Path:
     found = list((ROOT / "dist/release").glob(f"flashspark-*-manylinux_*_{machine}.whl"))
     if len(found) != 1:
@@ -88,12 +96,40 @@ def check_target(*doctor: str | Path) -> None:
         raise Failed(f"{doctor[-2]} computes with {simd}, though this machine has {widest_target()}")
 
 
+def refused() -> None:
+    machine = platform.machine()
+    other, mine = wheel_of({"x86_64": "aarch64", "aarch64": "x86_64"}[machine]), wheel_of(machine)
+    venv = WORK / "refused"
+    run(UV, "venv", "-q", "--clear", "--seed", venv)
+    uv = (UV, "pip", "install", "--dry-run", "--no-deps", "--python", venv / "bin/python")
+    by_uv, by_pip = "incompatible with the current platform", "is not a supported wheel on this platform"
+    refuses(*uv, other, expect=by_uv)
+    for system in (f"{machine}-unknown-linux-musl", f"{machine}-manylinux_2_17"):
+        refuses(*uv, "--python-platform", system, mine, expect=by_uv)
+    pip = (venv / "bin/python", "-m", "pip", "install", "--dry-run", "--no-deps")
+    refuses(*pip, other, expect=by_pip)
+    for system in (f"musllinux_1_2_{machine}", f"manylinux_2_17_{machine}"):
+        elsewhere = ("--only-binary", ":all:", "--target", WORK / "nothing", "--platform", system)
+        refuses(*pip, *elsewhere, mine, expect=by_pip)
+
+
+def bootstrap(name: str, suite: str, *options: str) -> Path:
+    """A Debian of debootstrap's with Python, kept until this asks for another one."""
+    system, recipe = WORK / name, " ".join((suite, *options))
+    made = system / "recipe"
+    if made.exists() and made.read_text() == recipe:
+        return system
+    shutil.rmtree(system, ignore_errors=True)
+    run("debootstrap", "--variant=minbase", "--include=python3", *options, suite, system, MIRROR)
+    if "--foreign" in options:  # what the second stage would configure is not needed
+        for package in (system / "var/cache/apt/archives").glob("*.deb"):
+            run("dpkg", "-x", package, system)
+    made.write_text(recipe)
+    return system
+
+
 def old() -> None:
-    system = WORK / "debian11"
-    if not (system / "done").exists():
-        shutil.rmtree(system, ignore_errors=True)
-        run("debootstrap", "--variant=minbase", "--include=python3-minimal", "bullseye", system, MIRROR)
-        (system / "done").touch()
+    system = bootstrap("debian11", "bullseye")
     command = "/" + str(unpacked(wheel_of("x86_64"), system / "wheel").relative_to(system))
     run("chroot", system, command, "--version", expect="flashspark")
     run("chroot", system, command, "doctor", expect=KERNELS)
@@ -113,16 +149,7 @@ def here() -> None:
 
 
 def arm() -> None:
-    system, site = WORK / "arm64", WORK / "arm64-site"
-    if not (system / "done").exists():
-        shutil.rmtree(system, ignore_errors=True)
-        run(
-            *("debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", "--include=python3"),
-            *("bookworm", system, MIRROR),
-        )
-        for package in (system / "var/cache/apt/archives").glob("*.deb"):
-            run("dpkg", "-x", package, system)  # what the second stage would configure is not needed
-        (system / "done").touch()
+    system, site = bootstrap("arm64", "bookworm", "--arch=arm64", "--foreign"), WORK / "arm64-site"
     shutil.rmtree(site, ignore_errors=True)
     run(
         *(UV, "pip", "install", "-q", "--python-platform", "aarch64-manylinux_2_28", "--python-version", "3.11"),
@@ -136,7 +163,7 @@ def arm() -> None:
     run(*python, "-c", CALL, cwd=WORK, expect="attention")
 
 
-TESTS = {"old": old, "here": here, "arm": arm}
+TESTS = {"refused": refused, "old": old, "here": here, "arm": arm}
 
 
 def main() -> int:
