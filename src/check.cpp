@@ -21,7 +21,8 @@ constexpr int64_t kMaxOffset = int64_t{1} << 58;
 void aligned(const char *argument, const char *field, const void *pointer, size_t size) {
   if (reinterpret_cast<uintptr_t>(pointer) % size == 0) return;
   char text[32];
-  std::snprintf(text, sizeof text, "%p", pointer);
+  // Not %p, which is without 0x on Windows.
+  std::snprintf(text, sizeof text, "0x%" PRIxPTR, reinterpret_cast<uintptr_t>(pointer));
   fail(std::string(argument) + field, text, "must be aligned to " + std::to_string(size) + " bytes");
 }
 
