@@ -154,7 +154,7 @@ def read_gtest(name: str, out: str) -> Counts:
     failed = int(ran[1]) - int(passed[1]) - len(skips)
     if disabled := re.search(r"YOU HAVE (\d+) DISABLED TEST", out):
         skips.append((name, f"{disabled[1]} disabled"))
-    return int(passed[1]), failed, re.findall(r"\[  FAILED  \] (\S+),? ", out), skips
+    return int(passed[1]), failed, re.findall(r"\[  FAILED  \] ([^\s,]+)(?:, where .*)? \(\d+ ms", out), skips
 
 
 def read_pytest(out: str) -> Counts:

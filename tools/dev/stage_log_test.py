@@ -47,8 +47,11 @@ FAILED (failures=1, skipped=1)
 
 class Readers(unittest.TestCase):
     def test_gtest(self) -> None:
-        passed, failed, _, skips = read_gtest("p", GTEST)
-        self.assertEqual((passed, failed, skips), (1, 1, [("A/B.Second/x", "no address space")]))
+        passed, failed, failures, skips = read_gtest("p", GTEST)
+        self.assertEqual((passed, failed, failures), (1, 1, ["A.Third"]))
+        self.assertEqual(skips, [("A/B.Second/x", "no address space")])
+        parameters = GTEST.replace("Third (0", "Third/x, where GetParam() = (4, 8) (0")
+        self.assertEqual(read_gtest("p", parameters)[2], ["A.Third/x"])
         disabled = read_gtest("p", GTEST + "  YOU HAVE 2 DISABLED TESTS\n")
         self.assertEqual(disabled[3][1], ("p", "2 disabled"))
 
