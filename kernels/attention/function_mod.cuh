@@ -128,10 +128,6 @@ FLASHSPARK_DEVICE void to_raw_scores(Scores<T> &s, float factor) {
   }
 }
 
-// A score function divides by softmax_scale, and what it adds must not overflow: a smaller scale than this makes no
-// difference to any product of 16-bit queries and keys.
-constexpr float kMinFunctionScale = 0x1p-40f;
-
 // `scale` gives natural units. first_key: as the function counts keys. Where the function is a bias, the products begin
 // with what this leaves in `s`.
 template <class T>

@@ -118,21 +118,23 @@ FLASHSPARK_DEVICE ptx::SharedAddress function_word(ptx::SharedAddress words, int
   return words + word * (T::kRows * 4);
 }
 
-// All threads write the words of a block's rows.
+// Some of the threads write the words of a block's rows. Of pairs that hand on P^T it is a warp that waits for it.
 template <class T>
 FLASHSPARK_DEVICE void write_function_words(const FunctionBackwardArguments &a, FunctionRow row, int32_t first_token,
                                             ptx::SharedAddress words) {
   using Score = typename T::Functions::Score;
   using Mask = typename T::Functions::Mask;
-  static_assert(T::kRows <= T::kThreads);
+  static_assert(T::kRows <= T::kThreads / 2);
   if constexpr (T::kFunctionWords > 0) {
-    const auto n = static_cast<int32_t>(ptx::thread_index());
-    if (n >= T::kRows) return;
+    constexpr int32_t kFirstThread = T::kHandsOn ? T::kThreads / 2 : 0;
+    const int32_t n = static_cast<int32_t>(ptx::thread_index()) - kFirstThread;
+    if (n < 0 || n >= T::kRows) return;
     // Rows past the sequence are written as the last one: their tensors' elements exist.
     row.q_idx = min_of(first_token + n, row.seqlen_q - 1);
+    const float inverse_scale = Score::kIsBias ? 1.0f / larger(a.softmax_scale, kMinFunctionScale) : 1.0f;
     uint32_t w[T::kFunctionWords];
-    Score::row(a.functions, row, 1.0f, w);
-    Mask::row(a.functions, row, 1.0f, w + Score::kWords);
+    Score::row(a.functions, row, inverse_scale, w);
+    Mask::row(a.functions, row, inverse_scale, w + Score::kWords);
     FLASHSPARK_UNROLL
     for (int32_t word = 0; word < T::kFunctionWords; ++word)
       ptx::store_shared_4(function_word<T>(words, word) + n * 4, w[word]);
@@ -182,6 +184,7 @@ FLASHSPARK_DEVICE ScoreGradients<T::Functions::Score::kLoads> score_gradients(
     const FunctionBackwardArguments &a, const uint32_t *words, const typename T::Functions::Score::Key &at, float score,
     const FunctionKey &key) {
   using Score = typename T::Functions::Score;
+  static_assert(!Score::kIsBias);  // its text is of pairs that hand on P^T
   if constexpr (Score::kExists) {
     return Score::apply(a.functions, a.gradients, words, at, score, 1.0f, 1.0f, key);
   } else {

@@ -28,8 +28,11 @@ struct FunctionBackwardTraits : BackwardTraits<index, arch, Element> {
   static constexpr int32_t kFunctionWords = Functions::Score::kWords + Functions::Mask::kWords;
   static constexpr FunctionBackwardMemory kMemory =
       function_backward_memory(Base::kInstance, Base::kTile, kFunctionWords);
+  // Whether of a pair of warps one asks the functions and hands on P^T. Else each asks them of its own scores.
+  static constexpr bool kHandsOn = Base::kPaired && !Base::kNative;
+  static_assert(kHandsOn == (Base::kStages == RowStages::all));
   // A tile of scores lies in one of the user's blocks.
-  static_assert(Base::kWarpKeys == 16 && Base::kScoreRows == 16);
+  static_assert(Base::kScoreRows == 16 && (kHandsOn || Base::kWarpKeys == 16));
 };
 
 }  // namespace flashspark

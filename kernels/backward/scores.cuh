@@ -94,11 +94,11 @@ FLASHSPARK_DEVICE BackwardMask<T> backward_mask(const SequenceArguments &a, cons
 }
 
 // The blocks of rows that may keep keys of the tile that begins at first_key.
-template <class T>
+template <class T, bool native = T::kNative>
 FLASHSPARK_DEVICE Interval visited_blocks(const SequenceArguments &a, const SequenceMask &mask, int32_t first_key,
                                           int32_t tokens) {
   const Interval keys{first_key, min_of(first_key + T::kKeys, mask.end)};
-  const Interval visited = tokens_of_keys<T::kNative>(a, mask, keys, tokens).visited;
+  const Interval visited = tokens_of_keys<native>(a, mask, keys, tokens).visited;
   const int32_t begin = visited.begin / T::kRows;
   return {begin, is_empty(visited) ? begin : ceil_div(visited.end, T::kRows)};
 }

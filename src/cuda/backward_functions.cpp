@@ -28,13 +28,13 @@ uint64_t id_of(const flashspark_mod *mod) {
 struct SourceKey {
   uint64_t score, mask;  // flashspark_mod::id; 0: none
   uint32_t wanted;
-  bool wide_positions;
+  bool wide_positions, hands_on;
 
   auto operator<=>(const SourceKey &) const = default;
 };
 
 SourceKey source_key(const Params &p, const BackwardFunctionPlan &plan) {
-  return {id_of(p.score_mod.mod), id_of(p.mask_mod.mod), plan.wanted, plan.wide_positions};
+  return {id_of(p.score_mod.mod), id_of(p.mask_mod.mod), plan.wanted, plan.wide_positions, plan.hands_on};
 }
 
 // The text of the functions and of their derivatives, which is kept: a plan asks how many words it has.
@@ -47,8 +47,8 @@ const graph::CudaSource &source_of(const Params &p, const BackwardFunctionPlan &
   std::optional<graph::ScoreGradients> score;
   if (p.score_mod.mod != nullptr) score = graph::score_gradients(p.score_mod.mod->graph, plan.wanted);
   const graph::Graph *mask = p.mask_mod.mod != nullptr ? &p.mask_mod.mod->graph : nullptr;
-  return (*sources)[key] =
-             graph::cuda_gradient_source(score ? &*score : nullptr, mask, {.wide_positions = plan.wide_positions});
+  return (*sources)[key] = graph::cuda_gradient_source(
+             score ? &*score : nullptr, mask, {.wide_positions = plan.wide_positions, .biases = plan.hands_on});
 }
 
 bool is_wanted(const BackwardParams &p, int32_t tensor) {
@@ -132,6 +132,17 @@ bool takes_backward_functions(const Params &p) {
   return has_functions(p) || has_block_lists(p);
 }
 
+bool fits_functions(const BackwardInstance &instance, const BackwardTile &tile, const BackwardParams &params) {
+  const Params &p = params.forward;
+  if (instance.score_mod == ScoreMod::native) return true;
+  for (int32_t n = 0; p.score_mod.mod != nullptr && n < p.score_mod.num_tensors; ++n) {
+    if (is_wanted(params, n)) return false;
+  }
+  // A warp's keys lie in one of the user's blocks.
+  if (has_block_lists(p) && p.block_size_k % tile.warp_keys != 0) return false;
+  return plan_backward_functions(params, instance, tile).shared_bytes <= kMaxSharedBytes;
+}
+
 FunctionBackwardArguments BackwardFunctionPlan::with(const BackwardArguments &arguments) const {
   FunctionBackwardArguments a{arguments, functions, {}, block_arguments.table};
   std::copy(std::begin(gradients), std::end(gradients), a.gradients);
@@ -148,6 +159,7 @@ BackwardFunctionPlan plan_backward_functions(const BackwardParams &params, const
   BackwardFunctionPlan plan;
   add_functions(p, plan.functions);
   plan.wide_positions = has_wide_positions(p.max_seqlen_q, p.max_seqlen_k);
+  plan.hands_on = instance.score_mod == ScoreMod::none;
   plan_gradients(params, plan);
   if (has_block_lists(p)) plan_blocks(p, plan);
   const int32_t words = source_of(p, plan).row_words;

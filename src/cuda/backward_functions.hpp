@@ -17,12 +17,15 @@ namespace flashspark::cuda {
 
 // Whether a problem's backward pass takes such a kernel.
 bool takes_backward_functions(const Params &forward);
+// Whether an instance with functions, whose head fits, can run the problem: the one before it in the table may not.
+bool fits_functions(const BackwardInstance &instance, const BackwardTile &tile, const BackwardParams &p);
 
 struct BackwardFunctionPlan {
   FunctionArguments functions{};
   CapturedGradient gradients[kMaxCapturedTensors]{};
   uint32_t wanted = 0;  // bit n: the gradient of score_mod's tensor n
   bool wide_positions = false, block_sparse = false;
+  bool hands_on = false;      // pairs of warps hand on P^T: score functions may be written as biases
   Launch clear, make_blocks;  // before the other launches; a grid of 0: not needed
   ClearArguments clear_arguments{};
   BlockStatusArguments block_arguments{};

@@ -41,10 +41,13 @@ int64_t choose_head_parts(const BackwardInstance &instance, const Params &p, con
 }
 
 // The narrowest that can run it; of those that are equally narrow the fastest.
-const BackwardInstance *choose_instance(const Params &p, const Machine &machine) {
+const BackwardInstance *choose_instance(const BackwardParams &params, const Machine &machine) {
+  const Params &p = params.forward;
   if (takes_backward_functions(p)) {
     return std::find_if(std::begin(kBackwardFunctionInstances), std::end(kBackwardFunctionInstances),
-                        [&](const BackwardInstance &instance) { return fits(instance, p); });
+                        [&](const BackwardInstance &instance) {
+                          return fits(instance, p) && fits_functions(instance, instance.tile(machine.arch), params);
+                        });
   }
   const BackwardInstance *best = nullptr;
   const auto rank = [&](const BackwardInstance &i) {
@@ -159,7 +162,7 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   plain.masked_blocks = plain.full_blocks = {};
   const Shape shape = shape_of(plain);
   BackwardPlan plan;
-  plan.instance = instance != nullptr ? instance : choose_instance(p, machine);
+  plan.instance = instance != nullptr ? instance : choose_instance(params, machine);
   plan.tile = &plan.instance->tile(machine.arch);
   plan.dtype = p.q.dtype == FLASHSPARK_BFLOAT16 ? KernelDType::bf16 : KernelDType::fp16;
   BackwardArguments &a = plan.arguments;

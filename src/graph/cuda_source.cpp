@@ -191,6 +191,8 @@ std::string CudaWriter::gradient_members(const ScoreGradients &score) {
 
 namespace {
 
+constexpr const char *kNoPlaces =
+    "    static FLASHSPARK_DEVICE constexpr PlaceBy place_by(int32_t) { return PlaceBy::head; }\n";
 constexpr const char *kNoMembers =
     "    static constexpr bool kExists = false, kUsesKeys = false, kHasOffset = false, kIsBias = false;\n"
     "    static constexpr int32_t kOperations = 0, kWords = 0, kLoads = 0;\n"
@@ -203,6 +205,17 @@ class SourceWriter {
  public:
   explicit SourceWriter(const CudaSourceOptions &options) : options_(options) {
     source_.text = "namespace flashspark {\n\nstruct UserFunctions {\n";
+  }
+
+  // The score function in the form of forward kernels, if it is a bias.
+  bool add_bias(const Graph &graph) {
+    CudaWriter trial(graph, tensors_, scalars_, options_.wide_positions);
+    trial.members(true);
+    if (!trial.is_bias()) return false;
+    add("Score", &graph, [](CudaWriter &writer) {
+      return writer.members(true) + "    static constexpr int32_t kLoads = 0;\n" + kNoPlaces;
+    });
+    return true;
   }
 
   // graph: NULL where there is no such function. members(writer): what the type has.
@@ -243,10 +256,11 @@ CudaSource cuda_source(const Graph *score, const Graph *mask, const CudaSourceOp
 
 CudaSource cuda_gradient_source(const ScoreGradients *score, const Graph *mask, const CudaSourceOptions &options) {
   SourceWriter source(options);
-  source.add(
-      "Score", score != nullptr ? &score->graph : nullptr,
-      [&](CudaWriter &writer) { return writer.gradient_members(*score); },
-      "    static FLASHSPARK_DEVICE constexpr PlaceBy place_by(int32_t) { return PlaceBy::head; }\n");
+  if (!options.biases || score == nullptr || !score->loads.empty() || !source.add_bias(score->graph)) {
+    source.add(
+        "Score", score != nullptr ? &score->graph : nullptr,
+        [&](CudaWriter &writer) { return writer.gradient_members(*score); }, kNoPlaces);
+  }
   source.add("Mask", mask, [](CudaWriter &writer) { return writer.members(false); });
   return source.finish();
 }

@@ -17,6 +17,9 @@ struct CudaSource {
 struct CudaSourceOptions {
   // Positions may reach 2^23: the difference of two is then no longer exact as a float, and stays an integer.
   bool wide_positions = false;
+  // Of a backward kernel whose pairs of warps hand on P^T: a score function that adds to the score what does not depend
+  // on it is written as for a forward kernel.
+  bool biases = false;
 };
 
 // `score` and `mask`: simplified(), NULL where there is none. The mask's tensors and scalars follow the score's in the

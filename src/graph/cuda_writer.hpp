@@ -42,6 +42,7 @@ class CudaWriter {
   // The members of struct Score of a backward kernel; the graph is that of `score`.
   std::string gradient_members(const ScoreGradients &score);
   int32_t words() const { return words_; }
+  bool is_bias() const { return is_bias_; }  // once members() has been called
 
  private:
   // Where statements go. A value is computed once in each part.

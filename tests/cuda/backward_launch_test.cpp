@@ -211,7 +211,7 @@ TEST_F(Backward, FunctionsAndLists) {
   run();
   BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
   ASSERT_TRUE(plan.functions);
-  EXPECT_EQ(plan.main_key().name(), "attention_backward_d128_functions_bf16");
+  EXPECT_EQ(plan.main_key().name(), "attention_backward_d128_functions_mod_bf16");
   EXPECT_EQ(plan.functions->bytes, size_t{2 * 8 * 7 * 5});
   EXPECT_EQ(fake.order,
             (std::vector<std::string>{
@@ -229,6 +229,20 @@ TEST_F(Backward, FunctionsAndLists) {
   EXPECT_TRUE(a.blocks.query_blocks == 7 && a.blocks.key_blocks == 5 && a.blocks.head_stride == 35);
   EXPECT_EQ(a.blocks.data - reinterpret_cast<uint8_t *>(a.row_delta), 8 * 256 * 4);
   EXPECT_NE(explain(FLASHSPARK_OK).find("compiled at run time, over block lists"), std::string::npos);
+
+  // Pairs of warps that hand on P^T have no gradients of captured tensors, and 32 keys a warp, which lie in one block.
+  const auto chosen = [&] { return make_backward_plan(b, device_facts(0).machine).main_key().name(); };
+  b.dtensors = nullptr;
+  EXPECT_EQ(chosen(), "attention_backward_d128_functions_bf16");
+  p.block_size_k = 48;
+  EXPECT_EQ(chosen(), "attention_backward_d128_functions_mod_bf16");
+  p.block_size_k = 32, p.dropout_p = 0.5f;
+  EXPECT_EQ(chosen(), "attention_backward_d128_functions_mod_bf16");
+  p.dropout_p = 0, p.softcap = 5;
+  EXPECT_EQ(chosen(), "attention_backward_d128_functions_mod_bf16");
+  p.softcap = 0, p.masked_blocks = {};
+  EXPECT_EQ(chosen(), "attention_backward_d128_functions_bf16");
+  b.dtensors = &gradient;
 
   b.forward.deterministic = 1;
   expect_refused("deterministic with dtensors[0]");

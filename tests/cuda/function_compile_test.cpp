@@ -230,10 +230,12 @@ CompileRequest backward_request_of(const Pair &pair) {
   if (mask) p.mask_mod.mod = test::make_mod(*mask, false);
   BackwardFunctionPlan plan;
   plan.block_sparse = pair.block_sparse;
-  plan.wanted = ~0u;
   KernelKey key{Operation::attention_backward, KernelDType::bf16};
   for (const BackwardInstance &instance : kBackwardFunctionInstances) {
-    if (std::string(instance.name) == pair.instance) key.backward = instance.index;
+    if (std::string(instance.name) != pair.instance) continue;
+    key.backward = instance.index;
+    plan.hands_on = instance.score_mod == ScoreMod::none;
+    plan.wanted = plan.hands_on ? 0u : ~0u;
   }
   CompileRequest request = backward_function_request(p, plan, key, Architecture::sm_120f);
   for (const flashspark_mod *mod : {p.score_mod.mod, p.mask_mod.mod})
@@ -243,34 +245,31 @@ CompileRequest backward_request_of(const Pair &pair) {
 
 // As kKnownStacks, of backward kernels: with two gradients of 128 columns, or one of 256, few registers are left.
 const std::map<std::string, uint32_t> kKnownBackwardStacks = {
-    {"d128_functions alibi", 72},
-    {"d128_functions softcap", 8},
-    {"d128_functions clip", 64},
-    {"d128_functions bias_2d", 40},
-    {"d128_functions waves", 32},
-    {"d128_functions parity", 8},
-    {"d128_functions positions", 32},
-    {"d128_functions window", 8},
-    {"d128_functions flags", 16},
-    {"d128_functions alibi_documents", 40},
-    {"d128_functions capped_window", 8},
-    {"d256_functions alibi", 80},
-    {"d256_functions relative_position", 80},
-    {"d256_functions softcap", 64},
-    {"d256_functions documents lists", 56},
-    {"d128_functions outer", 16},
+    {"d128_functions_mod alibi", 72},         {"d128_functions_mod softcap", 8},
+    {"d128_functions_mod clip", 64},          {"d128_functions_mod bias_2d", 40},
+    {"d128_functions_mod waves", 32},         {"d128_functions_mod parity", 8},
+    {"d128_functions_mod positions", 32},     {"d128_functions_mod window", 8},
+    {"d128_functions_mod flags", 16},         {"d128_functions_mod alibi_documents", 40},
+    {"d128_functions_mod capped_window", 8},  {"d256_functions alibi", 80},
+    {"d256_functions relative_position", 80}, {"d256_functions softcap", 64},
+    {"d256_functions documents lists", 56},   {"d128_functions_mod outer", 16},
 };
 
 std::vector<Pair> backward_pairs() {
   std::vector<Pair> pairs;
-  for (const test::NamedFunctions &functions : test::named_functions()) pairs.push_back({functions, "d128_functions"});
+  for (const test::NamedFunctions &functions : test::named_functions()) {
+    pairs.push_back({functions, "d128_functions", true});
+    pairs.push_back({functions, "d128_functions_mod"});
+  }
   for (const char *instance : {"d64_functions", "d96_functions", "d192_functions", "d256_functions"}) {
     for (const char *name : {"alibi", "relative_position", "softcap"}) pairs.push_back({test::named(name), instance});
     pairs.push_back({test::named("documents"), instance, true});
   }
   pairs.push_back({test::named("none"), "d128_functions", true});
-  pairs.push_back({test::named("alibi_documents"), "d128_functions", true});
-  pairs.push_back({test::named("outer"), "d128_functions"});
+  pairs.push_back({test::named("alibi"), "d128_functions"});
+  pairs.push_back({test::named("none"), "d128_functions_mod", true});
+  pairs.push_back({test::named("alibi_documents"), "d128_functions_mod", true});
+  pairs.push_back({test::named("outer"), "d128_functions_mod"});
   return pairs;
 }
 

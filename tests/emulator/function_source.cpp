@@ -2,6 +2,8 @@
 //   function_source NAME FILE   type UserFunctions_NAME, of the named functions (tests/support/named_graphs.hpp)
 //   function_source --all FILE  those of all of them and of random graphs, and a list of them
 //   function_source --gradients NAME|--all FILE  the same for backward kernels, with all gradients that there are
+//   function_source --pairs NAME FILE            type UserFunctions_pairs_NAME, of backward kernels that hand on P^T,
+//                                                without gradients of captured tensors
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -20,21 +22,24 @@ std::optional<graph::Graph> simplified(const graph::Graph *graph) {
   return graph::simplified_function(*graph);
 }
 
-bool gradients = false;
+enum class Kernels { forward, gradients, pairs };
+Kernels kernels = Kernels::forward;
 
 std::string source_of(const graph::Graph *score, const graph::Graph *mask, const std::string &name) {
   const auto simple_score = simplified(score), simple_mask = simplified(mask);
   const graph::Graph *masks = simple_mask ? &*simple_mask : nullptr;
   std::string text;
-  if (gradients) {
+  if (kernels != Kernels::forward) {
+    const bool pairs = kernels == Kernels::pairs;
     std::optional<graph::ScoreGradients> of_score;
-    if (simple_score) of_score = graph::score_gradients(*simple_score, ~0u);
-    text = graph::cuda_gradient_source(of_score ? &*of_score : nullptr, masks).text;
+    if (simple_score) of_score = graph::score_gradients(*simple_score, pairs ? 0u : ~0u);
+    text = graph::cuda_gradient_source(of_score ? &*of_score : nullptr, masks, {.biases = pairs}).text;
   } else {
     text = graph::cuda_source(simple_score ? &*simple_score : nullptr, masks).text;
   }
   const std::string general = "struct UserFunctions {";
-  return text.replace(text.find(general), general.size(), "struct UserFunctions_" + name + " {");
+  const std::string form = kernels == Kernels::pairs ? "pairs_" : "";
+  return text.replace(text.find(general), general.size(), "struct UserFunctions_" + form + name + " {");
 }
 
 std::string source_of(const test::NamedFunctions &functions) {
@@ -55,7 +60,7 @@ std::string source_of_all() {
   };
   for (const test::NamedFunctions &each : test::named_functions()) add(each.name, source_of(each));
   for (const test::NamedFunctions &each : test::gradient_functions()) {
-    if (gradients) add(each.name, source_of(each));
+    if (kernels != Kernels::forward) add(each.name, source_of(each));
   }
   for (uint64_t seed = 0; seed < kRandomFunctions; ++seed) {
     add(RandomFunctions(seed).name(), source_of(seed));
@@ -68,8 +73,11 @@ std::string source_of_all() {
 
 int main(int argc, char **argv) try {
   using namespace flashspark;
-  emulator::gradients = argc == 4 && std::string(argv[1]) == "--gradients";
-  if (argc != (emulator::gradients ? 4 : 3)) return 2;
+  using emulator::Kernels, emulator::kernels;
+  const std::string first = argc == 4 ? argv[1] : "";
+  if (first == "--gradients") kernels = Kernels::gradients;
+  if (first == "--pairs") kernels = Kernels::pairs;
+  if (argc != (kernels != Kernels::forward ? 4 : 3)) return 2;
   const std::string name = argv[argc - 2];
   const test::NamedFunctions functions = test::named(name);
   const std::string random = "random_";
@@ -80,7 +88,7 @@ int main(int argc, char **argv) try {
   }
   std::ofstream file(argv[argc - 1]);
   file << "// Written by tests/emulator/function_source.cpp.\n#include \""
-       << (emulator::gradients ? "backward" : "attention") << "/function_mod.cuh\"\n\n"
+       << (kernels != Kernels::forward ? "backward" : "attention") << "/function_mod.cuh\"\n\n"
        << (name == "--all" ? emulator::source_of_all()
            : is_random     ? emulator::source_of(std::stoull(name.substr(random.size())))
                            : emulator::source_of(functions));

@@ -3,7 +3,8 @@
 //
 //   EMULATED_TILES             sm_120f
 //   EMULATED_NAME              alibi: of the functions (tests/support/named_graphs.hpp)
-//   FLASHSPARK_USER_FUNCTIONS  the file that function_source.cpp has written: type UserFunctions_alibi
+//   FLASHSPARK_USER_FUNCTIONS  the file that function_source.cpp has written
+//   EMULATED_FUNCTIONS         UserFunctions_alibi or UserFunctions_pairs_alibi: the type in it
 //
 // and includes this file.
 #include "backward/function_loop.cuh"
@@ -15,15 +16,13 @@
 namespace flashspark::emulator {
 namespace {
 
-#define FLASHSPARK_PASTE(a, b) a##b
-#define FLASHSPARK_JOINED(a, b) FLASHSPARK_PASTE(a, b)
 #define FLASHSPARK_QUOTED(a) #a
 #define FLASHSPARK_TEXT(a) FLASHSPARK_QUOTED(a)
 
 using Element = ptx::FLASHSPARK_ELEMENT;
 constexpr BackwardIndex kIndex = BackwardIndex::FLASHSPARK_NAME;
-using Chosen = FunctionBackwardTraits<kIndex, Architecture::EMULATED_TILES, Element,
-                                      FLASHSPARK_JOINED(UserFunctions_, EMULATED_NAME), FLASHSPARK_BLOCK_SPARSE != 0>;
+using Chosen = FunctionBackwardTraits<kIndex, Architecture::EMULATED_TILES, Element, EMULATED_FUNCTIONS,
+                                      FLASHSPARK_BLOCK_SPARSE != 0>;
 
 const BackwardRegistration kRegistration{
     {&instance_of(kIndex), std::is_same_v<Element, ptx::Bfloat16> ? FLASHSPARK_BFLOAT16 : FLASHSPARK_FLOAT16,

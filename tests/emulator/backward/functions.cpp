@@ -108,7 +108,7 @@ ProblemFunctions::ProblemFunctions(const FunctionSpec &spec, BackwardParams &p, 
     }
   }
   if (score_) {
-    capture(*score_, true, of_score_);
+    capture(*score_, spec.gradients, of_score_);
     score_tensors_ = tensors_of(of_score_);
     derivative_ = graph::derivative(*score_);
     for (const graph::LoadGradient &load : derivative_->loads) {

@@ -16,6 +16,7 @@ namespace flashspark::emulator {
 struct FunctionSpec {
   std::string functions = "none";  // tests/support/named_graphs.hpp, or random_7 (random_functions.hpp)
   bool lists = false;
+  bool gradients = true;  // of captured tensors
   test::BlockListWish wish;
 };
 std::string to_string(const FunctionSpec &spec);

@@ -13,11 +13,16 @@ using Draw = cases::Random;
 
 class EveryKernel : public testing::TestWithParam<BackwardKernel> {};
 
+bool hands_on(const BackwardKernel &kernel) {
+  return kernel.instance->score_mod == ScoreMod::none;
+}
+
 BackwardSpec spec_of(const BackwardKernel &kernel) {
   BackwardSpec s;
   s.head_dim = kernel.instance->head_dim, s.head_dim_v = kernel.instance->head_dim_v;
   s.functions = FunctionSpec{};
   s.functions->functions = kernel.functions, s.functions->lists = kernel.block_sparse;
+  s.functions->gradients = !hands_on(kernel);
   s.functions->wish.size_q = s.functions->wish.size_k = 64;
   return s;
 }
@@ -57,6 +62,7 @@ TEST_P(EveryKernel, SequencesAndSharedKeys) {
 }
 
 TEST_P(EveryKernel, SoftcapAndDropout) {
+  if (hands_on(GetParam())) return;
   BackwardSpec s = spec_of(GetParam());
   s.tokens = {70, 30}, s.keys = {150, 90}, s.heads_q = 2, s.heads_kv = 1;
   s.softcap = 3;
@@ -78,6 +84,7 @@ TEST_P(EveryKernel, ListsOfAnySize) {
     test::BlockListWish &wish = s.functions->wish;
     wish.size_q = draw.of<int64_t>({16, 16, 32, 48, 64, 80, 128, 1 << 20});
     wish.size_k = draw.of<int64_t>({16, 16, 32, 48, 64, 80, 128, 1 << 20});
+    if (hands_on(kernel)) wish.size_k = draw.of<int64_t>({32, 32, 64, 96, 128, 160, 1 << 20});
     wish.per_batch = draw.one_in(2), wish.per_head = draw.one_in(2);
     wish.masked = !draw.one_in(5), wish.full = !wish.masked || !draw.one_in(5);
     if (draw.one_in(3)) wish.none = 20, wish.all = 1;
@@ -96,6 +103,7 @@ TEST_P(EveryKernel, SurvivesWildLists) {
     s.dtype = kernel.dtype;
     s.tokens = {70, 20}, s.keys = {130, 200}, s.heads_q = 2;
     s.functions->wish.size_q = draw.of<int64_t>({16, 48, 64}), s.functions->wish.size_k = draw.of<int64_t>({16, 48});
+    if (hands_on(kernel)) s.functions->wish.size_k *= 2;
     BackwardProblem problem(s, seed);
     // Arrays of their own, which end where the lists do.
     Params &p = problem.params.forward;

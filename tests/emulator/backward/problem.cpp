@@ -340,7 +340,9 @@ std::string BackwardProblem::compare(const char *name, const Guarded<float> &got
 std::string BackwardProblem::compare(const BackwardKernel &kernel) const {
   const BackwardSpec &s = spec_;
   // Of a term's factors: all round dS; pairs of warps hand P to each other in 16 bits, and slopes of softcap.
-  const bool pair = kernel.functions == nullptr && kernel.instance->tile(kernel.tiles).sharing == KeySharing::gradients;
+  const BackwardInstance &instance = *kernel.instance;
+  const bool pair = instance.tile(kernel.tiles).sharing == KeySharing::gradients &&
+                    (kernel.functions == nullptr || instance.score_mod == ScoreMod::none);
   const int handed = pair ? 1 : 0, roundings = 1 + handed + (pair && s.softcap > 0 ? 1 : 0);
   std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true, 1);
   if (text.empty()) text = compare("dk", params.dk, truth_k_, s.heads_kv, s.head_dim, true, roundings);
