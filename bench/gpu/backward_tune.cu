@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <span>
 #include <vector>
 
 #include "backward/backward.cuh"
@@ -207,21 +208,22 @@ int main(int argc, char **) {
   std::printf("%s %dx%d rows %d/%d k%d v%d s%d g%d c%d | %d reg %zu spill %d CTAs |", Kernel::kInstance.name, t.warps,
               t.warp_keys, t.rows, t.score_rows, t.keys_in_registers, t.values_in_registers, static_cast<int>(t.stages),
               static_cast<int>(t.sharing), t.min_ctas, attributes.numRegs, attributes.localSizeBytes, resident);
-  constexpr Shape kWide[] = {{4, 32, 32, 4096, false},
-                             {4, 32, 32, 4096, true},
-                             {4, 32, 8, 4096, true},
-                             {1, 16, 8, 2048, false},
-                             {1, 16, 8, 2048, true},
-                             {1, 16, 8, 1024, false},
-                             {1, 16, 8, 1024, true},
-                             {8, 16, 16, 512, false},
-                             {8, 16, 16, 512, true},
-                             {4, 32, 8, 4096, true, Modified::alibi},
-                             {4, 32, 8, 4096, true, Modified::softcap},
-                             {4, 32, 8, 4096, true, Modified::dropout}};
+  constexpr Shape kShapes[] = {{4, 32, 32, 4096, false},
+                               {4, 32, 32, 4096, true},
+                               {4, 32, 8, 4096, true},
+                               {1, 16, 8, 2048, false},
+                               {1, 16, 8, 2048, true},
+                               {1, 16, 8, 1024, false},
+                               {1, 16, 8, 1024, true},
+                               {8, 16, 16, 512, false},
+                               {8, 16, 16, 512, true},
+                               {4, 32, 8, 4096, true, Modified::alibi},
+                               {4, 32, 8, 4096, true, Modified::softcap},
+                               {4, 32, 8, 4096, true, Modified::dropout}};
+  constexpr Shape kWideHeads[] = {{2, 16, 16, 4096, false}, {2, 16, 16, 4096, true}, {1, 16, 8, 1024, false}};
   float *worst;
   cudaMalloc(&worst, 6 * sizeof(float));
-  for (const Shape &s : kWide) {
+  for (const Shape &s : Kernel::kHeadDim > 128 ? std::span<const Shape>(kWideHeads) : std::span<const Shape>(kShapes)) {
     if (s.modified != Modified::none && !Kernel::kNative) continue;
     std::vector<void *> all;
     BackwardArguments a = make(s, all);
