@@ -1,14 +1,10 @@
 // One kernel a translation unit; kernels.json has the macros of each: -DFLASHSPARK_NAME=d64
 // -DFLASHSPARK_ELEMENT=Bfloat16 and the entry point's name as FLASHSPARK_ENTRY.
 #include "backward/backward.cuh"
+#include "forward/tiles.cuh"
 
 namespace flashspark {
 
-#if defined(FLASHSPARK_TILES_SM120F) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
-constexpr Architecture kArchitecture = Architecture::sm_120f;
-#else
-constexpr Architecture kArchitecture = Architecture::sm_90;
-#endif
 using Kernel = BackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT>;
 
 }  // namespace flashspark

@@ -3,16 +3,12 @@
 //
 //   FLASHSPARK_BLOCK_SPARSE  1: lists say which blocks of rows and keys are computed
 #include "backward/function_loop.cuh"
+#include "forward/tiles.cuh"
 
 #include FLASHSPARK_USER_FUNCTIONS
 
 namespace flashspark {
 
-#if defined(FLASHSPARK_TILES_SM120F) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
-constexpr Architecture kArchitecture = Architecture::sm_120f;
-#else
-constexpr Architecture kArchitecture = Architecture::sm_90;
-#endif
 using Kernel = FunctionBackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT,
                                       UserFunctions, FLASHSPARK_BLOCK_SPARSE != 0>;
 

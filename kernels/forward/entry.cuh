@@ -3,14 +3,10 @@
 #pragma once
 
 #include "forward/kernel.cuh"
+#include "forward/tiles.cuh"
 
 namespace flashspark {
 
-#if defined(FLASHSPARK_TILES_SM120F) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200)
-constexpr Architecture kArchitecture = Architecture::sm_120f;
-#else
-constexpr Architecture kArchitecture = Architecture::sm_90;
-#endif
 #if defined(FLASHSPARK_ELEMENT_KV)
 using Mma = MmaE4m3Dequant;
 static_assert(std::is_same_v<Mma::Element, ptx::FLASHSPARK_ELEMENT> &&
