@@ -21,32 +21,54 @@ struct SummedRows {
   float scale;
 };
 
-// A thread takes eight columns of two rows, 8 apart, which four lanes of the main kernel have summed.
+// Eight columns of two rows, 8 apart, which four lanes of the main kernel have summed.
+struct SummedPair {
+  ptx::Vector16 lane[4];
+};
 template <class Element>
-FLASHSPARK_DEVICE void store_rows(const SummedRows &r) {
-  const int32_t chunks = r.columns / 8, all_chunks = r.sum_columns / 8;
-  for (auto n = static_cast<int32_t>(ptx::thread_index()); n < r.rows / 2 * chunks; n += kPostprocessThreads) {
-    const int32_t pair = quotient(n, chunks), chunk = n - pair * chunks;
-    const int32_t atom = pair / 8, row = pair % 8;
-    const auto *from = reinterpret_cast<const ptx::Vector16 *>(r.sums) + ((atom * all_chunks + chunk) * 32 + row * 4);
-    ptx::Vector16 out[2];
+FLASHSPARK_DEVICE void store_pair(const SummedRows &r, const SummedPair &pair, int32_t first_row, int32_t chunk) {
+  FLASHSPARK_UNROLL
+  for (int32_t half = 0; half < 2; ++half) {
+    const int32_t at = first_row + half * 8;
+    if (at >= r.end) continue;
+    ptx::Vector16 out;
     FLASHSPARK_UNROLL
     for (int32_t lane = 0; lane < 4; ++lane) {
-      const ptx::Vector16 four = from[lane];
+      const uint32_t packed = ptx::pack<Element>(ptx::as_float(pair.lane[lane].word[2 * half]) * r.scale,
+                                                 ptx::as_float(pair.lane[lane].word[2 * half + 1]) * r.scale);
+      out.word[lane] = at < r.in_use ? packed : 0;
+    }
+    store_8(static_cast<Element *>(r.to) + at * r.token_stride + chunk * 8, out);
+  }
+}
+
+// Every `parts`th 16 rows, from number `part` on. A thread takes kPairsAtOnce pairs of rows, and loads all of them
+// before it stores one.
+template <class Element>
+FLASHSPARK_DEVICE void store_rows(const SummedRows &r, int32_t part, int32_t parts) {
+  constexpr int32_t kPairsAtOnce = 2;
+  const int32_t chunks = r.columns / 8, all_chunks = r.sum_columns / 8;
+  const int32_t atoms = quotient(r.rows / 16 - part + parts - 1, parts), count = atoms * 8 * chunks;
+  FLASHSPARK_NO_UNROLL
+  for (auto first = static_cast<int32_t>(ptx::thread_index()); first < count;
+       first += kPairsAtOnce * kPostprocessThreads) {
+    SummedPair pairs[kPairsAtOnce];
+    int32_t rows[kPairsAtOnce], columns[kPairsAtOnce];
+    FLASHSPARK_UNROLL
+    for (int32_t i = 0; i < kPairsAtOnce; ++i) {
+      const int32_t n = first + i * kPostprocessThreads;
+      if (n >= count) break;
+      const int32_t pair = quotient(n, chunks), atom = part + pair / 8 * parts;
+      columns[i] = n - pair * chunks;
+      rows[i] = atom * 16 + pair % 8;
+      const auto *from =
+          reinterpret_cast<const ptx::Vector16 *>(r.sums) + ((atom * all_chunks + columns[i]) * 32 + pair % 8 * 4);
       FLASHSPARK_UNROLL
-      for (int32_t half = 0; half < 2; ++half)
-        out[half].word[lane] = ptx::pack<Element>(ptx::as_float(four.word[2 * half]) * r.scale,
-                                                  ptx::as_float(four.word[2 * half + 1]) * r.scale);
+      for (int32_t lane = 0; lane < 4; ++lane) pairs[i].lane[lane] = from[lane];
     }
     FLASHSPARK_UNROLL
-    for (int32_t half = 0; half < 2; ++half) {
-      const int32_t at = atom * 16 + half * 8 + row;
-      if (at >= r.end) continue;
-      if (at >= r.in_use) {
-        FLASHSPARK_UNROLL
-        for (int32_t lane = 0; lane < 4; ++lane) out[half].word[lane] = 0;
-      }
-      store_8(static_cast<Element *>(r.to) + at * r.token_stride + chunk * 8, out[half]);
+    for (int32_t i = 0; i < kPairsAtOnce; ++i) {
+      if (first + i * kPostprocessThreads < count) store_pair<Element>(r, pairs[i], rows[i], columns[i]);
     }
   }
 }
@@ -62,13 +84,17 @@ FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
       static_cast<Element *>(a.dq) + batch + head * a.dq_strides.head + (block.row + block.first) * a.dq_strides.token;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + at.remainder * a.row_block;
   store_rows<Element>({a.dq_sum + padded * a.sum_columns, a.sum_columns, dq, a.dq_strides.token, a.row_block,
-                       a.head_dim, block.end - block.first, block.tokens - block.first, a.softmax_scale});
+                       a.head_dim, block.end - block.first, block.tokens - block.first, a.softmax_scale},
+                      0, 1);
 }
 
 template <class Element>
 FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) {
   const KeyTile tile = find_key_tile(a, cta);
-  if (!tile.valid || tile.head_q != tile.head_kv * static_cast<int32_t>(a.group.value)) return;
+  if (!tile.valid) return;
+  // The CTAs that have summed the tile share it again.
+  const int32_t first_head = tile.head_kv * static_cast<int32_t>(a.group.value);
+  const int32_t part = quotient(tile.head_q - first_head, tile.num_heads_q);
   const int32_t held = tile.held - tile.first;
   const auto store = [&](const float *sums, int32_t sum_columns, void *data, const Strides &strides, int32_t columns,
                          float scale) {
@@ -76,7 +102,8 @@ FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) 
     auto *to = static_cast<Element *>(data) + tile.batch * strides.batch + tile.head_kv * strides.head +
                (tile.row + tile.first) * strides.token;
     store_rows<Element>({sums + int64_t{tile.number} * a.key_tile * sum_columns, sum_columns, to, strides.token,
-                         a.key_tile, columns, held, held, scale});
+                         a.key_tile, columns, held, held, scale},
+                        part, a.head_parts);
   };
   store(a.dk_sum, a.sum_columns, a.dk, a.dk_strides, a.head_dim, a.softmax_scale);
   store(a.dv_sum, a.sum_columns_v, a.dv, a.dv_strides, a.head_dim_v, a.dropout.scale);

@@ -11,12 +11,10 @@
 namespace flashspark {
 
 constexpr int32_t kPreprocessThreads = 128;
-constexpr int32_t kRowLanes = 8;  // threads that share a row
+constexpr int32_t kRowsAtOnce = 2;  // of a thread
 
 template <class Element>
-FLASHSPARK_DEVICE float dot_8(const Element *x, const Element *y) {
-  const ptx::Vector16 a = *reinterpret_cast<const ptx::Vector16 *>(x);
-  const ptx::Vector16 b = *reinterpret_cast<const ptx::Vector16 *>(y);
+FLASHSPARK_DEVICE float dot_8(const ptx::Vector16 &a, const ptx::Vector16 &b) {
   float sum = 0;
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < 8; ++n) {
@@ -73,8 +71,8 @@ FLASHSPARK_DEVICE void zero_sparse(const BackwardArguments &a, int32_t heads, in
 }
 
 template <class Element>
-FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a) {
-  const int32_t heads = a.num_heads_kv * static_cast<int32_t>(a.group.value), ctas = a.num_row_blocks * heads;
+FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a, int32_t ctas) {
+  const int32_t heads = a.num_heads_kv * static_cast<int32_t>(a.group.value);
   zero_sparse(a, heads, ctas);
   const int32_t *q = a.cu_seqlens_q, *k = a.cu_seqlens_k;
   zero_unowned_rows<Element>(a.dq, a.dq_strides, q, a.num_seqs, a.total_q, heads, a.head_dim, ctas);
@@ -82,56 +80,92 @@ FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a) {
   zero_unowned_rows<Element>(a.dv, a.dv_strides, k, a.num_seqs, a.key_rows, a.num_heads_kv, a.head_dim_v, ctas);
 }
 
+// The sums of a block of rows, of its turns, and a CTA's part of those of keys.
+FLASHSPARK_DEVICE void zero_all_sums(const BackwardArguments &a, int64_t first_row, int32_t num_ctas) {
+  const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
+  if (a.dq_sum != nullptr) zero_sums(a.dq_sum + first_row * a.sum_columns, int64_t{a.row_block} * a.sum_columns, 0, 1);
+  if (a.dq_turns != nullptr && thread < a.slot_warps) a.dq_turns[cta * a.slot_warps + thread] = 0;
+  const int64_t keys =
+      int64_t{a.num_key_tiles} * a.key_tile * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
+  if (a.dk_sum != nullptr) zero_sums(a.dk_sum, keys * a.sum_columns, cta, num_ctas);
+  if (a.dv_sum != nullptr) zero_sums(a.dv_sum, keys * a.sum_columns_v, cta, num_ctas);
+}
+
+// What a thread loads of kRowsAtOnce rows, before it uses any of it.
+template <class Element>
+struct LoadedRows {
+  ptx::Vector16 out[kRowsAtOnce], dout[kRowsAtOnce];
+  float lse[kRowsAtOnce], dlse[kRowsAtOnce];
+};
+
 template <class Element>
 FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
   ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
   ptx::grid_dependency_launch();
-  zero_outputs<Element>(a);
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   const int32_t head = quotient(cta, a.num_row_blocks), index = cta - head * a.num_row_blocks;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + index * a.row_block;
-  if (a.dq_turns != nullptr && thread < a.slot_warps) a.dq_turns[cta * a.slot_warps + thread] = 0;
-  if (a.dq_sum != nullptr) zero_sums(a.dq_sum + padded * a.sum_columns, int64_t{a.row_block} * a.sum_columns, 0, 1);
-  const int64_t keys =
-      int64_t{a.num_key_tiles} * a.key_tile * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
-  const int32_t ctas = a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value);
-  if (a.dk_sum != nullptr) zero_sums(a.dk_sum, keys * a.sum_columns, cta, ctas);
-  if (a.dv_sum != nullptr) zero_sums(a.dv_sum, keys * a.sum_columns_v, cta, ctas);
   const RowBlock block = find_row_block(a, index);
-  float dsink = 0;
   const bool has_sink = a.sink_sums != nullptr;
   const float sink = has_sink ? load_as_float(a.sinks, head, a.sinks_dtype) * kLog2E : 0.0f;
   const int64_t batch_out = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.out_strides.batch,
                 batch_dout = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.dout_strides.batch,
                 batch_lse = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.lse_strides.batch;
-  const auto *out = static_cast<const Element *>(a.out) + batch_out + head * a.out_strides.head;
-  const auto *dout = static_cast<const Element *>(a.dout) + batch_dout + head * a.dout_strides.head;
-  for (int32_t n = thread / kRowLanes; n < a.row_block; n += kPreprocessThreads / kRowLanes) {
-    const int32_t token = block.first + n;
-    const bool in_use = block.valid && token < block.tokens;
-    const int64_t row = block.row + token;
-    float sum = 0;
-    for (int32_t at = thread % kRowLanes * 8; in_use && at < a.head_dim_v; at += kRowLanes * 8)
-      sum += dot_8(out + row * a.out_strides.token + at, dout + row * a.dout_strides.token + at);
+  // A row is of as many threads as it has chunks of 16 bytes, up to a power of two.
+  const int32_t chunks = a.head_dim_v / 8, lanes = chunks <= 8 ? 8 : chunks <= 16 ? 16 : 32;
+  const int32_t row_of_pass = quotient(thread, lanes), chunk = thread - row_of_pass * lanes;
+  const int32_t pass_rows = quotient(kPreprocessThreads, lanes);
+  const auto *out = static_cast<const Element *>(a.out) + batch_out + head * a.out_strides.head + chunk * 8;
+  const auto *dout = static_cast<const Element *>(a.dout) + batch_dout + head * a.dout_strides.head + chunk * 8;
+  const int64_t lse_at = batch_lse + head * a.lse_strides.head;
+  float dsink = 0;
+  FLASHSPARK_NO_UNROLL
+  for (int32_t base = 0; base < a.row_block; base += kRowsAtOnce * pass_rows) {
+    LoadedRows<Element> loaded{};
     FLASHSPARK_UNROLL
-    for (uint32_t lanes = kRowLanes / 2; lanes > 0; lanes /= 2) sum += ptx::shuffle_xor(sum, lanes);
-    if (thread % kRowLanes != 0) continue;
-    float lse = -minus_infinity(), delta = 0;
-    if (in_use) {
-      const int64_t at = batch_lse + head * a.lse_strides.head + row * a.lse_strides.token;
-      if (a.lse[at] != minus_infinity()) {  // else the row kept no key
-        lse = a.lse[at] * kLog2E;
-        delta = sum - (a.dlse != nullptr ? a.dlse[at] : 0.0f);
+    for (int32_t i = 0; i < kRowsAtOnce; ++i) {
+      const int32_t n = base + i * pass_rows + row_of_pass, token = block.first + n;
+      loaded.lse[i] = minus_infinity();
+      if (!block.valid || n >= a.row_block || token >= block.tokens) continue;
+      const int64_t row = block.row + token;
+      if (chunk < chunks) {
+        loaded.out[i] = *reinterpret_cast<const ptx::Vector16 *>(out + row * a.out_strides.token);
+        loaded.dout[i] = *reinterpret_cast<const ptx::Vector16 *>(dout + row * a.dout_strides.token);
+      }
+      loaded.lse[i] = a.lse[lse_at + row * a.lse_strides.token];
+      if (a.dlse != nullptr) loaded.dlse[i] = a.dlse[lse_at + row * a.lse_strides.token];
+    }
+    float sum[kRowsAtOnce];
+    FLASHSPARK_UNROLL
+    for (int32_t i = 0; i < kRowsAtOnce; ++i) sum[i] = dot_8<Element>(loaded.out[i], loaded.dout[i]);
+    FLASHSPARK_UNROLL
+    for (int32_t step = 16; step > 0; step /= 2) {
+      if (step >= lanes) continue;
+      FLASHSPARK_UNROLL
+      for (float &x : sum) x += ptx::shuffle_xor(x, static_cast<uint32_t>(step));
+    }
+    FLASHSPARK_UNROLL
+    for (int32_t i = 0; i < kRowsAtOnce; ++i) {
+      const int32_t n = base + i * pass_rows + row_of_pass;
+      if (chunk != 0 || n >= a.row_block) continue;
+      float lse = -minus_infinity(), delta = 0;
+      if (loaded.lse[i] != minus_infinity()) {  // else the row kept no key, or does not exist
+        lse = loaded.lse[i] * kLog2E;
+        delta = sum[i] - loaded.dlse[i];
         if (has_sink) dsink -= ptx::exp2_approx(sink - lse) * delta;
       }
+      a.row_lse[padded + n] = lse;
+      a.row_delta[padded + n] = delta;
     }
-    a.row_lse[padded + n] = lse;
-    a.row_delta[padded + n] = delta;
   }
+  // Nobody waits for what follows.
+  const int32_t ctas = a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value);
+  zero_all_sums(a, padded, ctas);
+  zero_outputs<Element>(a, ctas);
   if (!has_sink) return;
   ptx::warp_barrier();
   FLASHSPARK_UNROLL
-  for (uint32_t lanes = 16; lanes > 0; lanes /= 2) dsink += ptx::shuffle_xor(dsink, lanes);
+  for (uint32_t lanes_left = 16; lanes_left > 0; lanes_left /= 2) dsink += ptx::shuffle_xor(dsink, lanes_left);
   if (ptx::lane() == 0) a.sink_sums[cta * (kPreprocessThreads / 32) + ptx::warp()] = dsink;
 }
 
