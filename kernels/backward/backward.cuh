@@ -22,8 +22,9 @@
 
 namespace flashspark {
 
-template <class T>
+template <class T_>
 struct BackwardLoop {
+  using T = T_;
   const BackwardArguments &a;
   BackwardMask<T> mask;
   int32_t first_key;  // of the CTA
@@ -176,13 +177,13 @@ struct BackwardLoop {
     }
   }
 
-  FLASHSPARK_DEVICE float *dq_rows(const RowWalk &at) const {
-    const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
-    return a.dq_sum + row * T::kHeadDim;
+  // Of a block's first row in scratch memory.
+  FLASHSPARK_DEVICE int64_t padded_row(const RowWalk &at) const {
+    return static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
   }
   template <bool in_turn>
   FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
-    float *const to = dq_rows(at);
+    float *const to = a.dq_sum + padded_row(at) * T::kHeadDim;
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
     if constexpr (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
@@ -279,56 +280,67 @@ struct BackwardLoop {
     }
   }
 
-  // The same, but whole blocks by add_whole_block(), for whose registers turns leave too few.
+  // The same with whole blocks by add_whole_blocks(), for whose registers turns leave too few. Two mbarriers in place
+  // of the barrier let a warp be most of a block ahead of another.
   FLASHSPARK_DEVICE void run_whole_blocks(RowWalk at, int32_t count) {
     const bool values_summed = ptx::uniform(T::sums_values()) != 0;  // the compiler knows no uniform values otherwise
+    if (lane.thread == 0) {
+      ptx::mbarrier_init(ready(), T::kWarps);
+      ptx::mbarrier_init(done(), T::kWarps);
+    }
+    ptx::cta_barrier();  // all have V in registers
+    arrive_ready();
+    const BlockCopies<T> copies = block_copies<T>(a, q, dout, lane.thread);
     RowWalk last = at;
+    int32_t stage = 0;
     FLASHSPARK_NO_UNROLL
-    for (int32_t left = count, stage = 0; left >= 0; --left, stage = 1 - stage) {
+    for (int32_t left = count; left >= 0;) {
+      const int32_t whole = left > 1 && left < count && a.dq_sum != nullptr ? whole_blocks(at) : 0;
+      if (whole > 0) {
+        if (values_summed) {
+          add_whole_blocks<true>(*this, copies, last, at, stage, whole);
+        } else {
+          add_whole_blocks<false>(*this, copies, last, at, stage, whole);
+        }
+        left -= whole, at.block += whole, stage ^= whole & 1;
+        last = {at.begin, at.end, at.head, at.block - 1};
+        continue;
+      }
       const RowWalk next = at.next();
-      const bool has_dq = left < count && a.dq_sum != nullptr;
-      const bool whole = has_dq && left > 1 && is_whole(at) && q.is_full(next) && dout.is_full(next);
-      ptx::cp_async_wait<0>();
-      ptx::cta_barrier();  // as in run_overlapped()
-      if (left > 1 && !whole) {
+      ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
+      ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
+      if (left > 1) {
         copy_queries(next, 1 - stage);
         copy_dout(next, 1 - stage);
       }
-      if (whole) {
-        if (values_summed) {
-          add_whole_block<true>(last, next, stage);
-        } else {
-          add_whole_block<false>(last, next, stage);
-        }
-      } else {
-        ptx::cp_async_commit();
-        if (has_dq) add_to_dq<false>(last, 1 - stage);
-        if (left > 0) add_block(at, stage);
+      ptx::cp_async_commit();
+      if (left < count && a.dq_sum != nullptr) add_to_dq<false>(last, 1 - stage);
+      if (left > 0) {
+        add_block(at, stage);
+        arrive_ready();
+        ptx::mbarrier_arrive(done());
       }
+      --left, stage ^= 1;
       last = at;
       at = next;
     }
   }
 
-  // Whether all of the block's rows and the warp's keys see each other.
-  FLASHSPARK_DEVICE bool is_whole(const RowWalk &at) const {
-    const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
-    return at.block * T::kRows >= unmasked.begin && (at.block + 1) * T::kRows <= unmasked.end;
+  // A phase of the one ends when a block's Q and dO are here, and dS^T of the block before; of the other one when all
+  // are done with a block. The parity of the block's stage is that of both phases.
+  FLASHSPARK_DEVICE ptx::SharedAddress ready() const { return shared + T::kMemory.barriers; }
+  FLASHSPARK_DEVICE ptx::SharedAddress done() const { return shared + T::kMemory.barriers + 8; }
+  FLASHSPARK_DEVICE void arrive_ready() {
+    ptx::cp_async_wait<0>();
+    ptx::mbarrier_arrive(ready());
   }
 
-  template <bool values_summed>
-  FLASHSPARK_DEVICE void add_whole_block(const RowWalk &last, const RowWalk &next, int32_t stage) {
-    const PairRows of_stage{values_summed ? queries(stage) : douts(stage),
-                            values_summed ? douts(stage) : queries(stage), row_values(stage, 0), dscores(stage)};
-    const auto copy = [&] {
-      q.copy_full(next, queries(1 - stage), lane.thread);
-      copy_row_values<T>(a, first_padded_row, next, rows(1 - stage), lane.thread);
-      dout.copy_full(next, douts(1 - stage), lane.thread);
-      ptx::cp_async_commit();
-    };
-    const auto add_dq = [&](const QueryGradient<T> &dq) { add_query_gradient(dq_rows(last), dq, lane); };
-    flashspark::add_whole_block<T, values_summed>(dk, keys, of_stage, shared, dscores(1 - stage), a.scale_log2, lane,
-                                                  copy, add_dq);
+  // How many blocks from this one on are whole: all of their rows and the warp's keys see each other, and the next
+  // block is of the same head and has all of its rows.
+  FLASHSPARK_DEVICE int32_t whole_blocks(const RowWalk &at) const {
+    const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    if (q.columns != T::kHeadDim || dout.columns != T::kHeadDimV || at.block * T::kRows < unmasked.begin) return 0;
+    return min_of(min_of(at.end, q.tokens / T::kRows) - 1, unmasked.end / T::kRows) - at.block;
   }
 };
 

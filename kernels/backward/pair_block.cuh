@@ -10,6 +10,7 @@
 // for the warp that sums dV; for the one that sums dK dP^T, dS^T and dK in place of S^T, P^T and dV.
 #pragma once
 
+#include "backward/block_copies.cuh"
 #include "backward/scores.cuh"
 
 namespace flashspark {
@@ -40,7 +41,7 @@ FLASHSPARK_DEVICE void gradient_step(KeyGradient<T, T::kHeadDim> &gradient, cons
   }
 }
 
-// Keys [16 step, 16 step + 16) of query_product().
+// Keys [16 step, 16 step + 16) of query_product(); `keys` is at the warp's columns.
 template <class T>
 FLASHSPARK_DEVICE void query_step(QueryGradient<T> &dq, ptx::SharedAddress scores, ptx::SharedAddress keys,
                                   const BackwardOffsets<T> &lane, int32_t step) {
@@ -52,7 +53,7 @@ FLASHSPARK_DEVICE void query_step(QueryGradient<T> &dq, ptx::SharedAddress score
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kSumColumns / 16; ++n) {
     uint32_t b[4];
-    ptx::ldmatrix_x4_trans(b, keys + step * 16 * T::KeyLayout::kPitch + lane.sum_columns[n]);
+    T::Mma::template load_v<typename T::KeyLayout>(b, keys + step * 16 * T::KeyLayout::kPitch, lane.of_head.rows, n);
     FLASHSPARK_UNROLL
     for (int32_t m = 0; m < T::kSumAtoms; ++m) {
       ptx::mma_m16n8k16<typename T::Element>(dq.at[m][2 * n], a[m], b[0], b[1]);
@@ -62,11 +63,11 @@ FLASHSPARK_DEVICE void query_step(QueryGradient<T> &dq, ptx::SharedAddress score
 }
 
 // A tile of 16 rows between a warp's two products of it, in four parts: of m16 tile n / 2 of its keys and n8 tile n % 2
-// of the rows. A product of eight steps calls before() and after() around each: the warp with P^T has it ready in half
-// of them, the other one waits for it no sooner.
+// of the rows. A product of eight steps calls before() and after() around each. The warp with P^T has it ready in the
+// first half of them; the other one waits for it after two and takes all the others.
 template <class T, bool values_summed>
 struct PairTile {
-  static constexpr int32_t kSteps = 8, kParts = 4;
+  static constexpr int32_t kSteps = 8, kParts = 4, kWait = 2;
   static_assert(!T::kPaired || T::kStages != RowStages::all || (T::kMAtoms == 2 && T::kScoreRows == 16));
 
   int32_t pair, number;   // of pair_arrive()
@@ -87,7 +88,7 @@ struct PairTile {
     }
   }
   FLASHSPARK_DEVICE void before(int32_t step) {
-    if (values_summed || step != kSteps - kParts) return;
+    if (values_summed || step != kWait) return;
     ptx::pair_wait(pair, number);
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < kParts; ++n) {
@@ -96,8 +97,14 @@ struct PairTile {
     }
   }
   FLASHSPARK_DEVICE void after(int32_t step) {
-    const int32_t n = values_summed ? step : step - (kSteps - kParts);
-    if (n < 0 || n >= kParts) return;
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < kParts; ++n) {
+      if (step == (values_summed ? n : kWait + n * (kSteps - kWait) / kParts)) part(n);
+    }
+  }
+
+ private:
+  FLASHSPARK_DEVICE void part(int32_t n) {
     float(&s)[4] = scores.at[n / 2][n % 2];
     if constexpr (values_summed) {
       FLASHSPARK_UNROLL
@@ -116,7 +123,6 @@ struct PairTile {
     if (values_summed && n == kParts - 1) ptx::pair_arrive(pair, number);
   }
 
- private:
   FLASHSPARK_DEVICE ptx::SharedAddress place(int32_t n, int32_t x) const {
     return T::ScoreLayout::step(to, n % 2) + (n / 2 * 16 + x * 8) * T::ScoreLayout::kPitch;
   }
@@ -128,12 +134,12 @@ struct PairRows {
 };
 
 // dq: of the last block, whose dS^T lies at last_dscores. copy() begins the copies of the next block, add_dq() adds dq
-// to memory.
-template <class T, bool values_summed, class Copy, class AddDq>
+// to memory, arrive() says that this block's dS^T is there.
+template <class T, bool values_summed, class Copy, class AddDq, class Arrive>
 FLASHSPARK_DEVICE void add_whole_block(KeyGradient<T, T::kHeadDim> &sums,
                                        const KeyOperand<T, T::kHeadDim, true> &operand, const PairRows &rows,
                                        ptx::SharedAddress keys, ptx::SharedAddress last_dscores, float scale,
-                                       const BackwardOffsets<T> &lane, Copy &&copy, AddDq &&add_dq) {
+                                       const BackwardOffsets<T> &lane, Copy &&copy, AddDq &&add_dq, Arrive &&arrive) {
   using Tile = PairTile<T, values_summed>;
   constexpr int32_t kSteps = Tile::kSteps, kTileBytes = T::kScoreRows * T::KeyLayout::kPitch;
   static_assert(T::kRows == 2 * T::kScoreRows && T::kHeadDim == kSteps * 16 && T::kKeys == kSteps * 16);
@@ -147,8 +153,8 @@ FLASHSPARK_DEVICE void add_whole_block(KeyGradient<T, T::kHeadDim> &sums,
   for (int32_t d = 0; d < kSteps; ++d) {
     query_step(dq, last_dscores, keys, lane, d);
     score_step(first.scores, operand, rows.first, lane, d);
-    if (d == 1) copy();
   }
+  copy();
   add_dq(dq);
   first.load_lse(rows.lse);
   second.begin(second_lse);
@@ -165,8 +171,50 @@ FLASHSPARK_DEVICE void add_whole_block(KeyGradient<T, T::kHeadDim> &sums,
     gradient_step(sums, first.operand, rows.second, lane, n);
     second.after(n);
   }
+  arrive();
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < kSteps; ++n) gradient_step(sums, second.operand, rows.second + kTileBytes, lane, n);
+}
+
+// So many blocks from `at` on, whose Q and dO are on their way, as is dS^T of the last one. Loop: BackwardLoop.
+template <bool values_summed, class Loop>
+FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename Loop::T> &copies, const RowWalk &last,
+                                        const RowWalk &at, int32_t stage, int32_t count) {
+  using T = typename Loop::T;
+  const BackwardArguments &a = loop.a;
+  const uint32_t thread = loop.lane.thread;
+  const int32_t warp = ptx::uniform(ptx::warp());
+  const ptx::SharedAddress keys = loop.shared + T::KeyLayout::step(0, warp * (T::kSumColumns / 8));
+  const BlockPlace step = copies.step();
+  BlockPlace next = place_of<T>(a, loop.q, loop.dout, loop.first_padded_row, at) + step;
+  int64_t last_row = loop.padded_row(last);
+  FLASHSPARK_NO_UNROLL
+  for (; count > 0; --count, stage ^= 1) {
+    ptx::mbarrier_wait(loop.ready(), static_cast<uint32_t>(stage));
+    const PairRows rows{values_summed ? loop.queries(stage) : loop.douts(stage),
+                        values_summed ? loop.douts(stage) : loop.queries(stage), loop.row_values(stage, 0),
+                        loop.dscores(stage)};
+    const auto copy = [&] {
+      ptx::mbarrier_wait(loop.done(), static_cast<uint32_t>(1 - stage));
+      copies.copy(next, loop.queries(1 - stage), loop.douts(1 - stage), loop.rows(1 - stage), thread);
+      ptx::cp_async_commit();
+    };
+    const auto add_dq = [&](const QueryGradient<T> &dq) {
+      static_assert(T::kSumRowWarps == 1 && T::kSumColumns == 16);
+      // As add_query_gradient(), with a thread's part that others share.
+      float *const to = a.dq_sum + last_row * T::kHeadDim + warp * 128 + thread * 4;
+      FLASHSPARK_UNROLL
+      for (int32_t m = 0; m < T::kSumAtoms; ++m) {
+        FLASHSPARK_UNROLL
+        for (int32_t n = 0; n < 2; ++n) ptx::add_to_memory_4(to + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
+      }
+    };
+    add_whole_block<T, values_summed>(loop.dk, loop.keys, rows, keys, loop.dscores(1 - stage), a.scale_log2, loop.lane,
+                                      copy, add_dq, [&] { loop.arrive_ready(); });
+    ptx::mbarrier_arrive(loop.done());
+    last_row = next.row - T::kRows;
+    next = next + step;
+  }
 }
 
 }  // namespace flashspark

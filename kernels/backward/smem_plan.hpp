@@ -17,6 +17,7 @@ struct BackwardMemory {
   int32_t slopes, values;
   int32_t rows, row_stage;
   int32_t kept, kept_stage;  // bits of dropout: for each 16 keys 16 bits a row
+  int32_t barriers;             // two mbarriers, with two stages of all
   int32_t total;
 };
 
@@ -44,7 +45,8 @@ constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const
   m.row_stage = 2 * tile.rows * 4;
   m.kept = m.rows + 2 * m.row_stage;
   m.kept_stage = native ? tile.keys() * tile.rows / 8 : 0;
-  m.total = m.kept + 2 * m.kept_stage;
+  m.barriers = m.kept + 2 * m.kept_stage;
+  m.total = m.barriers + (two_of_all ? 2 * 8 : 0);
   return m;
 }
 

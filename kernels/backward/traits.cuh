@@ -43,6 +43,7 @@ struct BackwardTraits {
   static constexpr int32_t kScoreRows = kTile.score_rows;
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr RowStages kStages = kTile.stages;
+  static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f;  // block_copies.cuh
   static constexpr bool kPaired = kTile.sharing == KeySharing::gradients;
   static_assert(!kPaired || kRows <= 2 * kScoreRows);  // pair_arrive() has two numbers
   static constexpr int32_t kKeyWarps = kTile.key_warps();

@@ -16,6 +16,31 @@ FLASHSPARK_DEVICE void pair_wait(int32_t pair, int32_t number) {
   asm volatile("bar.sync %0, 64;" ::"r"(1 + 2 * pair + number) : "memory");
 }
 
+// mbarrier: 8 bytes of shared memory, with phases of so many arrivals of warps each. A warp's arrival releases what all
+// of its lanes have written and read before. A wait is for the end of the phase of a parity, the first one's being 0;
+// it returns at once where the phase before has not ended, whatever comes after it. One thread calls mbarrier_init, all
+// of a warp the others.
+FLASHSPARK_DEVICE void mbarrier_init(SharedAddress barrier, uint32_t warps) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(warps) : "memory");
+}
+FLASHSPARK_DEVICE void mbarrier_arrive(SharedAddress barrier) {
+  warp_barrier();
+  if (lane() == 0)
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+FLASHSPARK_DEVICE void mbarrier_wait(SharedAddress barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define FLASHSPARK_WAIT "try_wait"  // suspends the thread for a while
+#else
+#define FLASHSPARK_WAIT "test_wait"
+#endif
+  asm volatile("{\n.reg .pred ended;\nagain:\nmbarrier." FLASHSPARK_WAIT
+               ".parity.shared.b64 ended, [%0], %1;\n@!ended bra again;\n}" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
+#undef FLASHSPARK_WAIT
+}
+
 // red.global.add.f32: adds to what lies in memory, in no order. Four at once, aligned to 16 bytes, are one instruction
 // from 9.0 on.
 FLASHSPARK_DEVICE void add_to_memory(float *to, float x) {

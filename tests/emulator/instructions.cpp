@@ -9,10 +9,11 @@
 namespace flashspark::emulator {
 
 const char *name(Operation operation) {
-  constexpr const char *names[] = {"nothing",     "cta_barrier",       "pair_arrive", "pair_wait",  "warp_barrier",
-                                   "ldmatrix_x4", "ldmatrix_x4_trans", "mma (bf16)",  "mma (fp16)", "shuffle_xor",
-                                   "shuffle",     "shuffle_up",        "ballot",      "any",        "reduce_min",
-                                   "reduce_max",  "reduce_add",        "uniform"};
+  constexpr const char *names[] = {"nothing",           "cta_barrier",   "pair_arrive",  "pair_wait",
+                                   "mbarrier_arrive",   "mbarrier_wait", "warp_barrier", "ldmatrix_x4",
+                                   "ldmatrix_x4_trans", "mma (bf16)",    "mma (fp16)",   "shuffle_xor",
+                                   "shuffle",           "shuffle_up",    "ballot",       "any",
+                                   "reduce_min",        "reduce_max",    "reduce_add",   "uniform"};
   return names[static_cast<int>(operation)];
 }
 
@@ -116,6 +117,18 @@ void Machine::pair(Operation operation, uint32_t pair, uint32_t number, Site sit
   meet(operation, site);
 }
 
+void Machine::mbarrier_init(uint32_t address, uint32_t count, Site site) {
+  const uint32_t words[2] = {count, 0}, here = site_id(site);
+  guarded(here, [&] { shared_.write(position.thread, address, sizeof words, words, here); });
+  mbarriers_[address] = {count, count, 0, {}, {}, {}};
+}
+
+void Machine::mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site) {
+  mine().in[0] = address;
+  mine().in[1] = parity;
+  meet(operation, site);
+}
+
 void Machine::copy_async(uint32_t to, const void *from, bool valid, Site site) {
   const uint32_t here = site_id(site);
   counters_.cp_async++;
@@ -171,6 +184,12 @@ void barrier(Operation operation, Site site) {
 }
 void pair(Operation operation, int32_t pair, int32_t number, Site site) {
   machine().pair(operation, static_cast<uint32_t>(pair), static_cast<uint32_t>(number), site);
+}
+void mbarrier_init(uint32_t address, uint32_t count, Site site) {
+  machine().mbarrier_init(address, count, site);
+}
+void mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site) {
+  machine().mbarrier(operation, address, parity, site);
 }
 void copy_async(uint32_t to, const void *from, bool valid, Site site) {
   machine().copy_async(to, from, valid, site);

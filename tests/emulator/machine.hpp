@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -53,6 +54,14 @@ struct PairBarrier {
   static constexpr uint32_t kNone = ~0u;
 };
 
+// Phases of `count` arrivals of warps each.
+struct Mbarrier {
+  uint32_t count = 0, left = 0;
+  uint32_t ended = 0;           // phases
+  Clocks::Row arrived, passed;  // clocks of the phase's arrivals so far, and of all of the last one
+  std::vector<uint32_t> waiting;
+};
+
 struct Thread {
   explicit Thread(void (*run)()) : fiber(run) {}
   Registers registers{};
@@ -65,6 +74,8 @@ class Machine {
 
   void barrier(Operation operation, Site site);
   void pair(Operation operation, uint32_t pair, uint32_t number, Site site);
+  void mbarrier_init(uint32_t address, uint32_t count, Site site);
+  void mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site);
   void copy_async(uint32_t to, const void *from, bool valid, Site site);
   void copy_commit() { shared_.commit(position.thread); }
   void copy_wait(uint32_t pending) { shared_.wait(position.thread, pending); }
@@ -89,6 +100,9 @@ class Machine {
   void meet_cta(uint32_t warp_index);
   void arrive_at_pair(uint32_t warp_index);
   void wait_at_pair(uint32_t warp_index);
+  Mbarrier &mbarrier_of(uint32_t warp_index);
+  void arrive_at_mbarrier(uint32_t warp_index);
+  void wait_at_mbarrier(uint32_t warp_index);
   void release(uint32_t warp_index);
   void leave();
   uint32_t next_thread();
@@ -124,7 +138,8 @@ class Machine {
   uint32_t alive_ = 0;        // threads that have not exited
   uint32_t ready_warps_ = 0;  // one bit per warp
   uint32_t arrived_warps_ = 0;
-  std::vector<PairBarrier> pairs_;  // kPairBarriers of each pair of warps
+  std::vector<PairBarrier> pairs_;          // kPairBarriers of each pair of warps
+  std::map<uint32_t, Mbarrier> mbarriers_;  // by address
   Meeting cta_meeting_;
 };
 

@@ -28,6 +28,8 @@ enum class Operation : uint8_t {
   cta_barrier,
   pair_arrive,
   pair_wait,
+  mbarrier_arrive,
+  mbarrier_wait,
   warp_barrier,
   ldmatrix,
   ldmatrix_trans,
@@ -47,6 +49,10 @@ enum class Operation : uint8_t {
 void barrier(Operation operation, Site site);
 // pair: of warps 2 pair and 2 pair + 1.
 void pair(Operation operation, int32_t pair, int32_t number, Site site);
+// An mbarrier at a shared address: one thread begins it, for so many arrivals a phase; a warp arrives, or waits for the
+// end of the phase of a parity (0: the first one).
+void mbarrier_init(uint32_t address, uint32_t count, Site site);
+void mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site);
 
 void copy_async(uint32_t to, const void *from, bool valid, Site site);
 void copy_commit(Site site);

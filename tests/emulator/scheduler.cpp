@@ -67,6 +67,7 @@ void Machine::leave() {
   if (warp.ready == 0) ready_warps_ &= ~(1u << self / kLanes);
   if (warp.exited == kAll) counters_.bank_conflicts += warp.banks.take();
   alive_--;
+  if (ready_warps_ == 0 && alive_ > 0) fail("deadlock: exits while all other warps wait", shared_.sites.number({}));
 }
 
 // ---- choosing who runs next
@@ -132,7 +133,7 @@ uint32_t Machine::arrive(Operation operation, Site site) {
     return next_thread();
   }
   complete(warp_index);
-  if (ready_warps_ == 0) fail("deadlock: all warps wait, some at cta_barrier, some at pair_wait", here);
+  if (ready_warps_ == 0) fail("deadlock: all warps wait, at cta_barrier, pair_wait or mbarrier_wait", here);
   const uint32_t chosen = pick_warp();
   return chosen == warp_index ? self : chosen * kLanes + pick_lane(warps_[chosen]);
 }
@@ -147,6 +148,10 @@ void Machine::complete(uint32_t warp_index) {
     arrive_at_pair(warp_index);
   } else if (warp.meeting.operation == Operation::pair_wait) {
     wait_at_pair(warp_index);
+  } else if (warp.meeting.operation == Operation::mbarrier_arrive) {
+    arrive_at_mbarrier(warp_index);
+  } else if (warp.meeting.operation == Operation::mbarrier_wait) {
+    wait_at_mbarrier(warp_index);
   } else {
     perform(warp_index);
     release(warp_index);
@@ -215,6 +220,45 @@ void Machine::wait_at_pair(uint32_t warp_index) {
   release(warp_index);
 }
 
+// What is at the address, once the warp may know it.
+Mbarrier &Machine::mbarrier_of(uint32_t warp_index) {
+  const Warp &warp = warps_[warp_index];
+  const uint32_t address = warp.lane[0]->in[0], here = warp.meeting.site_id;
+  uint32_t words[2];
+  guarded(here, [&] { shared_.read(warp_index * kLanes, address, sizeof words, words, here); });
+  const auto found = mbarriers_.find(address);
+  if (found == mbarriers_.end()) fail("there is no mbarrier", here);
+  return found->second;
+}
+
+void Machine::arrive_at_mbarrier(uint32_t warp_index) {
+  Mbarrier &barrier = mbarrier_of(warp_index);
+  const Clocks::Row &clock = shared_.clocks().publish(warp_index * kLanes, kLanes);
+  barrier.arrived.resize(clock.size());
+  for (size_t n = 0; n < clock.size(); ++n) barrier.arrived[n] = std::max(barrier.arrived[n], clock[n]);
+  release(warp_index);
+  if (--barrier.left > 0) return;
+  barrier.left = barrier.count;
+  barrier.ended++;
+  barrier.passed = std::exchange(barrier.arrived, {});
+  for (const uint32_t waiting : std::exchange(barrier.waiting, {})) {
+    shared_.clocks().learn(waiting * kLanes, kLanes, barrier.passed);
+    release(waiting);
+  }
+}
+
+void Machine::wait_at_mbarrier(uint32_t warp_index) {
+  Mbarrier &barrier = mbarrier_of(warp_index);
+  counters_.barriers++;
+  if (barrier.ended % 2 == warps_[warp_index].lane[0]->in[1]) {
+    ready_warps_ &= ~(1u << warp_index);
+    barrier.waiting.push_back(warp_index);
+    return;
+  }
+  if (barrier.ended > 0) shared_.clocks().learn(warp_index * kLanes, kLanes, barrier.passed);
+  release(warp_index);
+}
+
 // ---- launch
 
 void Machine::run_cta(const LaunchOptions &options, const uint32_t (&cta)[3]) {
@@ -224,6 +268,7 @@ void Machine::run_cta(const LaunchOptions &options, const uint32_t (&cta)[3]) {
   shared_.reset(options.shared_bytes, options.threads);
   ready_warps_ = 0;
   arrived_warps_ = 0;
+  mbarriers_.clear();
   pairs_.assign((warps_.size() + 1) / 2 * kPairBarriers, {});
   alive_ = options.threads;
   for (uint32_t w = 0; w < warps_.size(); w++) {

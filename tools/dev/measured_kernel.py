@@ -23,6 +23,8 @@ def hmma_of_turn(kernel: Kernel) -> int:
         key_warps = tile.warps if tile.sharing == "none" else tile.warps // 2
         whole = tile.score_rows * (2 if tile.sharing == "rows" else 1) == tile.rows
         of_rows = tile.rows * key_warps * tile.warp_keys * kernel.head_dim // 2048 // tile.warps
+        if tile.stages == "all":  # dQ beside the scores of all rows
+            return of_keys * (tile.rows // tile.score_rows) + of_rows
         return of_keys + (of_rows if whole else 0)
     scores = tile.score_keys // 8 * (kernel.head_dim // 16)
     output = tile.score_keys // 16 * (kernel.head_dim_v // 8)

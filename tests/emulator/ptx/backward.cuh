@@ -14,6 +14,16 @@ inline void pair_wait(int32_t pair, int32_t number, FLASHSPARK_CALLER) {
   emulator::pair(emulator::Operation::pair_wait, pair, number, site);
 }
 
+inline void mbarrier_init(SharedAddress barrier, uint32_t warps, FLASHSPARK_CALLER) {
+  emulator::mbarrier_init(barrier, warps, site);
+}
+inline void mbarrier_arrive(SharedAddress barrier, FLASHSPARK_CALLER) {
+  emulator::mbarrier(emulator::Operation::mbarrier_arrive, barrier, 0, site);
+}
+inline void mbarrier_wait(SharedAddress barrier, uint32_t parity, FLASHSPARK_CALLER) {
+  emulator::mbarrier(emulator::Operation::mbarrier_wait, barrier, parity, site);
+}
+
 // Threads run one after another, CTAs in random order.
 inline void add_to_memory(float *to, float x) {
   *to += x;
