@@ -89,11 +89,15 @@ def widest_target() -> str:
     return next((name for name, wanted in X86_TARGETS.items() if wanted <= flags), "SSE4")
 
 
-def check_target(*doctor: str | Path) -> None:
+def check_machine(wanted: str, *doctor: str | Path) -> None:
+    """The vectors that doctor names, and what it says where there is no driver."""
     done = subprocess.run([*map(str, doctor), "--json"], capture_output=True, text=True, cwd=WORK)
-    simd = json.loads(done.stdout)["machine"]["simd"]
-    if simd != widest_target():
-        raise Failed(f"{doctor[-2]} computes with {simd}, though this machine has {widest_target()}")
+    report = json.loads(done.stdout)
+    simd, driver = report["machine"]["simd"], report["cuda"]["driver_error"]
+    if simd != wanted:
+        raise Failed(f"{doctor[-2]} computes with {simd}, though the machine has {wanted}")
+    if doctor[0] == "chroot" and driver != "no NVIDIA driver: libcuda.so.1 is not found":
+        raise Failed(f"a system without a driver: {doctor[-2]} says {driver!r}")
 
 
 def refused() -> None:
@@ -133,7 +137,7 @@ def old() -> None:
     command = "/" + str(unpacked(wheel_of("x86_64"), system / "wheel").relative_to(system))
     run("chroot", system, command, "--version", expect="flashspark")
     run("chroot", system, command, "doctor", expect=KERNELS)
-    check_target("chroot", system, command, "doctor")
+    check_machine(widest_target(), "chroot", system, command, "doctor")
     run("chroot", system, command, *VERIFY, expect="PASSED")
     run("chroot", system, "python3", "-c", LOAD, expect="library")
 
@@ -143,7 +147,7 @@ def here() -> None:
     run(UV, "venv", "-q", "--clear", venv)
     run(UV, "pip", "install", "-q", "--python", venv / "bin/python", wheel_of(platform.machine()))
     run(venv / "bin/flashspark", "doctor", cwd=WORK, expect=KERNELS)
-    check_target(venv / "bin/flashspark", "doctor")
+    check_machine(widest_target(), venv / "bin/flashspark", "doctor")
     run(venv / "bin/flashspark", *VERIFY, cwd=WORK, expect="PASSED")
     run(venv / "bin/python", "-P", "-c", CALL, cwd=WORK, expect="attention")
 
@@ -159,6 +163,7 @@ def arm() -> None:
     python = (*emulator, "-E", f"PYTHONPATH={site}", system / "usr/bin/python3.11", "-P")
     command = (*emulator, site / "bin/flashspark")
     run(*command, "doctor", cwd=WORK, expect=KERNELS)
+    check_machine("NEON", *command, "doctor")
     run(*command, *VERIFY, cwd=WORK, expect="PASSED")
     run(*python, "-c", CALL, cwd=WORK, expect="attention")
 
