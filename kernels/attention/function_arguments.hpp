@@ -74,8 +74,4 @@ struct FunctionKey {
   float first, step;
 };
 
-// A score function divides by softmax_scale, and what it adds must not overflow: a smaller scale than this makes no
-// difference to any product of 16-bit queries and keys.
-constexpr float kMinFunctionScale = 0x1p-40f;
-
 }  // namespace flashspark

@@ -6,6 +6,14 @@
 #include "common/math.cuh"
 #include "ptx/math.cuh"
 
+namespace flashspark {
+
+// A score function divides by softmax_scale, and what it adds must not overflow: a smaller scale than this makes no
+// difference to any product of 16-bit queries and keys.
+constexpr float kMinFunctionScale = 0x1p-40f;
+
+}  // namespace flashspark
+
 namespace flashspark::fn {
 
 // Of the kernels with bfloat16 or e4m3 operands one instruction is precise enough: it is as good as a bfloat16.

@@ -30,13 +30,13 @@ struct FunctionLoop {
   CapturedSums<T> sums;
 
   FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
-    return shared + (stage == 0 ? T::kMemory.queries : T::kMemory.second_queries);
+    return shared + BackwardLoop<T>::of_stage(stage, T::kMemory.queries, T::kMemory.second_queries);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress douts(int32_t stage) const {
-    return shared + (stage == 0 ? T::kMemory.dout : T::kMemory.second_dout);
+    return shared + BackwardLoop<T>::of_stage(stage, T::kMemory.dout, T::kMemory.second_dout);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress dscores(int32_t stage) const {
-    return shared + (stage == 0 ? T::kMemory.dscores : T::kMemory.second_dscores);
+    return shared + BackwardLoop<T>::of_stage(stage, T::kMemory.dscores, T::kMemory.second_dscores);
   }
   FLASHSPARK_DEVICE ptx::SharedAddress words(int32_t stage) const {
     return shared + T::kMemory.words + stage * T::kMemory.word_stage;
@@ -123,7 +123,7 @@ struct FunctionLoop {
     }
     const int32_t end = token + T::kScoreRows;
     const bool asks = T::Functions::Mask::kExists && listed != kWhole;
-    const PairTile tile{
+    const FunctionPairTile tile{
         warp_key(), token, first_row,   asks || token < unmasked.begin || end > min_of(unmasked.end, row.seqlen_q),
         asks,       lse,   words(stage)};
     if (values_summed) {
@@ -161,11 +161,15 @@ struct FunctionLoop {
     }
   }
 
-  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
+  FLASHSPARK_DEVICE float *dq_rows(const RowWalk &at) const {
     const int64_t first = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
+    return a.dq_sum + first * T::kHeadDim;
+  }
+  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
+    float *const to = dq_rows(at);
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
-    add_query_gradient(a.dq_sum + first * T::kHeadDim, dq, lane);
+    add_query_gradient(to, dq, lane);
   }
 
   // K and V are in flight, and block `at` is the first.
@@ -185,7 +189,7 @@ struct FunctionLoop {
     ptx::cta_barrier();  // all have V in registers, where words take its memory
     write_words(at, 0);
     if constexpr (T::kHandsOn) {
-      run_overlapped(at);
+      run_whole_blocks(at);
     } else {
       run_phases(at);
     }
@@ -217,28 +221,89 @@ struct FunctionLoop {
     }
   }
 
-  // A block's scores and dQ of the one before, as in backward.cuh.
-  FLASHSPARK_DEVICE void run_overlapped(ListedRows at) {
-    const bool dq_first = ptx::uniform(ptx::warp() / 4 % 2) == 0;
-    ListedRows last{{at.begin, at.end, end_head, at.begin}, 0};
-    FLASHSPARK_NO_UNROLL
-    for (int32_t stage = 0; at.head < end_head || last.head < end_head; stage = 1 - stage) {
-      const ListedRows next = walk.find(at.next());
-      const bool has_next = next.head < end_head;
-      ptx::cp_async_wait<0>();
-      ptx::cta_barrier();  // Q, dO and words are here, and the last dS^T; all are done with the other stage, and with V
-      if (has_next) {
-        copy_queries(next, 1 - stage);
-        dout.copy(next, douts(1 - stage), lane.thread);
-      }
+  // As in backward.cuh; a block's words are ready, too.
+  FLASHSPARK_DEVICE ptx::SharedAddress ready() const { return shared + T::kMemory.barriers; }
+  FLASHSPARK_DEVICE ptx::SharedAddress done() const { return shared + T::kMemory.barriers + 8; }
+  FLASHSPARK_DEVICE void arrive_ready() {
+    ptx::cp_async_wait<0>();
+    ptx::mbarrier_arrive(ready());
+  }
+
+  // Whether a block's scores are all of rows and keys that see each other.
+  FLASHSPARK_DEVICE bool is_whole(const ListedRows &at) const {
+    constexpr uint32_t kTiles = (1u << 2 * (T::kRows / T::kScoreRows)) - 1;
+    const uint32_t wanted = T::Functions::Mask::kExists ? kTiles : kTiles & 0x55555555;
+    const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    return (at.statuses & wanted) == wanted && at.block * T::kRows >= unmasked.begin &&
+           (at.block + 1) * T::kRows <= min_of(unmasked.end, row.seqlen_q);
+  }
+
+  // dQ of the last block, this block's scores, and the copies and words of the next one (pair_block.cuh).
+  template <bool values_summed>
+  FLASHSPARK_DEVICE void add_whole_block(const RowWalk &last, const RowWalk &next, int32_t stage) {
+    using Score = typename T::Functions::Score;
+    const int32_t warp = ptx::uniform(ptx::warp());
+    const ptx::SharedAddress sum_keys = shared + T::KeyLayout::step(0, warp * (T::kSumColumns / 8));
+    const PairRows of_stage{values_summed ? queries(stage) : douts(stage),
+                            values_summed ? douts(stage) : queries(stage), rows(stage) + lane.thread % 4 * 8,
+                            dscores(stage)};
+    const auto copy = [&] {
+      ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
+      q.copy_full(next, queries(1 - stage), lane.thread);
+      copy_row_values<T>(a, first_padded_row, next, rows(1 - stage), lane.thread);
+      dout.copy_full(next, douts(1 - stage), lane.thread);
       ptx::cp_async_commit();
-      if (has_next) write_words(next, 1 - stage);
-      FLASHSPARK_NO_UNROLL
-      for (int32_t half = 0; half < 2; ++half) {
-        if ((half == 0) == dq_first) {
-          if (last.head < end_head && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
-        } else if (at.head < end_head) {
+      if constexpr (!values_summed) write_words(next, 1 - stage);
+    };
+    const auto add_dq = [&](const QueryGradient<T> &dq) { add_query_gradient(dq_rows(last), dq, lane); };
+    const auto arrive = [&] { arrive_ready(); };
+    if constexpr (values_summed) {
+      WholeFunctionTile<T> tile{{}, a, warp_key(), words(stage)};
+      tile.scale = Score::kIsBias ? bias_scale(a) * kLog2E : a.scale_log2;
+      flashspark::add_whole_block<T>(tile, dk, keys, of_stage, sum_keys, dscores(1 - stage), lane, copy, add_dq,
+                                     arrive);
+    } else {
+      flashspark::add_whole_block<T>(PairTile<T, false>{}, dk, keys, of_stage, sum_keys, dscores(1 - stage), lane, copy,
+                                     add_dq, arrive);
+    }
+    ptx::mbarrier_arrive(done());
+  }
+
+  // A block's scores and dQ of the one before, as in backward.cuh.
+  FLASHSPARK_DEVICE void run_whole_blocks(ListedRows at) {
+    const bool values_summed = ptx::uniform(T::sums_values()) != 0;
+    if (lane.thread == 0) {
+      ptx::mbarrier_init(ready(), T::kWarps);
+      ptx::mbarrier_init(done(), T::kWarps);
+    }
+    ptx::cta_barrier();
+    arrive_ready();  // of the first block
+    RowWalk last{at.begin, at.end, end_head, at.begin};
+    FLASHSPARK_NO_UNROLL
+    for (int32_t stage = 0; at.head < end_head || last.head < end_head; stage ^= 1) {
+      const ListedRows next = walk.find(at.next());
+      const bool has_next = next.head < end_head, has_dq = last.head < end_head && a.dq_sum != nullptr;
+      const bool whole = has_dq && has_next && is_whole(at) && q.is_full(next) && dout.is_full(next);
+      ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
+      if (whole) {
+        if (values_summed) {
+          add_whole_block<true>(last, next, stage);
+        } else {
+          add_whole_block<false>(last, next, stage);
+        }
+      } else {
+        ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
+        if (has_next) {
+          copy_queries(next, 1 - stage);
+          dout.copy(next, douts(1 - stage), lane.thread);
+        }
+        ptx::cp_async_commit();
+        if (has_next) write_words(next, 1 - stage);
+        if (has_dq) add_to_dq(last, 1 - stage);
+        if (at.head < end_head) {
           add_block(at, stage);
+          arrive_ready();
+          ptx::mbarrier_arrive(done());
         }
       }
       last = at;
@@ -250,10 +315,11 @@ struct FunctionLoop {
 template <class T>
 FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
   const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
-  // Of the lists, what the kernel before the previous one has made of them.
-  ptx::grid_dependency_wait();
-  ptx::grid_dependency_launch();
-  if (!tile.valid) return;
+  if (!tile.valid) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    return;
+  }
   const SequenceRows in_use = queries_of(a, read_query_lengths(a, tile.seq));
   RowTile rows{};
   rows.seq = tile.seq;
@@ -269,10 +335,22 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
   const BackwardOffsets<T> lane = backward_offsets<T>();
   const FunctionRow row{
       tile.seq, 0, 0, rows.seqlen_q, keys.end - keys.begin, rows.q_row, static_cast<int32_t>(keys.row)};
+  // Before it is known whether the lists name any row for these keys.
+  if (!is_empty(all)) {
+    KeyBounds visited = no_keys();
+    visited.visited[0] = {tile.first, last_key + 1};
+    const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
+    make_tile_loader<T, KVOperand::key>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared);
+    make_tile_loader<T, KVOperand::value>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared + T::kMemory.values);
+    ptx::cp_async_commit();
+  }
+  // Of what comes now the lists are of the kernel before the previous one.
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   // clang-format off
   FunctionLoop<T> loop{a, key_mask(a, mask), row,
                        {{a.blocks, a.blocks.data + tile.seq * a.blocks.batch_stride}, tile.first, last_key,
-                        tile.first + lane.warp_key, rows.seqlen_q, end_head, INT32_MAX, -1, 0, 0},
+                        tile.first + lane.warp_key, rows.seqlen_q, end_head, INT32_MAX, -1, 0, {}, {}},
                        tile.first, end_head, first_padded_row(a, tile.seq, rows.q_row),
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
@@ -281,13 +359,9 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
   const Interval blocks = loop.walk.narrowed({all.begin, all.end, tile.head_q, all.begin});
   const ListedRows first = loop.walk.find({blocks.begin, blocks.end, tile.head_q, blocks.begin});
   if (first.head < end_head) {
-    KeyBounds visited = no_keys();
-    visited.visited[0] = {tile.first, last_key + 1};
-    const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
-    make_tile_loader<T, KVOperand::key>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared);
-    make_tile_loader<T, KVOperand::value>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared + T::kMemory.values);
-    ptx::cp_async_commit();
     loop.run(first);
+  } else {
+    ptx::cp_async_wait<0>();
   }
   ptx::cta_barrier();  // all are done with K, whose memory the results pass through
   store_gradients<T>(a, loop.dk, loop.dv, shared);

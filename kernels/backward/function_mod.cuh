@@ -118,6 +118,14 @@ FLASHSPARK_DEVICE ptx::SharedAddress function_word(ptx::SharedAddress words, int
   return words + word * (T::kRows * 4);
 }
 
+// Of functions that are biases: what gives natural units, and its inverse.
+FLASHSPARK_DEVICE float bias_scale(const BackwardArguments &a) {
+  return larger(a.softmax_scale, kMinFunctionScale);
+}
+FLASHSPARK_DEVICE float inverse_bias_scale(const BackwardArguments &a) {
+  return ptx::reciprocal_approx(bias_scale(a));  // a division has a call in it, and that takes registers
+}
+
 // Some of the threads write the words of a block's rows. Of pairs that hand on P^T it is a warp that waits for it.
 template <class T>
 FLASHSPARK_DEVICE void write_function_words(const FunctionBackwardArguments &a, FunctionRow row, int32_t first_token,
@@ -131,7 +139,7 @@ FLASHSPARK_DEVICE void write_function_words(const FunctionBackwardArguments &a, 
     if (n < 0 || n >= T::kRows) return;
     // Rows past the sequence are written as the last one: their tensors' elements exist.
     row.q_idx = min_of(first_token + n, row.seqlen_q - 1);
-    const float inverse_scale = Score::kIsBias ? 1.0f / larger(a.softmax_scale, kMinFunctionScale) : 1.0f;
+    const float inverse_scale = Score::kIsBias ? inverse_bias_scale(a) : 1.0f;
     uint32_t w[T::kFunctionWords];
     Score::row(a.functions, row, inverse_scale, w);
     Mask::row(a.functions, row, inverse_scale, w + Score::kWords);

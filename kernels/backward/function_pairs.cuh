@@ -6,11 +6,12 @@
 #pragma once
 
 #include "backward/function_mod.cuh"
+#include "backward/pair_block.cuh"
 
 namespace flashspark {
 
 // Of a warp's tile of scores, where it lies and what it needs.
-struct PairTile {
+struct FunctionPairTile {
   int32_t first_key, token;  // of the sequence
   int32_t first_row;         // of the block
   bool masks, asks_mask;     // whether keys may be removed; whether mask_mod is to be asked for them
@@ -20,12 +21,11 @@ struct PairTile {
 
 // Calls f(n8 tile of rows, row of the lane's two in it, the row's words) for the rows of a tile.
 template <class T, class Function, int32_t first_word, class F>
-FLASHSPARK_DEVICE void for_each_function_row(const PairTile &tile, F &&f) {
+FLASHSPARK_DEVICE void for_each_function_row(const FunctionPairTile &tile, int32_t lane, F &&f) {
   FLASHSPARK_UNROLL
   for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
     uint32_t words[2][Function::kWords + 1];
-    load_function_words<T, first_word, Function::kWords>(words, tile.words,
-                                                         tile.first_row + j * 8 + ptx::lane() % 4 * 2);
+    load_function_words<T, first_word, Function::kWords>(words, tile.words, tile.first_row + j * 8 + lane % 4 * 2);
     FLASHSPARK_UNROLL
     for (int32_t c = 0; c < 2; ++c) f(j, c, words[c]);
   }
@@ -33,9 +33,9 @@ FLASHSPARK_DEVICE void for_each_function_row(const PairTile &tile, F &&f) {
 
 // Calls f(score, words of its row, what depends on its key, its key, m16 tile, n8 tile, register).
 template <class T, class Function, int32_t first_word, class F>
-FLASHSPARK_DEVICE void for_each_pair_score(ScoreTile<T> &scores, const FunctionArguments &a, const PairTile &tile,
-                                           F &&f) {
-  const int32_t first = tile.first_key + ptx::lane() / 4;
+FLASHSPARK_DEVICE void for_each_pair_score(ScoreTile<T> &scores, const FunctionArguments &a,
+                                           const FunctionPairTile &tile, int32_t lane, F &&f) {
+  const int32_t first = tile.first_key + lane / 4;
   const auto first_real = static_cast<float>(first);
   const auto key_of = [&](int32_t m, int32_t x) {
     const int32_t step = m * 16 + x * 8;
@@ -47,7 +47,7 @@ FLASHSPARK_DEVICE void for_each_pair_score(ScoreTile<T> &scores, const FunctionA
     FLASHSPARK_UNROLL
     for (int32_t x = 0; x < 2; ++x) keys[m][x] = Function::key(a, key_of(m, x));
   }
-  for_each_function_row<T, Function, first_word>(tile, [&](int32_t j, int32_t c, const uint32_t *words) {
+  for_each_function_row<T, Function, first_word>(tile, lane, [&](int32_t j, int32_t c, const uint32_t *words) {
     FLASHSPARK_UNROLL
     for (int32_t m = 0; m < T::kMAtoms; ++m) {
       FLASHSPARK_UNROLL
@@ -58,12 +58,13 @@ FLASHSPARK_DEVICE void for_each_pair_score(ScoreTile<T> &scores, const FunctionA
 
 // What the products begin with where the function is a bias.
 template <class T>
-FLASHSPARK_DEVICE void begin_with_bias(const FunctionBackwardArguments &a, const PairTile &tile, ScoreTile<T> &scores) {
+FLASHSPARK_DEVICE void begin_with_bias(const FunctionBackwardArguments &a, const FunctionPairTile &tile,
+                                       ScoreTile<T> &scores) {
   using Score = typename T::Functions::Score;
   if constexpr (Score::kIsBias) {
-    const float scale = larger(a.softmax_scale, kMinFunctionScale), inverse_scale = 1.0f / scale;
+    const float scale = bias_scale(a), inverse_scale = inverse_bias_scale(a);
     for_each_pair_score<T, Score, 0>(
-        scores, a.functions, tile,
+        scores, a.functions, tile, ptx::lane(),
         [&](float &score, const uint32_t *words, const typename Score::Key &at, const FunctionKey &key, int32_t,
             int32_t, int32_t) { score = Score::apply(a.functions, words, at, 0.0f, scale, inverse_scale, key); });
   }
@@ -72,17 +73,17 @@ FLASHSPARK_DEVICE void begin_with_bias(const FunctionBackwardArguments &a, const
 // What neither the mask nor mask_mod keeps, and rows past the sequence, become -inf.
 template <class T>
 FLASHSPARK_DEVICE void mask_pair_scores(const FunctionBackwardArguments &a, const KeyMask &mask, int32_t tokens,
-                                        const PairTile &tile, ScoreTile<T> &scores) {
+                                        const FunctionPairTile &tile, ScoreTile<T> &scores) {
   using Mask = typename T::Functions::Mask;
-  KeyMask of_rows = mask;
-  const int32_t row = tile.token + ptx::lane() % 4 * 2;
+  // Else the compiler keeps what is the same for all tiles in registers.
+  const auto own = static_cast<int32_t>(keep_in_register(static_cast<uint32_t>(ptx::lane())));
+  const int32_t row = tile.token + own % 4 * 2;
   FLASHSPARK_UNROLL
   for (int32_t m = 0; m < T::kMAtoms; ++m) {
     FLASHSPARK_UNROLL
     for (int32_t x = 0; x < 2; ++x) {
-      const int32_t key = tile.first_key + m * 16 + x * 8 + ptx::lane() / 4;
-      const Interval kept{key + of_rows.low - row,
-                          key < of_rows.end ? min_of(key + of_rows.high, tokens) - row : INT32_MIN};
+      const int32_t key = tile.first_key + m * 16 + x * 8 + own / 4;
+      const Interval kept{key + mask.low - row, key < mask.end ? min_of(key + mask.high, tokens) - row : INT32_MIN};
       FLASHSPARK_UNROLL
       for (int32_t c = 0; c < T::kScoreRows / 4; ++c) {
         const int32_t at = c / 2 * 8 + c % 2;
@@ -93,7 +94,7 @@ FLASHSPARK_DEVICE void mask_pair_scores(const FunctionBackwardArguments &a, cons
   if constexpr (Mask::kExists) {
     if (!tile.asks_mask) return;
     for_each_pair_score<T, Mask, T::Functions::Score::kWords>(
-        scores, a.functions, tile,
+        scores, a.functions, tile, own,
         [&](float &score, const uint32_t *words, const typename Mask::Key &at, const FunctionKey &key, int32_t, int32_t,
             int32_t) {
           if (!Mask::keep(a.functions, words, at, key)) score = minus_infinity();
@@ -104,16 +105,16 @@ FLASHSPARK_DEVICE void mask_pair_scores(const FunctionBackwardArguments &a, cons
 // From S^T to P^T, as the operand of dV and as what the other warp multiplies by.
 template <class T>
 FLASHSPARK_DEVICE void pair_probabilities(const FunctionBackwardArguments &a, const KeyMask &mask, int32_t tokens,
-                                          const PairTile &tile, ScoreTile<T> &scores, ScoreOperand<T> &p,
+                                          const FunctionPairTile &tile, ScoreTile<T> &scores, ScoreOperand<T> &p,
                                           ScoreOperand<T> &handed) {
   using Score = typename T::Functions::Score;
   constexpr bool kChanges = Score::kExists && !Score::kIsBias;
   ScoreTile<T> slopes;
   float scale = a.scale_log2;
-  if constexpr (Score::kIsBias) scale = larger(a.softmax_scale, kMinFunctionScale) * kLog2E;
+  if constexpr (Score::kIsBias) scale = bias_scale(a) * kLog2E;
   if constexpr (kChanges) {
     scale = kLog2E;
-    for_each_pair_score<T, Score, 0>(scores, a.functions, tile,
+    for_each_pair_score<T, Score, 0>(scores, a.functions, tile, ptx::lane(),
                                      [&](float &score, const uint32_t *words, const typename Score::Key &at,
                                          const FunctionKey &key, int32_t m, int32_t j, int32_t e) {
                                        const auto y = Score::apply(a.functions, a.gradients, words, at, score,
@@ -131,7 +132,8 @@ FLASHSPARK_DEVICE void pair_probabilities(const FunctionBackwardArguments &a, co
       const auto first = static_cast<float>(tile.first_key + ptx::lane() / 4);
       load_function_words<T, 0, Score::kWords>(words, tile.words, tile.first_row + j * 8 + ptx::lane() % 4 * 2);
       FLASHSPARK_UNROLL
-      for (int32_t c = 0; c < 2; ++c) from[c] -= Score::offset(a.functions, words[c], kLog2E / scale, first) * scale;
+      for (int32_t c = 0; c < 2; ++c)
+        from[c] -= Score::offset(a.functions, words[c], inverse_bias_scale(a), first) * scale;
     }
     FLASHSPARK_UNROLL
     for (int32_t m = 0; m < T::kMAtoms; ++m) {
@@ -149,5 +151,57 @@ FLASHSPARK_DEVICE void pair_probabilities(const FunctionBackwardArguments &a, co
   }
   if constexpr (!kChanges) handed = p;
 }
+
+// The warp with P^T of a block whose scores no mask touches (pair_block.cuh).
+template <class T>
+struct WholeFunctionTile : PairTile<T, true> {
+  using Base = PairTile<T, true>;
+  using Score = typename T::Functions::Score;
+  static constexpr bool kChanges = Score::kExists && !Score::kIsBias;
+
+  const FunctionBackwardArguments &a;
+  int32_t first_key;  // of the warp
+  ptx::SharedAddress words;
+
+  FLASHSPARK_DEVICE FunctionPairTile where() const {
+    return {first_key, 0, this->number * T::kScoreRows, false, false, 0, words};
+  }
+  FLASHSPARK_DEVICE void begin(ptx::SharedAddress) { begin_with_bias(a, where(), this->scores); }
+  FLASHSPARK_DEVICE void load_lse(ptx::SharedAddress row_lse) {
+    Base::load_lse(row_lse);
+    if constexpr (Score::kHasOffset) {
+      const auto first = static_cast<float>(first_key + ptx::lane() / 4);
+      for_each_function_row<T, Score, 0>(where(), ptx::lane(), [&](int32_t j, int32_t c, const uint32_t *w) {
+        this->lse[j][c] -= Score::offset(a.functions, w, inverse_bias_scale(a), first) * this->scale;
+      });
+    }
+  }
+  FLASHSPARK_DEVICE void after(int32_t n) {
+    if constexpr (!kChanges) {
+      Base::after(n);
+    } else if (n < Base::kParts) {
+      const int32_t m = n / 2, j = n % 2, first = first_key + ptx::lane() / 4;
+      const auto first_real = static_cast<float>(first);
+      uint32_t w[2][Score::kWords + 1];
+      load_function_words<T, 0, Score::kWords>(w, words, this->number * T::kScoreRows + j * 8 + ptx::lane() % 4 * 2);
+      float(&s)[4] = this->scores.at[m][j];
+      float product[4];
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) {
+        const int32_t step = m * 16 + e / 2 * 8;
+        const FunctionKey key{first + step, first_real, static_cast<float>(step)};
+        const auto y = Score::apply(a.functions, a.gradients, w[e % 2], Score::key(a.functions, key), s[e],
+                                    a.softmax_scale, 1.0f, key);
+        s[e] = ptx::exp2_approx(y.value * kLog2E - this->lse[j][e % 2]);
+        product[e] = s[e] == 0 ? 0.0f : s[e] * y.by_score;
+      }
+      pack_tile(this->operand, m, j, s);
+      FLASHSPARK_UNROLL
+      for (int32_t x = 0; x < 2; ++x)
+        ptx::store_shared_4(this->place(n, x), ptx::pack<typename T::Element>(product[2 * x], product[2 * x + 1]));
+      if (n == Base::kParts - 1) ptx::pair_arrive(this->pair, this->number);
+    }
+  }
+};
 
 }  // namespace flashspark

@@ -39,7 +39,7 @@ struct ListedWalk {
   int32_t window, window_head;  // blocks [window, window + 32) of a head have been looked at; of all, if lists are
                                 // of all
   uint32_t listed;              // those that the lists name for the CTA's keys
-  uint32_t own;                 // ListedRows::statuses of the lane's block
+  uint32_t some[T::kRows / T::kScoreRows], whole[T::kRows / T::kScoreRows];
 
   static constexpr int32_t kTiles = T::kRows / T::kScoreRows;
   static_assert(2 * kTiles <= 32);
@@ -50,14 +50,16 @@ struct ListedWalk {
     const int32_t own_block = blocks.key_block(min_of(warp_key, last_key));
     const int32_t first_block = blocks.key_block(first_key), last_block = blocks.key_block(last_key);
     uint32_t any = 0;
-    own = 0;
-    FLASHSPARK_NO_UNROLL
+    FLASHSPARK_UNROLL
     for (int32_t tile = 0; tile < kTiles; ++tile) {
       const int32_t token = block * T::kRows + tile * T::kScoreRows;
-      if (block >= at.end || token >= tokens) break;
-      const int32_t query_block = blocks.query_block(token);
-      own |= uint32_t{blocks.at(at.head, query_block, own_block)} << 2 * tile;
-      for (int32_t k = first_block; k <= last_block; ++k) any |= blocks.at(at.head, query_block, k);
+      uint32_t own = kUnlisted;
+      if (block < at.end && token < tokens) {
+        const int32_t query_block = blocks.query_block(token);
+        own = blocks.at(at.head, query_block, own_block);
+        for (int32_t k = first_block; k <= last_block; ++k) any |= blocks.at(at.head, query_block, k);
+      }
+      some[tile] = ptx::ballot(own != kUnlisted), whole[tile] = ptx::ballot(own == kWhole);
     }
     listed = ptx::ballot(any != kUnlisted);
   }
@@ -91,7 +93,11 @@ struct ListedWalk {
         if (left != 0) {
           const auto lane = ptx::lowest_bit(left);
           at.block = ptx::uniform(window + static_cast<int32_t>(lane));
-          return {at, static_cast<uint32_t>(ptx::uniform(ptx::shuffle(static_cast<int32_t>(own), lane)))};
+          uint32_t statuses = 0;
+          FLASHSPARK_UNROLL
+          for (int32_t tile = 0; tile < kTiles; ++tile)
+            statuses |= ((some[tile] >> lane & 1) | (whole[tile] >> lane & 1) << 1) << 2 * tile;
+          return {at, statuses};
         }
         at.block = window + 32;
         if (at.block >= at.end) at = {at.begin, at.end, at.head + 1, at.begin};

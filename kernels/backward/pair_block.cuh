@@ -102,8 +102,6 @@ struct PairTile {
       if (step == (values_summed ? n : kWait + n * (kSteps - kWait) / kParts)) part(n);
     }
   }
-
- private:
   FLASHSPARK_DEVICE void part(int32_t n) {
     float(&s)[4] = scores.at[n / 2][n % 2];
     if constexpr (values_summed) {
@@ -122,7 +120,6 @@ struct PairTile {
     for (int32_t x = 0; x < 2; ++x) ptx::store_shared_4(place(n, x), operand.pair(n / 2, n % 2, x));
     if (values_summed && n == kParts - 1) ptx::pair_arrive(pair, number);
   }
-
   FLASHSPARK_DEVICE ptx::SharedAddress place(int32_t n, int32_t x) const {
     return T::ScoreLayout::step(to, n % 2) + (n / 2 * 16 + x * 8) * T::ScoreLayout::kPitch;
   }
@@ -133,19 +130,20 @@ struct PairRows {
   ptx::SharedAddress first, second, lse, dscores;
 };
 
+// tile: a PairTile, or what offers the same, with all that its two tiles have in common but for their places.
 // dq: of the last block, whose dS^T lies at last_dscores. copy() begins the copies of the next block, add_dq() adds dq
 // to memory, arrive() says that this block's dS^T is there.
-template <class T, bool values_summed, class Copy, class AddDq, class Arrive>
-FLASHSPARK_DEVICE void add_whole_block(KeyGradient<T, T::kHeadDim> &sums,
+template <class T, class Tile, class Copy, class AddDq, class Arrive>
+FLASHSPARK_DEVICE void add_whole_block(const Tile &tile, KeyGradient<T, T::kHeadDim> &sums,
                                        const KeyOperand<T, T::kHeadDim, true> &operand, const PairRows &rows,
-                                       ptx::SharedAddress keys, ptx::SharedAddress last_dscores, float scale,
+                                       ptx::SharedAddress keys, ptx::SharedAddress last_dscores,
                                        const BackwardOffsets<T> &lane, Copy &&copy, AddDq &&add_dq, Arrive &&arrive) {
-  using Tile = PairTile<T, values_summed>;
   constexpr int32_t kSteps = Tile::kSteps, kTileBytes = T::kScoreRows * T::KeyLayout::kPitch;
   static_assert(T::kRows == 2 * T::kScoreRows && T::kHeadDim == kSteps * 16 && T::kKeys == kSteps * 16);
-  const int32_t pair = lane.warp_key / T::kWarpKeys;
-  Tile first{pair, 0, rows.dscores + lane.score_store, scale, {}, {}, {}, {}};
-  Tile second{pair, 1, T::ScoreLayout::step(first.to, 2), scale, {}, {}, {}, {}};
+  Tile first = tile, second = tile;
+  first.pair = second.pair = lane.warp_key / T::kWarpKeys;
+  first.number = 0, second.number = 1;
+  first.to = rows.dscores + lane.score_store, second.to = T::ScoreLayout::step(first.to, 2);
   const ptx::SharedAddress second_lse = rows.lse + T::kScoreRows * 4;
   QueryGradient<T> dq{};
   first.begin(rows.lse);
@@ -209,8 +207,10 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
         for (int32_t n = 0; n < 2; ++n) ptx::add_to_memory_4(to + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
       }
     };
-    add_whole_block<T, values_summed>(loop.dk, loop.keys, rows, keys, loop.dscores(1 - stage), a.scale_log2, loop.lane,
-                                      copy, add_dq, [&] { loop.arrive_ready(); });
+    PairTile<T, values_summed> tile{};
+    tile.scale = a.scale_log2;
+    add_whole_block<T>(tile, loop.dk, loop.keys, rows, keys, loop.dscores(1 - stage), loop.lane, copy, add_dq,
+                       [&] { loop.arrive_ready(); });
     ptx::mbarrier_arrive(loop.done());
     last_row = next.row - T::kRows;
     next = next + step;

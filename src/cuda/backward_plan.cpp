@@ -5,6 +5,7 @@
 #include "cuda/arguments.hpp"
 #include "cuda/backward.hpp"
 #include "cuda/function_plan.hpp"
+#include "mod.hpp"
 
 namespace flashspark::cuda {
 namespace {
@@ -89,9 +90,11 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   const int64_t heads = p.num_heads_kv * (is_varlen_k(p) ? 1 : p.num_seqs) * parts;
   const int64_t ctas = key_tiles * heads, places = int64_t{machine.sm_count} * plan.tile->min_ctas;
   // Eight heads take turns, in sections of equal size: each SM gets about as much work as the others, and the rows of a
-  // few heads stay in L2. In a grid of few CTAs an SM all heads do (docs/experiments.md E91).
+  // few heads stay in L2. In a grid of few CTAs an SM all heads do, and with block lists, where the tiles with the most
+  // work may be anywhere in a section (docs/experiments.md E91).
   constexpr int64_t kSection = 8, kFewCtas = 4;
-  const int64_t section = ctas <= kFewCtas * places ? heads : ceil_div(heads, ceil_div(heads, kSection));
+  const int64_t section =
+      ctas <= kFewCtas * places || has_block_lists(p) ? heads : ceil_div(heads, ceil_div(heads, kSection));
   a.key_tile = static_cast<int32_t>(keys);
   a.num_key_tiles = static_cast<int32_t>(key_tiles);
   a.head_parts = static_cast<int32_t>(parts);

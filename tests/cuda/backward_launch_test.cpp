@@ -240,9 +240,9 @@ TEST_F(Backward, FunctionsAndLists) {
   EXPECT_EQ(chosen(), "attention_backward_d128_functions_mod_bf16");
   p.dropout_p = 0, p.softcap = 5;
   EXPECT_EQ(chosen(), "attention_backward_d128_functions_mod_bf16");
-  p.softcap = 0, p.masked_blocks = {};
+  p.softcap = 0;
   EXPECT_EQ(chosen(), "attention_backward_d128_functions_bf16");
-  b.dtensors = &gradient;
+  b.dtensors = &gradient, p.block_size_k = 64;
 
   b.forward.deterministic = 1;
   expect_refused("deterministic with dtensors[0]");

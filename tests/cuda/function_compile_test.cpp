@@ -243,16 +243,39 @@ CompileRequest backward_request_of(const Pair &pair) {
   return request;
 }
 
-// As kKnownStacks, of backward kernels: with two gradients of 128 columns, or one of 256, few registers are left.
+// As kKnownStacks, of backward kernels: with a gradient and an operand of 128 columns and 32 keys, two gradients of 128
+// columns, or one of 256, few registers are left.
 const std::map<std::string, uint32_t> kKnownBackwardStacks = {
-    {"d128_functions_mod alibi", 72},         {"d128_functions_mod softcap", 8},
-    {"d128_functions_mod clip", 64},          {"d128_functions_mod bias_2d", 40},
-    {"d128_functions_mod waves", 32},         {"d128_functions_mod parity", 8},
-    {"d128_functions_mod positions", 32},     {"d128_functions_mod window", 8},
-    {"d128_functions_mod flags", 16},         {"d128_functions_mod alibi_documents", 40},
-    {"d128_functions_mod capped_window", 8},  {"d256_functions alibi", 80},
-    {"d256_functions relative_position", 80}, {"d256_functions softcap", 64},
-    {"d256_functions documents lists", 56},   {"d128_functions_mod outer", 16},
+    {"d128_functions alibi lists", 24},
+    {"d128_functions relative_position lists", 8},
+    {"d128_functions buckets lists", 8},
+    {"d128_functions softcap lists", 8},
+    {"d128_functions clip lists", 24},
+    {"d128_functions bias_2d lists", 48},
+    {"d128_functions bias_3d lists", 48},
+    {"d128_functions waves lists", 16},
+    {"d128_functions_mod waves", 16},
+    {"d128_functions parity lists", 24},
+    {"d128_functions temperature lists", 48},
+    {"d128_functions positions lists", 48},
+    {"d128_functions_mod positions", 24},
+    {"d128_functions elementary lists", 8},
+    {"d128_functions_mod elementary", 8},
+    {"d128_functions causal lists", 16},
+    {"d128_functions documents lists", 16},
+    {"d128_functions window lists", 8},
+    {"d128_functions neighbours lists", 16},
+    {"d128_functions flags lists", 8},
+    {"d128_functions alibi_documents lists", 8},
+    {"d128_functions_mod alibi_documents", 24},
+    {"d128_functions capped_window lists", 24},
+    {"d256_functions alibi", 80},
+    {"d256_functions relative_position", 80},
+    {"d256_functions softcap", 64},
+    {"d256_functions documents lists", 64},
+    {"d128_functions none lists", 8},
+    {"d128_functions alibi", 24},
+    {"d128_functions_mod outer", 32},
 };
 
 std::vector<Pair> backward_pairs() {
