@@ -18,8 +18,8 @@ const char *name_in(const char *const (&names)[n], auto value) {
 constexpr const char *kTilings[] = {"prefill", "short_q", "decode"};
 constexpr const char *kScoreMods[] = {"none", "native"};
 constexpr const char *kBufferings[] = {"single_buffer", "double_buffer"};
-constexpr const char *kSharings[] = {"none", "gradients"};
-constexpr const char *kRowStages[] = {"one", "queries", "all"};
+constexpr const char *kSharings[] = {"none", "gradients", "columns"};
+constexpr const char *kRowStages[] = {"one", "queries", "all", "steps"};
 constexpr const char *kQueries[] = {"shared", "registers", "shared_dedicated"};
 
 // As the sources spell the types (element.hpp).

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "attention/tile_loader.cuh"
+#include "backward/column_loop.cuh"
 #include "backward/epilogue.cuh"
 #include "backward/modifications.cuh"
 #include "backward/pair_block.cuh"
@@ -408,15 +409,22 @@ FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
   Turns<T> turns{a, tile.first / T::kKeys, ceil_div(keys.end, T::kKeys), {0, 0}, nullptr};
   if (a.dq_turns != nullptr && turns.tile + 1 < turns.tiles)
     turns.before = uniform(Turns<T>::groups(visited_blocks<T>(a, mask, tile.first + T::kKeys, rows.seqlen_q)));
-  // clang-format off
-  BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
-                       make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
-                       make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                       shared, backward_offsets<T>(), key, turns, {}, {}, {}, {}, 0};
-  // clang-format on
-  if (count > 0) loop.run(blocks, tile.head_q, count);
-  ptx::cta_barrier();  // all are done with K, whose memory the results pass through
-  store_gradients<T>(a, loop.dk, loop.dv, shared);
+  if constexpr (T::kColumns) {
+    auto loop = make_column_loop<T>(a, mask, rows, tile.first, padded, turns);
+    if (count > 0) loop.run(blocks, tile.head_q, count);
+    ptx::cta_barrier();  // as below
+    store_column_gradients<T>(loop);
+  } else {
+    // clang-format off
+    BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
+                         make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
+                         make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
+                         shared, backward_offsets<T>(), key, turns, {}, {}, {}, {}, 0};
+    // clang-format on
+    if (count > 0) loop.run(blocks, tile.head_q, count);
+    ptx::cta_barrier();  // all are done with K, whose memory the results pass through
+    store_gradients<T>(a, loop.dk, loop.dv, shared);
+  }
 }
 
 }  // namespace flashspark

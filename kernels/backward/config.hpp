@@ -5,13 +5,14 @@
 
 namespace flashspark {
 
-// Every warp has keys of its own; or two warps have the same, of which one sums dV, the other one dK.
-enum class KeySharing : uint8_t { none, gradients };
+// Every warp has keys of its own; or two warps have the same, of which one sums dV, the other one dK: of these keys;
+// or, with columns, of all keys of the CTA, but some of the columns.
+enum class KeySharing : uint8_t { none, gradients, columns };
 
 // Of what a block of rows needs shared memory has one stage; two of Q, so that the next is copied while the scores are
 // computed; or two of Q, dO and dS^T, so that dQ of a block is computed beside the next one's scores, and one barrier a
-// block is enough.
-enum class RowStages : uint8_t { one, queries, all };
+// block is enough; or steps of score_rows rows have three, for which KeySharing::columns has a loop of its own.
+enum class RowStages : uint8_t { one, queries, all, steps };
 
 // A CTA owns `keys()` keys, a warp warp_keys of them, and all walk over blocks of `rows` rows of one query head.
 struct BackwardTile {

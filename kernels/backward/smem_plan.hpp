@@ -17,11 +17,31 @@ struct BackwardMemory {
   int32_t slopes, values;
   int32_t rows, row_stage;
   int32_t kept, kept_stage;  // bits of dropout: for each 16 keys 16 bits a row
-  int32_t barriers;             // two mbarriers, with two stages of all
+  int32_t barriers;          // two mbarriers, with two stages of all
+  int32_t probabilities;     // of RowStages::steps
   int32_t total;
 };
 
+// The same where steps have three slots, the first of which is written while V lies on the others:
+//
+//   | K | Q and dO of a step, three times | P^T of a step, twice | dS^T, three times | lse and delta of a block, twice
+//   |
+constexpr BackwardMemory column_memory(const BackwardInstance &instance, const BackwardTile &tile) {
+  BackwardMemory m{};
+  const int32_t slot_bytes = 2 * tile.score_rows * tile.row_bytes(instance.head_dim),
+                score_bytes = tile.keys() * tile.score_rows * 2;
+  m.queries = tile.keys() * tile.row_bytes(instance.head_dim);
+  m.values = m.queries + slot_bytes;
+  m.probabilities = m.queries + 3 * slot_bytes;
+  m.dscores = m.probabilities + 2 * score_bytes;
+  m.rows = m.dscores + 2 * score_bytes;
+  m.row_stage = 2 * tile.rows * 4;
+  m.total = m.rows + 2 * m.row_stage;
+  return m;
+}
+
 constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const BackwardTile &tile) {
+  if (tile.stages == RowStages::steps) return column_memory(instance, tile);
   BackwardMemory m{};
   const int32_t value_bytes = tile.keys() * tile.row_bytes(instance.head_dim_v);
   const bool native = instance.score_mod == ScoreMod::native;

@@ -44,7 +44,10 @@ struct BackwardTraits {
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr RowStages kStages = kTile.stages;
   static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f;  // block_copies.cuh
-  static constexpr bool kPaired = kTile.sharing == KeySharing::gradients;
+  static constexpr bool kPaired = kTile.sharing != KeySharing::none;
+  static constexpr bool kColumns = kTile.sharing == KeySharing::columns;
+  static constexpr int32_t kGradientColumns = kHeadDim / (kWarps / 2);  // of a warp with kColumns
+  static_assert(kColumns == (kStages == RowStages::steps) && !(kColumns && kNative));
   static_assert(!kPaired || kRows <= 2 * kScoreRows);  // pair_arrive() has two numbers
   static constexpr int32_t kKeyWarps = kTile.key_warps();
   static_assert(kWarpKeys % 16 == 0 && kScoreRows % 16 == 0 && kRows % kScoreRows == 0);

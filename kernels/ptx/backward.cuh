@@ -67,6 +67,12 @@ FLASHSPARK_DEVICE void raise_in_memory(int32_t *to, int32_t value) {
   asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
 }
 
+// x, of which the compiler knows nothing: what follows from it is computed where it stands, not kept in a register.
+FLASHSPARK_DEVICE uint32_t unknown(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ld.shared.
 FLASHSPARK_DEVICE void load_shared_8(uint32_t (&words)[2], SharedAddress from) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");

@@ -17,7 +17,7 @@ def hmma_of_turn(kernel: Kernel) -> int:
     tile = kernel.sm_120f
     if kernel.operation == "attention_backward":  # of the rows that it takes at once S, dP, dV and dK
         of_keys = tile.warp_keys // 16 * tile.score_rows // 8 * (kernel.head_dim + kernel.head_dim_v) // 16 * 2
-        if tile.sharing == "gradients":  # of which each has half
+        if tile.sharing != "none":  # of which each has half
             of_keys //= 2
         # A block of rows that is taken at once has no loop of its own inside of that over blocks, with dQ behind it.
         key_warps = tile.warps if tile.sharing == "none" else tile.warps // 2
@@ -25,6 +25,10 @@ def hmma_of_turn(kernel: Kernel) -> int:
         of_rows = tile.rows * key_warps * tile.warp_keys * kernel.head_dim // 2048 // tile.warps
         if tile.stages == "all":  # dQ beside the scores of all rows
             return of_keys * (tile.rows // tile.score_rows) + of_rows
+        if tile.sharing == "columns":  # dQ of a step stands at two places, for half of the warps each
+            columns = kernel.head_dim // key_warps // (2 if kernel.head_dim == 256 else 1)
+            of_step = of_keys + 2 * key_warps * tile.warp_keys // 16 * columns // 8
+            return tile.rows // tile.score_rows * of_step
         return of_keys + (of_rows if whole else 0)
     scores = tile.score_keys // 8 * (kernel.head_dim // 16)
     output = tile.score_keys // 16 * (kernel.head_dim_v // 8)

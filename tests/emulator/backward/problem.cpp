@@ -341,7 +341,7 @@ std::string BackwardProblem::compare(const BackwardKernel &kernel) const {
   const BackwardSpec &s = spec_;
   // Of a term's factors: all round dS; pairs of warps hand P to each other in 16 bits, and slopes of softcap.
   const BackwardInstance &instance = *kernel.instance;
-  const bool pair = instance.tile(kernel.tiles).sharing == KeySharing::gradients &&
+  const bool pair = instance.tile(kernel.tiles).sharing != KeySharing::none &&
                     (kernel.functions == nullptr || instance.score_mod == ScoreMod::none);
   const int handed = pair ? 1 : 0, roundings = 1 + handed + (pair && s.softcap > 0 ? 1 : 0);
   std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true, 1);

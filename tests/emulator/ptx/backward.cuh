@@ -41,6 +41,10 @@ inline void raise_in_memory(int32_t *to, int32_t value) {
   if (*to < value) *to = value;
 }
 
+inline uint32_t unknown(uint32_t x) {
+  return x;
+}
+
 inline void load_shared_8(uint32_t (&words)[2], SharedAddress from, FLASHSPARK_CALLER) {
   emulator::load_shared(words, from, 8, site);
 }
