@@ -18,6 +18,7 @@ need jax.shard_map around the call, as every custom call does.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -67,15 +68,27 @@ def _with_optional(names: tuple[str, ...]) -> Any:
     return tvm_ffi.convert(function)
 
 
+def _register(name: str, function: Any, platform: str, **more: Any) -> None:
+    """Makes a function of the native calls' arguments known to XLA."""
+    arguments = ["attrs.face", "attrs.stored_as", "args", "rets", *(f"attrs.{option}" for option in _HEAD)]
+    try:
+        _bridge().register_ffi_target(name, function, arguments, platform=platform, **more)
+    except Exception as error:
+        if "API version" not in str(error):
+            raise
+        bridge = f"jax-tvm-ffi {importlib.metadata.version('jax-tvm-ffi')}"
+        mend = "update jax and jaxlib, or install an older jax-tvm-ffi"
+        raise ImportError(f"{bridge} is built for another release of JAX than {jax.__version__}: {mend}") from error
+
+
 @functools.cache
 def _target(names: tuple[str, ...]) -> str:
     """The name of the custom call with these optional tensors, registered with XLA for CPUs and GPUs."""
     name = "_".join((_TARGET, *names))
     function = _with_optional(names) if names else _core.attention_forward
-    arguments = ["attrs.face", "attrs.stored_as", "args", "rets", *(f"attrs.{option}" for option in _HEAD)]
-    _bridge().register_ffi_target(name, function, arguments, platform="cpu")
+    _register(name, function, "cpu")
     # The bridge counts on a function that can be captured into a CUDA graph, which needs native code alone.
-    _bridge().register_ffi_target(name, function, arguments, platform="gpu", allow_cuda_graph=not names)
+    _register(name, function, "gpu", allow_cuda_graph=not names)
     return name
 
 
@@ -101,9 +114,8 @@ def _backward_with_optional(names: tuple[str, ...]) -> Any:
 def _backward_target(names: tuple[str, ...]) -> str:
     """As _target, of the gradients."""
     name = "_".join((_TARGET, "backward", *names))
-    arguments = ["attrs.face", "attrs.stored_as", "args", "rets", *(f"attrs.{option}" for option in _HEAD)]
     for platform, more in (("cpu", {}), ("gpu", {"allow_cuda_graph": False})):
-        _bridge().register_ffi_target(name, _backward_with_optional(names), arguments, platform=platform, **more)
+        _register(name, _backward_with_optional(names), platform, **more)
     return name
 
 

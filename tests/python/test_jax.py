@@ -253,3 +253,21 @@ def test_without_the_bridge(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_tvm_ffi", None)
     with pytest.raises(ImportError, match="pip install jax-tvm-ffi"):
         ours._bridge.__wrapped__()
+
+
+def test_a_bridge_for_another_jax_is_named(monkeypatch):
+    """What jaxlib says when jax-tvm-ffi 0.1.3 registers a function with JAX 0.9.0."""
+    said = "INVALID_ARGUMENT: .. handler's API version (0.3) is incompatible with the framework's API version (0.1)"
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(ours._bridge(), "register_ffi_target", refuse)
+    wanted = (
+        rf"^jax-tvm-ffi [\d.]+ is built for another release of JAX than {jax.__version__}: update jax and jaxlib, or"
+    )
+    with pytest.raises(ImportError, match=wanted):
+        ours._register("a_name", None, "cpu")
+    said = "ALREADY_EXISTS"
+    with pytest.raises(RuntimeError, match="ALREADY_EXISTS"):
+        ours._register("a_name", None, "cpu")
