@@ -12,13 +12,12 @@ torch's own way of choosing a flash implementation works as well, where torch ha
 
     flashspark_sdpa.register()
     torch.nn.attention.activate_flash_attention_impl("FLASHSPARK")
-    torch.nn.attention.restore_flash_attention_impl()
+    torch.nn.attention.restore_flash_attention_impl()  # torch 2.10 has no way back
 
-All of these override torch's operators and need torch.library.get_kernel, which came with torch 2.9 or 2.10; tested are
-2.11 and 2.15, on the CPU. On CUDA the operators are
-_scaled_dot_product_flash_attention and _flash_attention_forward, which nested tensors and
-torch.nn.attention.varlen.varlen_attn call; on the CPU _scaled_dot_product_flash_attention_for_cpu. varlen_attn, which
-torch has for CUDA only, then runs on the CPU, too.
+All of these override torch's operators and need torch.library.get_kernel; tested are torch 2.10, 2.11 and 2.15, on the
+CPU. On CUDA the operators are _scaled_dot_product_flash_attention and _flash_attention_forward, which nested tensors
+and torch.nn.attention.varlen.varlen_attn call; on the CPU _scaled_dot_product_flash_attention_for_cpu. varlen_attn,
+which torch has for CUDA only, then runs on the CPU, too.
 
 Training, too: the operators' backward passes are overridden as well. A call goes to torch's own kernel, as if nothing
 were switched on, if dropout is asked for, if there is a mask, or if flashspark does not support the types or sizes; the
