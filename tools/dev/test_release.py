@@ -110,6 +110,7 @@ def refused() -> None:
     refuses(*uv, other, expect=by_uv)
     for system in (f"{machine}-unknown-linux-musl", f"{machine}-manylinux_2_17"):
         refuses(*uv, "--python-platform", system, mine, expect=by_uv)
+    refuses(*uv, "--python-version", "3.9", mine, expect="does not satisfy Python>=3.10")
     pip = (venv / "bin/python", "-m", "pip", "install", "--dry-run", "--no-deps")
     refuses(*pip, other, expect=by_pip)
     for system in (f"musllinux_1_2_{machine}", f"manylinux_2_17_{machine}"):
