@@ -12,7 +12,7 @@
 #include <span>
 #include <vector>
 
-#include "backward/backward.cuh"
+#include "backward/kernel.cuh"
 #include "backward/postprocess.cuh"
 #include "backward/preprocess.cuh"
 

@@ -20,21 +20,27 @@ struct BackwardArguments : AttentionArguments {
   // Scratch. dq_sum is summed by atomic additions in the order of mma_m16n8k16's results: for each 16 rows and each 8
   // columns the four numbers of every lane, (Hq, padded_rows / 16, sum_columns / 8, 32, 4). NULL without dq.
   float *dq_sum;
-  // The same of dk and dv, where the query heads of a group are of several CTAs: (tiles, key_tile / 16, sum_columns /
-  // 8, 32, 4), and with sum_columns_v. Else NULL.
+  // The same of dk and dv, where the query heads of a group are of a CTA each (head_parts): (tiles, key_tile / 16,
+  // sum_columns / 8, 32, 4), and with sum_columns_v. Else NULL.
   float *dk_sum, *dv_sum;
-  // With `deterministic`: (Hq, num_row_blocks, warps), what has been added to a warp's part of dq (turns.cuh). Else
-  // NULL.
+  // With num_pieces, of every CTA: what it leaves of dk, then of dv, of a tile that another one ends, in the same order
+  // as dk_sum; and for each warp whether it has. Else NULL.
+  float *piece_sums;
+  int32_t *piece_flags;  // (num_pieces, warps)
+  // With `deterministic`: (Hq, num_row_blocks), which CTAs have added to blocks of dq (turns.cuh). Else NULL.
   int32_t *dq_turns;
   float *row_lse;    // (Hq, padded_rows) lse in units of log2; +inf where no key counts
   float *row_delta;  // (Hq, padded_rows) sum of dout * out, minus dlse
   int32_t sum_columns, sum_columns_v, padded_rows, row_block;
   int32_t num_row_blocks;  // of a head: padded_rows / row_block; without cu_seqlens_q: seq_row_blocks a sequence
   int32_t seq_row_blocks;
-  int32_t key_tile;       // keys of a CTA
-  int32_t num_key_tiles;  // of a KV head of one sequence, or with cu_seqlens_k of all sequences (bound)
-  int32_t section_heads;  // heads whose tiles take turns
-  int32_t head_parts;     // CTAs that share a tile of keys and the query heads of its group
+  int32_t key_tile;                     // keys of a CTA
+  int32_t num_key_tiles;                // of a KV head of one sequence, or with cu_seqlens_k of all sequences (bound)
+  int32_t section_heads;                // heads whose tiles take turns
+  int32_t head_parts;                   // CTAs that share a tile of keys and the query heads of its group
+  int32_t num_pieces;                   // CTAs that have equal parts of all tiles (pieces.cuh); 0: a CTA has one tile
+  Divisor head_length;                  // positions of the tiles of a KV head in the row of all tiles
+  int32_t piece_length, longer_pieces;  // positions of a CTA; the first longer_pieces of them have one more
 
   // What the sums kernel adds up in its order, so that a run gives the bits of the one before; NULL: not wanted.
   float *sink_sums;   // (Hq, num_row_blocks, warps of preprocess)

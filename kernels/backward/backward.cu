@@ -1,6 +1,6 @@
 // One kernel a translation unit; kernels.json has the macros of each: -DFLASHSPARK_NAME=d64
 // -DFLASHSPARK_ELEMENT=Bfloat16 and the entry point's name as FLASHSPARK_ENTRY.
-#include "backward/backward.cuh"
+#include "backward/kernel.cuh"
 #include "forward/tiles.cuh"
 
 namespace flashspark {

@@ -14,7 +14,6 @@
 #pragma once
 
 #include "attention/tile_loader.cuh"
-#include "backward/column_loop.cuh"
 #include "backward/epilogue.cuh"
 #include "backward/modifications.cuh"
 #include "backward/pair_block.cuh"
@@ -182,27 +181,24 @@ struct BackwardLoop {
   FLASHSPARK_DEVICE int64_t padded_row(const RowWalk &at) const {
     return static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
   }
-  template <bool in_turn>
   FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
     float *const to = a.dq_sum + padded_row(at) * T::kHeadDim;
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
-    if constexpr (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
     add_query_gradient(to, dq, lane);
   }
 
   // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them.
-  FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
+  FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
     if (a.dq_turns != nullptr) {
-      run<true>(blocks, first_head, count);
+      run<true>(at, count);
     } else {
-      run<false>(blocks, first_head, count);
+      run<false>(at, count);
     }
   }
 
   template <bool in_turn>
-  FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
-    const RowWalk at{blocks.begin, blocks.end, first_head, blocks.begin};
+  FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
     copy_queries(at, 0);
     copy_dout(at, 0);
     ptx::cp_async_commit();
@@ -224,7 +220,6 @@ struct BackwardLoop {
     } else {
       run_phases<in_turn>(at, count);
     }
-    if constexpr (in_turn) turns.pass();
   }
 
   // A block's scores, then its dQ.
@@ -236,19 +231,22 @@ struct BackwardLoop {
       const bool has_next = left > 1;
       ptx::cp_async_wait<0>();
       ptx::cta_barrier();  // Q and dO are here; all are done with dS^T and the other stage, and have V in registers
+      if (in_turn && left < count) turns.pass(at.previous());
       if (T::kStages != RowStages::one && has_next) copy_queries(next, 1 - stage);
       ptx::cp_async_commit();
       add_block(at, stage);
       if (has_next) draw(next, 1 - stage);
+      if constexpr (in_turn) turns.wait(mask, at);
       ptx::cta_barrier();  // dS^T is here; all are done with dO
       if (has_next) {
         if constexpr (T::kStages == RowStages::one) copy_queries(next, 1 - stage);
         copy_dout(next, 1 - stage);
       }
       ptx::cp_async_commit();
-      if (a.dq_sum != nullptr) add_to_dq<in_turn>(at, stage);
+      if (a.dq_sum != nullptr) add_to_dq(at, stage);
       at = next;
     }
+    if constexpr (in_turn) pass_last(at.previous());
   }
 
   // A block's scores and dQ of the one before: half of the warps begin with the one, half with the other, so that the
@@ -262,6 +260,7 @@ struct BackwardLoop {
       const RowWalk next = at.next();
       ptx::cp_async_wait<0>();
       ptx::cta_barrier();  // Q and dO are here, and the last dS^T; all are done with the other stage, and with V
+      if (in_turn && left + 1 < count) turns.pass(last.previous());
       if (left > 1) {
         copy_queries(next, 1 - stage);
         copy_dout(next, 1 - stage);
@@ -270,19 +269,27 @@ struct BackwardLoop {
       FLASHSPARK_NO_UNROLL
       for (int32_t half = 0; half < 2; ++half) {
         if ((half == 0) == dq_first) {
-          if (left < count && a.dq_sum != nullptr) add_to_dq<in_turn>(last, 1 - stage);
+          if (left < count && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
         } else if (left > 0) {
           add_block(at, stage);
           if (left > 1) draw(next, 1 - stage);
         }
       }
+      if (in_turn && left > 0) turns.wait(mask, at);
       last = at;
       at = next;
     }
+    if constexpr (in_turn) pass_last(last.previous());
+  }
+
+  FLASHSPARK_DEVICE void pass_last(const RowWalk &added) const {
+    ptx::cta_barrier();  // all have added
+    turns.pass(added);
   }
 
   // The same with whole blocks by add_whole_blocks(), for whose registers turns leave too few. Two mbarriers in place
   // of the barrier let a warp be most of a block ahead of another.
+  // A CTA that comes here again calls invalidate_barriers() before.
   FLASHSPARK_DEVICE void run_whole_blocks(RowWalk at, int32_t count) {
     const bool values_summed = ptx::uniform(T::sums_values()) != 0;  // the compiler knows no uniform values otherwise
     if (lane.thread == 0) {
@@ -296,7 +303,8 @@ struct BackwardLoop {
     int32_t stage = 0;
     FLASHSPARK_NO_UNROLL
     for (int32_t left = count; left >= 0;) {
-      const int32_t whole = left > 1 && left < count && a.dq_sum != nullptr ? whole_blocks(at) : 0;
+      // A piece of a tile may end before the head does.
+      const int32_t whole = left > 1 && left < count && a.dq_sum != nullptr ? min_of(whole_blocks(at), left - 1) : 0;
       if (whole > 0) {
         if (values_summed) {
           add_whole_blocks<true>(*this, copies, last, at, stage, whole);
@@ -315,7 +323,7 @@ struct BackwardLoop {
         copy_dout(next, 1 - stage);
       }
       ptx::cp_async_commit();
-      if (left < count && a.dq_sum != nullptr) add_to_dq<false>(last, 1 - stage);
+      if (left < count && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
       if (left > 0) {
         add_block(at, stage);
         arrive_ready();
@@ -345,86 +353,12 @@ struct BackwardLoop {
   }
 };
 
-// Of a pair both sums lie in dk.
+// All are done with the loop.
 template <class T>
-FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const KeyGradient<T, T::kHeadDim> &dk,
-                                       const KeyGradient<T, T::kHeadDimV> &dv, ptx::SharedAddress shared) {
-  // Found again, instead of being kept through the loop.
-  const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
-  const bool of_values = T::kPaired && T::sums_values();
-  if (a.head_parts > 1) {
-    if (T::kPaired) {
-      add_gradient<T, T::kHeadDim>(of_values ? a.dv_sum : a.dk_sum, tile, dk);
-    } else {
-      add_gradient<T, T::kHeadDim>(a.dk_sum, tile, dk);
-      add_gradient<T, T::kHeadDimV>(a.dv_sum, tile, dv);
-    }
-    return;
-  }
-  const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
-  if constexpr (T::kPaired) {
-    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, tile, dk,
-                                             of_values ? value_scale : a.softmax_scale,
-                                             of_values ? a.head_dim_v : a.head_dim,
-                                             shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
-  } else {
-    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, dk, a.softmax_scale, a.head_dim, shared);
-    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, dv, value_scale, a.head_dim_v, shared);
-  }
-}
-
-template <class T>
-FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
-  const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
-  if (!tile.valid) {
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    return;
-  }
-  const SequenceRows in_use = queries_of(a, read_query_lengths(a, tile.seq));
-  RowTile rows{};
-  rows.seq = tile.seq;
-  rows.head_kv = tile.head_kv;
-  rows.seqlen_q = ptx::uniform(in_use.tokens);
-  rows.q_row = ptx::uniform(in_use.row);
-  const Keys keys = find_keys(a, tile.seq);
-  const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
-  const Interval blocks = uniform(visited_blocks<T>(a, mask, tile.first, rows.seqlen_q));
-  KeyBounds visited = no_keys();
-  visited.visited[0] = {tile.first, min_of(tile.first + T::kKeys, keys.end)};
-  const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
-  const int32_t count = (blocks.end - blocks.begin) * tile.num_heads_q;
-  const int32_t padded = first_padded_row(a, tile.seq, rows.q_row);
-  const ptx::SharedAddress shared = ptx::shared_memory();
-  if (count > 0) {
-    make_tile_loader<T, KVOperand::key>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared);
-    make_tile_loader<T, KVOperand::value>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared + T::kMemory.values);
-    ptx::cp_async_commit();
-  }
-  // Keys, values and lengths are not of the previous kernel, which has waited itself for those that wrote them.
-  ptx::grid_dependency_wait();
-  ptx::grid_dependency_launch();
-  PhiloxKey key{};
-  if constexpr (T::kNative) key = dropout_key(a.dropout);
-  Turns<T> turns{a, tile.first / T::kKeys, ceil_div(keys.end, T::kKeys), {0, 0}, nullptr};
-  if (a.dq_turns != nullptr && turns.tile + 1 < turns.tiles)
-    turns.before = uniform(Turns<T>::groups(visited_blocks<T>(a, mask, tile.first + T::kKeys, rows.seqlen_q)));
-  if constexpr (T::kColumns) {
-    auto loop = make_column_loop<T>(a, mask, rows, tile.first, padded, turns);
-    if (count > 0) loop.run(blocks, tile.head_q, count);
-    ptx::cta_barrier();  // as below
-    store_column_gradients<T>(loop);
-  } else {
-    // clang-format off
-    BackwardLoop<T> loop{a, backward_mask<T>(a, mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
-                         make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
-                         make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                         shared, backward_offsets<T>(), key, turns, {}, {}, {}, {}, 0};
-    // clang-format on
-    if (count > 0) loop.run(blocks, tile.head_q, count);
-    ptx::cta_barrier();  // all are done with K, whose memory the results pass through
-    store_gradients<T>(a, loop.dk, loop.dv, shared);
-  }
+FLASHSPARK_DEVICE void invalidate_barriers(ptx::SharedAddress shared) {
+  if (ptx::thread_index() != 0) return;
+  ptx::mbarrier_invalidate(shared + T::kMemory.barriers);
+  ptx::mbarrier_invalidate(shared + T::kMemory.barriers + 8);
 }
 
 }  // namespace flashspark

@@ -80,6 +80,21 @@ FLASHSPARK_DEVICE int32_t first_key_slot(const BackwardArguments &a, int32_t seq
   return quotient(row + seq * a.key_tile, a.key_tile);
 }
 
+// The same where all sequences have the same lengths; head: a KV head, of all sequences.
+FLASHSPARK_DEVICE KeyTile dense_key_tile(const BackwardArguments &a, int32_t head, int32_t rank) {
+  const Quotient kv = split(head, a.num_heads_kv);
+  KeyTile tile{};
+  tile.seq = ptx::uniform(kv.quotient);
+  tile.head_kv = ptx::uniform(kv.remainder);
+  tile.num_heads_q = static_cast<int32_t>(a.group.value);
+  tile.head_q = tile.head_kv * tile.num_heads_q;
+  tile.first = ptx::uniform(rank * a.key_tile);
+  tile.batch = tile.seq;
+  tile.held = a.max_seqlen_k;
+  tile.valid = tile.first < tile.held;
+  return tile;
+}
+
 // A few heads take turns, so that the rows of a few are in L2 at a time; of their tiles those of the first keys come
 // first: under a causal mask they see most rows, and the CTAs with the most work start before the others. With turns
 // (turns.cuh) the last keys come first.
@@ -141,6 +156,9 @@ struct RowWalk {
   FLASHSPARK_DEVICE bool is_last_of_head() const { return block + 1 == end; }
   FLASHSPARK_DEVICE RowWalk next() const {
     return is_last_of_head() ? RowWalk{begin, end, head + 1, begin} : RowWalk{begin, end, head, block + 1};
+  }
+  FLASHSPARK_DEVICE RowWalk previous() const {
+    return block == begin ? RowWalk{begin, end, head - 1, end - 1} : RowWalk{begin, end, head, block - 1};
   }
 };
 

@@ -150,12 +150,11 @@ struct ColumnLoop {
                      queries(w.before) + (of_values ? kRowBytes : 0), lane);
   }
   // Of the step before one of this half.
-  template <int32_t half, bool in_turn>
+  template <int32_t half>
   FLASHSPARK_DEVICE void add_to_dq(const ColumnWalk &w) {
     const RowWalk &at = half == 1 ? w.at : w.last;
     ColumnSums<T> dq{};
     query_product(dq, dscores(1 - half), shared, lane, warp);
-    if constexpr (in_turn) turns.wait(mask, at.head, first_padded_row / T::kRows, at.block);
     const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
     add_query_gradient(a.dq_sum + (row + (1 - half) * kStep) * T::kHeadDim, dq, warp);
   }
@@ -163,6 +162,7 @@ struct ColumnLoop {
   // The block's step `half`, where it has one; and what is left to do of the step before.
   template <int32_t half, bool in_turn>
   FLASHSPARK_DEVICE void step(ColumnWalk &w) {
+    if (in_turn && half == 1 && w.left < w.count) turns.pass(w.last);
     const bool here = w.left > 0, gradient_left = half == 1 ? here : w.left < w.count;
     if constexpr (half == 0) {
       if (here) copy_step<1>(w.at, w.after);
@@ -175,12 +175,13 @@ struct ColumnLoop {
     const bool dq_left =
         gradient_left && a.dq_sum != nullptr && (ColumnSums<T>::kHalf || values_summed() == (half == 0));
     const bool dq_first = warp < T::kWarps / 2;
-    if (dq_left && dq_first) add_to_dq<half, in_turn>(w);
+    if (dq_left && dq_first) add_to_dq<half>(w);
     ScoreTile<T> scores{};
     const bool seen = here && begin_scores<half>(scores, w);
     if (gradient_left) add_gradient<half>(w);
     if (seen) end_scores<half>(scores);
-    if (dq_left && !dq_first) add_to_dq<half, in_turn>(w);
+    if (dq_left && !dq_first) add_to_dq<half>(w);
+    if (in_turn && half == 0 && here) turns.wait(mask, w.at);
     ptx::cp_async_wait<0>();
     ptx::cta_barrier();
     const int32_t freed = w.before;
@@ -216,7 +217,7 @@ struct ColumnLoop {
       step<1, in_turn>(w);
       w.last = w.at, w.at = w.at.next(), w.values = 1 - w.values;
     }
-    if constexpr (in_turn) turns.pass();
+    if constexpr (in_turn) turns.pass(w.last);
   }
 
  private:

@@ -28,6 +28,8 @@ struct BackwardTile {
   constexpr int32_t key_warps() const { return sharing == KeySharing::none ? warps : warps / 2; }
   constexpr int32_t keys() const { return key_warps() * warp_keys; }
   constexpr int32_t threads() const { return warps * 32; }
+  // To begin and end a tile of keys takes about as long as so many blocks of rows (docs/experiments.md).
+  constexpr int32_t tile_blocks() const { return rows < 64 ? 64 / rows : 1; }
   // Rows of shared memory have 16 bytes more instead of being permuted.
   constexpr bool padded() const { return stages == RowStages::all; }
   constexpr int32_t row_bytes(int32_t columns) const { return columns * 2 + (padded() ? 16 : 0); }

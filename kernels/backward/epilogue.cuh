@@ -46,15 +46,57 @@ FLASHSPARK_DEVICE void store_gradient(void *data, const Strides &strides, const 
   ptx::warp_barrier();
   auto *to = static_cast<Element *>(data) + tile.batch * strides.batch + tile.row * strides.token +
              tile.head_kv * strides.head;
-  constexpr int32_t kChunks = columns / 8;
-  static_assert(T::kWarpKeys * kChunks % 32 == 0);
+  constexpr int32_t kChunks = columns / 8, kAll = T::kWarpKeys * kChunks, kAtOnce = kAll % 128 == 0 ? 4 : 2;
+  static_assert(kAll % (32 * kAtOnce) == 0);
   FLASHSPARK_NO_UNROLL
-  for (int32_t n = lane; n < T::kWarpKeys * kChunks; n += 32) {
-    const int32_t row = n / kChunks, chunk = n % kChunks, key = tile.first + first + row;
-    const ptx::Vector16 v = ptx::load_shared_16(
-        own + Layout::step(Layout::offset(static_cast<uint32_t>(row), 0), static_cast<uint32_t>(chunk)));
-    if (key < tile.held && chunk * 8 < head_columns) store_8(to + key * strides.token + chunk * 8, v);
+  for (int32_t n = lane; n < kAll; n += 32 * kAtOnce) {
+    ptx::Vector16 v[kAtOnce];
+    FLASHSPARK_UNROLL
+    for (int32_t i = 0; i < kAtOnce; ++i) {
+      const auto row = static_cast<uint32_t>((n + 32 * i) / kChunks),
+                 chunk = static_cast<uint32_t>((n + 32 * i) % kChunks);
+      v[i] = ptx::load_shared_16(own + Layout::step(Layout::offset(row, 0), chunk));
+    }
+    FLASHSPARK_UNROLL
+    for (int32_t i = 0; i < kAtOnce; ++i) {
+      const int32_t key = tile.first + first + (n + 32 * i) / kChunks, chunk = (n + 32 * i) % kChunks;
+      if (key < tile.held && chunk * 8 < head_columns) store_8(to + key * strides.token + chunk * 8, v[i]);
+    }
   }
+}
+
+// Of a pair both sums lie in dk.
+template <class T>
+FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const KeyTile &tile,
+                                       const KeyGradient<T, T::kHeadDim> &dk, const KeyGradient<T, T::kHeadDimV> &dv,
+                                       ptx::SharedAddress shared) {
+  const bool of_values = T::kPaired && T::sums_values();
+  if (a.head_parts > 1) {
+    if (T::kPaired) {
+      add_gradient<T, T::kHeadDim>(of_values ? a.dv_sum : a.dk_sum, tile, dk);
+    } else {
+      add_gradient<T, T::kHeadDim>(a.dk_sum, tile, dk);
+      add_gradient<T, T::kHeadDimV>(a.dv_sum, tile, dv);
+    }
+    return;
+  }
+  const float value_scale = T::kNative ? a.dropout.scale : 1.0f;
+  if constexpr (T::kPaired) {
+    store_gradient<T, typename T::KeyLayout>(of_values ? a.dv : a.dk, of_values ? a.dv_strides : a.dk_strides, tile, dk,
+                                             of_values ? value_scale : a.softmax_scale,
+                                             of_values ? a.head_dim_v : a.head_dim,
+                                             shared + (of_values ? T::kKeys * T::KeyLayout::kPitch : 0));
+  } else {
+    store_gradient<T, typename T::KeyLayout>(a.dk, a.dk_strides, tile, dk, a.softmax_scale, a.head_dim, shared);
+    store_gradient<T, typename T::ValueLayout>(a.dv, a.dv_strides, tile, dv, value_scale, a.head_dim_v, shared);
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void store_gradients(const BackwardArguments &a, const KeyGradient<T, T::kHeadDim> &dk,
+                                       const KeyGradient<T, T::kHeadDimV> &dv, ptx::SharedAddress shared) {
+  // Found again, instead of being kept through the loop.
+  store_gradients<T>(a, find_key_tile(a, static_cast<int32_t>(ptx::cta_x())), dk, dv, shared);
 }
 
 }  // namespace flashspark

@@ -19,7 +19,7 @@ constexpr FunctionBackwardMemory function_backward_memory(const BackwardInstance
   m.word_stage = tile.stages == RowStages::all ? bytes : 0;
   const int32_t end = m.words + bytes + m.word_stage;
   const int32_t more = end > m.rows ? end - m.rows : 0;
-  m.rows += more, m.kept += more, m.barriers += more, m.total += more;
+  m.rows += more, m.kept += more, m.barriers += more, m.pieces += more, m.turns += more, m.total += more;
   return m;
 }
 

@@ -84,7 +84,10 @@ FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a, int32_t ctas) {
 FLASHSPARK_DEVICE void zero_all_sums(const BackwardArguments &a, int64_t first_row, int32_t num_ctas) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   if (a.dq_sum != nullptr) zero_sums(a.dq_sum + first_row * a.sum_columns, int64_t{a.row_block} * a.sum_columns, 0, 1);
-  if (a.dq_turns != nullptr && thread < a.slot_warps) a.dq_turns[cta * a.slot_warps + thread] = 0;
+  if (a.dq_turns != nullptr && thread == 0) a.dq_turns[cta] = 0;
+  if (a.piece_flags != nullptr && thread < a.slot_warps) {
+    for (int32_t n = cta; n < a.num_pieces; n += num_ctas) a.piece_flags[n * a.slot_warps + thread] = 0;
+  }
   const int64_t keys =
       int64_t{a.num_key_tiles} * a.key_tile * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);
   if (a.dk_sum != nullptr) zero_sums(a.dk_sum, keys * a.sum_columns, cta, num_ctas);

@@ -9,9 +9,11 @@ namespace flashspark {
 // Offsets and sizes in bytes:
 //
 //   | K | Q and dO, stage 0 | Q and dO, stage 1 | dS^T | V | lse and delta of a stage, twice | what is kept, twice |
+//   | a warp's piece, of each | turns |
 //
 // What has one stage has it twice here. Where V passes on to registers it lies on stage 1 and dS^T, which are written
 // after that. Behind dS^T a pair's slopes of softcap lie, if there are any. At the end results pass through K's memory.
+inline constexpr int32_t kPieceBytes = 48, kTurnBytes = 32;
 struct BackwardMemory {
   int32_t queries, dout, dscores, second_queries, second_dout, second_dscores;
   int32_t slopes, values;
@@ -19,13 +21,15 @@ struct BackwardMemory {
   int32_t kept, kept_stage;  // bits of dropout: for each 16 keys 16 bits a row
   int32_t barriers;          // two mbarriers, with two stages of all
   int32_t probabilities;     // of RowStages::steps
+  // What would have to stay in registers through the loop (pieces.cuh, turns.cuh); not of native ones, which are full.
+  int32_t pieces, turns;
   int32_t total;
 };
 
 // The same where steps have three slots, the first of which is written while V lies on the others:
 //
 //   | K | Q and dO of a step, three times | P^T of a step, twice | dS^T, three times | lse and delta of a block, twice
-//   |
+//   | turns |
 constexpr BackwardMemory column_memory(const BackwardInstance &instance, const BackwardTile &tile) {
   BackwardMemory m{};
   const int32_t slot_bytes = 2 * tile.score_rows * tile.row_bytes(instance.head_dim),
@@ -36,7 +40,8 @@ constexpr BackwardMemory column_memory(const BackwardInstance &instance, const B
   m.dscores = m.probabilities + 2 * score_bytes;
   m.rows = m.dscores + 2 * score_bytes;
   m.row_stage = 2 * tile.rows * 4;
-  m.total = m.rows + 2 * m.row_stage;
+  m.turns = m.rows + 2 * m.row_stage;
+  m.total = m.turns + kTurnBytes;
   return m;
 }
 
@@ -66,7 +71,9 @@ constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const
   m.kept = m.rows + 2 * m.row_stage;
   m.kept_stage = native ? tile.keys() * tile.rows / 8 : 0;
   m.barriers = m.kept + 2 * m.kept_stage;
-  m.total = m.barriers + (two_of_all ? 2 * 8 : 0);
+  m.pieces = m.barriers + (two_of_all ? 2 * 8 : 0);
+  m.turns = m.pieces + (native ? 0 : tile.warps * kPieceBytes);
+  m.total = m.turns + (native ? 0 : kTurnBytes);
   return m;
 }
 

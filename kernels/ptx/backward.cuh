@@ -23,6 +23,10 @@ FLASHSPARK_DEVICE void pair_wait(int32_t pair, int32_t number) {
 FLASHSPARK_DEVICE void mbarrier_init(SharedAddress barrier, uint32_t warps) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(warps) : "memory");
 }
+// Before another one begins at the same address: by one thread, when all are done with the first.
+FLASHSPARK_DEVICE void mbarrier_invalidate(SharedAddress barrier) {
+  asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
 FLASHSPARK_DEVICE void mbarrier_arrive(SharedAddress barrier) {
   warp_barrier();
   if (lane() == 0)

@@ -4,6 +4,7 @@
 
 #include "cuda/arguments.hpp"
 #include "cuda/backward.hpp"
+#include "cuda/backward_division.hpp"
 #include "cuda/function_plan.hpp"
 #include "mod.hpp"
 
@@ -11,35 +12,6 @@ namespace flashspark::cuda {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
-
-int64_t key_tiles_of_head(const Params &p, int64_t keys) {
-  const int64_t of_longest = ceil_div(p.max_seqlen_k, keys);
-  return is_varlen_k(p) ? std::min(of_longest * p.num_seqs, p.total_k / keys + p.num_seqs) : of_longest;
-}
-
-// About how long an instance takes, in products of a row with a key. CTAs take turns on the SMs; under a causal mask or
-// a window they differ in length, the longest start first, and shorter ones fill the gaps.
-double cost(const BackwardInstance &instance, int64_t head_parts, const Params &p, const Machine &machine) {
-  const BackwardTile &tile = instance.tile(machine.arch);
-  const int64_t heads = p.num_heads_q / p.num_heads_kv / head_parts;
-  // What sums in memory take of a CTA's time, in rows (docs/experiments.md E92).
-  constexpr int64_t kRowsOfSums = 128;
-  const auto longest = static_cast<double>(tile.keys() * (p.max_seqlen_q * heads + (head_parts > 1 ? kRowsOfSums : 0)));
-  const int64_t key_tiles =
-      is_varlen_k(p) ? ceil_div(p.total_k, tile.keys()) : ceil_div(p.max_seqlen_k, tile.keys()) * p.num_seqs;
-  const int64_t ctas = key_tiles * p.num_heads_kv * head_parts, places = int64_t{machine.sm_count} * tile.min_ctas;
-  const bool differ = p.causal != 0 || p.window_left >= 0 || p.window_right >= 0;
-  const double turns = differ ? std::max(1.0, 0.5 * static_cast<double>(ctas) / static_cast<double>(places))
-                              : static_cast<double>(ceil_div(ctas, places));
-  return turns * longest * tile.min_ctas;
-}
-
-// Of how many CTAs the query heads of a group are: few of all heads where that fills the SMs.
-int64_t choose_head_parts(const BackwardInstance &instance, const Params &p, const Machine &machine) {
-  const int64_t group = p.num_heads_q / p.num_heads_kv;
-  if (p.deterministic != 0) return 1;
-  return cost(instance, group, p, machine) < cost(instance, 1, p, machine) ? group : 1;
-}
 
 // The narrowest that can run it; of those that are equally narrow the fastest.
 const BackwardInstance *choose_instance(const BackwardParams &params, const Machine &machine) {
@@ -52,8 +24,7 @@ const BackwardInstance *choose_instance(const BackwardParams &params, const Mach
   }
   const BackwardInstance *best = nullptr;
   const auto rank = [&](const BackwardInstance &i) {
-    return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none,
-                      cost(i, choose_head_parts(i, p, machine), p, machine));
+    return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none, divide_backward(i, p, machine).cost);
   };
   for (const BackwardInstance &candidate : kBackwardInstances) {
     if (fits(candidate, p) && (best == nullptr || rank(candidate) < rank(*best))) best = &candidate;
@@ -86,9 +57,12 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   a.seq_row_blocks = static_cast<int32_t>(of_seq);
   a.num_row_blocks = static_cast<int32_t>(blocks);
   a.padded_rows = static_cast<int32_t>(blocks * rows);
-  const int64_t key_tiles = key_tiles_of_head(p, keys), parts = choose_head_parts(*plan.instance, p, machine);
+  const int64_t key_tiles = key_tiles_of_head(p, keys);
+  const BackwardDivision division = divide_backward(*plan.instance, p, machine);
+  const int64_t parts = division.head_parts, pieces = division.num_pieces;
   const int64_t heads = p.num_heads_kv * (is_varlen_k(p) ? 1 : p.num_seqs) * parts;
-  const int64_t ctas = key_tiles * heads, places = int64_t{machine.sm_count} * plan.tile->min_ctas;
+  const int64_t ctas = pieces > 0 ? pieces : key_tiles * heads,
+                places = int64_t{machine.sm_count} * plan.tile->min_ctas;
   // Eight heads take turns, in sections of equal size: each SM gets about as much work as the others, and the rows of a
   // few heads stay in L2. In a grid of few CTAs an SM all heads do, and with block lists, where the tiles with the most
   // work may be anywhere in a section (docs/experiments.md E91).
@@ -98,6 +72,13 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   a.key_tile = static_cast<int32_t>(keys);
   a.num_key_tiles = static_cast<int32_t>(key_tiles);
   a.head_parts = static_cast<int32_t>(parts);
+  a.num_pieces = static_cast<int32_t>(pieces);
+  if (pieces > 0) {
+    const int64_t all = division.head_length * heads;
+    a.head_length = make_divisor(static_cast<uint32_t>(division.head_length));
+    a.piece_length = static_cast<int32_t>(all / pieces);
+    a.longer_pieces = static_cast<int32_t>(all % pieces);
+  }
   a.section_heads = static_cast<int32_t>(section);
   const auto grid = [](int64_t n) { return static_cast<uint32_t>(n); };
   plan.preprocess = {{grid(blocks * p.num_heads_q), 1, 1}, traits_of(Operation::attention_backward_preprocess).threads};
@@ -116,9 +97,12 @@ void set_gradient_sums(const Params &p, BackwardPlan &plan) {
   if (a.dq != nullptr) plan.dq_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
   if (a.dq != nullptr && p.deterministic != 0) {
     // A multiple of 16 bytes, as all is that lies before the others.
-    const int64_t turns = p.num_heads_q * a.num_row_blocks * plan.tile->warps;
+    const int64_t turns = p.num_heads_q * a.num_row_blocks;
     plan.turn_bytes = static_cast<size_t>(ceil_div(turns, 4)) * 16;
   }
+  const auto pieces = static_cast<size_t>(a.num_pieces);
+  plan.piece_bytes = pieces * static_cast<size_t>(a.key_tile * (a.sum_columns + a.sum_columns_v)) * sizeof(float);
+  plan.flag_bytes = pieces * static_cast<size_t>(plan.tile->warps) * sizeof(int32_t);
   if (a.head_parts == 1) return;
   const size_t key_bytes =
       size_t{plan.main.grid[0]} / static_cast<size_t>(a.head_parts) * static_cast<size_t>(a.key_tile) * sizeof(float);
@@ -198,6 +182,8 @@ void BackwardPlan::bind(void *memory) {
   arguments.dq_sum = take(dq_bytes);
   arguments.dk_sum = take(dk_bytes);
   arguments.dv_sum = take(dv_bytes);
+  arguments.piece_sums = take(piece_bytes);
+  arguments.piece_flags = reinterpret_cast<int32_t *>(take(flag_bytes));
   arguments.row_lse = take(row_bytes);
   arguments.row_delta = take(row_bytes);
   arguments.sink_sums = take(sink_bytes);
@@ -212,13 +198,14 @@ std::string to_string(const BackwardPlan &plan) {
     text += to_string(plan.main_key(), plan.main) + (plan.functions ? ", compiled at run time" : "") +
             (plan.functions && plan.functions->block_sparse ? ", over block lists" : "") + ", tile " +
             std::to_string(plan.tile->rows) + " x " + std::to_string(plan.tile->keys()) +
-            (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") + "\n";
+            (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") +
+            (plan.arguments.num_pieces > 0 ? ", equal parts of all tiles" : "") + "\n";
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
   if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
          (plan.dq_bytes > 0 ? "dq in float32, " : "") +
-         (plan.dk_bytes + plan.dv_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row" +
+         (plan.dk_bytes + plan.dv_bytes + plan.piece_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row" +
          (plan.functions && plan.functions->bytes > 0 ? ", a byte for each pair of blocks" : "") + "\n";
 }
 

@@ -78,12 +78,41 @@ TEST_F(Backward, LaunchesThreeKernels) {
   const BackwardArguments &a = fake.launches[1].backward;
   EXPECT_EQ(a.padded_rows, 2 * 128);  // of two sequences of 100 tokens each
   EXPECT_EQ(a.head_parts, 4);         // the heads of a group are of a CTA each, and dk and dv have sums
+  EXPECT_EQ(a.num_pieces, 0);
+  EXPECT_EQ(plan.postprocess.grid[0], plan.preprocess.grid[0] + 12 * 4);
   EXPECT_EQ(plan.workspace(), (size_t{8} * 256 * (128 + 2) + kKeySums) * sizeof(float));
   EXPECT_EQ(a.dk_sum - a.dq_sum, 8 * 256 * 128);
   EXPECT_EQ(a.dv_sum - a.dk_sum, kKeySums / 2);
   EXPECT_EQ(a.row_lse - a.dv_sum, kKeySums / 2);
   EXPECT_EQ(a.row_delta - a.row_lse, 8 * 256);
+  EXPECT_EQ(a.piece_sums, nullptr);
+  EXPECT_EQ(a.piece_flags, nullptr);
   EXPECT_NE(explain(FLASHSPARK_OK).find(plan.main_key().name() + ": grid "), std::string::npos);
+}
+
+// Four CTAs an equal tile; where lengths differ no CTA knows what the others do.
+TEST_F(Backward, EqualPartsOfTiles) {
+  Params &p = b.forward;
+  p.max_seqlen_q = 400;
+  p.q = tensor(1, 400, 8), p.out = tensor(4, 400, 8), b.dout = tensor(6, 400, 8), b.dq = tensor(7, 400, 8);
+  p.lse_batch_stride = 3200, p.lse_head_stride = 400;
+  run();
+  const BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
+  const BackwardArguments &a = fake.launches[1].backward;
+  EXPECT_EQ(a.num_pieces, 48);
+  EXPECT_EQ(a.head_parts, 1);
+  EXPECT_EQ(a.head_length.value, 2u + 4 * 13 + 2 + 4 * 13 + 2 + 4 * 13);  // in blocks of 32 rows
+  EXPECT_EQ(a.piece_length, 162 * 4 / 48);
+  EXPECT_EQ(a.longer_pieces, 162 * 4 % 48);
+  EXPECT_EQ(plan.main.grid[0], 48u);
+  EXPECT_EQ(plan.postprocess.grid[0], plan.preprocess.grid[0]);  // dq alone
+  EXPECT_EQ(a.piece_sums - a.dq_sum, int64_t{8} * a.padded_rows * 128);
+  EXPECT_EQ(reinterpret_cast<float *>(a.piece_flags) - a.piece_sums, int64_t{48} * 128 * (128 + 128));
+  EXPECT_EQ(a.row_lse - reinterpret_cast<float *>(a.piece_flags), 48 * 8);
+  EXPECT_EQ(a.dk_sum, nullptr);
+  EXPECT_NE(explain(FLASHSPARK_OK).find(", equal parts of all tiles"), std::string::npos);
+  p.seqused_k = static_cast<int32_t *>(address(40));
+  EXPECT_EQ(make_backward_plan(b, device_facts(0).machine).arguments.num_pieces, 0);
 }
 
 TEST_F(Backward, ScratchMemoryOfTheCaller) {
@@ -118,8 +147,8 @@ TEST_F(Backward, DeterministicOnesTakeTurns) {
   EXPECT_EQ(a.dk_sum, nullptr);
   ASSERT_NE(a.dq_turns, nullptr);
   EXPECT_EQ(reinterpret_cast<char *>(a.dq_sum) - reinterpret_cast<char *>(a.dq_turns),
-            int64_t{8} * a.num_row_blocks * a.slot_warps * 4);
-  EXPECT_EQ(plan.workspace(), size_t{8} * (256 * (128 + 2) + static_cast<size_t>(a.num_row_blocks * a.slot_warps)) * 4);
+            int64_t{8} * a.num_row_blocks * 4);
+  EXPECT_EQ(plan.workspace(), size_t{8} * (256 * (128 + 2) + static_cast<size_t>(a.num_row_blocks)) * 4);
   b.dq.data = nullptr;
   run();
   EXPECT_EQ(fake.launches.back().backward.dq_turns, nullptr);

@@ -120,7 +120,14 @@ void Machine::pair(Operation operation, uint32_t pair, uint32_t number, Site sit
 void Machine::mbarrier_init(uint32_t address, uint32_t count, Site site) {
   const uint32_t words[2] = {count, 0}, here = site_id(site);
   guarded(here, [&] { shared_.write(position.thread, address, sizeof words, words, here); });
+  if (mbarriers_.contains(address)) fail("there is an mbarrier already", here);
   mbarriers_[address] = {count, count, 0, {}, {}, {}};
+}
+
+void Machine::mbarrier_invalidate(uint32_t address, Site site) {
+  const uint32_t words[2] = {}, here = site_id(site);
+  guarded(here, [&] { shared_.write(position.thread, address, sizeof words, words, here); });
+  if (mbarriers_.erase(address) == 0) fail("there is no mbarrier", here);
 }
 
 void Machine::mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site) {
@@ -187,6 +194,9 @@ void pair(Operation operation, int32_t pair, int32_t number, Site site) {
 }
 void mbarrier_init(uint32_t address, uint32_t count, Site site) {
   machine().mbarrier_init(address, count, site);
+}
+void mbarrier_invalidate(uint32_t address, Site site) {
+  machine().mbarrier_invalidate(address, site);
 }
 void mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site) {
   machine().mbarrier(operation, address, parity, site);

@@ -75,6 +75,7 @@ class Machine {
   void barrier(Operation operation, Site site);
   void pair(Operation operation, uint32_t pair, uint32_t number, Site site);
   void mbarrier_init(uint32_t address, uint32_t count, Site site);
+  void mbarrier_invalidate(uint32_t address, Site site);
   void mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site);
   void copy_async(uint32_t to, const void *from, bool valid, Site site);
   void copy_commit() { shared_.commit(position.thread); }

@@ -103,6 +103,15 @@ TEST(Mbarrier, Faults) {
     ptx::cta_barrier();
     arrive(0);
   });
+  expect("there is an mbarrier already", [] {
+    for (int n = 0; ptx::thread_index() == 0 && n < 2; ++n) ptx::mbarrier_init(ptx::shared_memory(), kWarps);
+  });
+  expect("there is no mbarrier", [] {
+    for (int n = 0; ptx::thread_index() == 0 && n < 2; ++n) {
+      if (n == 0) ptx::mbarrier_init(ptx::shared_memory(), kWarps);
+      ptx::mbarrier_invalidate(ptx::shared_memory());
+    }
+  });
   expect("shared offset 0", [] {  // before others know of it
     if (ptx::thread_index() == 0) ptx::mbarrier_init(ptx::shared_memory(), kWarps);
     arrive(0);

@@ -52,6 +52,7 @@ void pair(Operation operation, int32_t pair, int32_t number, Site site);
 // An mbarrier at a shared address: one thread begins it, for so many arrivals a phase; a warp arrives, or waits for the
 // end of the phase of a parity (0: the first one).
 void mbarrier_init(uint32_t address, uint32_t count, Site site);
+void mbarrier_invalidate(uint32_t address, Site site);
 void mbarrier(Operation operation, uint32_t address, uint32_t parity, Site site);
 
 void copy_async(uint32_t to, const void *from, bool valid, Site site);

@@ -48,7 +48,7 @@ TEST(BackwardPlan, EveryInstanceRunsSomeProblem) {
 // Where the query heads of a group fill the SMs only if they are of several CTAs.
 TEST(BackwardPlan, HeadsOfAGroupAreOfSeveralCtasOnSmallGrids) {
   const Machine machine{Architecture::sm_90, 132, 50 << 20, 228 << 10};
-  BackwardParams b = problem(128, 128, 16, 0);
+  BackwardParams b = problem(128, 128, 16, 10);  // with modifications a tile has no pieces
   b.forward.num_heads_kv = 8;
   const auto parts = [&] { return make_backward_plan(b, machine).arguments.head_parts; };
   EXPECT_EQ(parts(), 2);  // 64 CTAs, or 128
@@ -60,6 +60,35 @@ TEST(BackwardPlan, HeadsOfAGroupAreOfSeveralCtasOnSmallGrids) {
   EXPECT_EQ(parts(), 2);  // the longest of 128 CTAs has twice the rows of the mean
   b.forward.num_seqs = 8;
   EXPECT_EQ(parts(), 1);
+}
+
+// Else few CTAs would have most of the work, or a last round of CTAs leave SMs idle.
+TEST(BackwardPlan, SmallGridsHaveEqualPartsOfTiles) {
+  const Machine machine{Architecture::sm_90, 132, 50 << 20, 228 << 10};
+  BackwardParams b = problem(128, 128, 16, 0);
+  Params &p = b.forward;
+  const auto pieces = [&] { return make_backward_plan(b, machine).arguments.num_pieces; };
+  EXPECT_EQ(pieces(), 0);  // 128 equal tiles, one of each SM but four
+  p.causal = 1;
+  EXPECT_EQ(pieces(), 132);
+  p.deterministic = 1;
+  EXPECT_EQ(pieces(), 0);
+  p.deterministic = 0, p.causal = 0, p.num_heads_kv = 8;
+  EXPECT_EQ(pieces(), 128);  // 64 equal tiles in two halves each
+  p.causal = 1;
+  EXPECT_EQ(pieces(), 132);
+  p.max_seqlen_q = p.max_seqlen_k = 2048;
+  EXPECT_EQ(pieces(), 132);
+  p.num_seqs = 8;  // 1024 tiles: the longest come first
+  EXPECT_EQ(pieces(), 0);
+  p.num_seqs = 1, p.max_seqlen_q = p.max_seqlen_k = 128;
+  EXPECT_EQ(pieces(), 0);  // pieces would be short
+  p.causal = 0, p.max_seqlen_q = 1024;
+  EXPECT_EQ(pieces(), 88);  // no shorter than 192 rows, and what a tile takes beside them
+  p.causal = 1, p.max_seqlen_k = 1024, p.window_left = 100;
+  EXPECT_EQ(pieces(), 132);
+  p.seqused_q = reinterpret_cast<const int32_t *>(16);
+  EXPECT_EQ(pieces(), 0);  // lengths may differ
 }
 
 TEST(BackwardPlan, HeadsTakeTurnsInSectionsOfEqualSize) {

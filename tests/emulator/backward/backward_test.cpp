@@ -127,6 +127,35 @@ TEST(Backward, HeadsOfSeveralCtas) {
   check(s, 9, Kernels::smallest, false);
 }
 
+// Every CTA has an equal part of all tiles, and leaves its sums of the last tile that it begins to the one that ends
+// it.
+TEST(Backward, EqualPartsOfTiles) {
+  const auto check_pieces = [](const BackwardSpec &s, uint64_t seed, Kernels which) {
+    BackwardProblem problem(s, seed);
+    const cuda::Machine machine{Architecture::sm_120f, s.sm_count, 1 << 20, 100 << 10};
+    EXPECT_GT(cuda::make_backward_plan(problem.params, machine).arguments.num_pieces, 0) << "problem " << seed;
+    check(s, seed, which);
+  };
+  BackwardSpec s;
+  s.sm_count = 7;
+  s.tokens = {330}, s.keys = {130}, s.heads_q = 2;
+  check_pieces(s, 20, Kernels::all);  // a tile is of three CTAs and more
+  s.sm_count = 16, s.heads_q = 4, s.heads_kv = 2, s.causal = true;
+  s.tokens = {200, 200, 200}, s.keys = {450, 450, 450}, s.heads_first = true;
+  check_pieces(s, 21, Kernels::smallest);  // a CTA has several tiles
+  s.tokens = {150}, s.keys = {700}, s.window_left = 100;
+  check_pieces(s, 22, Kernels::smallest);  // no row sees the first keys
+  s.tokens = {700}, s.wanted_q = false;
+  check_pieces(s, 23, Kernels::smallest);
+  s.wanted_k = false, s.wanted_q = true;
+  check_pieces(s, 24, Kernels::smallest);
+  s.wanted_v = false, s.wanted_k = true, s.head_dim = 40, s.head_dim_v = 24;
+  check(s, 25, Kernels::smallest, false);
+  s.heads_q = 2, s.heads_kv = 1, s.wanted_v = true, s.sm_count = 25;
+  s.tokens = {180}, s.keys = {4200}, s.window_left = -1, s.dlse = true, s.head_dim = s.head_dim_v = 64;
+  check_pieces(s, 26, Kernels::smallest);  // more tiles of a head than a warp has lanes
+}
+
 TEST(Backward, Sequences) {
   uint64_t seed = 50;
   for (const bool varlen_q : {false, true}) {

@@ -1,6 +1,6 @@
 // One backward kernel for the emulator, the counterpart of kernels/backward/backward.cu. CMake generates one source per
 // kernel that defines the same macros (kernels.json) and EMULATED_TILES (sm_120f) and includes this file.
-#include "backward/backward.cuh"
+#include "backward/kernel.cuh"
 
 #include "backward/problem.hpp"
 

@@ -271,7 +271,7 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
     o.threads = shape.threads;
     o.shared_bytes = shape.shared_bytes;
     o.seed = seed;
-    o.in_order = spec_.deterministic;
+    o.in_order = spec_.deterministic || plan.arguments.num_pieces > 0;
     return o;
   };
   const bool bfloat16 = kernel.dtype == FLASHSPARK_BFLOAT16;

@@ -17,6 +17,9 @@ inline void pair_wait(int32_t pair, int32_t number, FLASHSPARK_CALLER) {
 inline void mbarrier_init(SharedAddress barrier, uint32_t warps, FLASHSPARK_CALLER) {
   emulator::mbarrier_init(barrier, warps, site);
 }
+inline void mbarrier_invalidate(SharedAddress barrier, FLASHSPARK_CALLER) {
+  emulator::mbarrier_invalidate(barrier, site);
+}
 inline void mbarrier_arrive(SharedAddress barrier, FLASHSPARK_CALLER) {
   emulator::mbarrier(emulator::Operation::mbarrier_arrive, barrier, 0, site);
 }

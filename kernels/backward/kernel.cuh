@@ -1,0 +1,153 @@
+// What a CTA of the backward kernel does: its piece of the work, or one after another; keys and values before, dK and
+// dV behind the loop over blocks of rows (backward.cuh).
+#pragma once
+
+#include "backward/backward.cuh"
+#include "backward/column_loop.cuh"
+#include "backward/pieces.cuh"
+
+namespace flashspark {
+
+// Of the others a CTA has a whole tile.
+template <class T>
+inline constexpr bool kHasPieces = !T::kNative && !T::kColumns;
+
+// Where a piece's rows and keys are.
+struct PieceRows {
+  RowTile rows;
+  Keys keys;
+  SequenceMask mask;
+  Interval blocks;  // of a head
+  int32_t count;    // of all heads
+};
+template <class T>
+FLASHSPARK_DEVICE PieceRows rows_of(const BackwardArguments &a, const Piece &piece) {
+  const KeyTile &tile = piece.tile;
+  const SequenceRows in_use = queries_of(a, read_query_lengths(a, tile.seq));
+  RowTile rows{};
+  rows.seq = tile.seq;
+  rows.head_kv = tile.head_kv;
+  rows.seqlen_q = ptx::uniform(in_use.tokens);
+  rows.q_row = ptx::uniform(in_use.row);
+  const Keys keys = find_keys(a, tile.seq);
+  const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
+  const Interval blocks = uniform(visited_blocks<T>(a, mask, tile.first, rows.seqlen_q));
+  const int32_t end = piece.end < 0 ? (blocks.end - blocks.begin) * tile.num_heads_q : piece.end;
+  return {rows, keys, mask, blocks, end - piece.first};
+}
+
+template <class T>
+FLASHSPARK_DEVICE void copy_keys_and_values(const BackwardArguments &a, int32_t first, const PieceRows &p) {
+  KeyBounds visited = no_keys();
+  visited.visited[0] = {first, min_of(first + T::kKeys, p.keys.end)};
+  const KeyTileCopy<T> copy = make_tile_copy<T>(a, p.keys, visited);
+  const ptx::SharedAddress shared = ptx::shared_memory(), values = shared + T::kMemory.values;
+  make_tile_loader<T, KVOperand::key>(a, p.rows, p.keys).copy(copy, first / T::kKeys, shared);
+  make_tile_loader<T, KVOperand::value>(a, p.rows, p.keys).copy(copy, first / T::kKeys, values);
+  ptx::cp_async_commit();
+}
+
+// Whether the CTA has all sums of the piece's tile, and is to store them.
+template <class T>
+FLASHSPARK_DEVICE bool join_piece(const BackwardArguments &a, const Piece &piece, KeyGradient<T, T::kHeadDim> &dk,
+                                  KeyGradient<T, T::kHeadDimV> &dv) {
+  const PieceSums<T> sums{a};
+  if (piece.ends_tile) {
+    sums.join(piece, dk, dv);
+  } else if (piece.first < piece.end) {
+    sums.leave(dk, dv);
+    if (piece.rest < 0) sums.raise_flag();
+  }
+  return piece.ends_tile;
+}
+
+// dK and dV of a piece. Returns where the rest of the CTA's part ends (Piece::rest).
+template <class T>
+FLASHSPARK_DEVICE int32_t store_piece(BackwardLoop<T> &loop, bool has_pieces) {
+  const BackwardArguments &a = loop.a;
+  if constexpr (!kHasPieces<T>) {
+    store_gradients<T>(a, loop.dk, loop.dv, loop.shared);
+    return -1;
+  } else {
+    const Piece done = load_piece<T>();
+    if (T::kStages == RowStages::all && done.rest >= 0 && done.first < done.end) invalidate_barriers<T>(loop.shared);
+    if (!has_pieces || join_piece<T>(a, done, loop.dk, loop.dv))
+      store_gradients<T>(a, done.tile, loop.dk, loop.dv, loop.shared);
+    return done.rest;
+  }
+}
+
+FLASHSPARK_DEVICE RowWalk first_block(const Piece &piece, const PieceRows &rows) {
+  RowWalk at{rows.blocks.begin, rows.blocks.end, piece.tile.head_q, rows.blocks.begin};
+  if (piece.first == 0) return at;
+  const Quotient passed = split(piece.first, rows.blocks.end - rows.blocks.begin);
+  at.head += ptx::uniform(passed.quotient);
+  at.block += ptx::uniform(passed.remainder);
+  return at;
+}
+
+// Where the rest of the CTA's part ends (Piece::rest).
+template <class T>
+FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t rest) {
+  const ptx::SharedAddress shared = ptx::shared_memory();
+  const bool has_pieces = kHasPieces<T> && a.num_pieces > 0;
+  const Piece piece = has_pieces ? find_piece<T>(a, rest) : whole_tile(a);
+  const KeyTile &tile = piece.tile;
+  if (!tile.valid) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    return -1;
+  }
+  const PieceRows w = rows_of<T>(a, piece);
+  if (w.count > 0) copy_keys_and_values<T>(a, tile.first, w);
+  if constexpr (kHasPieces<T>) keep_piece<T>(piece);
+  if (has_pieces && rest != INT32_MAX)
+    PieceSums<T>{a}.raise_flag();  // of the first piece, whether or not it has left sums
+  // Keys, values and lengths are not of the previous kernel, which has waited itself for those that wrote them.
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+  PhiloxKey key{};
+  if constexpr (T::kNative) key = dropout_key(a.dropout);
+  const int32_t padded = first_padded_row(a, tile.seq, w.rows.q_row);
+  typename Turns<T>::State turns{};
+  if (a.dq_turns != nullptr) {
+    turns = {tile.first / T::kKeys, ceil_div(w.keys.end, T::kKeys), {0, 0}, padded / T::kRows};
+    if (turns.tile + 1 < turns.tiles) {
+      const Interval before = visited_blocks<T>(a, w.mask, tile.first + T::kKeys, w.rows.seqlen_q);
+      turns.before = uniform(Turns<T>::groups(before));
+    }
+    if constexpr (!T::kNative) Turns<T>::keep(turns);
+  }
+  if constexpr (T::kColumns) {
+    auto loop = make_column_loop<T>(a, w.mask, w.rows, tile.first, padded, Turns<T>{a, turns});
+    if (w.count > 0) loop.run(w.blocks, tile.head_q, w.count);
+    ptx::cta_barrier();  // as below
+    store_column_gradients<T>(loop);
+    return -1;
+  } else {
+    // clang-format off
+    BackwardLoop<T> loop{a, backward_mask<T>(a, w.mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
+                         make_row_loader<QueryLoader<T>>(a, w.rows, a.q, a.q_strides, a.head_dim),
+                         make_row_loader<GradientLoader<T>>(a, w.rows, a.dout, a.dout_strides, a.head_dim_v),
+                         shared, backward_offsets<T>(), key, Turns<T>{a, turns}, {}, {}, {}, {}, 0};
+    // clang-format on
+    if (w.count > 0) loop.run(first_block(piece, w), w.count);
+    ptx::cta_barrier();  // all are done with K, whose memory the results pass through
+    return store_piece<T>(loop, has_pieces);
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
+  // A second way into the loop, which no call takes, keeps the compiler from moving out of it what does not change in
+  // it: there are no registers for that.
+  int32_t rest = INT32_MAX;
+  if (a.num_pieces >= 0) goto first;
+  do {
+    ptx::cta_barrier();  // all are done with shared memory
+  first:
+    rest = backward_piece<T>(a, rest);
+  } while (kHasPieces<T> && rest >= 0);
+}
+
+}  // namespace flashspark

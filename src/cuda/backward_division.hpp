@@ -1,0 +1,23 @@
+// Among how many CTAs the main kernel of a backward pass divides its work. Pure arithmetic.
+#pragma once
+
+#include "backward/config.hpp"
+#include "cuda/plan.hpp"
+#include "problem.hpp"
+
+namespace flashspark::cuda {
+
+struct BackwardDivision {
+  int64_t head_parts = 1;   // CTAs of a tile of keys, each with as many query heads of the group
+  int64_t num_pieces = 0;   // > 0: CTAs with equal parts of all tiles (kernels/backward/pieces.cuh)
+  int64_t head_length = 1;  // with pieces: positions of the tiles of a KV head
+  double cost;              // about how long it takes, in products of a row with a key
+};
+
+// Key tiles of a KV head: of one sequence, or with cu_seqlens_k of all (bound).
+int64_t key_tiles_of_head(const Params &p, int64_t keys);
+
+// The fastest for an instance that can run p.
+BackwardDivision divide_backward(const BackwardInstance &instance, const Params &p, const Machine &machine);
+
+}  // namespace flashspark::cuda
