@@ -149,8 +149,8 @@ FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> 
   }
 }
 
-// The same for a pair of warps. The one that has S leaves P^T in 16 bits where dS^T will lie, and slopes, if there are
-// any, behind it, and keeps what dropout leaves of P^T ...
+// The same for a pair of warps. The one that has S leaves P^T where dS^T will lie, as fp16, which has three bits more
+// than bf16 where they count, and slopes, if there are any, behind it, and keeps what dropout leaves of P^T ...
 template <class T>
 FLASHSPARK_DEVICE void modified_probabilities(NativeScores<T> &mod, const ScoreTile<T> &scores,
                                               ptx::SharedAddress row_lse, ptx::SharedAddress bits, int32_t first_row,
@@ -173,7 +173,7 @@ FLASHSPARK_DEVICE void modified_probabilities(NativeScores<T> &mod, const ScoreT
       FLASHSPARK_UNROLL
       for (int32_t x = 0; x < 2; ++x) {
         const ptx::SharedAddress word = at + (m * 16 + x * 8) * Layout::kPitch;
-        ptx::store_shared_4(word, ptx::pack<typename T::Element>(probability[2 * x], probability[2 * x + 1]));
+        ptx::store_shared_4(word, ptx::pack<ptx::Float16>(probability[2 * x], probability[2 * x + 1]));
         if (capped) ptx::store_shared_4(word + kSlopes, ptx::pack<ptx::Float16>(slope[2 * x], slope[2 * x + 1]));
       }
     }
@@ -185,7 +185,6 @@ template <class T>
 FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<T> &gradients,
                                           ptx::SharedAddress row_delta, ptx::SharedAddress bits, int32_t first_row,
                                           ptx::SharedAddress from, uint32_t lane, ScoreOperand<T> &ds) {
-  using Element = typename T::Element;
   using Layout = typename T::ScoreLayout;
   constexpr int32_t kSlopes = T::kMemory.slopes - T::kMemory.dscores;
   const bool capped = mod.a.softcap > 0;
@@ -202,8 +201,8 @@ FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<
       FLASHSPARK_UNROLL
       for (int32_t x = 0; x < 2; ++x) {
         const uint32_t word = ptx::load_shared_4(at + (m * 16 + x * 8) * Layout::kPitch);
-        probability[2 * x] = ptx::to_float(Element{static_cast<uint16_t>(word)});
-        probability[2 * x + 1] = ptx::to_float(Element{static_cast<uint16_t>(word >> 16)});
+        probability[2 * x] = ptx::to_float(ptx::Float16{static_cast<uint16_t>(word)});
+        probability[2 * x + 1] = ptx::to_float(ptx::Float16{static_cast<uint16_t>(word >> 16)});
       }
       mod.derivative(m, j, probability, gradients.at[m][j], delta, kept, derivative);
       FLASHSPARK_UNROLL

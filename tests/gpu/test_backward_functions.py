@@ -160,6 +160,9 @@ def check(case: Case, seed: int, device: torch.device, function=attention):
         error, allowed = (x.double() - y).abs().max().item(), (peer[name].double() - exact[name]).abs().max().item()
         unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(x.dtype, 2**-14)
         bound = max(2 * allowed, unit * scale) + 1e-5 * scale + 1e-6
+        if scale < 1e-9:  # rows of one key: dp and dout * out are the same sum, whose float32 roundings are left
+            bound = 2**-20 * (dout.double().abs() @ given[2].double().abs().repeat_interleave(
+                HEADS // case.heads_kv, 1).transpose(-1, -2)).max().item()  # fmt: skip
         assert error <= bound, f"{name}: {error} > {bound} of {scale}, {case}, seed {seed}"
 
 
