@@ -247,7 +247,7 @@ CompileRequest backward_request_of(const Pair &pair) {
 // columns, or one of 256, few registers are left.
 const std::map<std::string, uint32_t> kKnownBackwardStacks = {
     {"d128_functions alibi lists", 24},
-    {"d128_functions relative_position lists", 8},
+    {"d128_functions relative_position lists", 24},
     {"d128_functions buckets lists", 8},
     {"d128_functions softcap lists", 8},
     {"d128_functions clip lists", 24},
