@@ -127,6 +127,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peers", type=Path, help=argparse.SUPPRESS)  # what tools/dev/gpu.sh passes to every bench
     arguments = parser.parse_args()
+    names = [name for name, *_ in functions(1)]
+    if unknown := [name for name in arguments.only or () if name not in names]:
+        parser.error(f"--only: there is no {', '.join(unknown)}; choose from {', '.join(names)}")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.manual_seed(0)
     found = []
