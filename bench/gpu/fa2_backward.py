@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from events import event_seconds
 
 # batch, query heads, KV heads, tokens, head size, and what the issue asks: full, causal
 ROWS = [
@@ -29,15 +30,6 @@ Call = Callable[[], object]
 
 def row_name(batch: int, heads: int, heads_kv: int, tokens: int, width: int, causal: bool) -> str:
     return f"B{batch} {heads}/{heads_kv} S{tokens} D{width} {'causal' if causal else 'full'}"
-
-
-def event_us(call: Call) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return 1e3 * start.elapsed_time(stop)
 
 
 def captured(call: Call, copies: int) -> Call:
@@ -63,7 +55,7 @@ def times(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            taken[name].append(event_us(call))
+            taken[name].append(1e6 * event_seconds(call))
     return {name: statistics.median(x) for name, x in taken.items()}
 
 

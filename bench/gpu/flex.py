@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import event_seconds
+from events import event_seconds
 
 SHAPES = {"A": (4, 32, 8, 4096, 128), "B": (1, 16, 16, 8192, 64), "C": (1, 32, 8, 16384, 128)}
 CALLS, ROUNDS = 5, 11

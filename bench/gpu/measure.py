@@ -14,6 +14,7 @@ from typing import Any
 
 import peers
 import torch
+from events import event_seconds
 from peers import Call
 from tensors import Inputs, rotation
 from workloads import Workload
@@ -21,15 +22,6 @@ from workloads import Workload
 Makers = dict[str, Callable[[Inputs], Call]]
 TOLERANCE = 0.05  # of results of normal inputs; one bf16 unit in the last place is 0.03 from 4 on
 REPLAY_S = 0.012  # target duration of one graph replay: long enough to hide launch gaps and let clocks settle
-
-
-def event_seconds(run: Call) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
 
 
 def warm(calls: list[Call]) -> float:
