@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kernel_list import Launch
 from measured_kernel import Measured
 from sass_clock import FULL_RATE, GEFORCE, LATENCY, OTHER_LATENCY, tensor_share, units
 
@@ -16,11 +17,13 @@ measurements: none of this ran on an SM12x GPU.**
 
 - *tile*: warps x rows a warp x keys, of which two key groups (g2) take half each, in pieces of so many keys (/16)
   where a warp does not hold all scores at once; 1 or 2 buffers of K and V; Q in registers (r) or shared memory (s).
+  Of gradients: warps x keys a warp x rows of a block, in pieces of so many rows; what the two warps of a pair have
+  apart (`kernels/backward/instances.def`).
 - *CTAs*: resident on an SM, by registers, shared memory (100 KB, 1 KB of it reserved a block) and 48 warps.
 - *HMMA ... other*: instructions of one warp for the keys that it takes at once, on the way that most tiles take:
   contiguous keys that need no mask, running maximum unmoved, score modifications off. *loop* counts the ways not taken
   as well. Of a tile in pieces it is the loop over the pieces, without the tile's barrier and copies: its share is
-  flattered.
+  flattered. Of pairs that share columns dQ is counted at both of the places where it stands, of which a warp takes one.
 - *next unit*: the busiest unit beside the tensor pipe on a full-rate part; its time as a share of the tensor pipe's.
 - *full rate*, *GeForce*: predicted share of time in which the tensor pipe works, in the inner loop, with these CTAs.
 
@@ -54,6 +57,20 @@ Assumed:
 """
 
 
+def forward_tile(tile: Launch) -> str:
+    groups = f" g{tile.key_groups}" if tile.key_groups > 1 else ""
+    pieces = f"/{tile.score_keys}" if tile.score_keys * tile.key_groups < tile.keys else ""
+    buffers = 1 if tile.buffering == "single_buffer" else 2
+    queries = "s" if tile.queries == "shared" else "r"
+    return f"{tile.warps}x{tile.warp_rows}x{tile.keys}{pieces}{groups}, {buffers} {queries}"
+
+
+def backward_tile(tile: Launch) -> str:
+    pieces = f"/{tile.score_rows}" if tile.score_rows < tile.rows else ""
+    sharing = "" if tile.sharing == "none" else f", pairs share {tile.sharing}"
+    return f"{tile.warps}x{tile.warp_keys}x{tile.rows}{pieces}{sharing}"
+
+
 def row(measured: Measured) -> list[str]:
     values, kernel, tile = measured.values, measured.kernel, measured.launch
     registers = f"{values['registers']} / {measured.allowed_registers}"
@@ -62,13 +79,10 @@ def row(measured: Measured) -> list[str]:
         return [measured.name, "", "", registers, str(values["spill_bytes"]), shared, *[""] * 9]
     way = measured.loop.path
     unit, share = units(way, FULL_RATE).busiest_beside_tensor()
-    groups = f" g{tile.key_groups}" if tile.key_groups > 1 else ""
-    pieces = f"/{tile.score_keys}" if tile.score_keys * tile.key_groups < tile.keys else ""
-    buffers = 1 if tile.buffering == "single_buffer" else 2
-    queries = "s" if tile.queries == "shared" else "r"
+    gradients = kernel.operation == "attention_backward"
     return [
-        kernel.instance + (" e4m3" if kernel.dtype == "e4m3" else ""),
-        f"{tile.warps}x{tile.warp_rows}x{tile.keys}{pieces}{groups}, {buffers} {queries}",
+        kernel.instance + (" gradients" if gradients else "") + (" e4m3" if kernel.dtype == "e4m3" else ""),
+        backward_tile(tile) if gradients else forward_tile(tile),
         str(measured.resident),
         registers,
         str(values["spill_bytes"]),
