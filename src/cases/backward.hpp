@@ -77,8 +77,12 @@ struct GradientComparison {
   double bound = 0;  // where the ratio is largest
   bool passed() const { return ratio <= 1.0; }
 };
-// With `magnitudes` the implementation may round P and dS to q's dtype, as tensor cores ask for.
+// With `magnitudes` the implementation may round P and dS to q's dtype, as tensor cores ask for; cut_sums: these also
+// cut sums off instead of rounding them.
 GradientComparison compare(BackwardProblem &problem, const Gradients &got, const Gradients &expected,
-                           const Gradients *magnitudes = nullptr);
+                           const Gradients *magnitudes = nullptr, bool cut_sums = true);
+// The same, with what `implementation` may do on this machine.
+GradientComparison compare_of(const std::string &implementation, BackwardProblem &problem, const Gradients &got,
+                              const Gradients &expected);
 
 }  // namespace flashspark::cases

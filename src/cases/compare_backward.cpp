@@ -28,7 +28,7 @@ namespace {
 //
 // Tensor cores take P and dS in 16 bits, so that a term of the three products is off by a roundoff of q's dtype, or by
 // two where warps hand P to each other before dS is made of it. magnitudes() says what that moves. They also cut sums
-// off instead of rounding them.
+// off instead of rounding them. CPUs that multiply bfloat16 in pairs take P and dS in 16 bits, too, and round sums.
 //
 // mass_j comes of the oracle, as dv for dout = 1. A key too many in a row of n changes dv by |dout| / n, and the others
 // in proportion: outside the bound for n < 10^4.
@@ -41,12 +41,13 @@ struct RowFacts {
 
 class Comparer {
  public:
-  Comparer(BackwardProblem &problem, const Gradients &expected, const Gradients *magnitudes)
+  Comparer(BackwardProblem &problem, const Gradients &expected, const Gradients *magnitudes, bool cut_sums)
       : problem_(problem),
         f_(problem.params.forward),
         spec_(problem.forward.spec()),
         expected_(expected),
-        magnitudes_(magnitudes) {
+        magnitudes_(magnitudes),
+        cut_sums_(magnitudes != nullptr && cut_sums) {
     roundoff_ = f_.q.dtype == FLASHSPARK_FLOAT16 ? 0x1p-11 : f_.q.dtype == FLASHSPARK_BFLOAT16 ? 0x1p-8 : 0x1p-24;
     smallest_ = f_.q.dtype == FLASHSPARK_FLOAT16 ? 0x1p-25 : f_.q.dtype == FLASHSPARK_BFLOAT16 ? 0x1p-134 : 0x1p-150;
     kept_ = 1 / (1 - double{f_.dropout_p});
@@ -89,7 +90,7 @@ class Comparer {
       for (int64_t i = 0; i < problem_.forward.seqlen_q(b); ++i) {
         for (int64_t h = 0; h < spec_.heads_q; ++h) {
           RowFacts row{};
-          row.relative = error_bound(problem_.forward, b, i, h).relative * (magnitudes_ != nullptr ? kTensorCores : 1);
+          row.relative = error_bound(problem_.forward, b, i, h).relative * (cut_sums_ ? kTensorCores : 1);
           // |out| <= kept * the longest v.
           row.product =
               2 * kept_ * problem_.norm_dout(b, i, h) * norms[static_cast<size_t>(h / group)] + problem_.dlse(b, i, h);
@@ -220,6 +221,7 @@ class Comparer {
   const Case &spec_;
   const Gradients &expected_;
   const Gradients *magnitudes_;
+  const bool cut_sums_;
   double squares_ = 0;  // of errors
   size_t elements_ = 0;
   double roundoff_, smallest_, kept_;
@@ -231,12 +233,22 @@ class Comparer {
 }  // namespace
 
 GradientComparison compare(BackwardProblem &problem, const Gradients &got, const Gradients &expected,
-                           const Gradients *magnitudes) {
+                           const Gradients *magnitudes, bool cut_sums) {
   for (const Gradients *each : {&got, &expected}) {
     if (each->status != FLASHSPARK_OK) return {std::numeric_limits<double>::infinity(), each->error};
     if (!each->trespass.empty()) return {std::numeric_limits<double>::infinity(), each->trespass};
   }
-  return Comparer(problem, expected, magnitudes).run(got);
+  return Comparer(problem, expected, magnitudes, cut_sums).run(got);
+}
+
+GradientComparison compare_of(const std::string &implementation, BackwardProblem &problem, const Gradients &got,
+                              const Gradients &expected) {
+  const bool tensor_cores = implementation == "cuda";
+  const bool in_pairs = implementation == "cpu-engine" && problem.params.forward.q.dtype == FLASHSPARK_BFLOAT16 &&
+                        std::string(flashspark_cpu_target()) == "AVX-512-BF16";
+  if (!tensor_cores && !in_pairs) return compare(problem, got, expected);
+  const Gradients most = magnitudes(problem);
+  return compare(problem, got, expected, &most, tensor_cores);
 }
 
 }  // namespace flashspark::cases

@@ -27,6 +27,13 @@ inline HWY_ATTR void tile_addresses(const BackwardTile &t, const flashspark_tens
   for (int64_t n = 0; n < t.count; ++n) to[n] = row + n * tensor.token_stride * size;
 }
 
+// Of all keys that products write to: whole row groups.
+inline HWY_ATTR void clear_sums(const BackwardTile &t, const ScoreMemory &m) {
+  const int64_t keys = (t.count + kRowGroup - 1) / kRowGroup * kRowGroup;
+  clear(m.dk, keys * m.pitch);
+  clear(m.dv, keys * m.pitch_v);
+}
+
 inline HWY_ATTR void begin_keys(const BackwardTile &t) {
   const Params &p = t.p->forward;
   const BackwardMemory m(t);
@@ -48,8 +55,7 @@ inline HWY_ATTR void begin_keys(const BackwardTile &t) {
     }
   };
   with_type(p.k.dtype, pack);
-  clear(m.dk, kBackwardKeys * m.pitch);
-  clear(m.dv, kBackwardKeys * m.pitch_v);
+  clear_sums(t, m);
 }
 
 // Rows of q or dout as floats times `scale`. Rows past the last repeat it. Returns whether all are finite.
@@ -105,9 +111,10 @@ inline HWY_ATTR void multiply_panels(const BackwardTile &t, const BackwardRows &
   }
 }
 
-// to (keys, width) += scores^T times rows, for the row groups that see six keys, in runs of neighbours.
-inline HWY_ATTR void multiply_transposed(const BackwardTile &t, const BackwardRows &w, const float *scores,
-                                         const float *rows, int64_t pitch, int64_t width, float *to) {
+// Calls product(x, n, begin, end) for every panel of columns x and six keys n with the rows [begin, end) of the row
+// groups that see one of these, in runs of neighbours.
+template <class Product>
+HWY_INLINE HWY_ATTR void for_seen_rows(const BackwardTile &t, const BackwardRows &w, int64_t width, Product &&product) {
   const auto sees = [&](int64_t g, int64_t n)
                         HWY_ATTR { return w.ranges[g].begin < n + kRowGroup && w.ranges[g].end > n; };
   for (int64_t x = 0; x < width; x += kPanel) {
@@ -119,11 +126,26 @@ inline HWY_ATTR void multiply_transposed(const BackwardTile &t, const BackwardRo
         }
         const int64_t first = g;
         while (g < w.groups && sees(g, n)) ++g;
-        const int64_t begin = first * kRowGroup, end = HWY_MIN(g * kRowGroup, static_cast<int64_t>(t.rows.rows));
-        multiply_rows<true>(scores + begin * kScorePitch + n, kScorePitch, rows + begin * pitch + x, pitch, end - begin,
-                            to + n * pitch + x, pitch);
+        product(x, n, first * kRowGroup, HWY_MIN(g * kRowGroup, static_cast<int64_t>(t.rows.rows)));
       }
     }
+  }
+}
+
+// to (keys, width) += scores^T times rows.
+inline HWY_ATTR void multiply_transposed(const BackwardTile &t, const BackwardRows &w, const float *scores,
+                                         const float *rows, int64_t pitch, int64_t width, float *to) {
+  for_seen_rows(t, w, width, [&](int64_t x, int64_t n, int64_t begin, int64_t end) HWY_ATTR {
+    multiply_rows<true>(scores + begin * kScorePitch + n, kScorePitch, rows + begin * pitch + x, pitch, end - begin,
+                        to + n * pitch + x, pitch);
+  });
+}
+
+// A row group's sums that a product will need next: those of dq come from far away where a head has many rows.
+HWY_INLINE HWY_ATTR void prefetch_sums(const float *c, int64_t c_stride) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t r = 0; r < kRowGroup; ++r) {
+    for (int64_t n = 0; n < kPanel; n += kLine) __builtin_prefetch(c + r * c_stride + n, 1);
   }
 }
 
@@ -134,6 +156,7 @@ inline HWY_ATTR void multiply_queries(const BackwardTile &t, const BackwardRows 
     for (int64_t g = 0; g < w.groups; ++g) {
       const GroupRange &range = w.ranges[g];
       if (range.begin >= range.end) continue;
+      if (g + 1 < w.groups) prefetch_sums(t.dq + (t.rows.row0 + (g + 1) * kRowGroup) * pitch + x, pitch);
       multiply_rows<false>(m.gradients + g * kRowGroup * kScorePitch + range.begin, kScorePitch,
                            m.keys + range.begin * m.pitch + x, m.pitch, range.end - range.begin,
                            t.dq + (t.rows.row0 + g * kRowGroup) * pitch + x, pitch);
@@ -164,17 +187,21 @@ inline HWY_ATTR void add_rows(const BackwardTile &t) {
   if (t.dq != nullptr) multiply_queries(t, w, m);
 }
 
-inline HWY_ATTR void end_keys(const BackwardTile &t) {
+// dk, times `scale`, and dv of the tile's keys.
+inline HWY_ATTR void store_keys(const BackwardTile &t, const ScoreMemory &m, float scale) {
   const BackwardParams &b = *t.p;
   const Params &p = b.forward;
-  const BackwardMemory m(t);
   for (int64_t n = 0; n < t.count; ++n) {
     const int64_t j = t.key + n, h = t.rows.h_kv;
     if (b.dk.data != nullptr)
-      store_row(m.dk + n * m.pitch, p.head_dim, 1.0f, b.dk.data, kv_offset(p, b.dk, t.rows.s, j, h), b.dk.dtype);
+      store_row(m.dk + n * m.pitch, p.head_dim, scale, b.dk.data, kv_offset(p, b.dk, t.rows.s, j, h), b.dk.dtype);
     if (b.dv.data != nullptr)
       store_row(m.dv + n * m.pitch_v, p.head_dim_v, 1.0f, b.dv.data, kv_offset(p, b.dv, t.rows.s, j, h), b.dv.dtype);
   }
+}
+
+inline HWY_ATTR void end_keys(const BackwardTile &t) {
+  store_keys(t, BackwardMemory(t), 1.0f);
 }
 
 // Dot products of kRowGroup pairs of rows, each summed in the order of multiply(): where a row has one key, whose v is

@@ -309,10 +309,14 @@ void Backward::store_slopes() const {
 
 size_t backward_scratch_floats(int64_t head_dim, int64_t head_dim_v) {
   const int64_t rows = backward_rows(head_dim, head_dim_v);
-  const int64_t of_keys = 2 * kBackwardKeys * (backward_pitch(head_dim) + backward_pitch(head_dim_v)) +
-                          kBackwardKeys * backward_pitch(head_dim);
-  const int64_t of_rows = rows * (backward_pitch(head_dim) + backward_pitch(head_dim_v) + 4 * kScorePitch);
-  return static_cast<size_t>(of_keys + of_rows + kRowGroup * kPackedKeys + 16 * kPitchPad);
+  const int64_t pitch = backward_pitch(head_dim), pitch_v = backward_pitch(head_dim_v);
+  const int64_t sums = kBackwardKeys * (pitch + pitch_v) + 4 * rows * kScorePitch + kRowGroup * kBackwardKeys;
+  const int64_t of_floats = kBackwardKeys * (2 * pitch + pitch_v) + rows * (pitch + pitch_v);
+  // Words of two elements, of the rows once across and once along.
+  const int64_t half_pitches = backward_pitch(head_dim / 2) + backward_pitch(head_dim_v / 2);
+  const int64_t of_pairs = kBackwardKeys / 2 * (2 * pitch + pitch_v) + rows * half_pitches +
+                           rows / 2 * (pitch + pitch_v) + rows * backward_pitch(kBackwardKeys / 2);
+  return static_cast<size_t>(sums + std::max(of_floats, of_pairs) + 16 * kPitchPad);
 }
 
 void apply_function_gradients(const BackwardTile &t, int64_t first, int64_t rows, int64_t key, int64_t count,

@@ -8,6 +8,7 @@
 #include <hwy/highway.h>
 
 #include "cpu/backward-inl.hpp"
+#include "cpu/backward_pairs-inl.hpp"
 
 #if HWY_ONCE
 #include <cstring>
@@ -19,6 +20,8 @@ constexpr BackwardKernels kAllBackwardKernels[] = {
 #define FLASHSPARK_BACKWARD_KERNELS(name, target) \
   {name, target::begin_keys, target::add_rows, target::end_keys, target::dot_rows, target::store_row},
 #if HWY_TARGETS & HWY_AVX3
+    {"AVX-512-BF16", N_AVX3::begin_keys_or_pairs, N_AVX3::add_rows_or_pairs, N_AVX3::end_keys_or_pairs,
+     N_AVX3::dot_rows_or_pairs, N_AVX3::store_row},
     FLASHSPARK_BACKWARD_KERNELS("AVX-512", N_AVX3)
 #endif
 #if HWY_TARGETS & HWY_AVX2

@@ -78,7 +78,7 @@ void BackwardPlan::find_heads() {
 // must not depend on these.
 int64_t BackwardPlan::shares_of(const BackwardHead &head) const {
   const auto num_heads = static_cast<int64_t>(heads.size());
-  const int64_t most = std::max<int64_t>(head.key_tiles() / 2, 1);
+  const int64_t most = std::max<int64_t>(head.key_tiles(), 1);
   if (f_.deterministic != 0) return std::clamp<int64_t>(kDeterministicParts / f_.num_heads_kv, 1, most);
   if (threads == 1 || num_heads >= 4 * threads) return 1;
   return std::clamp<int64_t>((4 * threads + num_heads - 1) / num_heads, 1, most);

@@ -13,33 +13,43 @@
 HWY_BEFORE_NAMESPACE();
 namespace flashspark::cpu::HWY_NAMESPACE {
 
-// The scratch memory of a pair of tiles. Columns between a width and its pitch hold anything: what products make of
-// them is not read.
-struct BackwardMemory {
-  int64_t pitch, pitch_v;                          // of rows of head_dim and of head_dim_v
-  float *key_panels, *value_panels;                // as pack_keys() leaves them: both transposed
-  float *keys;                                     // (kBackwardKeys, pitch), without NaN and infinity
-  float *dk, *dv;                                  // (kBackwardKeys, pitch | pitch_v)
-  float *q, *dout;                                 // (rows, pitch | pitch_v): q times softmax_scale
-  float *scores, *gradients, *cap_slopes, *given;  // (rows, kScorePitch)
-  float *kept;                                     // (kRowGroup, kPackedKeys): what dropout multiplies with
+// `floats` of the scratch memory from `next` on.
+inline HWY_ATTR float *take_floats(float *&next, int64_t floats) {
+  float *const taken = next;
+  next += (floats + kPitchPad - 1) / kPitchPad * kPitchPad;
+  return taken;
+}
 
-  HWY_ATTR explicit BackwardMemory(const BackwardTile &t) {
+// The part of a pair of tiles' scratch memory that is the same whatever multiplies: scores, and sums for the keys.
+// Columns between a width and its pitch hold anything: what products make of them is not read.
+struct ScoreMemory {
+  int64_t pitch, pitch_v;                          // of rows of head_dim and of head_dim_v
+  float *dk, *dv;                                  // (kBackwardKeys, pitch | pitch_v)
+  float *scores, *gradients, *cap_slopes, *given;  // (rows, kScorePitch)
+  float *kept;                                     // (kRowGroup, kBackwardKeys): what dropout multiplies with
+  float *rest;                                     // what follows is free
+
+  HWY_ATTR explicit ScoreMemory(const BackwardTile &t) {
     const int64_t d = t.p->forward.head_dim, d_v = t.p->forward.head_dim_v, rows = backward_rows(d, d_v);
     pitch = backward_pitch(d), pitch_v = backward_pitch(d_v);
-    float *next = t.scratch;
-    const auto take = [&](int64_t floats) HWY_ATTR {
-      float *const taken = next;
-      next += (floats + kPitchPad - 1) / kPitchPad * kPitchPad;
-      return taken;
-    };
-    key_panels = take(kBackwardKeys * d), value_panels = take(kBackwardKeys * d_v);
-    keys = take(kBackwardKeys * pitch);
-    dk = take(kBackwardKeys * pitch), dv = take(kBackwardKeys * pitch_v);
-    q = take(rows * pitch), dout = take(rows * pitch_v);
-    scores = take(rows * kScorePitch), gradients = take(rows * kScorePitch);
-    cap_slopes = take(rows * kScorePitch), given = take(rows * kScorePitch);
-    kept = take(kRowGroup * kPackedKeys);
+    rest = t.scratch;
+    dk = take_floats(rest, kBackwardKeys * pitch), dv = take_floats(rest, kBackwardKeys * pitch_v);
+    scores = take_floats(rest, rows * kScorePitch), gradients = take_floats(rest, rows * kScorePitch);
+    cap_slopes = take_floats(rest, rows * kScorePitch), given = take_floats(rest, rows * kScorePitch);
+    kept = take_floats(rest, kRowGroup * kBackwardKeys);
+  }
+};
+
+struct BackwardMemory : ScoreMemory {
+  float *key_panels, *value_panels;  // as pack_keys() leaves them: both transposed
+  float *keys;                       // (kBackwardKeys, pitch), without NaN and infinity
+  float *q, *dout;                   // (rows, pitch | pitch_v): q times softmax_scale
+
+  HWY_ATTR explicit BackwardMemory(const BackwardTile &t) : ScoreMemory(t) {
+    const int64_t d = t.p->forward.head_dim, d_v = t.p->forward.head_dim_v, rows = backward_rows(d, d_v);
+    key_panels = take_floats(rest, kBackwardKeys * d), value_panels = take_floats(rest, kBackwardKeys * d_v);
+    keys = take_floats(rest, kBackwardKeys * pitch);
+    q = take_floats(rest, rows * pitch), dout = take_floats(rest, rows * pitch_v);
   }
 };
 
@@ -90,7 +100,7 @@ inline HWY_ATTR Bounds bounds_of(const BackwardTile &t, const BackwardRows &w) {
 }
 
 // What is added to scores of natural units, and done to them: softcap, biases, the user's functions, lists.
-inline HWY_ATTR void modify_scores(const BackwardTile &t, const BackwardRows &w, const BackwardMemory &m) {
+inline HWY_ATTR void modify_scores(const BackwardTile &t, const BackwardRows &w, const ScoreMemory &m) {
   const Params &p = t.p->forward;
   for (int64_t r = 0; has_score_terms(p) && r < t.rows.rows; ++r) {
     const GroupRange &range = w.ranges[r / kRowGroup];
@@ -138,15 +148,15 @@ HWY_INLINE HWY_ATTR void clear(float *x, int64_t count) {
 
 // All scores of a row group: masks, then differentiate_row(). Keys outside the group's panels get zeros, since the
 // products for dk and dv read whole rows.
-inline HWY_ATTR void differentiate_group(const BackwardTile &t, const BackwardRows &w, const BackwardMemory &m,
+inline HWY_ATTR void differentiate_group(const BackwardTile &t, const BackwardRows &w, const ScoreMemory &m,
                                          int64_t group) {
   const Tile &rows = t.rows;
   const int64_t from = panel_begin(w.ranges[group]), to = panel_end(w.ranges[group]), count = to - from;
-  const int64_t known = HWY_MIN(to, t.count) - from;
+  const int64_t known = HWY_MIN(to, t.count) - from, columns = t.columns();
   const bool dropout = rows.dropout.any() || rows.dropout.scale != 1.0f;
   if (dropout) {
-    for (int64_t n = 0; n < kRowGroup * kPackedKeys; ++n) m.kept[n] = rows.dropout.scale;
-    if (rows.dropout.any()) drop_row_group(rows, group * kRowGroup, t.key + from, count, m.kept);
+    for (int64_t n = 0; n < kRowGroup * kBackwardKeys; ++n) m.kept[n] = rows.dropout.scale;
+    if (rows.dropout.any()) drop_row_group<kBackwardKeys>(rows, group * kRowGroup, t.key + from, count, m.kept);
   }
   for (int64_t n = 0; n < kRowGroup; ++n) {
     const int64_t r = group * kRowGroup + n;
@@ -154,18 +164,18 @@ inline HWY_ATTR void differentiate_group(const BackwardTile &t, const BackwardRo
     const float lse = r < rows.rows ? t.p->forward.lse[lse_offset(t.p->forward, rows.s, rows.token(r), rows.head(r))]
                                     : kMinusInfinity;
     if (lse == kMinusInfinity) {  // rows without keys, and those that only fill the group
-      clear(s, kBackwardKeys);
-      clear(g, kBackwardKeys);
+      clear(s, columns);
+      clear(g, columns);
       continue;
     }
-    clear(s, from), clear(s + to, kBackwardKeys - to);
-    clear(g, from), clear(g + to, kBackwardKeys - to);
+    clear(s, from), clear(s + to, columns - to);
+    clear(g, from), clear(g + to, columns - to);
     if (!w.masks[r].covers(t.key + from, t.key + from + known))
       apply_mask(w.masks[r], t.key + from, known, s + from, 1);
     for (int64_t j = from + known; j < to; ++j) s[j] = kMinusInfinity;
     const float common = t.common[rows.row0 + r];
     if (dropout) {
-      differentiate_row<true>(count, lse, common, m.kept + n * kPackedKeys, s + from, g + from);
+      differentiate_row<true>(count, lse, common, m.kept + n * kBackwardKeys, s + from, g + from);
     } else {
       differentiate_row<false>(count, lse, common, nullptr, s + from, g + from);
     }
@@ -174,7 +184,7 @@ inline HWY_ATTR void differentiate_group(const BackwardTile &t, const BackwardRo
 
 // From gradients of modified scores to those of products of q and k, one modification after the other; what each of
 // them depends on gets its part.
-inline HWY_ATTR void unmodify_scores(const BackwardTile &t, const BackwardRows &w, const BackwardMemory &m) {
+inline HWY_ATTR void unmodify_scores(const BackwardTile &t, const BackwardRows &w, const ScoreMemory &m) {
   const Params &p = t.p->forward;
   if (t.function_gradients != nullptr) {
     const Bounds b = bounds_of(t, w);

@@ -90,11 +90,12 @@ HWY_INLINE hn::Mask<DI> dropped_by(DI d, DropoutLimit limit, VI draws) {
 }
 
 // The weights of a row group, whose first row is `row`, for keys [key, key + count), which are whole vectors. Row after
-// row lies kPackedKeys further on. All rows are drawn first: a load of what was just stored in other pieces waits.
-inline HWY_NOINLINE HWY_ATTR void drop_row_group(const Tile &t, int64_t row, int64_t key, int64_t count,
-                                                 float *weights) {
+// row lies kPitch, the largest count, further on. All rows are drawn first: a load of what was just stored in other
+// pieces waits.
+template <int64_t kPitch>
+HWY_NOINLINE HWY_ATTR void drop_row_group(const Tile &t, int64_t row, int64_t key, int64_t count, float *weights) {
   // The first key is less than kKeyBlock behind the first draw, and the last one in a whole vector of counters.
-  constexpr int64_t kMost = kPackedKeys + kKeyBlock + 16 * kDraws;
+  constexpr int64_t kMost = kPitch + kKeyBlock + 16 * kDraws;
   HWY_ALIGN uint16_t draws[kRowGroup][kMost];
   const int64_t rows = t.rows - row < kRowGroup ? t.rows - row : kRowGroup;
   const int64_t from = t.leftpad + key, first = from / kKeyBlock * kKeyBlock;
@@ -102,7 +103,7 @@ inline HWY_NOINLINE HWY_ATTR void drop_row_group(const Tile &t, int64_t row, int
   const hn::ScalableTag<float> df;
   const hn::ScalableTag<int32_t> di;
   const hn::Rebind<uint16_t, decltype(di)> d16;
-  for (int64_t r = 0; r < rows; ++r, weights += kPackedKeys) {
+  for (int64_t r = 0; r < rows; ++r, weights += kPitch) {
     for (int64_t n = 0; n < count; n += kDraws) {
       const auto dropped =
           dropped_by(di, t.dropout.limit, hn::PromoteTo(di, hn::LoadU(d16, draws[r] + (from - first) + n)));

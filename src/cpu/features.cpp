@@ -18,9 +18,9 @@ struct Leaf {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;  // zeros where the CPU has no such leaf
 };
 
-Leaf leaf(uint32_t number) {
+Leaf leaf(uint32_t number, uint32_t part = 0) {
   Leaf l;
-  __get_cpuid_count(number, 0, &l.eax, &l.ebx, &l.ecx, &l.edx);
+  __get_cpuid_count(number, part, &l.eax, &l.ebx, &l.ecx, &l.edx);
   return l;
 }
 
@@ -44,6 +44,7 @@ Features features() {
       all(saved, kXmmYmm) && all(basic.ecx, bit_AVX | bit_FMA | bit_F16C) && all(extended.ebx, bit_AVX2 | bit_BMI2);
   f.avx512 = f.avx2 && all(saved, kMasksZmm) &&
              all(extended.ebx, bit_AVX512F | bit_AVX512VL | bit_AVX512DQ | bit_AVX512BW | bit_AVX512CD);
+  f.avx512_bf16 = f.avx512 && extended.eax >= 1 && all(leaf(7, 1).eax, bit_AVX512BF16);
   return f;
 }
 #else

@@ -63,6 +63,8 @@ struct Candidate {
 // Best first.
 constexpr Candidate kCandidates[] = {
 #if HWY_TARGETS & HWY_AVX3
+    // Only the backward pass has products of bfloat16 (backward_kernels.cpp).
+    {{"AVX-512-BF16", N_AVX3::run_tile, N_AVX3::widen_row, N_AVX3::narrow_row}, [] { return features().avx512_bf16; }},
     {{"AVX-512", N_AVX3::run_tile, N_AVX3::widen_row, N_AVX3::narrow_row}, [] { return features().avx512; }},
 #endif
 #if HWY_TARGETS & HWY_AVX2

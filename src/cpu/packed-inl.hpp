@@ -244,7 +244,7 @@ inline HWY_ATTR void softmax_packed(const Tile &t, PackedTile &w, int64_t key, i
       for (int64_t n = last; n < end; ++n) s[n - begin] = kMinusInfinity;
       softmax_row(s, end - begin, &w.row_max[r], &w.row_sum[r], w.o + r * w.width, w.width);
     }
-    if (t.dropout.any()) drop_row_group(t, g * kRowGroup, key + begin, end - begin, scores);
+    if (t.dropout.any()) drop_row_group<kPackedKeys>(t, g * kRowGroup, key + begin, end - begin, scores);
   }
 }
 

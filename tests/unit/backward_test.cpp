@@ -15,7 +15,7 @@ class BackwardMatrix : public testing::TestWithParam<Case> {};
 TEST_P(BackwardMatrix, EngineAgreesWithTheOracle) {
   BackwardProblem problem(GetParam());
   const Gradients expected = problem.run("cpu-reference"), got = problem.run("cpu-engine");
-  const GradientComparison c = compare(problem, got, expected);
+  const GradientComparison c = compare_of("cpu-engine", problem, got, expected);
   EXPECT_TRUE(c.passed()) << c.worst << ", ratio " << c.ratio;
 }
 
@@ -41,7 +41,8 @@ Case small_case() {
 TEST(Backward, TheComparisonSeesAWrongGradient) {
   BackwardProblem problem(small_case());
   const Gradients expected = problem.run("cpu-reference"), good = problem.run("cpu-engine");
-  ASSERT_TRUE(compare(problem, good, expected).passed()) << compare(problem, good, expected).worst;
+  const auto against = [&](const Gradients &got) { return compare_of("cpu-engine", problem, got, expected); };
+  ASSERT_TRUE(against(good).passed()) << against(good).worst;
   for (std::vector<float> Gradients::*field :
        {&Gradients::dq, &Gradients::dk, &Gradients::dv, &Gradients::dsinks, &Gradients::drel, &Gradients::dalibi}) {
     ASSERT_FALSE((good.*field).empty());
@@ -49,9 +50,9 @@ TEST(Backward, TheComparisonSeesAWrongGradient) {
     float largest = 0;
     for (const float x : good.*field) largest = std::max(largest, std::fabs(x));
     (wrong.*field)[(wrong.*field).size() / 2] += 0.05f * largest;
-    EXPECT_FALSE(compare(problem, wrong, expected).passed());
+    EXPECT_FALSE(against(wrong).passed());
     (wrong.*field)[(wrong.*field).size() / 2] = std::numeric_limits<float>::quiet_NaN();
-    EXPECT_FALSE(compare(problem, wrong, expected).passed());
+    EXPECT_FALSE(against(wrong).passed());
   }
 }
 
@@ -117,7 +118,7 @@ TEST(Backward, DeterministicGradientsDoNotDependOnTheThreads) {
     const Gradients one = problem.run("cpu-engine", 1);
     ASSERT_EQ(one.status, FLASHSPARK_OK) << one.error;
     for (const int threads : {2, 3, 8}) EXPECT_TRUE(same_bits(one, problem.run("cpu-engine", threads))) << threads;
-    const GradientComparison against = compare(problem, one, problem.run("cpu-reference"));
+    const GradientComparison against = compare_of("cpu-engine", problem, one, problem.run("cpu-reference"));
     EXPECT_TRUE(against.passed()) << against.worst;
   }
 }
@@ -128,7 +129,8 @@ TEST(Backward, SharedHeadsAgreeWithTheOracle) {
   c.heads_q = 2, c.heads_kv = 1;
   c.lens = {{300, 1300}, {100, 100}};
   BackwardProblem problem(c);
-  const GradientComparison against = compare(problem, problem.run("cpu-engine", 5), problem.run("cpu-reference"));
+  const GradientComparison against =
+      compare_of("cpu-engine", problem, problem.run("cpu-engine", 5), problem.run("cpu-reference"));
   EXPECT_TRUE(against.passed()) << against.worst;
 }
 

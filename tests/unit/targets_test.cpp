@@ -37,7 +37,9 @@ TEST(CpuFeatures, AreThoseThatTheSystemLists) {
   };
   ASSERT_TRUE(lists("sse4_2")) << line;
   EXPECT_EQ(cpu::features().avx2, lists("avx avx2 fma bmi2 f16c"));
-  EXPECT_EQ(cpu::features().avx512, lists("avx avx2 fma bmi2 f16c avx512f avx512vl avx512dq avx512bw avx512cd"));
+  const bool avx512 = lists("avx avx2 fma bmi2 f16c avx512f avx512vl avx512dq avx512bw avx512cd");
+  EXPECT_EQ(cpu::features().avx512, avx512);
+  EXPECT_EQ(cpu::features().avx512_bf16, avx512 && lists("avx512_bf16"));
 }
 #endif
 
@@ -175,7 +177,7 @@ TEST_P(Targets, GradientsAgreeWithTheOracle) {
     cases::BackwardProblem problem(matrix[n]);
     const cases::Gradients expected = problem.run("cpu-reference");
     const Use use(GetParam());
-    const cases::GradientComparison c = compare(problem, problem.run("cpu-engine"), expected);
+    const cases::GradientComparison c = compare_of("cpu-engine", problem, problem.run("cpu-engine"), expected);
     EXPECT_TRUE(c.passed()) << matrix[n].name << ": " << c.worst;
     ++compared;
   }

@@ -48,18 +48,16 @@ std::string why_failed(const cases::Comparison &c) {
 
 // Compares the problem's results with the oracle's and says why they are wrong. On the GPU tensor cores take the
 // probabilities in 16 bits.
-void compare(Outcome &o, cases::Problem &problem, const cases::Result &expected, bool on_gpu) {
+void compare(Outcome &o, cases::Problem &problem, const cases::Result &expected) {
+  const bool on_gpu = o.implementation == kGpuImplementation;
   std::vector<float> magnitudes;
   if (on_gpu) magnitudes = cases::magnitudes(problem);
   o.comparison = cases::compare(problem, problem.result(), expected, on_gpu ? &magnitudes : nullptr);
   o.reason = why_failed(o.comparison);
 }
 
-void compare(Outcome &o, cases::BackwardProblem &problem, const cases::Gradients &expected, bool on_gpu) {
-  cases::Gradients magnitudes;
-  if (on_gpu) magnitudes = cases::magnitudes(problem);
-  const cases::GradientComparison c =
-      cases::compare(problem, problem.result(), expected, on_gpu ? &magnitudes : nullptr);
+void compare(Outcome &o, cases::BackwardProblem &problem, const cases::Gradients &expected) {
+  const cases::GradientComparison c = cases::compare_of(o.implementation, problem, problem.result(), expected);
   o.comparison.max_error = c.max_error;
   o.comparison.rms_error = c.rms_error;
   o.comparison.bound = c.bound;
@@ -84,8 +82,7 @@ Outcome check(Problem &problem, const Expected &expected, const std::string &nam
   o.implementation = name;
   flashspark_status status = FLASHSPARK_OK;
   problem.poison();
-  const bool on_gpu = name == kGpuImplementation;
-  if (on_gpu) {
+  if (name == kGpuImplementation) {
     status = run_on(*gpu, problem, name, o.seconds);
   } else {
     o.seconds = time_call(problem, name.c_str(), threads, status);
@@ -97,7 +94,7 @@ Outcome check(Problem &problem, const Expected &expected, const std::string &nam
     o.state = Outcome::kFailed;
     o.reason = flashspark_last_error();
   } else {
-    compare(o, problem, expected, on_gpu);
+    compare(o, problem, expected);
     if (!o.comparison.passed()) o.state = Outcome::kFailed;
   }
   return o;

@@ -42,7 +42,8 @@ print("library", library.flashspark_version().decode())
 """
 
 
-X86_TARGETS = {"AVX-512": {"avx2", "fma", "avx512vl", "avx512dq", "avx512bw", "avx512cd"}, "AVX2": {"avx2", "fma"}}
+_AVX512 = {"avx2", "fma", "avx512vl", "avx512dq", "avx512bw", "avx512cd"}
+X86_TARGETS = {"AVX-512-BF16": {*_AVX512, "avx512_bf16"}, "AVX-512": _AVX512, "AVX2": {"avx2", "fma"}}
 
 
 class Failed(Exception):
