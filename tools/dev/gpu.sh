@@ -169,9 +169,11 @@ run_fuzz() {
 # run_parts NAME PROCESSES SECONDS TESTS ...: each process takes its part of the tests' cases. Compiling functions, or
 # building cases, keeps a core busy, so as many processes run as the host has cores, nearly.
 run_parts() {
-  local name=$1 count=$2 part number failed=0 pids=()
+  local name=$1 count=$2 part number failed=0 pids=() gpus
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
   for ((number = 0; number < count; ++number)); do
     part=$number/$count
+    if ((gpus > 1)); then export CUDA_VISIBLE_DEVICES=$((number % gpus)); fi  # parts are spread over all GPUs
     FLASHSPARK_PART=$part FLASHSPARK_MATRIX_PART=$part FLASHSPARK_RANDOM_PART=$part OMP_NUM_THREADS=1 \
       OPENBLAS_NUM_THREADS=1 test_with "$3" "${@:4}" --durations=3 >"$out/$name-$number.log" 2>&1 &
     pids+=($!)
