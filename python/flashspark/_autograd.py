@@ -61,6 +61,28 @@ def _places(lengths: tuple[int, ...], given: tuple[bool, ...]) -> _Places:
     )
 
 
+class Given(NamedTuple):
+    """What a call's functions and block lists come to."""
+
+    functions: Sequence[Any]  # native score_mod and mask_mod
+    scalars: Sequence[Sequence[float]]
+    captured: Sequence[Sequence[Array]]  # of both
+    blocks: Sequence[Array | None]  # four arrays, or none
+    block_size: tuple[int, int] | None
+
+
+def _given(functions: Functions) -> Given:
+    score, mask, lists = functions.traces()
+    both = (score, mask)
+    return Given(
+        [None if x is None else native(x) for x in both],
+        [[] if x is None else list(x.scalars) for x in both],
+        [() if x is None else x.tensors for x in both],
+        () if lists is None else (*lists.masked, *lists.full),
+        None if lists is None else lists.size,
+    )
+
+
 class Problem:
     """A call without its tensors, which are given to `Attention` in a row: those of q, k, v, the tail, what score_mod
     and mask_mod capture, and the block lists. Arrays of other libraries are kept here, as constants."""
@@ -77,18 +99,15 @@ class Problem:
         mode: _call.Mode | None,
         head: Sequence[Any],
         tail: Sequence[Any],
-        functions: Functions | None = None,
+        functions: Functions | Given | None = None,
     ) -> None:
         self.face, self.head = face, tuple(head)
         self.mode = _STRICT if mode is not None and mode.strict else None
         lengths, values = (_ROWS, len(tail), 0, 0, 0), [*tensors, *tail]
         if functions is not None:
-            score, mask, lists = functions.traces()
-            self.functions = [None if x is None else native(x) for x in (score, mask)]
-            self.scalars = [[] if x is None else list(x.scalars) for x in (score, mask)]
-            self.block_size = None if lists is None else lists.size
-            blocks = () if lists is None else (*lists.masked, *lists.full)
-            parts = [*(() if x is None else x.tensors for x in (score, mask)), blocks]
+            given_functions = functions if isinstance(functions, Given) else _given(functions)
+            self.functions, self.scalars, captured, blocks, self.block_size = given_functions
+            parts = [*captured, blocks]
             lengths = (*lengths[:2], *map(len, parts))
             values += [x for part in parts for x in part]
         given = tuple([isinstance(x, torch.Tensor) for x in values])

@@ -1,20 +1,24 @@
-"""FlashAttention 4's functions and block lists in flashspark.torch_ops: two operators, and the functions' arguments.
+"""FlashAttention 4's functions and block lists in flashspark.torch_ops: the operators, and the functions' arguments.
 
-flashspark::attention_functions and flashspark::attention_functions_out are the operators of attention with functions,
-as the texts of their graphs, what these capture, and lists of blocks. torch.compile keeps them in its graph. A function
-is traced while the call is compiled. What it refers to is guarded, so that a change compiles anew, but for the contents
-of tensors, which are inputs of the graph.
+flashspark::attention_functions, its gradients (.._backward) and flashspark::attention_functions_out are the operators
+of attention with functions, as the texts of their graphs, what these capture, and lists of blocks. torch.compile keeps
+them in its graph. A function is traced while the call is compiled. What it refers to is guarded, so that a change
+compiles anew, but for the contents of tensors, which are inputs of the graph.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 
 from . import _core
+from ._autograd import Given, Problem, below_transforms, refuse
+from ._backward import Forward
+from ._call import Mode
 from ._trace import trace, traced
 from ._user_functions import Lists, extras_of, native_of_text, padded
 from .mods import Scalar
@@ -29,19 +33,23 @@ _MORE = f"{_FUNCTIONS}, {', '.join(f'Tensor? {name}' for name in _LISTS)}, SymIn
 class Base(NamedTuple):
     """What flashspark.torch_ops has for its own operators, which this module does not import.
 
-    given: the schema of q, k, v and the options, `count` arguments. results, compute, through: its functions of these
-    names. same_device, words: those that check devices and name arguments.
+    given: the schema of q, k, v and the options, `count` arguments; the options' tail begins at `first_tail`. results,
+    compute, through, found_gradients, fake_gradients: its functions of these names. same_device, words: those that
+    check devices and name arguments.
     """
 
     library: torch.library.Library
     namespace: str
     given: str
     count: int
+    first_tail: int
     results: Callable[..., Any]
     compute: Callable[..., Any]
     through: Callable[..., Any]
     same_device: Callable[..., Any]
     words: Callable[..., Any]
+    found_gradients: Callable[..., Any]
+    fake_gradients: Callable[..., Any]
 
 
 @functools.lru_cache(maxsize=256)
@@ -49,16 +57,52 @@ def _native(kind: str, text: str) -> Any:
     return native_of_text(kind, text)
 
 
+def _given(more: Sequence[Any]) -> Given:
+    """What an operator is given behind its options."""
+    score, score_tensors, score_scalars, mask, mask_tensors, mask_scalars, *lists, size_q, size_k = more
+    functions = [_native(kind, text) if text else None for kind, text in (("score", score), ("mask", mask))]
+    captured, scalars = (score_tensors, mask_tensors), (score_scalars, mask_scalars)
+    if lists[0] is None:
+        return Given(functions, scalars, captured, (), None)
+    return Given(functions, scalars, captured, lists, (size_q, size_k))
+
+
+def _extras(given: Given) -> tuple[Any, ...]:
+    """The same as native calls take it."""
+    a, b, c, d = given.blocks or [None] * 4
+    lists = None if given.block_size is None else Lists((a, b), (c, d), given.block_size)
+    return extras_of(list(zip(given.functions, given.captured)), lists, given.scalars)
+
+
 def _with_functions(more: Sequence[Any]) -> Callable[..., Any]:
     """The native call with what an operator is given behind its options."""
-    score, score_tensors, score_scalars, mask, mask_tensors, mask_scalars, *lists, size_q, size_k = more
-    functions = [
-        (_native(kind, text) if text else None, held)
-        for kind, text, held in (("score", score, score_tensors), ("mask", mask, mask_tensors))
-    ]
-    blocks = None if lists[0] is None else Lists((lists[0], lists[1]), (lists[2], lists[3]), (size_q, size_k))
-    extras = extras_of(functions, blocks, (score_scalars, mask_scalars))
+    extras = _extras(_given(more))
     return lambda *args: _core.attention_forward(*padded(args), *extras)
+
+
+class _OnOperators(Problem):
+    """A call whose passes are the operators with functions."""
+
+    def __init__(self, base: Base, args: Sequence[Any]) -> None:
+        (*given, _, face, strict), more = args[: base.count + 3], args[base.count + 3 :]
+        head, tail = given[3 : base.first_tail], given[base.first_tail :]
+        super().__init__(face, given[:3], Mode(strict=strict), head, tail, _given(more))
+        self.operators, self.texts = getattr(torch.ops, base.namespace), (more[0], more[3])
+
+    def _operands(self, tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """q, k, v and the options, and what follows them."""
+        rows, tail, score, mask, blocks = self.parts(tensors)
+        more = [self.texts[0], score, self.scalars[0], self.texts[1], mask, self.scalars[1]]
+        return [*rows, *self.head, *tail], [*more, *(blocks or [None] * 4), *(self.block_size or (0, 0))]
+
+    def forward(self, tensors):
+        given, more = self._operands(tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.operators.attention_functions(*given, True, self.face, self.mode is not None, *more)
+
+    def backward(self, wanted, dout, dlse, tensors, out, lse):
+        given, more = self._operands(tensors)
+        return self.operators.attention_functions_backward(dout, dlse, out, lse, *given, wanted, self.face, *more)
 
 
 def register(base: Base) -> Callable[..., Any]:
@@ -83,15 +127,46 @@ def register(base: Base) -> Callable[..., Any]:
     def fake_functions_out(*args):
         base.same_device(*_named(base, args, ("out", "lse")))
 
+    def differentiable(*args):
+        """The kernel for autograd. With gradients lse is computed even if it is not wanted."""
+        tensors = [x for x in _named(base, args, ("want_lse",))[0] if isinstance(x, torch.Tensor)]
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops, base.namespace).attention_functions(*args)
+        refuse(args[count + 1], (*args[:3], None, None, *args[3:count]))
+        return below_transforms(_OnOperators(base, args), *tensors)
+
+    def backward(dout, dlse, out, lse, *args):
+        (q, k, v, *options), (wanted, face, *more) = args[:count], args[count:]
+        head, given = base.first_tail - 3, _given(more)
+        forward = Forward(
+            *(face, (q, k, v), out, lse, options[:head], options[head:]), _extras(given), given.captured[0]
+        )
+        return base.found_gradients(forward, dout, dlse, wanted)
+
+    def fake_backward(dout, dlse, out, lse, *args):
+        (q, k, v, *options), (wanted, _, *more) = args[:count], args[count:]
+        return base.fake_gradients((q, k, v), options, wanted, more[1])
+
     schema = f"attention_functions({base.given}, bool want_lse, int face, bool strict, {_MORE}) -> (Tensor, Tensor)"
-    _add(base, schema, functions, fake_functions, ("want_lse",))
+    _add(base, schema, functions, fake_functions, ("want_lse",), differentiable)
+    given = f"Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {base.given}, bool[] wanted, int face"
+    _add(base, f"attention_functions_backward({given}, {_MORE}) -> Tensor[]", backward, fake_backward, None)
     given = f"{base.given}, Tensor(a!) out, Tensor(b!)? lse"
     schema = f"attention_functions_out({given}, int face, bool strict, {_MORE}) -> ()"
     _add(base, schema, functions_out, fake_functions_out, ("out", "lse"))
     return functools.partial(_attending, base)
 
 
-def _add(base: Base, schema: str, kernel: Any, fake: Any, others: tuple[str, ...]) -> None:
+def _add(
+    base: Base,
+    schema: str,
+    kernel: Any,
+    fake: Any,
+    others: tuple[str, ...] | None,
+    differentiable: Callable[..., Any] | None = None,
+) -> None:
+    """others: the arguments between the options and face; None: of a backward pass, whose tensors have no names."""
     base.library.define(schema)
     name = schema.partition("(")[0]
     for device in ("CPU", "CUDA", "CompositeExplicitAutograd"):
@@ -101,16 +176,16 @@ def _add(base: Base, schema: str, kernel: Any, fake: Any, others: tuple[str, ...
 
     def without_gradients(*args):
         if torch.is_grad_enabled():
-            for x, word in zip(*_named(base, args, others)):
+            for x, word in zip(*(_named(base, args, others) if others else _flat(args, repeat("an argument")))):
                 if isinstance(x, torch.Tensor) and x.requires_grad:
                     raise ValueError(
                         f"{word}.requires_grad = True: must be False, or call under torch.no_grad(): "
-                        "flashspark computes inference only"
+                        "no gradient is computed for it"
                     )
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    base.library.impl(name, without_gradients, "Autograd")
+    base.library.impl(name, differentiable or without_gradients, "Autograd")
 
 
 def _named(base: Base, args: tuple[Any, ...], others: tuple[str, ...]) -> tuple[list[Any], list[str]]:
@@ -118,6 +193,11 @@ def _named(base: Base, args: tuple[Any, ...], others: tuple[str, ...]) -> tuple[
     words = [*base.words(args[base.count + len(others)]), *others, "face", "strict"]
     words += [f"{kind}_mod's {what}" for kind in ("score", "mask") for what in ("graph", "tensor", "scalar")]
     words += [f"block_sparse_tensors.{name}" for name in _LISTS]
+    return _flat(args, words)
+
+
+def _flat(args: Iterable[Any], words: Iterable[str]) -> tuple[list[Any], list[str]]:
+    """Arguments, those in lists one by one, and their names."""
     values: list[Any] = []
     names: list[str] = []
     for word, x in zip(words, args):
@@ -143,7 +223,8 @@ def _attending(
     for i, x in enumerate(aux):
         _require_tensor(f"aux_tensors[{i}]", x)
     numbers = list(aux_scalars or ())
-    more = [*_operands("score", score_mod, aux, numbers), *_operands("mask", mask_mod, aux, numbers)]
+    score, detaching = _operands("score", score_mod, aux, numbers)
+    more = [*score, *_operands("mask", mask_mod, aux, numbers)[0]]
     if lists is None:
         more += [None, None, None, None, 0, 0]
     else:
@@ -153,6 +234,13 @@ def _attending(
                 _require_tensor(f"block_sparse_tensors.{name}", x)
 
     def run(face, tensors, out, lse, want_lse, mode, head, tail):
+        if detaching is not None and torch.is_grad_enabled():
+            given = (*tensors, *tail, *more[1])
+            if any([x.requires_grad for x in given if isinstance(x, torch.Tensor)]):
+                raise NotImplementedError(
+                    f"score_mod = the function at {detaching}, which calls detach(): must not where a gradient is "
+                    "wanted; detach captured tensors outside of it"
+                )
         operators = getattr(torch.ops, base.namespace)
 
         def operator(settled, out, lse, want_lse, strict):
@@ -171,15 +259,18 @@ def _require_tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name} = {type(x).__name__}: must be a torch tensor in flashspark.torch_ops")
 
 
-def _operands(kind: str, function: Any, aux: list[torch.Tensor], numbers: list[float]) -> tuple[str, list, list]:
-    """A function's graph, tensors and scalars."""
+def _operands(
+    kind: str, function: Any, aux: list[torch.Tensor], numbers: list[float]
+) -> tuple[tuple[str, list, list], str | None]:
+    """A function's graph, tensors and scalars; and where it stands, if it calls detach()."""
     if function is None:
-        return "", [], []
+        return ("", [], []), None
     if not torch.compiler.is_dynamo_compiling():
         found = traced(function, kind, "fa4", aux, numbers or None)
         for x in found.tensors:
             _require_tensor(f"{kind}_mod's captured tensor", x)
-        return found.text, list(found.tensors), [float(x) for x in found.scalars]
+        parts = found.text, list(found.tensors), [float(x) for x in found.scalars]
+        return parts, found.location if found.detaches else None
     _watch(function)
     kinds = tuple((x.dtype, x.dim()) for x in aux)
     types = tuple(isinstance(x, int) for x in numbers)
@@ -188,9 +279,9 @@ def _operands(kind: str, function: Any, aux: list[torch.Tensor], numbers: list[f
         # A range has constants where torch.compile knows a symbol.
         shapes = tuple(tuple(range(size).stop for size in x.shape) for x in aux)
         made = _graph(function, kind, kinds, types, shapes)
-    text, tensors, captured, scalars = made
+    text, tensors, captured, scalars, detaching = made
     held = [captured[place] if own else aux[place] for own, place in tensors]
-    return text, held, [float(value) if place < 0 else float(numbers[place]) for place, value in scalars]
+    return (text, held, [float(value) if place < 0 else float(numbers[place]) for place, value in scalars]), detaching
 
 
 def _watch(function: Any) -> None:
@@ -232,7 +323,8 @@ def _cells(function: Any, _: None) -> tuple[tuple[bool, Any], ...]:
 
 @torch._dynamo.assume_constant_result
 def _graph(function: Any, kind: str, kinds: tuple, types: tuple[bool, ...], shapes: tuple | None) -> Any:
-    """(text, for each tensor (whether it is captured, its place), captured tensors, for each scalar (place, value)).
+    """(text, for each tensor (whether it is captured, its place), captured tensors, for each scalar (place, value),
+    where the function stands if it calls detach()).
 
     kinds: types and ranks of aux_tensors. types: for each of aux_scalars whether it is an int. None if the graph
     depends on the shapes of aux_tensors, which must then be given.
@@ -254,7 +346,7 @@ def _graph(function: Any, kind: str, kinds: tuple, types: tuple[bool, ...], shap
     scalars = [(-1, x.value) if isinstance(x, Scalar) else (x.place, 0.0) for x in found.numbers]
     values = [x for x in found.numbers if isinstance(x, Scalar)]
     _guard(function, found.guards, values)
-    return found.text, tuple(tensors), captured, tuple(scalars)
+    return found.text, tuple(tensors), captured, tuple(scalars), found.location if found.detaches else None
 
 
 def _guard(function: Any, guards: Any, scalars: Iterable[Scalar]) -> None:

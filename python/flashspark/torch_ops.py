@@ -12,8 +12,8 @@ checks the attention's arguments only after it has written the new rows into the
 The operators are flashspark::attention, which returns (out, lse), flashspark::attention_backward, its gradients,
 flashspark::attention_out, which fills given tensors, and flashspark::append_kv. Their arguments are those of
 bindings/signature.def, in its order; `face` says whose names errors use. Calls with score_mod, mask_mod or
-block_sparse_tensors have operators of their own (_torch_functions.py), without gradients. A tensor that requires
-gradients raises ValueError where none is computed.
+block_sparse_tensors have operators of their own (_torch_functions.py). A tensor that requires gradients raises
+ValueError where none is computed.
 """
 
 from __future__ import annotations
@@ -149,14 +149,25 @@ def _attention_backward(dout, dlse, out, lse, q, k, v, *rest):
     options, (wanted, *more) = rest[: len(_NAMES)], rest[len(_NAMES) :]
     face = more[0] if more else 0
     forward = Forward(face, (q, k, v), out, lse, options[:_HEAD], options[_HEAD:])
+    return tuple(_found_gradients(forward, dout, dlse, wanted))
+
+
+def _found_gradients(forward, dout, dlse, wanted):
+    """_backward.gradients, with an empty tensor in place of one that is not wanted."""
+    empty = forward.tensors[0].new_empty
     found = gradients(forward, dout, dlse, wanted)
-    return tuple(q.new_empty(0) if x is None else x.contiguous() if x.shape[-1] % _STEP else x for x in found)
+    return [empty(0) if x is None else x.contiguous() if x.dim() and x.shape[-1] % _STEP else x for x in found]
 
 
 def _fake_attention_backward(dout, dlse, out, lse, q, k, v, *rest):
     options, (wanted, *_) = rest[: len(_NAMES)], rest[len(_NAMES) :]
-    arguments = (q, k, v, *(options[_HEAD + in_tail(name)] for name in ARGUMENTS[3:]))
-    made = []
+    return tuple(_fake_gradients((q, k, v), options, wanted))
+
+
+def _fake_gradients(tensors, options, wanted, captured=()):
+    """Uninitialised gradients of ARGUMENTS and of what score_mod captures."""
+    arguments = (*tensors, *(options[_HEAD + in_tail(name)] for name in ARGUMENTS[3:]), *captured)
+    q, made = tensors[0], []
     for i, (x, want) in enumerate(zip(arguments, wanted)):
         if not want:
             made.append(q.new_empty(0))
@@ -164,7 +175,7 @@ def _fake_attention_backward(dout, dlse, out, lse, q, k, v, *rest):
             made.append(torch.empty_like(x) if padded(x.shape[-1], _STEP) == x.shape[-1] else x.new_empty(x.shape))
         else:
             made.append(x.new_empty(x.shape, dtype=torch.float32))
-    return tuple(made)
+    return made
 
 
 class _OnOperators(Problem):
@@ -339,7 +350,8 @@ def _through(operator, face, tensors, out, lse, want_lse, mode, head, tail):
 
 _attend.with_functions = _torch_functions.register(
     _torch_functions.Base(
-        _library, NAMESPACE, _GIVEN, 3 + len(_NAMES), _results, _compute, _through, _same_device, _words
+        *(_library, NAMESPACE, _GIVEN, 3 + len(_NAMES), 3 + _HEAD, _results, _compute, _through),
+        *(_same_device, _words, _found_gradients, _fake_gradients),
     )
 )
 

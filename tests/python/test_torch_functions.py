@@ -275,6 +275,94 @@ def test_meta_tensors():
         torch_ops.flash_attn_func(*args, score_mod=weighted, aux_tensors=[aux[0], TOKENS])
 
 
+def trained(call, function, wanted=("q", "k", "v", "aux")):
+    """Gradients of a call's tensors, of those in `wanted`, from those of out and of lse."""
+    name, args, options = CALLS[call]
+    leaves = dict(zip(("q", "k", "v"), (x.clone() for x in args[:3])))
+    aux = [x.clone() for x in options.get("aux_tensors", ())]
+    tensors = [x.requires_grad_() for word, x in leaves.items() if word in wanted]
+    tensors += [x.requires_grad_() for x in aux if "aux" in wanted]
+    options = options | ({"aux_tensors": aux} if aux else {})
+    out, lse = function(name)(*leaves.values(), *args[3:], return_softmax_lse=True, **options)
+    (out.float().square().sum() + lse.sin().sum()).backward()
+    return [x.grad for x in tensors]
+
+
+DIFFERENTIABLE = [call for call in CALLS if call != "cache"]
+
+
+@pytest.mark.parametrize("how", ["operators", "eager", "aot_eager"])
+@pytest.mark.parametrize("call", DIFFERENTIABLE)
+def test_gradients_are_those_of_the_package(call, how):
+    want = trained(call, lambda name: getattr(flashspark, name))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(how) if how != "operators" else None
+
+    def operators(name):
+        function = getattr(torch_ops, name)
+        return function if counter is None else torch.compile(function, fullgraph=True, backend=counter)
+
+    got = trained(call, operators)
+    assert all(x is not None and x.abs().max() > 0 for x in got) and equal(got, want)
+    assert counter is None or counter.frame_count == 1
+
+
+@pytest.mark.parametrize("how", ["operators", "aot_eager"])
+@pytest.mark.parametrize("wanted", [("q",), ("k", "v"), ("aux",)])
+def test_gradients_of_some_tensors(wanted, how):
+    torch._dynamo.reset()
+
+    def operators(name):
+        function = getattr(torch_ops, name)
+        return function if how == "operators" else torch.compile(function, fullgraph=True, backend=how)
+
+    got = trained("both", operators, wanted)
+    assert got and equal(got, trained("both", lambda name: getattr(flashspark, name), wanted))
+
+
+@pytest.mark.parametrize("call", DIFFERENTIABLE)
+def test_schema_and_fake_kernel_of_the_backward_pass(call):
+    operator, args, kwargs = operands(call)
+    q, k, v, *rest = (x.clone().requires_grad_() if i < 3 else x for i, x in enumerate(args))
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, (q, k, v, *rest), kwargs, test_utils=tests)
+
+
+def test_gradients_that_are_not_computed_are_refused():
+    q, k, v = dense()
+    q.requires_grad_()
+    given = {"score_mod": weighted, "aux_tensors": [SLOPES, TOKENS]}
+    with pytest.raises(ValueError, match=r"q\.requires_grad = True.*no_grad"):
+        torch_ops.flash_attn_func(q, k, v, out=torch.empty(q.shape), **given)
+    with torch.no_grad():
+        torch_ops.flash_attn_func(q, k, v, out=torch.empty(q.shape), **given)
+    name, args, options = CALLS["cache"]
+    aux = [SLOPES.clone().requires_grad_(), TOKENS]
+    with pytest.raises(ValueError, match=r"captured tensor\.requires_grad = True.*for flash_attn_with_kvcache"):
+        getattr(torch_ops, name)(*args, **(options | {"aux_tensors": aux}))
+    out = torch_ops.flash_attn_func(q, k, v, **given)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        dq.sum().backward()
+
+
+def detaching(score, b_idx, h_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
+    return score + aux_tensors[0][h_idx].detach()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_functions_that_detach_are_refused(compile):
+    torch._dynamo.reset()
+    function = torch_ops.flash_attn_func
+    function = torch.compile(function, backend="eager", fullgraph=True) if compile else function
+    q, k, v = dense()
+    assert not function(q, k, v, score_mod=detaching, aux_tensors=[SLOPES]).requires_grad
+    errors = (NotImplementedError, torch._dynamo.exc.TorchDynamoException)
+    for tensors, slopes in (((q.clone().requires_grad_(), k, v), SLOPES), ((q, k, v), SLOPES.clone().requires_grad_())):
+        with pytest.raises(errors if compile else NotImplementedError, match=r"which calls detach\(\)"):
+            function(*tensors, score_mod=detaching, aux_tensors=[slopes])
+
+
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
     ("options", "error", "match"),
@@ -292,11 +380,6 @@ def test_meta_tensors():
             "`if`: write torch.where",
         ),
         ({"block_sparse_tensors": lists(rows=9)}, ValueError, r"block_sparse_tensors\.mask_block_cnt\.shape"),
-        (
-            {"score_mod": weighted, "aux_tensors": [SLOPES.clone().requires_grad_(), TOKENS]},
-            ValueError,
-            r"score_mod's tensor 0\.requires_grad = True",
-        ),
     ],
 )
 def test_errors(options, error, match, compile):
