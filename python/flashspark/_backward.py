@@ -26,6 +26,9 @@ _SCHEDULE = in_tail("scheduler_metadata")
 # The arguments that have gradients, in the order in which `gradients` takes and gives them.
 ARGUMENTS = ("q", "k", "v", "sinks", "rel_logits", "alibi_slopes")
 _ROWS = len("qkv")
+_QKV = ARGUMENTS[:_ROWS]
+_ONLY_QKV = tuple(name in _QKV for name in ARGUMENTS)
+_NAMES = frozenset((*ARGUMENTS, "aux_tensors"))
 
 
 class Forward(NamedTuple):
@@ -61,6 +64,7 @@ def gradients(
     learn_torch(q)
     if not explain and (found := _direct(forward, dout, dlse, wanted, given)) is not None:
         return found
+    given = [None if x is None else array(f"d{name}", x, written=True) for name, x in zip("qkv", given)]
     tail = [*forward.tail, *NO_TAIL[len(forward.tail) :]]
     tail[_SCHEDULE] = None
     args = settled(ATTENTION, face, (0, 0, q, k, v, None, None, *forward.head, *tail))
@@ -123,7 +127,13 @@ def _direct(
         extras or captured or len(tail) > FLOATS or (len(tail) > _SCHEDULE and tail[_SCHEDULE] is not None)
         or not (type(q) is type(k) is type(v) is type(dout) is type(out) is type(lse) is TORCH.Tensor)
         or q.is_neg() or k.is_neg() or v.is_neg() or dout.is_neg() or out.is_neg()
-        or (TORCH.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, dout, out, lse)))
+        or (
+            TORCH.is_grad_enabled()
+            and (
+                q.requires_grad or k.requires_grad or v.requires_grad
+                or dout.requires_grad or out.requires_grad or lse.requires_grad
+            )
+        )
         or ("numpy.ma" in sys.modules and any(map(is_masked, tail)))
         or not all(x is None or is_plain(x) for x in given)
     ):  # fmt: skip
@@ -271,10 +281,12 @@ def _gradients(
     aux: Any,
 ) -> Any:
     wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    for name in wanted:
-        if name not in (*ARGUMENTS, "aux_tensors"):
-            raise ValueError(f"wanted = {name!r}: must be of {', '.join(ARGUMENTS)}, aux_tensors")
     forward, functions = collected.forward, collected.functions
+    if wanted == _QKV and functions is None and not explain:
+        return tuple(_called(collected, forward, dout, dlse, _ONLY_QKV, False, memory)[:_ROWS])
+    for name in wanted:
+        if name not in _NAMES:
+            raise ValueError(f"wanted = {name!r}: must be of {', '.join(ARGUMENTS)}, aux_tensors")
     sources: tuple[int | None, ...] = ()
     if functions is not None:
         score = functions.traces()[0]
@@ -285,14 +297,9 @@ def _gradients(
         "aux_tensors" in wanted and source is not None and _floating(x) for x, source in zip(forward.captured, sources)
     ]
     _require_arguments(forward, wanted)
-    try:
-        memory = tuple(
-            None if x is None or name not in wanted else array(f"d{name}", x, written=True)
-            for name, x in zip("qkv", memory)
-        )
-        given = gradients(forward, dout, dlse, [*(name in wanted for name in ARGUMENTS), *tensors], explain, memory)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise respelled(error, {"lse": "softmax_lse", **collected.mode.spelled}) from None
+    memory = tuple(x if name in wanted else None for name, x in zip("qkv", memory))
+    which = [*(name in wanted for name in ARGUMENTS), *tensors]
+    given = _called(collected, forward, dout, dlse, which, explain, memory)
     if explain:
         return given
     by_name: dict[str, Any] = dict(zip(ARGUMENTS, given))
@@ -300,6 +307,22 @@ def _gradients(
     by_name["aux_tensors"] = [of_place.get(place) for place in range(len(aux or ()))]
     results = tuple(by_name[name] for name in wanted)
     return results if len(results) != 1 else results[0]
+
+
+def _called(
+    collected: _Collected,
+    forward: Forward,
+    dout: Array,
+    dlse: Array | None,
+    wanted: Sequence[bool],
+    explain: bool,
+    memory: Sequence[Array | None],
+) -> Any:
+    """`gradients`, whose errors have the caller's names."""
+    try:
+        return gradients(forward, dout, dlse, wanted, explain, memory)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise respelled(error, {"lse": "softmax_lse", **collected.mode.spelled}) from None
 
 
 def _require_arguments(forward: Forward, wanted: tuple[str, ...]) -> None:
