@@ -139,6 +139,7 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
 
 template <class T>
 FLASHSPARK_DEVICE void backward(const BackwardArguments &a) {
+  ptx::warm_constant_cache(a);
   // A second way into the loop, which no call takes, keeps the compiler from moving out of it what does not change in
   // it: there are no registers for that.
   int32_t rest = INT32_MAX;

@@ -47,28 +47,29 @@ FLASHSPARK_DEVICE void store_pair(const SummedRows &r, const SummedPair &pair, i
 template <class Element>
 FLASHSPARK_DEVICE void store_rows(const SummedRows &r, int32_t part, int32_t parts) {
   constexpr int32_t kPairsAtOnce = 2;
+  // A pair of rows is of as many threads as it has chunks, up to a power of two.
   const int32_t chunks = r.columns / 8, all_chunks = r.sum_columns / 8;
-  const int32_t atoms = quotient(r.rows / 16 - part + parts - 1, parts), count = atoms * 8 * chunks;
+  const int32_t log2_lanes = chunks <= 8 ? 3 : chunks <= 16 ? 4 : 5, pass_pairs = kPostprocessThreads >> log2_lanes;
+  const auto thread = static_cast<int32_t>(ptx::thread_index());
+  const int32_t chunk = thread & ((1 << log2_lanes) - 1), atoms = r.rows / 16;
+  if (chunk >= chunks) return;
   FLASHSPARK_NO_UNROLL
-  for (auto first = static_cast<int32_t>(ptx::thread_index()); first < count;
-       first += kPairsAtOnce * kPostprocessThreads) {
+  for (int32_t first = thread >> log2_lanes; part + first / 8 * parts < atoms; first += kPairsAtOnce * pass_pairs) {
     SummedPair pairs[kPairsAtOnce];
-    int32_t rows[kPairsAtOnce], columns[kPairsAtOnce];
+    int32_t rows[kPairsAtOnce];
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kPairsAtOnce; ++i) {
-      const int32_t n = first + i * kPostprocessThreads;
-      if (n >= count) break;
-      const int32_t pair = quotient(n, chunks), atom = part + pair / 8 * parts;
-      columns[i] = n - pair * chunks;
+      const int32_t pair = first + i * pass_pairs, atom = part + pair / 8 * parts;
       rows[i] = atom * 16 + pair % 8;
+      if (atom >= atoms) break;
       const auto *from =
-          reinterpret_cast<const ptx::Vector16 *>(r.sums) + ((atom * all_chunks + columns[i]) * 32 + pair % 8 * 4);
+          reinterpret_cast<const ptx::Vector16 *>(r.sums) + ((atom * all_chunks + chunk) * 32 + pair % 8 * 4);
       FLASHSPARK_UNROLL
       for (int32_t lane = 0; lane < 4; ++lane) pairs[i].lane[lane] = from[lane];
     }
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kPairsAtOnce; ++i) {
-      if (first + i * kPostprocessThreads < count) store_pair<Element>(r, pairs[i], rows[i], columns[i]);
+      if (rows[i] < r.rows) store_pair<Element>(r, pairs[i], rows[i], chunk);
     }
   }
 }
@@ -77,12 +78,15 @@ template <class Element>
 FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
   const Quotient at = split(cta, a.num_row_blocks);
   const int32_t head = at.quotient;
+  // Lengths are not of the kernel before, which has waited itself for those that wrote them.
   const RowBlock block = find_row_block(a, at.remainder);
-  if (!block.valid) return;
   const int64_t batch = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.dq_strides.batch;
   auto *dq =
       static_cast<Element *>(a.dq) + batch + head * a.dq_strides.head + (block.row + block.first) * a.dq_strides.token;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + at.remainder * a.row_block;
+  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
+  ptx::grid_dependency_launch();
+  if (!block.valid) return;
   store_rows<Element>({a.dq_sum + padded * a.sum_columns, a.sum_columns, dq, a.dq_strides.token, a.row_block,
                        a.head_dim, block.end - block.first, block.tokens - block.first, a.softmax_scale},
                       0, 1);
@@ -111,14 +115,15 @@ FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) 
 
 template <class Element>
 FLASHSPARK_DEVICE void postprocess(const BackwardArguments &a) {
-  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
-  ptx::grid_dependency_launch();
+  ptx::warm_constant_cache(a);
   const auto cta = static_cast<int32_t>(ptx::cta_x());
   const int32_t of_dq =
       a.dq_sum != nullptr ? a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value) : 0;
   if (cta < of_dq) {
     store_dq<Element>(a, cta);
   } else {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
     store_dk_and_dv<Element>(a, cta - of_dq);
   }
 }

@@ -11,7 +11,7 @@
 namespace flashspark {
 
 constexpr int32_t kPreprocessThreads = 128;
-constexpr int32_t kRowsAtOnce = 2;  // of a thread
+constexpr int32_t kRowsAtOnce = 4;  // of a thread
 
 template <class Element>
 FLASHSPARK_DEVICE float dot_8(const ptx::Vector16 &a, const ptx::Vector16 &b) {
@@ -103,21 +103,27 @@ struct LoadedRows {
 
 template <class Element>
 FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
-  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
-  ptx::grid_dependency_launch();
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   const int32_t head = quotient(cta, a.num_row_blocks), index = cta - head * a.num_row_blocks;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + index * a.row_block;
-  const RowBlock block = find_row_block(a, index);
+  // What is not in memory is found while the kernel before ends.
+  ptx::warm_constant_cache(a);
+  const bool reads_lengths = a.cu_seqlens_q != nullptr || a.seqused_q != nullptr;
+  RowBlock block{};
+  if (!reads_lengths) block = find_row_block(a, index);
+  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
+  ptx::grid_dependency_launch();
+  if (reads_lengths) block = find_row_block(a, index);
   const bool has_sink = a.sink_sums != nullptr;
   const float sink = has_sink ? load_as_float(a.sinks, head, a.sinks_dtype) * kLog2E : 0.0f;
   const int64_t batch_out = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.out_strides.batch,
                 batch_dout = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.dout_strides.batch,
                 batch_lse = a.cu_seqlens_q != nullptr ? 0 : block.seq * a.lse_strides.batch;
   // A row is of as many threads as it has chunks of 16 bytes, up to a power of two.
-  const int32_t chunks = a.head_dim_v / 8, lanes = chunks <= 8 ? 8 : chunks <= 16 ? 16 : 32;
-  const int32_t row_of_pass = quotient(thread, lanes), chunk = thread - row_of_pass * lanes;
-  const int32_t pass_rows = quotient(kPreprocessThreads, lanes);
+  const int32_t chunks = a.head_dim_v / 8, log2_lanes = chunks <= 8 ? 3 : chunks <= 16 ? 4 : 5, lanes = 1 << log2_lanes;
+  const int32_t row_of_pass = thread >> log2_lanes, chunk = thread & (lanes - 1);
+  const int32_t pass_rows = kPreprocessThreads >> log2_lanes;
+  const int32_t ctas = a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value);
   const auto *out = static_cast<const Element *>(a.out) + batch_out + head * a.out_strides.head + chunk * 8;
   const auto *dout = static_cast<const Element *>(a.dout) + batch_dout + head * a.dout_strides.head + chunk * 8;
   const int64_t lse_at = batch_lse + head * a.lse_strides.head;
@@ -138,6 +144,7 @@ FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
       loaded.lse[i] = a.lse[lse_at + row * a.lse_strides.token];
       if (a.dlse != nullptr) loaded.dlse[i] = a.dlse[lse_at + row * a.lse_strides.token];
     }
+    if (base == 0) zero_all_sums(a, padded, ctas);  // while the loads are under way
     float sum[kRowsAtOnce];
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kRowsAtOnce; ++i) sum[i] = dot_8<Element>(loaded.out[i], loaded.dout[i]);
@@ -162,8 +169,6 @@ FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
     }
   }
   // Nobody waits for what follows.
-  const int32_t ctas = a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value);
-  zero_all_sums(a, padded, ctas);
   zero_outputs<Element>(a, ctas);
   if (!has_sink) return;
   ptx::warp_barrier();

@@ -6,6 +6,16 @@
 
 namespace flashspark::ptx {
 
+// ld.param of a word in every 64 bytes, 32 of them at once: a kernel's arguments are in the constant cache then, and no
+// miss falls into a chain of dependent instructions.
+template <class Arguments>
+FLASHSPARK_DEVICE void warm_constant_cache(const Arguments &arguments) {
+  const auto *words = reinterpret_cast<const uint32_t *>(&arguments);
+  uint32_t sum = 0;
+  for (int32_t n = lane() * 16; n < static_cast<int32_t>(sizeof(Arguments) / 4); n += 32 * 16) sum += words[n];
+  asm volatile("" ::"r"(sum));
+}
+
 // bar.arrive and bar.sync of two neighbouring warps, 2 pair and 2 pair + 1 with pair < 7: one waits until the other one
 // has arrived, and sees what that has written to shared memory before. An arrival is for one wait; two of them, of
 // numbers 0 and 1, may be under way.

@@ -7,6 +7,9 @@
 
 namespace flashspark::ptx {
 
+template <class Arguments>
+inline void warm_constant_cache(const Arguments &) {}
+
 inline void pair_arrive(int32_t pair, int32_t number, FLASHSPARK_CALLER) {
   emulator::pair(emulator::Operation::pair_arrive, pair, number, site);
 }
