@@ -24,9 +24,11 @@ struct BackwardArguments : AttentionArguments {
   // sum_columns / 8, 32, 4), and with sum_columns_v. Else NULL.
   float *dk_sum, *dv_sum;
   // With num_pieces, of every CTA: what it leaves of dk, then of dv, of a tile that another one ends, in the same order
-  // as dk_sum; and for each warp whether it has. Else NULL.
+  // as dk_sum; and for each warp whether it has. How far the sums of dq are. Else NULL.
   float *piece_sums;
-  int32_t *piece_flags;  // (num_pieces, warps)
+  int32_t *piece_flags;   // (num_pieces, warps)
+  int32_t *added_blocks;  // (num_seqs, Hq), blocks of rows whose dq has been added, of all tiles
+  int32_t head_blocks;    // so many when a head's dq is complete
   // With `deterministic`: (Hq, num_row_blocks), which CTAs have added to blocks of dq (turns.cuh). Else NULL.
   int32_t *dq_turns;
   float *row_lse;    // (Hq, padded_rows) lse in units of log2; +inf where no key counts

@@ -70,6 +70,7 @@ FLASHSPARK_DEVICE int32_t store_piece(BackwardLoop<T> &loop, bool has_pieces) {
     return -1;
   } else {
     const Piece done = load_piece<T>();
+    if (a.added_blocks != nullptr) count_added_blocks(a, done);
     if (T::kStages == RowStages::all && done.rest >= 0 && done.first < done.end) invalidate_barriers<T>(loop.shared);
     if (!has_pieces || join_piece<T>(a, done, loop.dk, loop.dv))
       store_gradients<T>(a, done.tile, loop.dk, loop.dv, loop.shared);
@@ -100,7 +101,7 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
   }
   const PieceRows w = rows_of<T>(a, piece);
   if (w.count > 0) copy_keys_and_values<T>(a, tile.first, w);
-  if constexpr (kHasPieces<T>) keep_piece<T>(piece);
+  if constexpr (kHasPieces<T>) keep_piece<T>(piece, w.blocks.end - w.blocks.begin);
   if (has_pieces && rest != INT32_MAX)
     PieceSums<T>{a}.raise_flag();  // of the first piece, whether or not it has left sums
   // Keys, values and lengths are not of the previous kernel, which has waited itself for those that wrote them.

@@ -74,6 +74,19 @@ FLASHSPARK_DEVICE void store_rows(const SummedRows &r, int32_t part, int32_t par
   }
 }
 
+// The sums of all heads are complete when the kernel before has ended, which is later than those of one.
+FLASHSPARK_DEVICE void wait_for_sums(const BackwardArguments &a, const RowBlock &block, int32_t head) {
+  if (a.added_blocks == nullptr) {
+    ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
+    ptx::grid_dependency_launch();
+    return;
+  }
+  const int32_t heads = a.num_heads_kv * static_cast<int32_t>(a.group.value);
+  if (block.valid && ptx::thread_index() == 0)
+    ptx::wait_until_at_least(a.added_blocks + block.seq * heads + head, a.head_blocks);
+  ptx::cta_barrier();
+}
+
 template <class Element>
 FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
   const Quotient at = split(cta, a.num_row_blocks);
@@ -84,8 +97,7 @@ FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
   auto *dq =
       static_cast<Element *>(a.dq) + batch + head * a.dq_strides.head + (block.row + block.first) * a.dq_strides.token;
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + at.remainder * a.row_block;
-  ptx::grid_dependency_wait();  // in every CTA, see wait_for_previous_kernel()
-  ptx::grid_dependency_launch();
+  wait_for_sums(a, block, head);
   if (!block.valid) return;
   store_rows<Element>({a.dq_sum + padded * a.sum_columns, a.sum_columns, dq, a.dq_strides.token, a.row_block,
                        a.head_dim, block.end - block.first, block.tokens - block.first, a.softmax_scale},
@@ -125,6 +137,10 @@ FLASHSPARK_DEVICE void postprocess(const BackwardArguments &a) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     store_dk_and_dv<Element>(a, cta - of_dq);
+  }
+  if (a.added_blocks != nullptr) {  // the next kernel relies on it that this one has waited
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
   }
 }
 

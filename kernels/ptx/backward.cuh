@@ -70,7 +70,7 @@ FLASHSPARK_DEVICE void add_to_memory_4(float *to, const float (&x)[4]) {
 #endif
 }
 
-// ld.acquire until memory has the value or a larger one, and red.release.max, which raises it to one.
+// ld.acquire until memory has the value or a larger one; red.release.max, which raises it to one, and red.release.add.
 FLASHSPARK_DEVICE void wait_until_at_least(const int32_t *from, int32_t value) {
   int32_t x;
   do {
@@ -79,6 +79,9 @@ FLASHSPARK_DEVICE void wait_until_at_least(const int32_t *from, int32_t value) {
 }
 FLASHSPARK_DEVICE void raise_in_memory(int32_t *to, int32_t value) {
   asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
+}
+FLASHSPARK_DEVICE void count_in_memory(int32_t *to, int32_t n) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(n) : "memory");
 }
 
 // x, of which the compiler knows nothing: what follows from it is computed where it stands, not kept in a register.

@@ -21,15 +21,15 @@ struct BackwardPlan {
   Launch preprocess, main, postprocess, sums;  // in this order; a grid of 0: nothing to do
   BackwardArguments arguments{};
   // Scratch memory, in this order: turns of CTAs; float32 sums of dq; of dk and dv, where several CTAs have the same
-  // keys; what CTAs leave of a tile, and whether they have; two values for each row; parts of dsinks and of
-  // dalibi_slopes; what `functions` take.
-  size_t turn_bytes = 0, dq_bytes = 0, dk_bytes = 0, dv_bytes = 0, piece_bytes = 0, flag_bytes = 0, row_bytes = 0,
-         sink_bytes = 0, slope_bytes = 0;
+  // keys; what CTAs leave of a tile, and whether they have, and how far dq of each head is; two values for each row;
+  // parts of dsinks and of dalibi_slopes; what `functions` take.
+  size_t turn_bytes = 0, dq_bytes = 0, dk_bytes = 0, dv_bytes = 0, piece_bytes = 0, flag_bytes = 0, added_bytes = 0,
+         row_bytes = 0, sink_bytes = 0, slope_bytes = 0;
   std::optional<BackwardFunctionPlan> functions;  // the main kernel is compiled at run time
 
   size_t workspace() const { return own_bytes() + (functions ? functions->bytes : 0); }
   size_t own_bytes() const {  // a multiple of 16
-    const size_t of_gradients = turn_bytes + dq_bytes + dk_bytes + dv_bytes + piece_bytes + flag_bytes;
+    const size_t of_gradients = turn_bytes + dq_bytes + dk_bytes + dv_bytes + piece_bytes + flag_bytes + added_bytes;
     return (of_gradients + 2 * row_bytes + sink_bytes + slope_bytes + 15) / 16 * 16;
   }
   // `memory` is aligned to 16 bytes. A plan must be bound before it is launched.

@@ -78,6 +78,8 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
     a.head_length = make_divisor(static_cast<uint32_t>(division.head_length));
     a.piece_length = static_cast<int32_t>(all / pieces);
     a.longer_pieces = static_cast<int32_t>(all % pieces);
+    const int64_t of_tiles = key_tiles * plan.tile->tile_blocks(), group = p.num_heads_q / p.num_heads_kv;
+    a.head_blocks = static_cast<int32_t>((division.head_length - of_tiles) / group);
   }
   a.section_heads = static_cast<int32_t>(section);
   const auto grid = [](int64_t n) { return static_cast<uint32_t>(n); };
@@ -103,6 +105,10 @@ void set_gradient_sums(const Params &p, BackwardPlan &plan) {
   const auto pieces = static_cast<size_t>(a.num_pieces);
   plan.piece_bytes = pieces * static_cast<size_t>(a.key_tile * (a.sum_columns + a.sum_columns_v)) * sizeof(float);
   plan.flag_bytes = pieces * static_cast<size_t>(plan.tile->warps) * sizeof(int32_t);
+  if (a.dq != nullptr && pieces > 0) {
+    const int64_t heads = p.num_seqs * p.num_heads_q;
+    plan.added_bytes = static_cast<size_t>(ceil_div(heads, 4)) * 16;  // as turn_bytes
+  }
   if (a.head_parts == 1) return;
   const size_t key_bytes =
       size_t{plan.main.grid[0]} / static_cast<size_t>(a.head_parts) * static_cast<size_t>(a.key_tile) * sizeof(float);
@@ -184,6 +190,7 @@ void BackwardPlan::bind(void *memory) {
   arguments.dv_sum = take(dv_bytes);
   arguments.piece_sums = take(piece_bytes);
   arguments.piece_flags = reinterpret_cast<int32_t *>(take(flag_bytes));
+  arguments.added_blocks = reinterpret_cast<int32_t *>(take(added_bytes));
   arguments.row_lse = take(row_bytes);
   arguments.row_delta = take(row_bytes);
   arguments.sink_sums = take(sink_bytes);

@@ -87,6 +87,7 @@ TEST_F(Backward, LaunchesThreeKernels) {
   EXPECT_EQ(a.row_delta - a.row_lse, 8 * 256);
   EXPECT_EQ(a.piece_sums, nullptr);
   EXPECT_EQ(a.piece_flags, nullptr);
+  EXPECT_EQ(a.added_blocks, nullptr);
   EXPECT_NE(explain(FLASHSPARK_OK).find(plan.main_key().name() + ": grid "), std::string::npos);
 }
 
@@ -108,7 +109,9 @@ TEST_F(Backward, EqualPartsOfTiles) {
   EXPECT_EQ(plan.postprocess.grid[0], plan.preprocess.grid[0]);  // dq alone
   EXPECT_EQ(a.piece_sums - a.dq_sum, int64_t{8} * a.padded_rows * 128);
   EXPECT_EQ(reinterpret_cast<float *>(a.piece_flags) - a.piece_sums, int64_t{48} * 128 * (128 + 128));
-  EXPECT_EQ(a.row_lse - reinterpret_cast<float *>(a.piece_flags), 48 * 8);
+  EXPECT_EQ(a.added_blocks - a.piece_flags, 48 * 8);
+  EXPECT_EQ(a.head_blocks, 3 * 13);
+  EXPECT_EQ(a.row_lse - reinterpret_cast<float *>(a.added_blocks), 2 * 8);
   EXPECT_EQ(a.dk_sum, nullptr);
   EXPECT_NE(explain(FLASHSPARK_OK).find(", equal parts of all tiles"), std::string::npos);
   p.seqused_k = static_cast<int32_t *>(address(40));

@@ -19,6 +19,7 @@ TURNS = 20
 
 STEPS = {
     "dense": Case([(300, 300)] * 2, (4, 2), options={"causal": True}),
+    "equal parts": Case([(700, 900)], (4, 2)),  # of all tiles: CTAs count what they have added to dq
     "d64": Case([(200, 333)] * 2, (4, 4), (64, 64), torch.float16),
     "d256, window": Case([(130, 200)], (4, 2), (256, 256), options={"causal": True, "window_size": (60, 0)}),
     "varlen": Case([(10, 100), (150, 20), (77, 130)], (4, 2), varlen=True, options={"causal": True}),
@@ -114,7 +115,13 @@ def test_a_captured_step_replays_on_other_inputs(name, device, monkeypatch):
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize(
     "names",
-    [("dense", "varlen"), ("d64", "d256, window"), ("dropout", "varlen, sinks, lse"), ("deterministic", "softcap")],
+    [
+        ("dense", "varlen"),
+        ("d64", "d256, window"),
+        ("equal parts", "equal parts"),
+        ("dropout", "varlen, sinks, lse"),
+        ("deterministic", "softcap"),
+    ],
 )
 def test_two_streams_at_once(names, device):
     steps = [Step(STEPS[name], device) for name in names]

@@ -285,6 +285,12 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   } else if (plan.main.grid[0] > 0) {
     counters = launch(options(plan.main), [&] { kernel.run(*a); });
   }
+  // Postprocess waits for so many; with more it would begin too early where CTAs run at the same time.
+  for (int64_t n = 0; a->added_blocks != nullptr && n < params.forward.num_seqs * params.forward.num_heads_q; ++n) {
+    if (a->added_blocks[n] != a->head_blocks)
+      throw Fault("blocks added to dq of head " + std::to_string(n) + ": " + std::to_string(a->added_blocks[n]) +
+                  ", must be " + std::to_string(a->head_blocks));
+  }
   if (plan.postprocess.grid[0] > 0)
     launch(options(plan.postprocess),
            [&] { bfloat16 ? postprocess<ptx::Bfloat16>(*a) : postprocess<ptx::Float16>(*a); });

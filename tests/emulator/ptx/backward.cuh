@@ -47,6 +47,10 @@ inline void raise_in_memory(int32_t *to, int32_t value) {
   if (*to < value) *to = value;
 }
 
+inline void count_in_memory(int32_t *to, int32_t n) {
+  *to += n;
+}
+
 inline uint32_t unknown(uint32_t x) {
   return x;
 }
