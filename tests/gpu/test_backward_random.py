@@ -11,6 +11,7 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 from problem import ON_CPU
 from test_backward import Case, check, random_case
 
@@ -33,6 +34,14 @@ def test_training_batches(chunk, device):
             check(case, seed, device)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}\n{case}") from error
+
+
+@pytest.mark.parametrize("seed", [477, 1185])
+def test_sums_in_which_nearly_all_cancels(seed, device):
+    """Gradients of ALiBi slopes of wide heads in fp16, for which 16 bits of a probability were not enough."""
+    case = draw(seed)
+    assert case.alibi and max(case.width) > 128 and case.dtype == torch.float16
+    check(case, seed, device)
 
 
 def test_what_the_batches_cover():
