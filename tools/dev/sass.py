@@ -114,13 +114,25 @@ def path(code: list[Instruction], first: int, last: int) -> list[Instruction]:
     return route
 
 
+def has_path(code: list[Instruction], first: int, last: int) -> bool:
+    try:
+        return bool(path(code, first, last))
+    except NotUnderstood:
+        return False
+
+
 def hot_loop(code: list[Instruction]) -> Loop:
     """The innermost loop with the most tensor work: the one over tiles that need no mask."""
     ends: Counter[int] = Counter()
     for at, instruction in enumerate(code):
         if instruction.target is not None and instruction.target <= at:
             ends[instruction.target] = max(ends[instruction.target], at)
-    loops = [(first, last) for first, last in ends.items() if tensor_work(code[first : last + 1])]
+    # A wait that stands behind the kernel's end comes back, too, but no path leads to it from there.
+    loops = [
+        (first, last)
+        for first, last in ends.items()
+        if tensor_work(code[first : last + 1]) and has_path(code, first, last)
+    ]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     if not inner:
         raise NotUnderstood("no loop with tensor work")
