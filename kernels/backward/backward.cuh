@@ -134,30 +134,19 @@ struct BackwardLoop {
       if (!values_summed) store_scores(operand, to, lane.score_store, first_row);
       return;
     }
-    if (!T::kNative && !values_summed) begin_with_delta<T>(scores, delta);
+    if (!values_summed) begin_with_delta<T>(scores, delta);
     score_product<T, typename T::KeyLayout>(scores, keys, shared, values_summed ? q_rows : dout_rows, lane);
     if (values_summed) {
       if (token < unmasked.begin || token + T::kScoreRows > unmasked.end)
         mask_score_tile(scores, mask, warp_key(), token);
-      if constexpr (T::kNative) {
-        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
-        modified_probabilities(mod, scores, lse, kept(stage), first_row, to, lane.score_store, operand);
-      } else {
-        scores_to_probabilities(scores, a.scale_log2, lse);
-        pack_scores(operand, scores);
-        store_scores(operand, to, lane.score_store, first_row);
-      }
+      scores_to_probabilities(scores, a.scale_log2, lse);
+      pack_scores(operand, scores);
+      store_scores(operand, to, lane.score_store, first_row);
       ptx::pair_arrive(pair, number);
     } else {
       ptx::pair_wait(pair, number);  // P^T is here
-      if constexpr (T::kNative) {
-        NativeScores<T> mod(a, mask.of, at.head, warp_key(), token);
-        modified_gradients(mod, scores, delta, kept(stage), first_row, to, lane.score_store, operand);
-        slope_sum += mod.slope_sum;
-      } else {
-        multiply_by_stored(scores, to, lane.score_store, first_row);
-        pack_scores(operand, scores);
-      }
+      multiply_by_stored(scores, to, lane.score_store, first_row);
+      pack_scores(operand, scores);
       store_scores(operand, to, lane.score_store, first_row);
     }
     gradient_product<T, typename T::KeyLayout>(dk, operand, values_summed ? dout_rows : q_rows, lane);

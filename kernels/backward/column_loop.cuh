@@ -2,31 +2,23 @@
 // need it. Two warps have the same 16 keys: one computes P^T of them and sums dV, the other one dS^T and dK.
 //
 //   for each step of 16 rows                             the next step's Q and dO are copied meanwhile
-//     dQ += dS K of the step before                      all keys; half of the warps
-//     S^T = K Q^T, dP^T = V dO^T, P^T                    warp's keys
-//     dV += P^T dO, dK += dS^T Q of the step before      all keys, warp's columns
-//     dS^T                                               warp's keys
-//     dQ += dS K of the step before                      the other half
-//     barrier: P^T, dS^T and the next step's rows are here; all are done with the rows of the step before
+//     dQ += dS K of two steps before                     all keys
+//     wait for step_done() of the step before
+//     S^T = K Q^T, dP^T = V dO^T                         warp's keys
+//     dV += P^T dO, dK += dS^T Q of the step before      all keys, warp's columns; beside it P^T, dS^T of this step
+//     arrive at step_done()
 //
-// What a warp adds to dQ keeps its registers and the way to memory, shared memory, too, busy for long. So half of the
-// warps do it while the other half are at their products.
+// What a warp adds to dQ holds up what it then reads of shared memory. All that this needs has been there for a step,
+// so that it fills the time in which warps wait for each other.
 #pragma once
 
 #include "backward/column_products.cuh"
-#include "backward/epilogue.cuh"
+#include "backward/column_state.cuh"
+#include "backward/modifications.cuh"
 #include "backward/row_loader.cuh"
 #include "backward/turns.cuh"
 
 namespace flashspark {
-
-// Where the loop is: a block of rows, or the end, and the block before it; and where their steps lie in shared memory.
-struct ColumnWalk {
-  RowWalk at, last;
-  int32_t left, count;         // blocks from `at` on, and all
-  int32_t before, now, after;  // slots of the rows of the step before, of this one and of the next one
-  int32_t values;              // stage of the block's lse and delta
-};
 
 template <class T>
 struct ColumnLoop {
@@ -36,11 +28,12 @@ struct ColumnLoop {
   static constexpr int32_t kRowBytes = kStep * Layout::kPitch;           // of Q or dO of a step
   static constexpr int32_t kScoreBytes = T::kKeys * StepLayout::kPitch;  // of P^T or dS^T
   static constexpr int32_t kRowThreads = T::kThreads / 2 / kStep;
+  // Beside which columns of dV and dK P^T and dS^T of the next step are computed, and P^T waited for.
+  static constexpr int32_t kProbabilitiesAfter = 0, kWaitBefore = T::kGradientColumns / 16 - 2,
+                           kDscoresAfter = kWaitBefore;
   static_assert(T::kRows == kBlockSteps * kStep && T::kMAtoms == 1 && kRowThreads == Layout::kGroup);
 
   const BackwardArguments &a;
-  KeyMask mask;
-  int32_t first_key, first_padded_row, tokens;
   ptx::SharedAddress shared;
   int32_t warp;  // uniform
   Turns<T> turns;
@@ -51,10 +44,16 @@ struct ColumnLoop {
 
   KeyOperand<T, T::kHeadDim, true> keys = {};  // or values
   ColumnGradient<T> gradient = {};
+  float slope_sum = 0;  // of the head's gradient of alibi_slopes
 
   FLASHSPARK_DEVICE bool values_summed() const { return (warp % 2 == 0) == (warp / 4 % 2 == 0); }
   FLASHSPARK_DEVICE int32_t pair() const { return warp / 2; }
-  FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + pair() * T::kWarpKeys; }
+  // 0, of which the compiler does not know it, and that both are the same: otherwise it would keep in registers, from
+  // one half of a block to the other, where a lane reads.
+  FLASHSPARK_DEVICE uint32_t nothing(int32_t half) const {
+    return static_cast<uint32_t>((half == 0 ? a.num_seqs : a.num_heads_kv) >> 31);
+  }
+  FLASHSPARK_DEVICE bool in_turn() const { return a.dq_turns != nullptr; }
   FLASHSPARK_DEVICE bool copies_queries() const { return warp < T::kWarps / 2; }
   FLASHSPARK_DEVICE const Strides &strides() const { return copies_queries() ? a.q_strides : a.dout_strides; }
 
@@ -65,11 +64,23 @@ struct ColumnLoop {
   FLASHSPARK_DEVICE ptx::SharedAddress probabilities(int32_t half) const {
     return shared + T::kMemory.probabilities + half * kScoreBytes;
   }
-  FLASHSPARK_DEVICE ptx::SharedAddress dscores(int32_t half) const {
-    return shared + T::kMemory.dscores + half * kScoreBytes;
+  FLASHSPARK_DEVICE ptx::SharedAddress dscores(int32_t slot) const {
+    return shared + T::kMemory.dscores + slot * kScoreBytes;
   }
+  FLASHSPARK_DEVICE ColumnState<T> state() const {
+    return {shared + T::kMemory.state + warp * kStateBytes, a, pair() * T::kWarpKeys};
+  }
+  // An mbarrier: all that the next step needs is here, P^T and dS^T of this one, too, and all are done with the rows of
+  // the step before.
+  FLASHSPARK_DEVICE ptx::SharedAddress step_done() const { return shared + T::kMemory.barriers; }
   FLASHSPARK_DEVICE ptx::SharedAddress rows(int32_t stage) const {
     return shared + T::kMemory.rows + stage * T::kMemory.row_stage;
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
+    return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
+  }
+  FLASHSPARK_DEVICE ptx::SharedAddress modified() const {
+    return shared + T::kMemory.modified + pair() * kModifiedBytes;
   }
   // lse of the lane's first two rows of a step; delta lies T::kRows floats behind it.
   FLASHSPARK_DEVICE ptx::SharedAddress row_values(const ColumnWalk &w, int32_t half) const {
@@ -82,17 +93,21 @@ struct ColumnLoop {
   }
   static FLASHSPARK_DEVICE int32_t copied_chunk() { return static_cast<int32_t>(ptx::thread_index()) % kRowThreads; }
 
+  FLASHSPARK_DEVICE void copy_whole_step(int32_t slot) {
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < Layout::kChunks / kRowThreads; ++n)
+      ptx::cp_async_16(Layout::step(to + slot * (2 * kRowBytes), n * kRowThreads), from + n * kRowThreads * 8);
+    from += kStep * strides().token;
+  }
   // Steps are copied in order, each of them once. Rows past the sequence and columns past the head become 0.
-  template <int32_t half>
-  FLASHSPARK_DEVICE void copy_step(const RowWalk &at, int32_t slot) {
+  FLASHSPARK_DEVICE void copy_step(int32_t half, const RowWalk &at, int32_t slot) {
     constexpr int32_t kLoads = Layout::kChunks / kRowThreads;
     const int32_t first = at.block * T::kRows + half * kStep;
     const int32_t columns = copies_queries() ? a.head_dim : a.head_dim_v;
     const ptx::SharedAddress target = to + slot * (2 * kRowBytes);
+    const int32_t tokens = state().tokens();
     if (first + kStep <= tokens && columns == T::kHeadDim) {
-      FLASHSPARK_UNROLL
-      for (int32_t n = 0; n < kLoads; ++n)
-        ptx::cp_async_16(Layout::step(target, n * kRowThreads), from + n * kRowThreads * 8);
+      copy_whole_step(slot);
     } else {
       FLASHSPARK_UNROLL
       for (int32_t n = 0; n < kLoads; ++n) {
@@ -101,94 +116,199 @@ struct ColumnLoop {
         ptx::cp_async_16_or_zero(Layout::step(target, n * kRowThreads), valid ? from + n * kRowThreads * 8 : any,
                                  valid);
       }
+      from += kStep * strides().token;
     }
-    from += kStep * strides().token;
     if (half == 1 && at.is_last_of_head()) from += strides().head - (at.end - at.begin) * T::kRows * strides().token;
   }
   FLASHSPARK_DEVICE void copy_values(const RowWalk &at, int32_t stage) const {
     if (warp != 0) return;
     ptx::warp_barrier();  // a branch, which the other warps do not take
-    copy_row_values<T>(a, first_padded_row, at, rows(stage), static_cast<uint32_t>(ptx::lane()));
+    copy_row_values<T>(a, state().first_padded_row(), at, rows(stage), static_cast<uint32_t>(ptx::lane()));
   }
 
-  // S^T or dP^T of a step, and P^T; false where the warp's keys and the step's rows do not see each other, where zeros
-  // are all there is.
-  template <int32_t half>
-  FLASHSPARK_DEVICE bool begin_scores(ScoreTile<T> &scores, const ColumnWalk &w) {
+  FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) const {
+    if constexpr (T::kNative) {
+      if (a.dropout.scale != 1.0f)
+        draw_kept<T>(a, state().dropout_key(), state().of().seq, state().first_key(), at, kept(stage));
+    }
+  }
+
+  // S^T or dP^T of a step; false where the warp's keys and the step's rows do not see each other, where zeros are all
+  // there is.
+  FLASHSPARK_DEVICE bool begin_scores(int32_t half, ScoreTile<T> &scores, const ColumnWalk &w) {
     const int32_t token = w.at.block * T::kRows + half * kStep;
-    const Interval visited = mask.visited(warp_key(), T::kWarpKeys), unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
-    ScoreOperand<T> operand{};
-    if (token >= visited.end || token + kStep <= visited.begin) {
-      store_scores(operand, values_summed() ? probabilities(half) : dscores(half), lane);
+    const BackwardMask<T> mask = state().mask();
+    const int32_t key = state().warp_key();
+    const Interval visited = mask.visited(key, T::kWarpKeys), unmasked = mask.unmasked(key, T::kWarpKeys);
+    if (token >= visited.end || token + kStep <= visited.begin || !any_row_keeps<T>(mask, key, token)) {
+      ScoreOperand<T> zeros{};
+      store_scores(zeros, values_summed() ? probabilities(half) : dscores(w.now), lane);
       return false;
     }
-    if (!values_summed()) begin_with_delta<T>(scores, row_values(w, half) + T::kRows * 4);
-    score_product(scores, keys, queries(w.now) + (values_summed() ? 0 : kRowBytes), lane);
-    if (!values_summed()) return true;
-    if (token < unmasked.begin || token + kStep > unmasked.end) mask_score_tile(scores, mask, warp_key(), token);
-    scores_to_probabilities(scores, a.scale_log2, row_values(w, half));
-    pack_scores(operand, scores);
-    store_scores(operand, probabilities(half), lane);
-    ptx::pair_arrive(pair(), half);
+    if (!T::kNative && !values_summed()) begin_with_delta<T>(scores, row_values(w, half) + T::kRows * 4);
+    score_product(scores, keys, queries(w.now) + (values_summed() ? 0 : kRowBytes), lane.row_columns ^ nothing(half));
+    if (values_summed() && (token < unmasked.begin || token + kStep > unmasked.end))
+      mask_score_tile(scores, mask, key, token);
     return true;
   }
-  // dS^T from dP^T and the other warp's P^T.
-  template <int32_t half>
-  FLASHSPARK_DEVICE void end_scores(ScoreTile<T> &scores) {
-    if (values_summed()) return;
-    ptx::pair_wait(pair(), half);
-    multiply_by_stored(scores, probabilities(half), lane);
+  // P^T from S^T.
+  FLASHSPARK_DEVICE void end_probabilities(int32_t half, ScoreTile<T> &scores, const ColumnWalk &w) {
     ScoreOperand<T> operand{};
-    pack_scores(operand, scores);
-    store_scores(operand, dscores(half), lane);
+    if constexpr (T::kNative) {
+      const SequenceMask of = state().of();
+      const NativeScores<T> mod(a, of, w.at.head, state().warp_key(), w.at.block * T::kRows + half * kStep);
+      modified_probabilities(mod, scores, row_values(w, half), kept(w.values), half * kStep, modified(), operand);
+    } else {
+      scores_to_probabilities(scores, a.scale_log2, row_values(w, half));
+      pack_scores(operand, scores);
+    }
+    store_scores(operand, probabilities(half), lane);
+    ptx::pair_arrive(pair(), half);
   }
-  // Of the step before one of this half.
-  template <int32_t half>
-  FLASHSPARK_DEVICE void add_gradient(const ColumnWalk &w) {
-    const bool of_values = values_summed();
-    gradient_product(gradient, of_values ? probabilities(1 - half) : dscores(1 - half),
-                     queries(w.before) + (of_values ? kRowBytes : 0), lane);
+  // dS^T from dP^T and the other warp's P^T, which pair_wait() has waited for.
+  FLASHSPARK_DEVICE void end_dscores(int32_t half, ScoreTile<T> &scores, const ColumnWalk &w) {
+    ScoreOperand<T> operand{};
+    if constexpr (T::kNative) {
+      const SequenceMask of = state().of();
+      NativeScores<T> mod(a, of, w.at.head, state().warp_key(), w.at.block * T::kRows + half * kStep);
+      modified_gradients(mod, scores, row_values(w, half) + T::kRows * 4, kept(w.values), half * kStep, modified(),
+                         operand);
+      slope_sum += mod.slope_sum;
+    } else {
+      multiply_by_stored(scores, probabilities(half), lane);
+      pack_scores(operand, scores);
+    }
+    store_scores(operand, dscores(w.now), lane);
   }
-  // Of the step before one of this half.
-  template <int32_t half>
-  FLASHSPARK_DEVICE void add_to_dq(const ColumnWalk &w) {
-    const RowWalk &at = half == 1 ? w.at : w.last;
-    ColumnSums<T> dq{};
-    query_product(dq, dscores(1 - half), shared, lane, warp);
-    const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
-    add_query_gradient(a.dq_sum + (row + (1 - half) * kStep) * T::kHeadDim, dq, warp);
+  // dV or dK of the step before one of this half.
+  template <class Before, class After>
+  FLASHSPARK_DEVICE void add_gradient(int32_t half, const ColumnWalk &w, bool of_values, Before &&before,
+                                      After &&after) {
+    gradient_product(gradient, of_values ? probabilities(1 - half) : dscores(w.before),
+                     queries(w.before) + (of_values ? kRowBytes : 0), lane, before, after);
+  }
+  // The same beside P^T or dS^T of this step.
+  template <bool of_values>
+  FLASHSPARK_DEVICE void add_gradient_beside(int32_t half, ScoreTile<T> &scores, const ColumnWalk &w) {
+    const auto before = [&](int32_t n) {
+      if (!of_values && n == kWaitBefore) ptx::pair_wait(pair(), half);
+    };
+    const auto after = [&](int32_t n) {
+      if (n != (of_values ? kProbabilitiesAfter : kDscoresAfter)) return;
+      if (of_values) {
+        end_probabilities(half, scores, w);
+      } else {
+        end_dscores(half, scores, w);
+      }
+    };
+    add_gradient(half, w, of_values, before, after);
+  }
+  // P^T or dS^T of the step, and dV or dK of the one before.
+  FLASHSPARK_DEVICE void end_step(int32_t half, ScoreTile<T> &scores, const ColumnWalk &w, bool of_values, bool seen,
+                                  bool gradient_left) {
+    if (seen && of_values) end_probabilities(half, scores, w);
+    if (gradient_left) {
+      const auto nothing = [](int32_t) {};
+      add_gradient(half, w, of_values, nothing, nothing);
+    }
+    if (seen && !of_values) {
+      ptx::pair_wait(pair(), half);
+      end_dscores(half, scores, w);
+    }
   }
 
-  // The block's step `half`, where it has one; and what is left to do of the step before.
-  template <int32_t half, bool in_turn>
-  FLASHSPARK_DEVICE void step(ColumnWalk &w) {
-    if (in_turn && half == 1 && w.left < w.count) turns.pass(w.last);
-    const bool here = w.left > 0, gradient_left = half == 1 ? here : w.left < w.count;
-    if constexpr (half == 0) {
-      if (here) copy_step<1>(w.at, w.after);
-    } else if (w.left > 1) {
-      const RowWalk next = w.at.next();
-      copy_step<0>(next, w.after);
-      copy_values(next, 1 - w.values);
-    }
-    ptx::cp_async_commit();
-    const bool dq_left =
-        gradient_left && a.dq_sum != nullptr && (ColumnSums<T>::kHalf || values_summed() == (half == 0));
-    const bool dq_first = warp < T::kWarps / 2;
-    if (dq_left && dq_first) add_to_dq<half>(w);
-    ScoreTile<T> scores{};
-    const bool seen = here && begin_scores<half>(scores, w);
-    if (gradient_left) add_gradient<half>(w);
-    if (seen) end_scores<half>(scores);
-    if (dq_left && !dq_first) add_to_dq<half>(w);
-    if (in_turn && half == 0 && here) turns.wait(mask, w.at);
-    ptx::cp_async_wait<0>();
-    ptx::cta_barrier();
+  // Of a block's first row in scratch memory.
+  FLASHSPARK_DEVICE int64_t padded_row(const RowWalk &at) const {
+    return static_cast<int64_t>(at.head) * a.padded_rows + state().first_padded_row() + at.block * T::kRows;
+  }
+  // dQ of two steps before one of this half; last: the last block's row in scratch memory.
+  FLASHSPARK_DEVICE void add_to_dq(int32_t half, const ColumnWalk &w, int64_t last) {
+    ColumnSums<T> dq{};
+    query_product(dq, dscores(w.after), shared, lane, warp % 2 ^ static_cast<int32_t>(nothing(half)));
+    add_query_gradient(a.dq_sum + (last + half * kStep) * T::kHeadDim, dq, warp);
+  }
+  // Whether a warp has a part of it.
+  FLASHSPARK_DEVICE bool sums_queries(int32_t half) const {
+    return ColumnSums<T>::kHalf || values_summed() == (half == 0);
+  }
+  static FLASHSPARK_DEVICE void next_step(ColumnWalk &w) {
     const int32_t freed = w.before;
     w.before = w.now, w.now = w.after, w.after = freed;
   }
 
-  // K and V are in flight. A loop with turns stands beside the other one, as in BackwardLoop.
+  // The block's step `half`, where it has one; and what is left to do of the steps before.
+  template <bool in_turn>
+  FLASHSPARK_DEVICE void step(int32_t half, ColumnWalk &w) {
+    const bool here = w.left > 0, has_last = w.left < w.count, gradient_left = half == 1 ? here : has_last;
+    if (a.dq_sum != nullptr && has_last && sums_queries(half)) add_to_dq(half, w, padded_row(w.last));
+    ptx::mbarrier_wait(step_done(), 1 - half);
+    if (in_turn && half == 0 && w.left + 1 < w.count) turns.pass(w.last.previous());
+    if (half == 0) {
+      if (here) copy_step(1, w.at, w.after);
+    } else if (w.left > 1) {
+      const RowWalk next = w.at.next();
+      copy_step(0, next, w.after);
+      copy_values(next, 1 - w.values);
+    }
+    ptx::cp_async_commit();
+    ScoreTile<T> scores{};
+    const bool seen = here && begin_scores(half, scores, w);
+    end_step(half, scores, w, values_summed(), seen, gradient_left);
+    if (T::kNative && half == 1) {
+      if (here && !values_summed() && w.at.is_last_of_head()) store_slope_sum<T>(a, w.at.head, slope_sum);
+      if (w.left > 1) draw(w.at.next(), 1 - w.values);
+    }
+    if (in_turn && half == 1 && w.left > 1) turns.wait(state().mask(), w.at.next());
+    ptx::cp_async_wait<0>();
+    ptx::mbarrier_arrive(step_done());
+    next_step(w);
+  }
+
+  // The same in whole blocks: all of their rows and the warp's keys see each other, and the next block is of the same
+  // head and has all of its rows.
+  template <bool of_values>
+  FLASHSPARK_DEVICE void whole_step(int32_t half, ColumnWalk &w, int64_t last) {
+    if (sums_queries(half)) add_to_dq(half, w, last);
+    ptx::mbarrier_wait(step_done(), 1 - half);
+    copy_whole_step(w.after);
+    if (half == 1) copy_values({w.at.begin, w.at.end, w.at.head, w.at.block + 1}, 1 - w.values);
+    ptx::cp_async_commit();
+    ScoreTile<T> scores{};
+    if (!T::kNative && !of_values) begin_with_delta<T>(scores, row_values(w, half) + T::kRows * 4);
+    score_product(scores, keys, queries(w.now) + (of_values ? 0 : kRowBytes), lane.row_columns ^ nothing(half));
+    if constexpr (T::kNative) {
+      end_step(half, scores, w, of_values, true, true);
+    } else {
+      add_gradient_beside<of_values>(half, scores, w);
+    }
+    if (T::kNative && half == 1) draw({w.at.begin, w.at.end, w.at.head, w.at.block + 1}, 1 - w.values);
+    ptx::cp_async_wait<0>();
+    ptx::mbarrier_arrive(step_done());
+    next_step(w);
+  }
+  template <bool of_values>
+  FLASHSPARK_DEVICE void run_whole_blocks(ColumnWalk &w, int32_t count) {
+    int64_t last = padded_row(w.last), at = padded_row(w.at);
+    FLASHSPARK_NO_UNROLL
+    for (w.left -= count; count > 0; --count) {
+      whole_step<of_values>(0, w, last);
+      whole_step<of_values>(1, w, last);
+      last = at, at += T::kRows;
+      ++w.at.block, w.values = 1 - w.values;
+    }
+    w.last = {w.at.begin, w.at.end, w.at.head, w.at.block - 1};
+  }
+  // How many blocks from w.at on are whole.
+  FLASHSPARK_DEVICE int32_t whole_blocks(const ColumnWalk &w) const {
+    const Interval unmasked = state().mask().unmasked(state().warp_key(), T::kWarpKeys);
+    if (a.head_dim != T::kHeadDim || a.head_dim_v != T::kHeadDim || a.dq_sum == nullptr || w.left == w.count ||
+        w.at.block * T::kRows < unmasked.begin)
+      return 0;
+    return min_of(min_of(min_of(w.at.end, state().tokens() / T::kRows) - 1, unmasked.end / T::kRows) - w.at.block,
+                  w.left - 1);
+  }
+
+  // K and V are in flight.
   FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
     if (a.dq_turns != nullptr) {
       run<true>(blocks, first_head, count);
@@ -196,28 +316,43 @@ struct ColumnLoop {
       run<false>(blocks, first_head, count);
     }
   }
-
   template <bool in_turn>
   FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
     const RowWalk at{blocks.begin, blocks.end, first_head, blocks.begin};
     from += at.head * strides().head + at.block * T::kRows * strides().token;
-    copy_step<0>(at, 0);
+    copy_step(0, at, 0);
     copy_values(at, 0);
     ptx::cp_async_commit();
+    draw(at, 0);
     ptx::cp_async_wait<1>();
     ptx::cta_barrier();  // K and V are here
     load_keys(values_summed() ? shared : shared + T::kMemory.values);
+    if (in_turn) turns.wait(state().mask(), at);
+    if (ptx::thread_index() == 0) ptx::mbarrier_init(step_done(), T::kWarps);
     ptx::cp_async_wait<0>();
-    ptx::cta_barrier();  // all have V in registers; the first rows are here
+    ptx::cta_barrier();  // all have V in registers; the first rows are here, and the barrier
     ColumnWalk w{at, at, count, count, 2, 0, 1, 0};
     FLASHSPARK_NO_UNROLL
-    for (;; --w.left) {
-      step<0, in_turn>(w);
+    for (int32_t half = 0;; half = 1 - half) {
+      if (half == 0) {
+        const int32_t whole = in_turn ? 0 : whole_blocks(w);
+        if (whole > 0) {
+          if (values_summed()) {
+            run_whole_blocks<true>(w, whole);
+          } else {
+            run_whole_blocks<false>(w, whole);
+          }
+        }
+      }
+      step<in_turn>(half, w);
       if (w.left == 0) break;
-      step<1, in_turn>(w);
-      w.last = w.at, w.at = w.at.next(), w.values = 1 - w.values;
+      if (half == 1) w.last = w.at, w.at = w.at.next(), w.values = 1 - w.values, --w.left;
     }
-    if constexpr (in_turn) turns.pass(w.last);
+    if (a.dq_sum != nullptr && sums_queries(1)) add_to_dq(1, w, padded_row(w.last));
+    if (in_turn) {
+      ptx::cta_barrier();  // all have added
+      turns.pass(w.last);
+    }
   }
 
  private:
@@ -233,70 +368,20 @@ struct ColumnLoop {
 template <class T>
 FLASHSPARK_DEVICE ColumnLoop<T> make_column_loop(const BackwardArguments &a, const SequenceMask &mask,
                                                  const RowTile &rows, int32_t first_key, int32_t first_padded_row,
-                                                 const Turns<T> &turns) {
+                                                 PhiloxKey dropout_key, const Turns<T> &turns) {
   using Loop = ColumnLoop<T>;
   const int32_t warp = ptx::uniform(ptx::warp()), row = Loop::copied_row(), chunk = Loop::copied_chunk();
   const auto q = make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim);
   const auto dout = make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v);
   const ptx::SharedAddress shared = ptx::shared_memory();
-  Loop loop{
-      a, key_mask(a, mask), first_key, first_padded_row, q.tokens, shared, warp, turns, column_lane<T>(warp), nullptr,
-      0};
+  Loop loop{a, shared, warp, turns, column_lane<T>(warp), nullptr, 0};
+  loop.state().keep(backward_mask<T>(a, mask, first_key + warp / 2 * T::kWarpKeys), first_key, first_padded_row,
+                    q.tokens, dropout_key);
   const bool of_queries = loop.copies_queries();
   loop.from = (of_queries ? q.data : dout.data) + row * loop.strides().token + chunk * 8;
   loop.to = keep_in_register((of_queries ? loop.queries(0) : loop.douts(0)) +
                              Loop::Layout::offset(static_cast<uint32_t>(row), static_cast<uint32_t>(chunk)));
   return loop;
-}
-
-// Rows of a gradient pass whole through shared memory, in which each warp puts its columns together.
-template <class T>
-FLASHSPARK_DEVICE void store_column_gradients(const ColumnLoop<T> &loop) {
-  using Element = typename T::Element;
-  using Layout = typename T::KeyLayout;
-  constexpr int32_t kColumns = T::kGradientColumns / 8, kChunks = T::kHeadDim / 8;
-  const BackwardArguments &a = loop.a;
-  const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
-  const bool of_values = loop.values_summed();
-  const int32_t lane = ptx::lane(), part = loop.pair();
-  if (a.head_parts > 1) {
-    float *to = of_values ? a.dv_sum : a.dk_sum;
-    if (to == nullptr) return;
-    to += (static_cast<int64_t>(tile.number) * (T::kKeys / 16) * kChunks + part * kColumns) * 128 + lane * 4;
-    FLASHSPARK_UNROLL
-    for (int32_t m = 0; m < T::kKeys / 16; ++m) {
-      FLASHSPARK_UNROLL
-      for (int32_t n = 0; n < kColumns; ++n) ptx::add_to_memory_4(to + (m * kChunks + n) * 128, loop.gradient.at[m][n]);
-    }
-    return;
-  }
-  const float scale = of_values ? 1.0f : a.softmax_scale;
-  const ptx::SharedAddress shared = loop.shared + (of_values ? T::kKeys * Layout::kPitch : 0);
-  FLASHSPARK_UNROLL
-  for (int32_t m = 0; m < T::kKeys / 16; ++m) {
-    FLASHSPARK_UNROLL
-    for (int32_t x = 0; x < 2; ++x) {
-      const uint32_t row = Layout::offset(static_cast<uint32_t>(m * 16 + x * 8 + lane / 4), 0) + lane % 4 * 4;
-      FLASHSPARK_UNROLL
-      for (int32_t n = 0; n < kColumns; ++n)
-        ptx::store_shared_4(
-            shared + Layout::step(row, static_cast<uint32_t>(part * kColumns + n)),
-            ptx::pack<Element>(loop.gradient.at[m][n][2 * x] * scale, loop.gradient.at[m][n][2 * x + 1] * scale));
-    }
-  }
-  ptx::cta_barrier();
-  auto *to = static_cast<Element *>(of_values ? a.dv : a.dk);
-  if (to == nullptr) return;
-  const Strides &strides = of_values ? a.dv_strides : a.dk_strides;
-  const int32_t columns = of_values ? a.head_dim_v : a.head_dim;
-  to += tile.batch * strides.batch + tile.row * strides.token + tile.head_kv * strides.head;
-  FLASHSPARK_NO_UNROLL
-  for (int32_t n = lane; n < T::kWarpKeys * kChunks; n += 32) {
-    const int32_t row = part * T::kWarpKeys + n / kChunks, chunk = n % kChunks, key = tile.first + row;
-    const ptx::Vector16 v = ptx::load_shared_16(
-        shared + Layout::step(Layout::offset(static_cast<uint32_t>(row), 0), static_cast<uint32_t>(chunk)));
-    if (key < tile.held && chunk * 8 < columns) store_8(to + key * strides.token + chunk * 8, v);
-  }
 }
 
 }  // namespace flashspark

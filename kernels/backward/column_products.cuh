@@ -87,12 +87,12 @@ FLASHSPARK_DEVICE ColumnLane<T> column_lane(int32_t warp) {
 // products.
 template <class T>
 FLASHSPARK_DEVICE void score_product(ScoreTile<T> &scores, const KeyOperand<T, T::kHeadDim, true> &operand,
-                                     ptx::SharedAddress rows, const ColumnLane<T> &lane) {
+                                     ptx::SharedAddress rows, uint32_t columns) {
   ScoreTile<T> odd{};
   FLASHSPARK_UNROLL
   for (int32_t d = 0; d < T::kHeadDim / 16; ++d) {
     uint32_t b[4];
-    T::Mma::template load_k<typename T::KeyLayout>(b, rows, lane.row_columns, d);
+    T::Mma::template load_k<typename T::KeyLayout>(b, rows, columns, d);
     ScoreTile<T> &sum = d % 2 == 0 ? scores : odd;
     ptx::mma_m16n8k16<typename T::Element>(sum.at[0][0], operand.at[0][d], b[0], b[1]);
     ptx::mma_m16n8k16<typename T::Element>(sum.at[0][1], operand.at[0][d], b[2], b[3]);
@@ -104,10 +104,10 @@ FLASHSPARK_DEVICE void score_product(ScoreTile<T> &scores, const KeyOperand<T, T
   }
 }
 
-// dV += P^T dO, or dK += dS^T Q.
-template <class T>
+// dV += P^T dO, or dK += dS^T Q. before(n) and after(n) are called around the products of the warp's n-th 16 columns.
+template <class T, class Before, class After>
 FLASHSPARK_DEVICE void gradient_product(ColumnGradient<T> &gradient, ptx::SharedAddress scores, ptx::SharedAddress rows,
-                                        const ColumnLane<T> &lane) {
+                                        const ColumnLane<T> &lane, Before &&before, After &&after) {
   const auto columns = lane.columns.here();
   uint32_t a[T::kKeys / 16][4];
   FLASHSPARK_UNROLL
@@ -115,6 +115,7 @@ FLASHSPARK_DEVICE void gradient_product(ColumnGradient<T> &gradient, ptx::Shared
     ptx::ldmatrix_x4(a[m], scores + lane.gradient_keys + m * 16 * StepLayout::kPitch);
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < T::kGradientColumns / 16; ++n) {
+    before(n);
     uint32_t b[4];
     ptx::ldmatrix_x4_trans(b, rows + columns[n]);
     FLASHSPARK_UNROLL
@@ -122,6 +123,7 @@ FLASHSPARK_DEVICE void gradient_product(ColumnGradient<T> &gradient, ptx::Shared
       ptx::mma_m16n8k16<typename T::Element>(gradient.at[m][2 * n], a[m], b[0], b[1]);
       ptx::mma_m16n8k16<typename T::Element>(gradient.at[m][2 * n + 1], a[m], b[2], b[3]);
     }
+    after(n);
   }
 }
 
@@ -138,9 +140,9 @@ struct ColumnSums {
 // dQ = dS K over the CTA's keys.
 template <class T>
 FLASHSPARK_DEVICE void query_product(ColumnSums<T> &dq, ptx::SharedAddress scores, ptx::SharedAddress keys,
-                                     const ColumnLane<T> &lane, int32_t warp) {
+                                     const ColumnLane<T> &lane, int32_t half) {
   const auto columns = [&] {
-    if constexpr (ColumnSums<T>::kHalf) return lane.columns.half_here(warp % 2);
+    if constexpr (ColumnSums<T>::kHalf) return lane.columns.half_here(half);
     return lane.columns.here();
   }();
   FLASHSPARK_UNROLL
@@ -161,7 +163,8 @@ FLASHSPARK_DEVICE void query_product(ColumnSums<T> &dq, ptx::SharedAddress score
 template <class T>
 FLASHSPARK_DEVICE void add_query_gradient(float *sums, const ColumnSums<T> &dq, int32_t warp) {
   const int32_t column = warp / 2 * T::kGradientColumns + (ColumnSums<T>::kHalf ? warp % 2 * 32 : 0);
-  sums += column / 8 * 128 + ptx::lane() * 4;
+  sums += column / 8 * 128;
+  sums += ptx::unknown(static_cast<uint32_t>(ptx::lane()) * 4);
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < ColumnSums<T>::kColumns / 8; ++n) ptx::add_to_memory_4(sums + n * 128, dq.at[n]);
 }

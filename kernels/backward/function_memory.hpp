@@ -14,7 +14,7 @@ struct FunctionBackwardMemory : BackwardMemory {
 constexpr FunctionBackwardMemory function_backward_memory(const BackwardInstance &instance, const BackwardTile &tile,
                                                           int32_t words) {
   FunctionBackwardMemory m{backward_memory(instance, tile), 0, 0};
-  m.words = tile.values_in_registers ? m.slopes : m.values + tile.keys() * instance.head_dim_v * 2;
+  m.words = tile.values_in_registers ? m.behind_dscores : m.values + tile.keys() * instance.head_dim_v * 2;
   const int32_t bytes = words * tile.rows * 4;
   m.word_stage = tile.stages == RowStages::all ? bytes : 0;
   const int32_t end = m.words + bytes + m.word_stage;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "backward/backward.cuh"
-#include "backward/column_loop.cuh"
+#include "backward/column_epilogue.cuh"
 #include "backward/pieces.cuh"
 
 namespace flashspark {
@@ -117,10 +117,10 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
       const Interval before = visited_blocks<T>(a, w.mask, tile.first + T::kKeys, w.rows.seqlen_q);
       turns.before = uniform(Turns<T>::groups(before));
     }
-    if constexpr (!T::kNative) Turns<T>::keep(turns);
+    if constexpr (!T::kNative || T::kColumns) Turns<T>::keep(turns);
   }
   if constexpr (T::kColumns) {
-    auto loop = make_column_loop<T>(a, w.mask, w.rows, tile.first, padded, Turns<T>{a, turns});
+    auto loop = make_column_loop<T>(a, w.mask, w.rows, tile.first, padded, key, Turns<T>{a, turns});
     if (w.count > 0) loop.run(w.blocks, tile.head_q, w.count);
     ptx::cta_barrier();  // as below
     store_column_gradients<T>(loop);

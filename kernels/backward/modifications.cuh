@@ -149,34 +149,34 @@ FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> 
   }
 }
 
-// The same for a pair of warps. The one that has S leaves P^T where dS^T will lie, as fp16, which has three bits more
-// than bf16 where they count, and slopes, if there are any, behind it, and keeps what dropout leaves of P^T ...
+// The same for a pair of warps with KeySharing::columns. The one that has S hands on P, and slopes of softcap if there
+// are any, from lane to lane: `to` is at its part of BackwardMemory::modified. P is whole, in 32 bits: the gradient of
+// alibi_slopes is a sum in which nearly all cancels. What dropout leaves of P^T is for the products ...
+constexpr int32_t kModifiedSlopes = 2 * 32 * 16;  // behind P of two tiles
+
 template <class T>
-FLASHSPARK_DEVICE void modified_probabilities(NativeScores<T> &mod, const ScoreTile<T> &scores,
+FLASHSPARK_DEVICE void modified_probabilities(const NativeScores<T> &mod, const ScoreTile<T> &scores,
                                               ptx::SharedAddress row_lse, ptx::SharedAddress bits, int32_t first_row,
-                                              ptx::SharedAddress to, uint32_t lane, ScoreOperand<T> &p) {
-  using Layout = typename T::ScoreLayout;
-  constexpr int32_t kSlopes = T::kMemory.slopes - T::kMemory.dscores;
+                                              ptx::SharedAddress to, ScoreOperand<T> &p) {
+  static_assert(T::kMAtoms == 1 && T::kScoreRows == 16);
+  const int32_t lane = ptx::lane();
   const bool capped = mod.a.softcap > 0;
   KeptScores<T> kept{};
   if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL
-  for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+  for (int32_t j = 0; j < 2; ++j) {
     uint32_t lse[2];
     load_row_pair(lse, row_lse, j);
-    const ptx::SharedAddress at = to + Layout::step(lane, static_cast<uint32_t>(first_row / 8 + j));
+    float score[4], slope[4], probability[4];
+    mod.modify(0, j, scores.at[0][j], score, slope);
+    probabilities(mod.a, 0, j, score, lse, kept, probability, p);
+    ptx::Vector16 words;
     FLASHSPARK_UNROLL
-    for (int32_t m = 0; m < T::kMAtoms; ++m) {
-      float score[4], slope[4], probability[4];
-      mod.modify(m, j, scores.at[m][j], score, slope);
-      probabilities(mod.a, m, j, score, lse, kept, probability, p);
-      FLASHSPARK_UNROLL
-      for (int32_t x = 0; x < 2; ++x) {
-        const ptx::SharedAddress word = at + (m * 16 + x * 8) * Layout::kPitch;
-        ptx::store_shared_4(word, ptx::pack<ptx::Float16>(probability[2 * x], probability[2 * x + 1]));
-        if (capped) ptx::store_shared_4(word + kSlopes, ptx::pack<ptx::Float16>(slope[2 * x], slope[2 * x + 1]));
-      }
-    }
+    for (int32_t e = 0; e < 4; ++e) words.word[e] = ptx::as_word(probability[e]);
+    ptx::store_shared_16(to + (j * 32 + lane) * 16, words);
+    if (capped)
+      ptx::store_shared_8(to + kModifiedSlopes + (j * 32 + lane) * 8, ptx::pack<ptx::Float16>(slope[0], slope[1]),
+                          ptx::pack<ptx::Float16>(slope[2], slope[3]));
   }
 }
 
@@ -184,35 +184,28 @@ FLASHSPARK_DEVICE void modified_probabilities(NativeScores<T> &mod, const ScoreT
 template <class T>
 FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<T> &gradients,
                                           ptx::SharedAddress row_delta, ptx::SharedAddress bits, int32_t first_row,
-                                          ptx::SharedAddress from, uint32_t lane, ScoreOperand<T> &ds) {
-  using Layout = typename T::ScoreLayout;
-  constexpr int32_t kSlopes = T::kMemory.slopes - T::kMemory.dscores;
+                                          ptx::SharedAddress from, ScoreOperand<T> &ds) {
+  const int32_t lane = ptx::lane();
   const bool capped = mod.a.softcap > 0;
   KeptScores<T> kept{};
   if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL
-  for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+  for (int32_t j = 0; j < 2; ++j) {
     uint32_t delta[2];
     load_row_pair(delta, row_delta, j);
-    const ptx::SharedAddress at = from + Layout::step(lane, static_cast<uint32_t>(first_row / 8 + j));
+    const ptx::Vector16 words = ptx::load_shared_16(from + (j * 32 + lane) * 16);
+    float probability[4], derivative[4];
     FLASHSPARK_UNROLL
-    for (int32_t m = 0; m < T::kMAtoms; ++m) {
-      float probability[4], derivative[4];
+    for (int32_t e = 0; e < 4; ++e) probability[e] = ptx::as_float(words.word[e]);
+    mod.derivative(0, j, probability, gradients.at[0][j], delta, kept, derivative);
+    if (capped) {
+      uint32_t slopes[2];
+      ptx::load_shared_8(slopes, from + kModifiedSlopes + (j * 32 + lane) * 8);
       FLASHSPARK_UNROLL
-      for (int32_t x = 0; x < 2; ++x) {
-        const uint32_t word = ptx::load_shared_4(at + (m * 16 + x * 8) * Layout::kPitch);
-        probability[2 * x] = ptx::to_float(ptx::Float16{static_cast<uint16_t>(word)});
-        probability[2 * x + 1] = ptx::to_float(ptx::Float16{static_cast<uint16_t>(word >> 16)});
-      }
-      mod.derivative(m, j, probability, gradients.at[m][j], delta, kept, derivative);
-      FLASHSPARK_UNROLL
-      for (int32_t x = 0; x < 2 && capped; ++x) {
-        const uint32_t word = ptx::load_shared_4(at + (m * 16 + x * 8) * Layout::kPitch + kSlopes);
-        derivative[2 * x] *= ptx::to_float(ptx::Float16{static_cast<uint16_t>(word)});
-        derivative[2 * x + 1] *= ptx::to_float(ptx::Float16{static_cast<uint16_t>(word >> 16)});
-      }
-      pack_tile(ds, m, j, derivative);
+      for (int32_t e = 0; e < 4; ++e)
+        derivative[e] *= ptx::to_float(ptx::Float16{static_cast<uint16_t>(slopes[e / 2] >> e % 2 * 16)});
     }
+    pack_tile(ds, 0, j, derivative);
   }
 }
 

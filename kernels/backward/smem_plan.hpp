@@ -12,15 +12,16 @@ namespace flashspark {
 //   | a warp's piece, of each | turns |
 //
 // What has one stage has it twice here. Where V passes on to registers it lies on stage 1 and dS^T, which are written
-// after that. Behind dS^T a pair's slopes of softcap lie, if there are any. At the end results pass through K's memory.
-inline constexpr int32_t kPieceBytes = 48, kTurnBytes = 32;
+// after that. At the end results pass through K's memory.
+inline constexpr int32_t kPieceBytes = 48, kTurnBytes = 32, kModifiedBytes = 1536, kStateBytes = 64;
 struct BackwardMemory {
   int32_t queries, dout, dscores, second_queries, second_dout, second_dscores;
-  int32_t slopes, values;
+  int32_t behind_dscores, values;
   int32_t rows, row_stage;
   int32_t kept, kept_stage;  // bits of dropout: for each 16 keys 16 bits a row
   int32_t barriers;          // two mbarriers, with two stages of all
   int32_t probabilities;     // of RowStages::steps
+  int32_t modified, state;   // of the same: kModifiedBytes of each pair of warps, kStateBytes of each warp
   // What would have to stay in registers through the loop (pieces.cuh, turns.cuh); not of native ones, which are full.
   int32_t pieces, turns;
   int32_t total;
@@ -29,7 +30,7 @@ struct BackwardMemory {
 // The same where steps have three slots, the first of which is written while V lies on the others:
 //
 //   | K | Q and dO of a step, three times | P^T of a step, twice | dS^T, three times | lse and delta of a block, twice
-//   | turns |
+//   | barrier | turns | what is kept, twice | P and slopes of softcap of each pair of warps | state of each warp |
 constexpr BackwardMemory column_memory(const BackwardInstance &instance, const BackwardTile &tile) {
   BackwardMemory m{};
   const int32_t slot_bytes = 2 * tile.score_rows * tile.row_bytes(instance.head_dim),
@@ -38,10 +39,16 @@ constexpr BackwardMemory column_memory(const BackwardInstance &instance, const B
   m.values = m.queries + slot_bytes;
   m.probabilities = m.queries + 3 * slot_bytes;
   m.dscores = m.probabilities + 2 * score_bytes;
-  m.rows = m.dscores + 2 * score_bytes;
+  m.rows = m.dscores + 3 * score_bytes;
   m.row_stage = 2 * tile.rows * 4;
-  m.turns = m.rows + 2 * m.row_stage;
-  m.total = m.turns + kTurnBytes;
+  m.barriers = m.rows + 2 * m.row_stage;
+  m.turns = m.barriers + 2 * 8;
+  m.kept = m.turns + kTurnBytes;
+  const bool native = instance.score_mod == ScoreMod::native;
+  m.kept_stage = native ? tile.keys() * tile.rows / 8 : 0;
+  m.modified = m.kept + 2 * m.kept_stage;
+  m.state = m.modified + (native ? tile.key_warps() * kModifiedBytes : 0);
+  m.total = m.state + tile.warps * kStateBytes;
   return m;
 }
 
@@ -62,8 +69,7 @@ constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const
   if (two_of_all) m.second_dout = end, end += dout_bytes;
   m.dscores = m.second_dscores = end, end += score_bytes;
   if (two_of_all) m.second_dscores = end, end += score_bytes;
-  m.slopes = end;
-  if (native && tile.sharing == KeySharing::gradients) end += score_bytes;
+  m.behind_dscores = end;
   m.values = tile.values_in_registers ? second_stage : end;
   if (end < m.values + value_bytes) end = m.values + value_bytes;
   m.rows = end;

@@ -47,7 +47,7 @@ struct BackwardTraits {
   static constexpr bool kPaired = kTile.sharing != KeySharing::none;
   static constexpr bool kColumns = kTile.sharing == KeySharing::columns;
   static constexpr int32_t kGradientColumns = kHeadDim / (kWarps / 2);  // of a warp with kColumns
-  static_assert(kColumns == (kStages == RowStages::steps) && !(kColumns && kNative));
+  static_assert(kColumns == (kStages == RowStages::steps));
   static_assert(!kPaired || kRows <= 2 * kScoreRows);  // pair_arrive() has two numbers
   static constexpr int32_t kKeyWarps = kTile.key_warps();
   static_assert(kWarpKeys % 16 == 0 && kScoreRows % 16 == 0 && kRows % kScoreRows == 0);
@@ -77,7 +77,7 @@ struct BackwardTraits {
   static_assert(kCopyRows % kPassRows == 0);
   static_assert(!kPaired || kHeadDim == kHeadDimV);
   static_assert(!kPaired || is_of_functions(index) || (kTile.keys_in_registers && kTile.values_in_registers));
-  static_assert(!kPaired || !kNative || kStages != RowStages::all);  // slopes of softcap have one stage
+  static_assert(!kPaired || !kNative || kColumns || is_of_functions(index));  // modified_probabilities()
 
   // Which of the CTA's parts of keys a warp has. Of a pair, two neighbours have the same.
   static FLASHSPARK_DEVICE int32_t key_warp() { return kPaired ? ptx::warp() / 2 : ptx::warp(); }

@@ -25,7 +25,9 @@ struct Turns {
     int32_t first_block;  // the sequence's first among a head's blocks
   };
   const BackwardArguments &a;
-  State own;  // of kernels with ScoreMod::native; the others have it in shared memory, as they have no registers for it
+  // Of kernels with ScoreMod::native; the others, and those with KeySharing::columns, have it in shared memory, as they
+  // have no registers for it.
+  State own;
 
   static FLASHSPARK_DEVICE ptx::SharedAddress kept() { return ptx::shared_memory() + T::kMemory.turns; }
   // Before the barrier behind which all begin.
@@ -36,7 +38,7 @@ struct Turns {
     ptx::store_shared_4(kept() + 16, static_cast<uint32_t>(s.first_block));
   }
   FLASHSPARK_DEVICE State state() const {
-    if constexpr (T::kNative) return own;
+    if constexpr (T::kNative && !T::kColumns) return own;
     uint32_t tiles[2], before[2];
     ptx::load_shared_8(tiles, kept());
     ptx::load_shared_8(before, kept() + 8);

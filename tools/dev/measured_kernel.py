@@ -25,10 +25,9 @@ def hmma_of_turn(kernel: Kernel) -> int:
         of_rows = tile.rows * key_warps * tile.warp_keys * kernel.head_dim // 2048 // tile.warps
         if tile.stages == "all":  # dQ beside the scores of all rows
             return of_keys * (tile.rows // tile.score_rows) + of_rows
-        if tile.sharing == "columns":  # dQ of a step stands at two places, for half of the warps each
-            columns = kernel.head_dim // key_warps // (2 if kernel.head_dim == 256 else 1)
-            of_step = of_keys + 2 * key_warps * tile.warp_keys // 16 * columns // 8
-            return tile.rows // tile.score_rows * of_step
+        if tile.sharing == "columns":  # dQ of two steps, of all keys, for the columns that two warps share
+            of_keys *= tile.rows // tile.score_rows
+            return of_keys + key_warps * tile.warp_keys // 16 * (kernel.head_dim // key_warps) // 8
         return of_keys + (of_rows if whole else 0)
     scores = tile.score_keys // 8 * (kernel.head_dim // 16)
     output = tile.score_keys // 16 * (kernel.head_dim_v // 8)

@@ -345,18 +345,20 @@ std::string BackwardProblem::compare(const char *name, const Guarded<float> &got
 
 std::string BackwardProblem::compare(const BackwardKernel &kernel) const {
   const BackwardSpec &s = spec_;
-  // Of a term's factors: all round dS; pairs of warps hand P to each other in 16 bits, and slopes of softcap.
+  // Of a term's factors: all round dS; pairs of warps hand P to each other in 16 bits, or, with modifications, slopes
+  // of softcap. Of biases no factor is rounded.
   const BackwardInstance &instance = *kernel.instance;
-  const bool pair = instance.tile(kernel.tiles).sharing != KeySharing::none &&
-                    (kernel.functions == nullptr || instance.score_mod == ScoreMod::none);
-  const int handed = pair ? 1 : 0, roundings = 1 + handed + (pair && s.softcap > 0 ? 1 : 0);
+  const bool pair = instance.tile(kernel.tiles).sharing != KeySharing::none,
+             native = instance.score_mod == ScoreMod::native,
+             hands_on = pair && (native ? kernel.functions == nullptr && s.softcap > 0 : true);
+  const int roundings = hands_on ? 2 : 1;
   std::string text = compare("dv", params.dv, truth_v_, s.heads_kv, s.head_dim_v, true, 1);
   if (text.empty()) text = compare("dk", params.dk, truth_k_, s.heads_kv, s.head_dim, true, roundings);
   if (text.empty()) text = compare("dq", params.dq, truth_q_, s.heads_q, s.head_dim, false, roundings);
   if (text.empty() && functions_ != nullptr) text = functions_->compare();
   if (text.empty()) text = compare("dsinks", dsinks_, truth_sinks_, 0);
-  if (text.empty() && s.wanted_biases) text = compare("dalibi_slopes", dslopes_, truth_slopes_, handed);
-  if (text.empty() && s.wanted_biases) text = compare("drel_logits", drel_, truth_rel_, handed);
+  if (text.empty() && s.wanted_biases) text = compare("dalibi_slopes", dslopes_, truth_slopes_, 0);
+  if (text.empty() && s.wanted_biases) text = compare("drel_logits", drel_, truth_rel_, 0);
   return text;
 }
 
