@@ -5,7 +5,8 @@
 //     bench/gpu/backward_tune.cu
 // Columns are the TFLOP/s of each problem, of all three kernels and of the main one alone (2.5 times the forward FLOP,
 // causal half). An argument leaves dq out, and its check: what the rest takes. Of instances with ScoreMod::native the
-// last columns are B4 32/8 S4096 causal with ALiBi, softcap and dropout; the check knows nothing of what dropout keeps.
+// last columns are B4 32/8 S4096 causal, of wide heads B2 16/16, with ALiBi, softcap and dropout; the check knows
+// nothing of what dropout keeps.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -220,7 +221,12 @@ int main(int argc, char **) {
                                {4, 32, 8, 4096, true, Modified::alibi},
                                {4, 32, 8, 4096, true, Modified::softcap},
                                {4, 32, 8, 4096, true, Modified::dropout}};
-  constexpr Shape kWideHeads[] = {{2, 16, 16, 4096, false}, {2, 16, 16, 4096, true}, {1, 16, 8, 1024, false}};
+  constexpr Shape kWideHeads[] = {{2, 16, 16, 4096, false},
+                                  {2, 16, 16, 4096, true},
+                                  {1, 16, 8, 1024, false},
+                                  {2, 16, 16, 4096, true, Modified::alibi},
+                                  {2, 16, 16, 4096, true, Modified::softcap},
+                                  {2, 16, 16, 4096, true, Modified::dropout}};
   float *worst;
   cudaMalloc(&worst, 6 * sizeof(float));
   for (const Shape &s : Kernel::kHeadDim > 128 ? std::span<const Shape>(kWideHeads) : std::span<const Shape>(kShapes)) {
