@@ -16,7 +16,7 @@ const char *name_in(const char *const (&names)[n], auto value) {
   return names[static_cast<size_t>(value)];
 }
 constexpr const char *kTilings[] = {"prefill", "short_q", "decode"};
-constexpr const char *kScoreMods[] = {"none", "native"};
+constexpr const char *kScoreMods[] = {"none", "native", "dropout"};
 constexpr const char *kBufferings[] = {"single_buffer", "double_buffer"};
 constexpr const char *kSharings[] = {"none", "gradients", "columns"};
 constexpr const char *kRowStages[] = {"one", "queries", "all", "steps"};

@@ -32,15 +32,16 @@ FLASHSPARK_DEVICE WideProduct multiply_wide(uint32_t a, uint32_t b) {
   return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
 }
 
+FLASHSPARK_DEVICE PhiloxWords philox_round(PhiloxKey key, const PhiloxWords &c, int32_t round) {
+  const WideProduct first = multiply_wide(kPhiloxFirst, c.at[0]), second = multiply_wide(kPhiloxSecond, c.at[2]);
+  return {second.high ^ c.at[1] ^ (key.low + static_cast<uint32_t>(round) * kPhiloxLowStep), second.low,
+          first.high ^ c.at[3] ^ (key.high + static_cast<uint32_t>(round) * kPhiloxHighStep), first.low};
+}
 // Rounds [first_round, 10) of Philox4x32.
 template <int32_t first_round>
 FLASHSPARK_DEVICE PhiloxWords philox_rounds(PhiloxKey key, PhiloxWords c) {
   FLASHSPARK_UNROLL
-  for (int32_t round = first_round; round < kPhiloxRounds; ++round) {
-    const WideProduct first = multiply_wide(kPhiloxFirst, c.at[0]), second = multiply_wide(kPhiloxSecond, c.at[2]);
-    c = {second.high ^ c.at[1] ^ (key.low + static_cast<uint32_t>(round) * kPhiloxLowStep), second.low,
-         first.high ^ c.at[3] ^ (key.high + static_cast<uint32_t>(round) * kPhiloxHighStep), first.low};
-  }
+  for (int32_t round = first_round; round < kPhiloxRounds; ++round) c = philox_round(key, c, round);
   return c;
 }
 
@@ -75,9 +76,14 @@ FLASHSPARK_DEVICE DropoutKeys dropout_keys(PhiloxKey key, int32_t seq, int32_t d
 }
 
 // The draws of one row, as rounds 2 to 9 make them. Word n is for the lane's keys of the n-th group of sixteen.
+constexpr int32_t kFirstDropoutRound = 2;
+FLASHSPARK_DEVICE PhiloxWords begin_dropout_draws(const DropoutKeys &keys,
+                                                  const uint32_t (&row)[kDropoutRowWords + 1]) {
+  return {keys.high ^ row[0], keys.low, row[1] ^ keys.draw, row[2]};
+}
 FLASHSPARK_DEVICE PhiloxWords dropout_draws(PhiloxKey key, const DropoutKeys &keys,
                                             const uint32_t (&row)[kDropoutRowWords + 1]) {
-  return philox_rounds<2>(key, {keys.high ^ row[0], keys.low, row[1] ^ keys.draw, row[2]});
+  return philox_rounds<kFirstDropoutRound>(key, begin_dropout_draws(keys, row));
 }
 
 struct NoDropout {

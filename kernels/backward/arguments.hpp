@@ -53,6 +53,9 @@ struct BackwardArguments : AttentionArguments {
   float cap_log2;    // softcap times log2(e)
   float cap_factor;  // softmax_scale times 2 log2(e) / softcap: e^(2 score / softcap) as a power of two
   DropoutArguments dropout;
+  // With ScoreMod::dropout row_lse and row_delta make P times the scale of dropout, whose own scale is 1 then: what is
+  // added to the one, and what the other one is multiplied by. Else 0 and 1.
+  float lse_shift, delta_scale;
 };
 
 }  // namespace flashspark

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "attention/tile_loader.cuh"
+#include "backward/dropout_pairs.cuh"
 #include "backward/epilogue.cuh"
 #include "backward/modifications.cuh"
 #include "backward/pair_block.cuh"
@@ -74,7 +75,11 @@ struct BackwardLoop {
   }
   FLASHSPARK_DEVICE void copy_dout(const RowWalk &at, int32_t stage) { dout.copy(at, douts(stage), lane.thread); }
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
-    if constexpr (T::kNative) {
+    if constexpr (T::kDropout) {
+      BlockDraw<T> draw{};
+      draw.set(*this, at.head, at.block * T::kRows, stage);
+      draw.all();
+    } else if constexpr (T::kNative) {
       if (a.dropout.scale != 1.0f) draw_kept<T>(a, dropout_key, mask.of.seq, first_key, at, kept(stage));
     }
   }
@@ -155,7 +160,13 @@ struct BackwardLoop {
   FLASHSPARK_DEVICE void add_block(const RowWalk &at, int32_t stage) {
     FLASHSPARK_NO_UNROLL
     for (int32_t row = 0; row < T::kRows; row += T::kScoreRows) {
-      if constexpr (T::kPaired) {
+      if constexpr (T::kDropout) {
+        if (ptx::uniform(T::sums_values()) != 0) {
+          add_dropout_rows<true>(*this, at, stage, row);
+        } else {
+          add_dropout_rows<false>(*this, at, stage, row);
+        }
+      } else if constexpr (T::kPaired) {
         add_rows_of_pair(at, stage, row);
       } else {
         add_rows(at, stage, row);
@@ -179,7 +190,9 @@ struct BackwardLoop {
 
   // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them.
   FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
-    if (a.dq_turns != nullptr) {
+    if constexpr (T::kDropout) {
+      run<false>(at, count);
+    } else if (a.dq_turns != nullptr) {
       run<true>(at, count);
     } else {
       run<false>(at, count);
@@ -191,7 +204,7 @@ struct BackwardLoop {
     copy_queries(at, 0);
     copy_dout(at, 0);
     ptx::cp_async_commit();
-    draw(at, 0);
+    if constexpr (T::kNative) draw(at, 0);
     ptx::cp_async_wait<1>();
     ptx::cta_barrier();  // K and V are here
     if constexpr (T::kPaired) {
@@ -284,8 +297,10 @@ struct BackwardLoop {
     if (lane.thread == 0) {
       ptx::mbarrier_init(ready(), T::kWarps);
       ptx::mbarrier_init(done(), T::kWarps);
+      if constexpr (T::kDropout) ptx::mbarrier_init(summed(), T::kWarps);
     }
     ptx::cta_barrier();  // all have V in registers
+    if constexpr (T::kDropout) draw(at, 0);
     arrive_ready();
     const BlockCopies<T> copies = block_copies<T>(a, q, dout, lane.thread);
     RowWalk last = at;
@@ -313,8 +328,13 @@ struct BackwardLoop {
       }
       ptx::cp_async_commit();
       if (left < count && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
+      if constexpr (T::kDropout) ptx::mbarrier_arrive(summed());
       if (left > 0) {
         add_block(at, stage);
+        if (T::kDropout && left > 1) {
+          ptx::mbarrier_wait(summed(), static_cast<uint32_t>(stage));
+          draw(next, 1 - stage);
+        }
         arrive_ready();
         ptx::mbarrier_arrive(done());
       }
@@ -328,6 +348,8 @@ struct BackwardLoop {
   // are done with a block. The parity of the block's stage is that of both phases.
   FLASHSPARK_DEVICE ptx::SharedAddress ready() const { return shared + T::kMemory.barriers; }
   FLASHSPARK_DEVICE ptx::SharedAddress done() const { return shared + T::kMemory.barriers + 8; }
+  // With dropout: all have multiplied dS^T of the block before.
+  FLASHSPARK_DEVICE ptx::SharedAddress summed() const { return shared + T::kMemory.barriers + 16; }
   FLASHSPARK_DEVICE void arrive_ready() {
     ptx::cp_async_wait<0>();
     ptx::mbarrier_arrive(ready());
@@ -348,6 +370,7 @@ FLASHSPARK_DEVICE void invalidate_barriers(ptx::SharedAddress shared) {
   if (ptx::thread_index() != 0) return;
   ptx::mbarrier_invalidate(shared + T::kMemory.barriers);
   ptx::mbarrier_invalidate(shared + T::kMemory.barriers + 8);
+  if constexpr (T::kDropout) ptx::mbarrier_invalidate(shared + T::kMemory.barriers + 16);
 }
 
 }  // namespace flashspark

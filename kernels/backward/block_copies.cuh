@@ -37,10 +37,17 @@ struct BlockCopies {
   FLASHSPARK_DEVICE BlockPlace step() const { return {kPasses * q_rows, kPasses * dout_rows, T::kRows}; }
 
   FLASHSPARK_DEVICE void copy(const BlockPlace &place, ptx::SharedAddress queries, ptx::SharedAddress douts,
-                              ptx::SharedAddress rows, uint32_t thread) const {
+                              ptx::SharedAddress rows, uint32_t thread, int32_t warp) const {
     constexpr uint32_t kVectors = T::kRows / 4;
     copy_tile(q + place.q, q_rows, queries + target);
     copy_tile(dout + place.dout, dout_rows, douts + target);
+    if constexpr (T::kDropout) {  // of a warp, whose number is uniform, they have one that is, and no thread keeps any
+      const float *const from = warp == 0 ? lse : delta;
+      const uint32_t lane = (T::kKeepsAddresses ? thread : ptx::unknown(thread)) % 32;
+      if (warp < 2 && lane < kVectors)
+        ptx::cp_async_16(rows + warp * (T::kRows * 4) + lane * 16, from + place.row + lane * 4);
+      return;
+    }
     // One warp copies lse, the next one delta: for the thread alone they have no addresses.
     if (thread < kVectors) {
       ptx::cp_async_16(rows + thread * 16, lse + place.row + thread * 4);
@@ -62,7 +69,7 @@ struct BlockCopies {
   }
 };
 
-// On sm_120f ptxas spills what it has to keep, and computes it again with less.
+// On sm_120f, and with dropout, ptxas spills what it has to keep, and computes it again with less.
 template <class T>
 FLASHSPARK_DEVICE uint32_t keep_address(uint32_t x) {
   return T::kKeepsAddresses ? keep_in_register(x) : x;

@@ -108,7 +108,8 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   PhiloxKey key{};
-  if constexpr (T::kNative) key = dropout_key(a.dropout);
+  if constexpr (T::kNative || T::kDropout) key = dropout_key(a.dropout);
+  if constexpr (T::kDropout) keep_draws<T>(key, tile.seq, tile.first);
   const int32_t padded = first_padded_row(a, tile.seq, w.rows.q_row);
   typename Turns<T>::State turns{};
   if (a.dq_turns != nullptr) {

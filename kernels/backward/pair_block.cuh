@@ -120,6 +120,8 @@ struct PairTile {
     for (int32_t x = 0; x < 2; ++x) ptx::store_shared_4(place(n, x), operand.pair(n / 2, n % 2, x));
     if (values_summed && n == kParts - 1) ptx::pair_arrive(pair, number);
   }
+  // Beside each product of the block's last eight steps, of the second tile.
+  FLASHSPARK_DEVICE void beside(int32_t) {}
   FLASHSPARK_DEVICE ptx::SharedAddress place(int32_t n, int32_t x) const {
     return T::ScoreLayout::step(to, n % 2) + (n / 2 * 16 + x * 8) * T::ScoreLayout::kPitch;
   }
@@ -171,8 +173,30 @@ FLASHSPARK_DEVICE void add_whole_block(const Tile &tile, KeyGradient<T, T::kHead
   }
   arrive();
   FLASHSPARK_UNROLL
-  for (int32_t n = 0; n < kSteps; ++n) gradient_step(sums, second.operand, rows.second + kTileBytes, lane, n);
+  for (int32_t n = 0; n < kSteps; ++n) {
+    gradient_step(sums, second.operand, rows.second + kTileBytes, lane, n);
+    second.beside(n);
+  }
 }
+
+// The tiles of blocks one after another: next() is what a block's two have in common, lane() the warp's offsets.
+template <class T, bool values_summed>
+struct PairTiles {
+  template <class Loop>
+  FLASHSPARK_DEVICE PairTiles(const Loop &, const RowWalk &, int32_t, int32_t) {}
+  template <class Loop>
+  FLASHSPARK_DEVICE PairTile<T, values_summed> next(const Loop &loop, int32_t, int32_t) {
+    PairTile<T, values_summed> tile{};
+    tile.scale = loop.a.scale_log2;
+    return tile;
+  }
+  template <class Loop>
+  FLASHSPARK_DEVICE const BackwardOffsets<T> &lane(const Loop &loop) const {
+    return loop.lane;
+  }
+};
+template <class T, bool values_summed>
+struct DropoutTiles;  // dropout_pairs.cuh
 
 // So many blocks from `at` on, whose Q and dO are on their way, as is dS^T of the last one. Loop: BackwardLoop.
 template <bool values_summed, class Loop>
@@ -186,6 +210,8 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
   const BlockPlace step = copies.step();
   BlockPlace next = place_of<T>(a, loop.q, loop.dout, loop.first_padded_row, at) + step;
   int64_t last_row = loop.padded_row(last);
+  std::conditional_t<T::kDropout, DropoutTiles<T, values_summed>, PairTiles<T, values_summed>> tiles(loop, at, stage,
+                                                                                                     count);
   FLASHSPARK_NO_UNROLL
   for (; count > 0; --count, stage ^= 1) {
     ptx::mbarrier_wait(loop.ready(), static_cast<uint32_t>(stage));
@@ -193,8 +219,9 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
                         values_summed ? loop.douts(stage) : loop.queries(stage), loop.row_values(stage, 0),
                         loop.dscores(stage)};
     const auto copy = [&] {
+      if constexpr (T::kDropout) ptx::mbarrier_arrive(loop.summed());
       ptx::mbarrier_wait(loop.done(), static_cast<uint32_t>(1 - stage));
-      copies.copy(next, loop.queries(1 - stage), loop.douts(1 - stage), loop.rows(1 - stage), thread);
+      copies.copy(next, loop.queries(1 - stage), loop.douts(1 - stage), loop.rows(1 - stage), thread, warp);
       ptx::cp_async_commit();
     };
     const auto add_dq = [&](const QueryGradient<T> &dq) {
@@ -207,9 +234,9 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
         for (int32_t n = 0; n < 2; ++n) ptx::add_to_memory_4(to + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
       }
     };
-    PairTile<T, values_summed> tile{};
-    tile.scale = a.scale_log2;
-    add_whole_block<T>(tile, loop.dk, loop.keys, rows, keys, loop.dscores(1 - stage), loop.lane, copy, add_dq,
+    const auto tile = tiles.next(loop, stage, count);
+    const auto &lane = tiles.lane(loop);
+    add_whole_block<T>(tile, loop.dk, loop.keys, rows, keys, loop.dscores(1 - stage), lane, copy, add_dq,
                        [&] { loop.arrive_ready(); });
     ptx::mbarrier_arrive(loop.done());
     last_row = next.row - T::kRows;

@@ -168,8 +168,8 @@ FLASHSPARK_DEVICE void preprocess(const BackwardArguments &a) {
         delta = sum[i] - loaded.dlse[i];
         if (has_sink) dsink -= ptx::exp2_approx(sink - lse) * delta;
       }
-      a.row_lse[padded + n] = lse;
-      a.row_delta[padded + n] = delta;
+      a.row_lse[padded + n] = lse + a.lse_shift;
+      a.row_delta[padded + n] = delta * a.delta_scale;
     }
   }
   // Nobody waits for what follows.

@@ -19,7 +19,8 @@ struct BackwardMemory {
   int32_t behind_dscores, values;
   int32_t rows, row_stage;
   int32_t kept, kept_stage;  // bits of dropout: for each 16 keys 16 bits a row
-  int32_t barriers;          // two mbarriers, with two stages of all
+  int32_t draws;             // of pairs with dropout: 16 bytes a thread, of what all its draws have in common
+  int32_t barriers;          // two mbarriers, with two stages of all; a third one of pairs with dropout
   int32_t probabilities;     // of RowStages::steps
   int32_t modified, state;   // of the same: kModifiedBytes of each pair of warps, kStateBytes of each warp
   // What would have to stay in registers through the loop (pieces.cuh, turns.cuh); not of native ones, which are full.
@@ -56,7 +57,7 @@ constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const
   if (tile.stages == RowStages::steps) return column_memory(instance, tile);
   BackwardMemory m{};
   const int32_t value_bytes = tile.keys() * tile.row_bytes(instance.head_dim_v);
-  const bool native = instance.score_mod == ScoreMod::native;
+  const bool native = instance.score_mod == ScoreMod::native, dropout = instance.score_mod == ScoreMod::dropout;
   const int32_t query_bytes = tile.rows * tile.row_bytes(instance.head_dim),
                 dout_bytes = tile.rows * tile.row_bytes(instance.head_dim_v),
                 score_bytes = tile.keys() * tile.row_bytes(tile.rows);
@@ -76,8 +77,9 @@ constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const
   m.row_stage = 2 * tile.rows * 4;
   m.kept = m.rows + 2 * m.row_stage;
   m.kept_stage = native ? tile.keys() * tile.rows / 8 : 0;
-  m.barriers = m.kept + 2 * m.kept_stage;
-  m.pieces = m.barriers + (two_of_all ? 2 * 8 : 0);
+  m.draws = m.kept + 2 * m.kept_stage;
+  m.barriers = m.draws + (dropout ? tile.threads() * 16 : 0);
+  m.pieces = m.barriers + (dropout ? 4 * 8 : two_of_all ? 2 * 8 : 0);
   m.turns = m.pieces + (native ? 0 : tile.warps * kPieceBytes);
   m.total = m.turns + (native ? 0 : kTurnBytes);
   return m;

@@ -30,6 +30,7 @@ struct BackwardTraits {
   static constexpr BackwardTile kTile = kInstance.tile(arch);
 #endif
   static constexpr bool kNative = is_native(kInstance);
+  static constexpr bool kDropout = kInstance.score_mod == flashspark::ScoreMod::dropout;
   using ScoreMod = std::conditional_t<kNative, NativeScoreMod, NoScoreMod>;
 
   static constexpr int32_t kHeadDim = kInstance.head_dim;
@@ -43,7 +44,7 @@ struct BackwardTraits {
   static constexpr int32_t kScoreRows = kTile.score_rows;
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr RowStages kStages = kTile.stages;
-  static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f;  // block_copies.cuh
+  static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f && !kDropout;  // block_copies.cuh
   static constexpr bool kPaired = kTile.sharing != KeySharing::none;
   static constexpr bool kColumns = kTile.sharing == KeySharing::columns;
   static constexpr int32_t kGradientColumns = kHeadDim / (kWarps / 2);  // of a warp with kColumns

@@ -13,7 +13,7 @@ enum class QueryStorage : uint8_t { shared, registers, shared_dedicated };
 // for every warp, decode of few query heads.
 enum class Tiling : uint8_t { prefill, short_q, decode };
 // native: softcap, ALiBi, relative bias, PrefixLM ranges, R-SWA, attention chunks, any page size.
-enum class ScoreMod : uint8_t { none, native };
+enum class ScoreMod : uint8_t { none, native, dropout };  // dropout: alone, of the backward pass
 enum class Architecture : uint8_t { sm_80, sm_90, sm_120f };
 
 struct Tile {

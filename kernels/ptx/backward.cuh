@@ -90,6 +90,18 @@ FLASHSPARK_DEVICE uint32_t unknown(uint32_t x) {
   return x;
 }
 
+// setp.f16x2: for each half n of `signs`, other[n] where it is less than 0 as fp16, which -0 and NaN are not; else
+// x[n].
+FLASHSPARK_DEVICE void select_by_signs(float (&x)[2], uint32_t signs, const float (&other)[2]) {
+  asm("{ .reg .pred p, q; .reg .b32 zero; mov.b32 zero, 0; setp.lt.f16x2 p|q, %2, zero;\n"
+      "selp.f32 %0, %3, %0, p; selp.f32 %1, %4, %1, q; }"
+      : "+f"(x[0]), "+f"(x[1])
+      : "r"(signs), "f"(other[0]), "f"(other[1]));
+}
+FLASHSPARK_DEVICE float magnitude(float x) {
+  return fabsf(x);
+}
+
 // ld.shared.
 FLASHSPARK_DEVICE void load_shared_8(uint32_t (&words)[2], SharedAddress from) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");

@@ -359,6 +359,15 @@ FLASHSPARK_DEVICE uint32_t magnitude_not_less_f16x2(uint32_t a, uint32_t b) {
       : "r"(a), "r"(b));
   return result;
 }
+// The same, but for its complement where `flip`: the instruction takes both.
+FLASHSPARK_DEVICE uint32_t magnitude_not_less_f16x2(uint32_t a, uint32_t b, bool flip) {
+  uint32_t result;
+  asm("{ .reg .b32 magnitude; .reg .pred flip; setp.ne.u32 flip, %3, 0; abs.f16x2 magnitude, %1; "
+      "set.geu.xor.u32.f16x2 %0, magnitude, %2, flip; }"
+      : "=r"(result)
+      : "r"(a), "r"(b), "r"(static_cast<uint32_t>(flip)));
+  return result;
+}
 // ffs - 1: place of the lowest set bit; x != 0.
 FLASHSPARK_DEVICE uint32_t lowest_bit(uint32_t x) {
   return __ffs(static_cast<int>(x)) - 1;

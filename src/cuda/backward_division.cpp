@@ -79,7 +79,7 @@ BackwardDivision divide_backward(const BackwardInstance &instance, const Params 
   const int64_t rows_of_piece = 3 * rows_of_tile;
   constexpr double kGain = 0.95;
   const bool can_have_pieces =
-      lengths_are_equal(p) && instance.score_mod == ScoreMod::none && tile.sharing != KeySharing::columns;
+      lengths_are_equal(p) && instance.score_mod != ScoreMod::native && tile.sharing != KeySharing::columns;
   if (!can_have_pieces || v.tiles * p.num_heads_kv > kFewCtas * places) return best;
   const BackwardDivision whole = best;
   const int64_t head_rows = (v.all * group + v.tiles * rows_of_tile) / p.num_seqs;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <tuple>
 
@@ -12,6 +13,8 @@ namespace flashspark::cuda {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
+// Of ScoreMod::dropout, where P comes times the scale, in 16 bits.
+constexpr float kMostDropout = 0.99f;
 
 // The narrowest that can run it; of those that are equally narrow the fastest.
 const BackwardInstance *choose_instance(const BackwardParams &params, const Machine &machine) {
@@ -24,7 +27,7 @@ const BackwardInstance *choose_instance(const BackwardParams &params, const Mach
   }
   const BackwardInstance *best = nullptr;
   const auto rank = [&](const BackwardInstance &i) {
-    return std::tuple(i.head_dim + i.head_dim_v, i.score_mod != ScoreMod::none, divide_backward(i, p, machine).cost);
+    return std::tuple(i.head_dim + i.head_dim_v, i.score_mod == ScoreMod::native, divide_backward(i, p, machine).cost);
   };
   for (const BackwardInstance &candidate : kBackwardInstances) {
     if (fits(candidate, p) && (best == nullptr || rank(candidate) < rank(*best))) best = &candidate;
@@ -141,9 +144,17 @@ void set_sums(const Params &p, BackwardPlan &plan) {
 
 bool fits(const BackwardInstance &instance, const Params &p) {
   if (takes_backward_functions(p) != is_of_functions(instance.index)) return false;
-  const bool modified = shape_of(p).needs_score_mod || p.dropout_p > 0;
-  return p.head_dim <= instance.head_dim && p.head_dim_v <= instance.head_dim_v &&
-         (!modified || instance.score_mod == ScoreMod::native);
+  if (p.head_dim > instance.head_dim || p.head_dim_v > instance.head_dim_v) return false;
+  const bool modified = shape_of(p).needs_score_mod, drops = p.dropout_p > 0;
+  switch (instance.score_mod) {
+    case ScoreMod::none:
+      return !modified && !drops;
+    case ScoreMod::native:
+      return true;
+    case ScoreMod::dropout:
+      return !modified && drops && p.dropout_p <= kMostDropout && p.deterministic == 0;
+  }
+  return false;
 }
 
 BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &machine,
@@ -164,6 +175,9 @@ BackwardPlan make_backward_plan(const BackwardParams &params, const Machine &mac
   a.cap_log2 = a.softcap * kLog2e;
   a.cap_factor = a.softcap > 0 ? a.softmax_scale * (2 * kLog2e / a.softcap) : 0.0f;
   a.dropout = dropout_arguments(p);
+  a.lse_shift = 0, a.delta_scale = 1;
+  if (plan.instance->score_mod == ScoreMod::dropout)
+    a.lse_shift = -std::log2(a.dropout.scale), a.delta_scale = -1 / a.dropout.scale, a.dropout.scale = 1;
   set_gradients(params, a);
   a.sum_columns = plan.instance->head_dim;
   a.sum_columns_v = plan.instance->head_dim_v;

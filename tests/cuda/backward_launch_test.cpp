@@ -211,7 +211,17 @@ TEST_F(Backward, KernelsByHeadTypeAndModification) {
   EXPECT_EQ(kernel(), "attention_backward_d256_mod_fp16");
   b.forward.softcap = 0, b.forward.dropout_p = 0.1f, b.forward.head_dim = 192;
   EXPECT_EQ(kernel(), "attention_backward_d192_mod_fp16");
-  b.forward.dropout_p = 0, b.forward.head_dim = b.forward.head_dim_v = 128;
+  b.forward.head_dim = b.forward.head_dim_v = 128;
+  EXPECT_EQ(kernel(), "attention_backward_d128_dropout_fp16");
+  b.forward.head_dim = 104;
+  EXPECT_EQ(kernel(), "attention_backward_d128_dropout_fp16");
+  b.forward.deterministic = 1;  // it knows no turns
+  EXPECT_EQ(kernel(), "attention_backward_d128_mod_fp16");
+  b.forward.deterministic = 0, b.forward.dropout_p = 0.995f;  // P times the scale would leave fp16
+  EXPECT_EQ(kernel(), "attention_backward_d128_mod_fp16");
+  b.forward.dropout_p = 0.1f, b.forward.softcap = 5;
+  EXPECT_EQ(kernel(), "attention_backward_d128_mod_fp16");
+  b.forward.softcap = 0, b.forward.dropout_p = 0, b.forward.head_dim = b.forward.head_dim_v = 128;
   // Each of these is a modification.
   const auto modified = [&](auto set) {
     const Params before = b.forward;

@@ -271,6 +271,15 @@ NAMED = {
     "causal window": Case(lengths((400, 400)), (2, 2), options={"window_size": (64, 0)}),
     "softcap": Case(lengths((300, 300)), (2, 2), spread=3, options={"softcap": 5.0, "causal": True}),
     "dropout": Case(lengths((300, 300)), (4, 2), p=0.2, options={"causal": True}),
+    "dropout, whole blocks": Case(lengths((700, 500)), (4, 2), p=0.1),
+    "dropout, fp16": Case(lengths((300, 300)), (4, 2), dtype=torch.float16, p=0.3, options={"causal": True}),
+    "dropout, parts of tiles": Case(lengths((1024, 1024)), (16, 8), p=0.1, options={"causal": True}),
+    "dropout, varlen": Case(
+        lengths((1, 1), (77, 130), (400, 300)), (4, 2), varlen=True, sinks=True, dlse=True, p=0.9,
+        options={"causal": True, "window_size": (100, 0)},
+    ),
+    "dropout, deterministic": Case(lengths((300, 300)), (4, 2), p=0.2, options={"causal": True, "deterministic": True}),
+    "nearly all dropped": Case(lengths((300, 300)), (2, 2), p=0.995),
     "much dropout": Case(lengths((130, 200), (130, 200)), (2, 2), (64, 64), p=0.8),
     "softcap, dropout": Case(lengths((300, 300)), (2, 2), (96, 96), p=0.3, options={"softcap": 5.0}),
     "sinks": Case(lengths((300, 300)), (4, 2), sinks=True, options={"causal": True}),
@@ -335,6 +344,10 @@ def random_case(rng: random.Random) -> Case:
         options["softcap"] = rng.choice([2.0, 10.0])
     extent, alibi = rng.choice([0, 0, rng.randint(1, 150)]), rng.choice(["", "", "heads", "sequences"])
     mask = rng.choice(["", "", "per_seq", "per_token", "rswa", "chunks", "per_seq chunks"])
+    p = rng.choice([0.0, 0.0, 0.1, 0.5])
+    if rng.random() < 0.15:  # dropout alone, which has a kernel of its own
+        width, extent, alibi, mask, p = rng.choice([128, 8 * rng.randint(13, 16)]), 0, "", "", rng.choice([0.1, 0.8])
+        options.pop("softcap", None)
     if "chunks" in mask:
         options["attention_chunk"] = rng.randint(4, 200)  # of a row with one key only rounding remains
     if mask.startswith("per_"):
@@ -348,7 +361,7 @@ def random_case(rng: random.Random) -> Case:
         rng.choice([torch.bfloat16, torch.float16]),
         varlen,
         rng.choice([1.0, 1.0, 4.0]),
-        rng.choice([0.0, 0.0, 0.1, 0.5]),
+        p,
         rng.random() < 0.2,
         rng.random() < 0.2,
         alibi,

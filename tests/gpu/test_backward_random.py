@@ -55,6 +55,10 @@ def test_what_the_batches_cover():
             "softcap": "softcap" in case.options,
             "softcap and dropout": "softcap" in case.options and case.p > 0,
             "dropout": case.p > 0,
+            "dropout alone, d128": case.p > 0
+            and 96 < max(case.width) <= 128
+            and not (case.alibi or case.rel or case.prefix or case.rswa)
+            and not {"softcap", "attention_chunk"} & set(case.options),
             "sinks": case.sinks,
             "gradient of lse": case.dlse,
             "varlen": case.varlen,

@@ -32,8 +32,9 @@ TEST(BackwardPlan, EveryInstanceRunsSomeProblem) {
     std::set<std::string> chosen;
     for (int64_t head_dim = 8; head_dim <= kMaxBackwardHeadDim; head_dim += 8) {
       for (const int64_t num_heads : {1, 16, 512}) {
-        for (const float softcap : {0.0f, 10.0f}) {
-          const BackwardParams b = problem(head_dim, head_dim, num_heads, softcap);
+        for (const auto &[softcap, dropout] : {std::pair{0.0f, 0.0f}, std::pair{10.0f, 0.0f}, std::pair{0.0f, 0.1f}}) {
+          BackwardParams b = problem(head_dim, head_dim, num_heads, softcap);
+          b.forward.dropout_p = dropout;
           const bool any = std::any_of(std::begin(kBackwardInstances), std::end(kBackwardInstances),
                                        [&](const BackwardInstance &instance) { return fits(instance, b.forward); });
           if (any) chosen.insert(make_backward_plan(b, machine).instance->name);
@@ -43,6 +44,23 @@ TEST(BackwardPlan, EveryInstanceRunsSomeProblem) {
     for (const BackwardInstance &instance : kBackwardInstances)
       EXPECT_TRUE(chosen.contains(instance.name)) << instance.name << " on " << machine.sm_count << " SMs";
   }
+}
+
+// P comes times the scale there, by what preprocess adds to lse; so nothing behind it knows of the scale.
+TEST(BackwardPlan, DropoutAloneScalesProbabilities) {
+  const Machine machine{Architecture::sm_120f, 188, 128 << 20, 100 << 10};
+  BackwardParams b = problem(128, 128, 16, 0);
+  b.forward.dropout_p = 0.5f;
+  const BackwardArguments a = make_backward_plan(b, machine).arguments;
+  EXPECT_EQ(a.lse_shift, -1);
+  EXPECT_EQ(a.delta_scale, -0.5f);  // the sums begin with it
+  EXPECT_EQ(a.dropout.scale, 1);
+  EXPECT_GT(a.dropout.limit, 0u);
+  b.forward.softcap = 5;
+  const BackwardArguments of_modified = make_backward_plan(b, machine).arguments;
+  EXPECT_EQ(of_modified.lse_shift, 0);
+  EXPECT_EQ(of_modified.delta_scale, 1);
+  EXPECT_EQ(of_modified.dropout.scale, 2);
 }
 
 // Where the query heads of a group fill the SMs only if they are of several CTAs.

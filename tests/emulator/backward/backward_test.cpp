@@ -250,6 +250,53 @@ TEST(Backward, Dropout) {
   }
 }
 
+// The instances that have dropout and no other modification, in all that they share with those without dropout.
+void check_dropout_alone(BackwardSpec spec, uint64_t seed) {
+  for (const BackwardKernel &kernel : backward_kernels()) {
+    if (kernel.instance->score_mod != ScoreMod::dropout) continue;
+    ASSERT_TRUE(can_run(kernel, spec)) << name_of(kernel);
+    Counters counters;
+    EXPECT_EQ(check_backward(spec, kernel, seed, &counters), "");
+    EXPECT_EQ(counters.bank_conflicts, 0u) << name_of(kernel);
+  }
+}
+
+TEST(Backward, DropoutAlone) {
+  BackwardSpec s;
+  s.head_dim = s.head_dim_v = 128, s.dropout_p = 0.15f;
+  s.tokens = {300}, s.keys = {128};  // whole blocks one after another
+  check_dropout_alone(s, 400);
+  s.causal = true, s.tokens = {200, 330}, s.keys = {260, 200}, s.heads_q = 4, s.heads_kv = 2, s.sinks = s.dlse = true;
+  check_dropout_alone(s, 401);
+  s.varlen_q = s.varlen_k = s.unused_rows = true, s.window_left = 70, s.dropout_p = 0.75f;  // draws say what is kept
+  check_dropout_alone(s, 402);
+  s = {.head_dim = 72, .head_dim_v = 104, .tokens = {190}, .keys = {150}, .dropout_p = 0.4f, .wanted_q = false};
+  check_dropout_alone(s, 403);
+}
+
+// On a small grid: query heads of a group in CTAs of their own, and equal parts of all tiles.
+TEST(Backward, DropoutOnSmallGrids) {
+  const auto plan_of = [](const BackwardSpec &s) {
+    BackwardProblem problem(s, 1);
+    const cuda::Machine machine{Architecture::sm_120f, s.sm_count, 1 << 20, 100 << 10};
+    const cuda::BackwardPlan plan = cuda::make_backward_plan(problem.params, machine);
+    EXPECT_EQ(plan.instance->score_mod, ScoreMod::dropout);
+    return plan.arguments;
+  };
+  BackwardSpec s;
+  s.head_dim = s.head_dim_v = 128, s.dropout_p = 0.3f;
+  s.sm_count = 1000, s.tokens = {130, 20}, s.keys = {70, 140}, s.heads_q = 4, s.heads_kv = 2, s.causal = true;
+  EXPECT_EQ(plan_of(s).head_parts, 2);
+  check_dropout_alone(s, 410);
+  s.sm_count = 7, s.tokens = {330}, s.keys = {130}, s.heads_q = 2, s.heads_kv = 1, s.causal = false;
+  EXPECT_GT(plan_of(s).num_pieces, 0);
+  check_dropout_alone(s, 411);
+  s.sm_count = 16, s.heads_q = 4, s.heads_kv = 2, s.causal = true;
+  s.tokens = {200}, s.keys = {450};  // a CTA has pieces of two tiles
+  EXPECT_GT(plan_of(s).num_pieces, 0);
+  check_dropout_alone(s, 412);
+}
+
 constexpr int32_t kPerSeq = FLASHSPARK_PREFIX_PER_SEQ, kPerToken = FLASHSPARK_PREFIX_PER_TOKEN;
 
 TEST(Backward, Alibi) {

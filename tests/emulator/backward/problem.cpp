@@ -75,7 +75,7 @@ bool can_run(const BackwardKernel &kernel, const BackwardSpec &s) {
   static const int32_t kAnything = 0;
   p.head_dim = s.head_dim, p.head_dim_v = s.head_dim_v;
   p.num_heads_q = p.num_heads_kv = 1;
-  p.softcap = s.softcap, p.dropout_p = s.dropout_p;
+  p.softcap = s.softcap, p.dropout_p = s.dropout_p, p.deterministic = s.deterministic;
   p.alibi_slopes = s.alibi ? reinterpret_cast<const float *>(&kAnything) : nullptr;
   p.rel_logits = s.rel_extent > 0 ? &kAnything : nullptr;
   p.prefix_mode = s.prefix_mode, p.rswa_window = s.rswa_window, p.attention_chunk = s.attention_chunk;

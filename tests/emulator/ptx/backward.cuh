@@ -55,6 +55,16 @@ inline uint32_t unknown(uint32_t x) {
   return x;
 }
 
+inline void select_by_signs(float (&x)[2], uint32_t signs, const float (&other)[2]) {
+  for (int n = 0; n < 2; ++n) {
+    if (to_float(Float16{static_cast<uint16_t>(signs >> 16 * n)}) < 0) x[n] = other[n];
+  }
+}
+
+inline float magnitude(float x) {
+  return std::fabs(x);
+}
+
 inline void load_shared_8(uint32_t (&words)[2], SharedAddress from, FLASHSPARK_CALLER) {
   emulator::load_shared(words, from, 8, site);
 }

@@ -307,6 +307,9 @@ inline uint32_t magnitude_not_less_f16x2(uint32_t a, uint32_t b) {
   }
   return result;
 }
+inline uint32_t magnitude_not_less_f16x2(uint32_t a, uint32_t b, bool flip) {
+  return flip ? ~magnitude_not_less_f16x2(a, b) : magnitude_not_less_f16x2(a, b);
+}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
