@@ -3,7 +3,8 @@
 usage: backward.py [--quick] [--fa2-99kb] [--out TABLE.md] [--only TEXT,..]
 
 CUDA events around replays of a CUDA graph, which take turns; medians. A backward pass counts 2.5 times the forward
-FLOP, causal half of that. `eager` rows are calls from Python back to back, as the first ones of a training step are.
+FLOP, causal half of that. Rows of 4096 tokens have dropout 0.1, too, beside the call without. `eager` rows are calls
+from Python back to back, as the first ones of a training step are.
 
 --fa2-99kb adds torch's FlashAttention-2 as it is on a GPU that grants a block 99 KB of shared memory, as SM12x does:
 its tiles need up to 176 KB, and where it does not find them, it takes others (fa2_smem.c). A process of its own before
@@ -53,17 +54,21 @@ def calls_of(batch: int, heads: int, heads_kv: int, tokens: int, width: int, cau
     out, lse = flashspark.flash_attn_func(q, k, v, causal=causal, return_softmax_lse=True)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
 
-    def ours(deterministic: bool = False) -> object:
-        return flashspark.flash_attn_backward(
-            dout, q, k, v, out, lse, causal=causal, deterministic=deterministic, dq=dq, dk=dk, dv=dv
-        )
+    def ours(out: torch.Tensor = out, lse: torch.Tensor = lse, **options: object) -> object:
+        return flashspark.flash_attn_backward(dout, q, k, v, out, lse, causal=causal, dq=dq, dk=dk, dv=dv, **options)
 
     theirs = fa2_backward(q, k, v, dout, causal)
     ours()
     theirs_dq = theirs()[0].transpose(1, 2)
     worst = (dq.float() - theirs_dq.float()).abs().max().item() / theirs_dq.float().abs().max().item()
     assert worst < 0.03, f"dq differs from torch's by {worst} of its largest element"
-    return {"flashspark": ours, "deterministic": partial(ours, deterministic=True), "torch FA2": theirs}
+    calls = {"flashspark": ours, "deterministic": partial(ours, deterministic=True), "torch FA2": theirs}
+    if tokens == 4096:
+        options = {"dropout_p": 0.1, "rng_state": (1, 2)}
+        calls["dropout"] = partial(
+            ours, *flashspark.flash_attn_func(q, k, v, causal=causal, return_softmax_lse=True, **options), **options
+        )
+    return calls
 
 
 def main() -> None:
@@ -79,8 +84,9 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, medians of CUDA graph replays in turn",
         "",
         "| shape | flashspark us / TF | torch FA2 us / TF | ratio | must | deterministic: us, ratio to the other form "
+        "| dropout 0.1: us, its cost "
         "| eager us: flashspark, torch FA2 |" + (" torch FA2 limited to 99 KB us / TF, ratio |" if limited else ""),
-        "|---|---|---|---|---|---|---|" + ("---|" if limited else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if limited else ""),
     ]
     for batch, heads, heads_kv, tokens, width, full, half in ROWS:
         for causal, must in ((False, full), (True, half)):
@@ -96,9 +102,11 @@ def main() -> None:
             us = {key: x / copies for key, x in times(graphs, rounds).items()}
             flop = 2.5 * 4 * batch * heads * tokens * tokens * width / (2 if causal else 1)
             mine, other = us["flashspark"], us["torch FA2"]
+            dropout = f"{us['dropout']:.0f}, {100 * (us['dropout'] / mine - 1):+.1f}%" if "dropout" in us else "-"
             lines.append(
                 f"| {name} | {mine:.0f} / {flop / mine / 1e6:.0f} | {other:.0f} / {flop / other / 1e6:.0f} "
                 f"| {other / mine:.2f} | {must} | {us['deterministic']:.0f}, {mine / us['deterministic']:.2f} "
+                f"| {dropout} "
                 f"| {eager['flashspark']:.0f}, {eager['torch FA2']:.0f} |"
             )
             if limited:
