@@ -6,6 +6,9 @@
 
 namespace flashspark {
 
+// CTAs of postprocess for a block of rows whose dq is in layers.
+inline constexpr int32_t kLayerParts = 4;
+
 // Every query head has padded_rows rows of scratch memory: those of a sequence begin at a multiple of row_block, and
 // the rows behind its last one, up to the next such multiple, hold what makes their probabilities 0.
 struct BackwardArguments : AttentionArguments {
@@ -20,6 +23,7 @@ struct BackwardArguments : AttentionArguments {
   // Scratch. dq_sum is summed by atomic additions in the order of mma_m16n8k16's results: for each 16 rows and each 8
   // columns the four numbers of every lane, (Hq, padded_rows / 16, sum_columns / 8, 32, 4). NULL without dq.
   float *dq_sum;
+  int64_t dq_layer_rows;  // not 0: every tile of keys has a dq_sum of its own, (tiles, Hq, padded_rows, ..)
   // The same of dk and dv, where the query heads of a group are of a CTA each (head_parts): (tiles, key_tile / 16,
   // sum_columns / 8, 32, 4), and with sum_columns_v. Else NULL.
   float *dk_sum, *dv_sum;

@@ -181,18 +181,21 @@ struct BackwardLoop {
   FLASHSPARK_DEVICE int64_t padded_row(const RowWalk &at) const {
     return static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
   }
+  // Of the CTA's layer of dq.
+  FLASHSPARK_DEVICE int64_t layer_row() const { return first_key / T::kKeys * a.dq_layer_rows; }
   FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
-    float *const to = a.dq_sum + padded_row(at) * T::kHeadDim;
+    float *const to = a.dq_sum + (padded_row(at) + (T::kLayered ? layer_row() : 0)) * T::kHeadDim;
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
     add_query_gradient(to, dq, lane);
   }
 
-  // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them.
+  // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them, or is of
+  // another kernel.
   FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
     if constexpr (T::kDropout) {
       run<false>(at, count);
-    } else if (a.dq_turns != nullptr) {
+    } else if (Turns<T>::are_taken(a)) {
       run<true>(at, count);
     } else {
       run<false>(at, count);
@@ -214,10 +217,10 @@ struct BackwardLoop {
       load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
     }
     if constexpr (T::kStages == RowStages::all) {
-      if constexpr (in_turn) {
+      if constexpr (in_turn && !T::kInTurns) {
         run_overlapped<in_turn>(at, count);
       } else {
-        run_whole_blocks(at, count);
+        run_whole_blocks<in_turn>(at, count);
       }
     } else {
       run_phases<in_turn>(at, count);
@@ -289,9 +292,12 @@ struct BackwardLoop {
     turns.pass(added);
   }
 
-  // The same with whole blocks by add_whole_blocks(), for whose registers turns leave too few. Two mbarriers in place
-  // of the barrier let a warp be most of a block ahead of another.
+  // A block's scores and dQ of the one before; several whole blocks by add_whole_blocks(). Two mbarriers in place of a
+  // barrier let a warp be most of a block ahead of another.
   // A CTA that comes here again calls invalidate_barriers() before.
+  // By turns: all have added to the last but one when a block is ready, and none adds to a block before all are done
+  // with it.
+  template <bool in_turn>
   FLASHSPARK_DEVICE void run_whole_blocks(RowWalk at, int32_t count) {
     const bool values_summed = ptx::uniform(T::sums_values()) != 0;  // the compiler knows no uniform values otherwise
     if (lane.thread == 0) {
@@ -308,7 +314,12 @@ struct BackwardLoop {
     FLASHSPARK_NO_UNROLL
     for (int32_t left = count; left >= 0;) {
       // A piece of a tile may end before the head does.
-      const int32_t whole = left > 1 && left < count && a.dq_sum != nullptr ? min_of(whole_blocks(at), left - 1) : 0;
+      int32_t whole = left > 1 && left < count && a.dq_sum != nullptr ? min_of(whole_blocks(at), left - 1) : 0;
+      if constexpr (in_turn) {
+        if (at.block == at.begin) whole = 0;
+        ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
+        if (left + 1 < count) turns.pass(last.previous());
+      }
       if (whole > 0) {
         if (values_summed) {
           add_whole_blocks<true>(*this, copies, last, at, stage, whole);
@@ -320,7 +331,7 @@ struct BackwardLoop {
         continue;
       }
       const RowWalk next = at.next();
-      ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
+      if constexpr (!in_turn) ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
       ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
       if (left > 1) {
         copy_queries(next, 1 - stage);
@@ -336,12 +347,14 @@ struct BackwardLoop {
           draw(next, 1 - stage);
         }
         arrive_ready();
+        if constexpr (in_turn) turns.wait(mask, at);
         ptx::mbarrier_arrive(done());
       }
       --left, stage ^= 1;
       last = at;
       at = next;
     }
+    if constexpr (in_turn) pass_last(last.previous());
   }
 
   // A phase of the one ends when a block's Q and dO are here, and dS^T of the block before; of the other one when all

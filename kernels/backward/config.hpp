@@ -14,6 +14,11 @@ enum class KeySharing : uint8_t { none, gradients, columns };
 // block is enough; or steps of score_rows rows have three, for which KeySharing::columns has a loop of its own.
 enum class RowStages : uint8_t { one, queries, all, steps };
 
+// How a kernel's CTAs sum dq: in no order, or in turns (turns.cuh), as they are asked, for which it has two loops, at
+// the cost of registers; in turns alone; or each tile of keys in a layer of its own, which postprocess adds up in
+// order.
+enum class SumOrder : uint8_t { as_asked, turns, layers };
+
 // A CTA owns `keys()` keys, a warp warp_keys of them, and all walk over blocks of `rows` rows of one query head.
 struct BackwardTile {
   int32_t warps, warp_keys, rows;
@@ -23,6 +28,7 @@ struct BackwardTile {
   RowStages stages;
   KeySharing sharing;
   int32_t min_ctas;  // resident CTAs an SM that the registers must allow
+  SumOrder order = SumOrder::as_asked;
 
   bool operator==(const BackwardTile &) const = default;
   constexpr int32_t key_warps() const { return sharing == KeySharing::none ? warps : warps / 2; }
@@ -56,8 +62,16 @@ struct BackwardInstance {
   }
 };
 
-#define FLASHSPARK_TILE(warps, warp_keys, rows, score_rows, keys, values, stages, sharing, min_ctas) \
-  {warps, warp_keys, rows, score_rows, keys, values, RowStages::stages, KeySharing::sharing, min_ctas}
+#define FLASHSPARK_TILE(warps, warp_keys, rows, score_rows, keys, values, stages, sharing, min_ctas, ...) \
+  {warps,                                                                                                 \
+   warp_keys,                                                                                             \
+   rows,                                                                                                  \
+   score_rows,                                                                                            \
+   keys,                                                                                                  \
+   values,                                                                                                \
+   RowStages::stages,                                                                                     \
+   KeySharing::sharing,                                                                                   \
+   min_ctas __VA_OPT__(, SumOrder::) __VA_ARGS__}
 #define FLASHSPARK_INSTANCE(name, head_dim, head_dim_v, score_mod, tile_90, tile_120f) \
   {BackwardIndex::name, #name, head_dim, head_dim_v, ScoreMod::score_mod, tile_90, tile_120f},
 namespace backward_instances {

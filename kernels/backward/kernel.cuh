@@ -10,7 +10,7 @@ namespace flashspark {
 
 // Of the others a CTA has a whole tile.
 template <class T>
-inline constexpr bool kHasPieces = !T::kNative && !T::kColumns;
+inline constexpr bool kHasPieces = !T::kNative && !T::kColumns && !T::kInTurns;
 
 // Where a piece's rows and keys are.
 struct PieceRows {
@@ -112,7 +112,7 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
   if constexpr (T::kDropout) keep_draws<T>(key, tile.seq, tile.first);
   const int32_t padded = first_padded_row(a, tile.seq, w.rows.q_row);
   typename Turns<T>::State turns{};
-  if (a.dq_turns != nullptr) {
+  if (Turns<T>::are_taken(a)) {
     turns = {tile.first / T::kKeys, ceil_div(w.keys.end, T::kKeys), {0, 0}, padded / T::kRows};
     if (turns.tile + 1 < turns.tiles) {
       const Interval before = visited_blocks<T>(a, w.mask, tile.first + T::kKeys, w.rows.seqlen_q);

@@ -198,7 +198,8 @@ struct PairTiles {
 template <class T, bool values_summed>
 struct DropoutTiles;  // dropout_pairs.cuh
 
-// So many blocks from `at` on, whose Q and dO are on their way, as is dS^T of the last one. Loop: BackwardLoop.
+// So many blocks from `at` on, whose Q and dO are on their way, as is dS^T of the last one. Loop: BackwardLoop. With
+// turns, `at` is not the first block of a head.
 template <bool values_summed, class Loop>
 FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename Loop::T> &copies, const RowWalk &last,
                                         const RowWalk &at, int32_t stage, int32_t count) {
@@ -212,9 +213,18 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
   int64_t last_row = loop.padded_row(last);
   std::conditional_t<T::kDropout, DropoutTiles<T, values_summed>, PairTiles<T, values_summed>> tiles(loop, at, stage,
                                                                                                      count);
+  const int32_t end = at.block + count;
+  float *sums = a.dq_sum;
+  if constexpr (T::kLayered) sums += loop.layer_row() * T::kHeadDim;
   FLASHSPARK_NO_UNROLL
   for (; count > 0; --count, stage ^= 1) {
     ptx::mbarrier_wait(loop.ready(), static_cast<uint32_t>(stage));
+    if constexpr (T::kInTurns) {
+      // All have added to the last block but one.
+      constexpr int32_t kTurn = decltype(loop.turns)::kBlocks;
+      const int32_t block = end - count;
+      if (block % kTurn == 1 && block > at.block) loop.turns.pass({at.begin, at.end, at.head, block - 2});
+    }
     const PairRows rows{values_summed ? loop.queries(stage) : loop.douts(stage),
                         values_summed ? loop.douts(stage) : loop.queries(stage), loop.row_values(stage, 0),
                         loop.dscores(stage)};
@@ -227,17 +237,25 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
     const auto add_dq = [&](const QueryGradient<T> &dq) {
       static_assert(T::kSumRowWarps == 1 && T::kSumColumns == 16);
       // As add_query_gradient(), with a thread's part that others share.
-      float *const to = a.dq_sum + last_row * T::kHeadDim + warp * 128 + thread * 4;
+      float *const to = sums + last_row * T::kHeadDim + warp * 128 + thread * 4;
+      // Never; but over a branch ptxas moves no product, and spills less.
+      if ((T::kInTurns || T::kLayered) && a.dq_sum == nullptr) return;
       FLASHSPARK_UNROLL
       for (int32_t m = 0; m < T::kSumAtoms; ++m) {
         FLASHSPARK_UNROLL
-        for (int32_t n = 0; n < 2; ++n) ptx::add_to_memory_4(to + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
+        for (int32_t n = 0; n < 2; ++n) add_to_sums<T>(to + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
       }
     };
     const auto tile = tiles.next(loop, stage, count);
     const auto &lane = tiles.lane(loop);
     add_whole_block<T>(tile, loop.dk, loop.keys, rows, keys, loop.dscores(1 - stage), lane, copy, add_dq,
                        [&] { loop.arrive_ready(); });
+    if constexpr (T::kInTurns) {
+      // None adds to this block before all are done with it.
+      constexpr int32_t kTurn = decltype(loop.turns)::kBlocks;
+      const int32_t block = end - count;
+      if (block % kTurn == 0) loop.turns.wait(loop.mask, {at.begin, at.end, at.head, block});
+    }
     ptx::mbarrier_arrive(loop.done());
     last_row = next.row - T::kRows;
     next = next + step;

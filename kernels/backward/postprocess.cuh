@@ -2,6 +2,7 @@
 // rows and query head for dq; then, where several CTAs have summed a tile of keys, one a tile for dk and dv.
 #pragma once
 
+#include "attention/mask.cuh"
 #include "backward/blocks.cuh"
 #include "forward/output.cuh"
 
@@ -87,8 +88,68 @@ FLASHSPARK_DEVICE void wait_for_sums(const BackwardArguments &a, const RowBlock 
   ptx::cta_barrier();
 }
 
+// The same of the sum of layers, in their order, by kLayerParts CTAs. A thread takes what one lane of the main kernel
+// has summed, and loads several layers before it adds one.
 template <class Element>
-FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
+FLASHSPARK_DEVICE void store_layers(const SummedRows &r, int32_t layers, int64_t stride, int32_t part) {
+  constexpr int32_t kLayersAtOnce = 6, kStep = kLayerParts * kPostprocessThreads;
+  const int32_t lanes = r.columns / 8 * 4, all_chunks = r.sum_columns / 8;
+  FLASHSPARK_NO_UNROLL
+  for (int32_t n = part * kPostprocessThreads + static_cast<int32_t>(ptx::thread_index()); n < r.rows / 2 * lanes;
+       n += kStep) {
+    const int32_t pair = quotient(n, lanes), column = n - pair * lanes, row = pair / 8 * 16 + pair % 8;
+    const float *from = r.sums + ((pair / 8 * all_chunks + column / 4) * 32 + pair % 8 * 4 + column % 4) * 4;
+    float sum[4] = {};
+    FLASHSPARK_NO_UNROLL
+    for (int32_t first = 0; first < layers; first += kLayersAtOnce) {
+      ptx::Vector16 loaded[kLayersAtOnce];
+      FLASHSPARK_UNROLL
+      for (int32_t i = 0; i < kLayersAtOnce; ++i) {
+        if (first + i < layers) loaded[i] = *reinterpret_cast<const ptx::Vector16 *>(from + (first + i) * stride);
+      }
+      FLASHSPARK_UNROLL
+      for (int32_t i = 0; i < kLayersAtOnce; ++i) {
+        FLASHSPARK_UNROLL
+        for (int32_t e = 0; e < 4; ++e) {
+          if (first + i < layers) sum[e] += ptx::as_float(loaded[i].word[e]);
+        }
+      }
+    }
+    FLASHSPARK_UNROLL
+    for (int32_t half = 0; half < 2; ++half) {
+      const int32_t at = row + half * 8;
+      if (at >= r.end) continue;
+      const uint32_t packed = ptx::pack<Element>(sum[2 * half] * r.scale, sum[2 * half + 1] * r.scale);
+      auto *const to = static_cast<Element *>(r.to) + at * r.token_stride + column * 2;
+      *reinterpret_cast<uint32_t *>(to) = at < r.in_use ? packed : 0;
+    }
+  }
+}
+
+// Which tiles of keys have left something of a block of rows, where each has a layer of its own: all sequences have the
+// same lengths then.
+FLASHSPARK_DEVICE Interval layers_of_block(const BackwardArguments &a, const RowBlock &block) {
+  const int32_t keys = min_of(a.max_seqlen_k, a.key_rows);
+  const SequenceMask mask{0, 0, keys, keys - a.max_seqlen_q, a.causal != 0, 0};
+  Interval found{0, 0};
+  for (int32_t base = 0; base < a.num_key_tiles; base += 32) {
+    const int32_t first = (base + ptx::lane()) * a.key_tile;
+    const Interval visited =
+        tokens_of_keys<false>(a, mask, {first, min_of(first + a.key_tile, keys)}, a.max_seqlen_q).visited;
+    const uint32_t has =
+        ptx::ballot(!is_empty(visited) && visited.begin < block.first + a.row_block && visited.end > block.first);
+    if (has == 0) continue;
+    // They follow each other.
+    const uint32_t first_bit = ptx::lowest_bit(has), behind = ~(has >> first_bit);
+    const int32_t begin = base + static_cast<int32_t>(first_bit);
+    if (is_empty(found)) found.begin = begin;
+    found.end = begin + (behind == 0 ? 32 : static_cast<int32_t>(ptx::lowest_bit(behind)));
+  }
+  return found;
+}
+
+template <class Element>
+FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta, int32_t part) {
   const Quotient at = split(cta, a.num_row_blocks);
   const int32_t head = at.quotient;
   // Lengths are not of the kernel before, which has waited itself for those that wrote them.
@@ -99,9 +160,23 @@ FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + at.remainder * a.row_block;
   wait_for_sums(a, block, head);
   if (!block.valid) return;
-  store_rows<Element>({a.dq_sum + padded * a.sum_columns, a.sum_columns, dq, a.dq_strides.token, a.row_block,
-                       a.head_dim, block.end - block.first, block.tokens - block.first, a.softmax_scale},
-                      0, 1);
+  SummedRows rows{a.dq_sum + padded * a.sum_columns,
+                  a.sum_columns,
+                  dq,
+                  a.dq_strides.token,
+                  a.row_block,
+                  a.head_dim,
+                  block.end - block.first,
+                  block.tokens - block.first,
+                  a.softmax_scale};
+  if (a.dq_layer_rows == 0) {
+    store_rows<Element>(rows, 0, 1);
+    return;
+  }
+  const Interval layers = layers_of_block(a, block);
+  const int64_t stride = a.dq_layer_rows * a.sum_columns;
+  rows.sums += layers.begin * stride;
+  store_layers<Element>(rows, layers.end - layers.begin, stride, part);
 }
 
 template <class Element>
@@ -129,10 +204,12 @@ template <class Element>
 FLASHSPARK_DEVICE void postprocess(const BackwardArguments &a) {
   ptx::warm_constant_cache(a);
   const auto cta = static_cast<int32_t>(ptx::cta_x());
+  const int32_t parts = a.dq_layer_rows != 0 ? kLayerParts : 1;
   const int32_t of_dq =
-      a.dq_sum != nullptr ? a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value) : 0;
+      a.dq_sum != nullptr ? a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value) * parts : 0;
   if (cta < of_dq) {
-    store_dq<Element>(a, cta);
+    const Quotient at = split(cta, parts);
+    store_dq<Element>(a, at.quotient, at.remainder);
   } else {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();

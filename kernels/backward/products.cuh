@@ -183,7 +183,20 @@ FLASHSPARK_DEVICE void query_product(QueryGradient<T> &dq, ptx::SharedAddress sc
   }
 }
 
-// Adds it to what other CTAs add. `sums` is at the block's rows.
+// Adds to what other CTAs add, or stores where no other one does.
+template <class T>
+FLASHSPARK_DEVICE void add_to_sums(float *to, const float (&x)[4]) {
+  if constexpr (T::kLayered) {
+    ptx::Vector16 four;
+    FLASHSPARK_UNROLL
+    for (int32_t e = 0; e < 4; ++e) four.word[e] = ptx::as_word(x[e]);
+    *reinterpret_cast<ptx::Vector16 *>(to) = four;
+  } else {
+    ptx::add_to_memory_4(to, x);
+  }
+}
+
+// `sums` is at the block's rows.
 template <class T>
 FLASHSPARK_DEVICE void add_query_gradient(float *sums, const QueryGradient<T> &dq, const BackwardOffsets<T> &lane) {
   const int32_t warp = ptx::warp();
@@ -193,8 +206,10 @@ FLASHSPARK_DEVICE void add_query_gradient(float *sums, const QueryGradient<T> &d
   FLASHSPARK_UNROLL
   for (int32_t m = 0; m < T::kSumAtoms; ++m) {
     FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < T::kSumColumns / 8; ++n)
-      ptx::add_to_memory_4(sums + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
+    for (int32_t n = 0; n < T::kSumColumns / 8; ++n) {
+      float *const to = sums + (m * (T::kHeadDim / 8) + n) * 128;
+      add_to_sums<T>(to, dq.at[m][n]);
+    }
   }
 }
 

@@ -23,9 +23,16 @@ struct BackwardTraits {
   using Mma = MmaF16<Element>;
   static constexpr BackwardInstance kInstance = instance_of(index);
 #if defined(TUNE_WARPS)  // bench/gpu/backward_tune.sh tries others
-  static constexpr BackwardTile kTile{
-      TUNE_WARPS, TUNE_KEYS, TUNE_ROWS, TUNE_SCORES, TUNE_K, TUNE_V, RowStages::TUNE_STAGES, KeySharing::TUNE_SHARING,
-      TUNE_CTAS};
+  static constexpr BackwardTile kTile{TUNE_WARPS,
+                                      TUNE_KEYS,
+                                      TUNE_ROWS,
+                                      TUNE_SCORES,
+                                      TUNE_K,
+                                      TUNE_V,
+                                      RowStages::TUNE_STAGES,
+                                      KeySharing::TUNE_SHARING,
+                                      TUNE_CTAS,
+                                      kInstance.tile(arch).order};
 #else
   static constexpr BackwardTile kTile = kInstance.tile(arch);
 #endif
@@ -45,6 +52,8 @@ struct BackwardTraits {
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr RowStages kStages = kTile.stages;
   static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f && !kDropout;  // block_copies.cuh
+  static constexpr bool kInTurns = kTile.order == SumOrder::turns, kAsAsked = kTile.order == SumOrder::as_asked;
+  static constexpr bool kLayered = kTile.order == SumOrder::layers;
   static constexpr bool kPaired = kTile.sharing != KeySharing::none;
   static constexpr bool kColumns = kTile.sharing == KeySharing::columns;
   static constexpr int32_t kGradientColumns = kHeadDim / (kWarps / 2);  // of a warp with kColumns

@@ -1,8 +1,9 @@
 // The order in which CTAs add to dq, with `deterministic`: the last keys first. A CTA waits for the one before it in
 // this order, which is also that of their launch: so none waits for one that has not begun. Under a causal mask hardly
 // any waits, since a tile of later keys begins with a later row and stays ahead. A turn is for a few blocks of rows, as
-// it takes long to make additions known. One thread waits for all, before a barrier that they pass before they add, and
-// one makes known what all have added, behind the next barrier (docs/experiments.md).
+// it takes long to make additions known. One warp waits for all, before a barrier that they pass before they add, and
+// one makes known what all have added, behind the next barrier (docs/experiments.md). Kernels with turns alone do so
+// without a branch of single lanes: ptxas has uniform registers where it knows that no lane goes another way.
 #pragma once
 
 #include "backward/scores.cuh"
@@ -14,6 +15,9 @@ struct Turns {
   static constexpr int32_t kRows = 128;  // docs/experiments.md E96
   static constexpr int32_t kBlocks = T::kRows < kRows ? kRows / T::kRows : 1;
 
+  static FLASHSPARK_DEVICE bool are_taken(const BackwardArguments &a) {
+    return T::kInTurns || (T::kAsAsked && a.dq_turns != nullptr);
+  }
   static FLASHSPARK_DEVICE Interval groups(Interval blocks) {
     const int32_t begin = blocks.begin / kBlocks;
     return {begin, is_empty(blocks) ? begin : ceil_div(blocks.end, kBlocks)};
@@ -72,18 +76,28 @@ struct Turns {
   // Before a barrier behind which the CTA adds to the block.
   FLASHSPARK_DEVICE void wait(const BackwardMask<T> &mask, const RowWalk &at) const {
     const bool begins = at.block == at.begin || at.block % kBlocks == 0;
-    if (!begins || ptx::warp() != T::kWarps - 1) return;
+    if constexpr (T::kInTurns) {
+      if (!begins || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != T::kWarps - 1) return;
+    } else {
+      if (!begins || ptx::warp() != T::kWarps - 1) return;
+    }
     const State s = state();
     const int32_t last = turn_before(s, mask, at.block / kBlocks);
-    if (ptx::lane() == 0) ptx::wait_until_at_least(turn_at(s, at), last);
+    if (T::kInTurns || ptx::lane() == 0) ptx::wait_until_at_least(turn_at(s, at), last);
     ptx::warp_barrier();
   }
   // Behind a barrier before which the CTA has added to the block.
   FLASHSPARK_DEVICE void pass(const RowWalk &at) const {
     const bool ends = at.is_last_of_head() || (at.block + 1) % kBlocks == 0;
-    if (!ends || ptx::thread_index() != 0) return;
-    const State s = state();
-    ptx::raise_in_memory(turn_at(s, at), s.tiles - s.tile);
+    if constexpr (T::kInTurns) {
+      if (!ends || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != 0) return;
+      const State s = state();
+      ptx::raise_in_memory_if(ptx::lane() == 0, turn_at(s, at), s.tiles - s.tile);
+    } else {
+      if (!ends || ptx::thread_index() != 0) return;
+      const State s = state();
+      ptx::raise_in_memory(turn_at(s, at), s.tiles - s.tile);
+    }
   }
 };
 

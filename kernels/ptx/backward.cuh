@@ -84,6 +84,15 @@ FLASHSPARK_DEVICE void count_in_memory(int32_t *to, int32_t n) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(n) : "memory");
 }
 
+// The same by the lanes that say so, without a branch.
+FLASHSPARK_DEVICE void raise_in_memory_if(bool raises, int32_t *to, int32_t value) {
+  asm volatile(
+      "{\n.reg .pred raises;\nsetp.ne.s32 raises, %2, 0;\n@raises red.release.gpu.global.max.s32 [%0], %1;\n}" ::"l"(
+          __cvta_generic_to_global(to)),
+      "r"(value), "r"(static_cast<int32_t>(raises))
+      : "memory");
+}
+
 // x, of which the compiler knows nothing: what follows from it is computed where it stands, not kept in a register.
 FLASHSPARK_DEVICE uint32_t unknown(uint32_t x) {
   asm volatile("" : "+r"(x));

@@ -2,11 +2,24 @@
 
 #include <algorithm>
 
+#include "mod.hpp"
+
 namespace flashspark::cuda {
 namespace {
 
 // In rows, what a CTA takes for sums in memory that several CTAs add to (docs/experiments.md E92).
 constexpr int64_t kRowsOfSums = 128;
+// In rows, too, how far a CTA that adds to dq in turns stays behind the one before it. What a row takes with turns, in
+// a loop of their own or beside the other one, and of a row and a tile of keys what it takes to add up their layer of
+// dq.
+constexpr int64_t kRowsOfTurn = 170;
+constexpr double kTurnCost = 1.05, kTurnCostAsAsked = 1.2, kLayerCost = 0.25;
+constexpr int64_t kMaxLayerBytes = 256 << 20;
+// As many CTAs an SM are few: their rows are in L2 whatever their order.
+constexpr int64_t kFewCtas = 4;
+// Heads that take turns else: each SM gets about as much work as the others, and the rows of a few heads stay in L2
+// (docs/experiments.md E91).
+constexpr int64_t kSectionHeads = 8;
 
 // Rows of a query head that the tiles of a KV head and sequence visit, whole blocks of them.
 struct VisitedRows {
@@ -46,6 +59,67 @@ VisitedRows visited_rows(const Params &p, const BackwardTile &tile) {
   return v;
 }
 
+// What there is to divide.
+struct Work {
+  const Params &p;
+  const BackwardTile &tile;
+  VisitedRows rows;
+  int64_t group, places;  // places of CTAs on the SMs
+  int64_t rows_of_tile;   // that take as long as to begin and end a tile
+
+  Work(const Params &params, const BackwardTile &of, const Machine &machine)
+      : p(params),
+        tile(of),
+        rows(visited_rows(params, of)),
+        group(params.num_heads_q / params.num_heads_kv),
+        places(int64_t{machine.sm_count} * of.min_ctas),
+        rows_of_tile(int64_t{of.tile_blocks()} * of.rows) {}
+
+  bool in_turns() const { return p.deterministic != 0 && tile.order != SumOrder::layers; }
+  double cost_of_rows(double n) const { return n * static_cast<double>(tile.keys() * tile.min_ctas); }
+  double per_place(int64_t n) const { return static_cast<double>(n) / static_cast<double>(places); }
+};
+
+// How long CTAs that add to dq in turns wait for each other. Where a mask makes tiles differ none waits, but the
+// shortest come first, and at the end a few have the longest.
+double rows_waited(const Work &w, int64_t ctas, int64_t heads, int64_t longest) {
+  if (tiles_differ(w.p) || !lengths_are_equal(w.p)) return static_cast<double>(longest) / 2;
+  const int64_t heads_at_once = ctas <= kFewCtas * w.places ? heads : std::min<int64_t>(heads, kSectionHeads);
+  const int64_t of_head = std::min(w.rows.tiles / w.p.num_seqs, std::max<int64_t>(1, w.places / heads_at_once));
+  return static_cast<double>((of_head - 1) * kRowsOfTurn);
+}
+
+// CTAs take turns on the SMs. Where they differ in length, the longest start first, and shorter ones fill the gaps.
+BackwardDivision whole_tiles(const Work &w, int64_t parts) {
+  const int64_t more = w.rows_of_tile + (parts > 1 ? kRowsOfSums : 0), heads = w.p.num_heads_kv * parts;
+  const int64_t ctas = w.rows.tiles * heads, longest = w.rows.longest * w.group / parts + more;
+  const double all = w.per_place(w.p.num_heads_kv * (w.rows.all * w.group + w.rows.tiles * parts * more));
+  double rows = tiles_differ(w.p) ? std::max(static_cast<double>(longest), all)
+                                  : static_cast<double>(ceil_div(ctas, w.places) * longest);
+  const double turn_cost = w.tile.order == SumOrder::turns ? kTurnCost : kTurnCostAsAsked;
+  if (w.in_turns()) rows = turn_cost * (rows + rows_waited(w, ctas, heads * w.p.num_seqs, longest));
+  return {parts, 0, 1, w.cost_of_rows(rows)};
+}
+
+// Equal parts of all tiles: tiles of equal length in so many pieces each, of which a CTA has one; or all SMs have equal
+// parts, of which most have two pieces. Pieces are worth what it takes to join them.
+void try_pieces(const Work &w, BackwardDivision &best) {
+  constexpr double kGain = 0.95;
+  const int64_t rows_of_piece = 3 * w.rows_of_tile, tiles = w.rows.tiles * w.p.num_heads_kv;
+  const int64_t head_rows = (w.rows.all * w.group + w.rows.tiles * w.rows_of_tile) / w.p.num_seqs;
+  const double whole = best.cost;
+  const auto take = [&](int64_t pieces, double rows) {
+    const double cost = w.cost_of_rows(rows + static_cast<double>(w.rows_of_tile));
+    if (cost < kGain * whole && cost < best.cost) best = {1, pieces, head_rows / w.tile.rows, cost};
+  };
+  const int64_t of_tile = w.places / std::max<int64_t>(1, tiles), of_longest = w.rows.longest * w.group;
+  if (!tiles_differ(w.p) && of_tile > 1 && of_longest >= of_tile * rows_of_piece)
+    take(tiles * of_tile, static_cast<double>(of_longest + w.rows_of_tile) / static_cast<double>(of_tile));
+  const int64_t rows = head_rows * w.p.num_heads_kv * w.p.num_seqs;
+  const int64_t pieces = std::min(w.places, std::max<int64_t>(1, rows / rows_of_piece));
+  take(pieces, static_cast<double>(rows) / static_cast<double>(pieces) + static_cast<double>(w.rows_of_tile));
+}
+
 }  // namespace
 
 int64_t key_tiles_of_head(const Params &p, int64_t keys) {
@@ -53,48 +127,34 @@ int64_t key_tiles_of_head(const Params &p, int64_t keys) {
   return is_varlen_k(p) ? std::min(of_longest * p.num_seqs, p.total_k / keys + p.num_seqs) : of_longest;
 }
 
-// CTAs take turns on the SMs. Where they differ in length, the longest start first, and shorter ones fill the gaps.
+int64_t section_heads(const Params &p, const BackwardTile &tile, int64_t ctas, int64_t places, int64_t heads) {
+  // The tiles with the most work of block lists may be anywhere in a section.
+  if (ctas <= kFewCtas * places || has_block_lists(p)) return heads;
+  // In turns, under a mask, the CTAs of a head that begin together follow each other over the same rows.
+  if (p.deterministic != 0 && tiles_differ(p) && tile.keys() >= 128) return 1;
+  return kSectionHeads;
+}
+
+bool fits_layers(const BackwardInstance &instance, const Params &p) {
+  const BackwardTile &tile = instance.sm_120f;
+  const int64_t rows = p.num_seqs * ceil_div(p.max_seqlen_q, tile.rows) * tile.rows;
+  const int64_t numbers = key_tiles_of_head(p, tile.keys()) * p.num_heads_q * rows * instance.head_dim;
+  return lengths_are_equal(p) && numbers <= kMaxLayerBytes / 4;
+}
+
 BackwardDivision divide_backward(const BackwardInstance &instance, const Params &p, const Machine &machine) {
-  const BackwardTile &tile = instance.tile(machine.arch);
-  const int64_t group = p.num_heads_q / p.num_heads_kv, places = int64_t{machine.sm_count} * tile.min_ctas;
-  const VisitedRows v = visited_rows(p, tile);
-  const int64_t rows_of_tile = int64_t{tile.tile_blocks()} * tile.rows;
-  const auto cost_of_rows = [&](double rows) { return rows * static_cast<double>(tile.keys() * tile.min_ctas); };
-  const auto per_place = [&](int64_t rows) { return static_cast<double>(rows) / static_cast<double>(places); };
-  const auto whole_tiles = [&](int64_t parts) {
-    const int64_t more = rows_of_tile + (parts > 1 ? kRowsOfSums : 0);
-    const int64_t ctas = v.tiles * p.num_heads_kv * parts, longest = v.longest * group / parts + more;
-    const double all = per_place(p.num_heads_kv * (v.all * group + v.tiles * parts * more));
-    const double rows = tiles_differ(p) ? std::max(static_cast<double>(longest), all)
-                                        : static_cast<double>(ceil_div(ctas, places) * longest);
-    return BackwardDivision{parts, 0, 1, cost_of_rows(rows)};
-  };
-  BackwardDivision best = whole_tiles(1);
-  if (p.deterministic != 0) return best;
-  if (group > 1) {
-    if (const BackwardDivision parts = whole_tiles(group); parts.cost < best.cost) best = parts;
+  const Work w(p, instance.tile(machine.arch), machine);
+  BackwardDivision best = whole_tiles(w, 1);
+  // Two numbers have one sum, in whatever order they come.
+  const int64_t most_parts = p.deterministic == 0 ? w.group : w.group % 2 == 0 ? 2 : 1;
+  if (most_parts > 1) {
+    if (const BackwardDivision parts = whole_tiles(w, most_parts); parts.cost < best.cost) best = parts;
   }
-  // Few CTAs an SM, whose rows are in L2 whatever their order, and pieces that are worth what it takes to join them.
-  constexpr int64_t kFewCtas = 4;
-  const int64_t rows_of_piece = 3 * rows_of_tile;
-  constexpr double kGain = 0.95;
-  const bool can_have_pieces =
-      lengths_are_equal(p) && instance.score_mod != ScoreMod::native && tile.sharing != KeySharing::columns;
-  if (!can_have_pieces || v.tiles * p.num_heads_kv > kFewCtas * places) return best;
-  const BackwardDivision whole = best;
-  const int64_t head_rows = (v.all * group + v.tiles * rows_of_tile) / p.num_seqs;
-  const auto take_pieces = [&](int64_t pieces, double rows) {
-    const double cost = cost_of_rows(rows + static_cast<double>(rows_of_tile));
-    if (cost < kGain * whole.cost && cost < best.cost) best = {1, pieces, head_rows / tile.rows, cost};
-  };
-  // Tiles of equal length in so many pieces each, of which a CTA has one; and all SMs with equal parts, of which most
-  // have two pieces.
-  const int64_t tiles = v.tiles * p.num_heads_kv, of_tile = places / std::max<int64_t>(1, tiles);
-  if (!tiles_differ(p) && of_tile > 1 && v.longest * group >= of_tile * rows_of_piece)
-    take_pieces(tiles * of_tile, static_cast<double>(v.longest * group + rows_of_tile) / static_cast<double>(of_tile));
-  const int64_t rows = head_rows * p.num_heads_kv * p.num_seqs;
-  const int64_t pieces = std::min(places, std::max<int64_t>(1, rows / rows_of_piece));
-  take_pieces(pieces, static_cast<double>(rows) / static_cast<double>(pieces) + static_cast<double>(rows_of_tile));
+  const bool can_have_pieces = lengths_are_equal(p) && instance.score_mod != ScoreMod::native &&
+                               w.tile.sharing != KeySharing::columns && !w.in_turns();
+  if (can_have_pieces && w.rows.tiles * p.num_heads_kv <= kFewCtas * w.places) try_pieces(w, best);
+  if (w.tile.order == SumOrder::layers)
+    best.cost += w.cost_of_rows(kLayerCost * w.per_place(w.rows.all * p.num_heads_q));
   return best;
 }
 

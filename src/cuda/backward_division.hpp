@@ -17,6 +17,12 @@ struct BackwardDivision {
 // Key tiles of a KV head: of one sequence, or with cu_seqlens_k of all (bound).
 int64_t key_tiles_of_head(const Params &p, int64_t keys);
 
+// Of so many heads, how many at most take turns with their tiles of keys.
+int64_t section_heads(const Params &p, const BackwardTile &tile, int64_t ctas, int64_t places, int64_t heads);
+
+// Whether each tile of keys may have a layer of dq of its own (SumOrder::layers).
+bool fits_layers(const BackwardInstance &instance, const Params &p);
+
 // The fastest for an instance that can run p.
 BackwardDivision divide_backward(const BackwardInstance &instance, const Params &p, const Machine &machine);
 

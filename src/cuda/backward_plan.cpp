@@ -66,12 +66,8 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   const int64_t heads = p.num_heads_kv * (is_varlen_k(p) ? 1 : p.num_seqs) * parts;
   const int64_t ctas = pieces > 0 ? pieces : key_tiles * heads,
                 places = int64_t{machine.sm_count} * plan.tile->min_ctas;
-  // Eight heads take turns, in sections of equal size: each SM gets about as much work as the others, and the rows of a
-  // few heads stay in L2. In a grid of few CTAs an SM all heads do, and with block lists, where the tiles with the most
-  // work may be anywhere in a section (docs/experiments.md E91).
-  constexpr int64_t kSection = 8, kFewCtas = 4;
-  const int64_t section =
-      ctas <= kFewCtas * places || has_block_lists(p) ? heads : ceil_div(heads, ceil_div(heads, kSection));
+  const int64_t most = section_heads(p, *plan.tile, ctas, places, heads);
+  const int64_t section = ceil_div(heads, ceil_div(heads, most));  // of equal size
   a.key_tile = static_cast<int32_t>(keys);
   a.num_key_tiles = static_cast<int32_t>(key_tiles);
   a.head_parts = static_cast<int32_t>(parts);
@@ -90,7 +86,8 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   plan.main = {{grid(ctas), 1, 1},
                static_cast<uint32_t>(plan.tile->threads()),
                static_cast<uint32_t>(shared_bytes(*plan.instance, *plan.tile))};
-  const int64_t summed = (a.dq != nullptr ? blocks * p.num_heads_q : 0) + (parts > 1 ? ctas : 0);
+  const int64_t dq_parts = plan.tile->order == SumOrder::layers ? kLayerParts : 1;
+  const int64_t summed = (a.dq != nullptr ? blocks * p.num_heads_q * dq_parts : 0) + (parts > 1 ? ctas : 0);
   if (summed > 0)
     plan.postprocess = {{grid(summed), 1, 1}, traits_of(Operation::attention_backward_postprocess).threads};
 }
@@ -99,8 +96,12 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
 void set_gradient_sums(const Params &p, BackwardPlan &plan) {
   const BackwardArguments &a = plan.arguments;
   plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
-  if (a.dq != nullptr) plan.dq_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns);
-  if (a.dq != nullptr && p.deterministic != 0) {
+  const bool layers = plan.tile->order == SumOrder::layers;
+  if (layers) plan.arguments.dq_layer_rows = p.num_heads_q * a.padded_rows;
+  if (a.dq != nullptr)
+    plan.dq_bytes =
+        plan.row_bytes * static_cast<size_t>(a.sum_columns) * static_cast<size_t>(layers ? a.num_key_tiles : 1);
+  if (a.dq != nullptr && p.deterministic != 0 && !layers) {
     // A multiple of 16 bytes, as all is that lies before the others.
     const int64_t turns = p.num_heads_q * a.num_row_blocks;
     plan.turn_bytes = static_cast<size_t>(ceil_div(turns, 4)) * 16;
@@ -144,6 +145,9 @@ void set_sums(const Params &p, BackwardPlan &plan) {
 
 bool fits(const BackwardInstance &instance, const Params &p) {
   if (takes_backward_functions(p) != is_of_functions(instance.index)) return false;
+  const BackwardTile &tile = instance.sm_120f;
+  if (tile.order != SumOrder::as_asked && p.deterministic == 0) return false;
+  if (tile.order == SumOrder::layers && !fits_layers(instance, p)) return false;
   if (p.head_dim > instance.head_dim || p.head_dim_v > instance.head_dim_v) return false;
   const bool modified = shape_of(p).needs_score_mod, drops = p.dropout_p > 0;
   switch (instance.score_mod) {
@@ -226,6 +230,7 @@ std::string to_string(const BackwardPlan &plan) {
   if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
          (plan.dq_bytes > 0 ? "dq in float32, " : "") +
+         (plan.arguments.dq_layer_rows > 0 ? "once for each tile of keys, " : "") +
          (plan.dk_bytes + plan.dv_bytes + plan.piece_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row" +
          (plan.functions && plan.functions->bytes > 0 ? ", a byte for each pair of blocks" : "") + "\n";
 }

@@ -419,7 +419,11 @@ DETERMINISTIC = {
     "window, varlen": Case(
         lengths((900, 900), (1, 1), (333, 500)), (4, 2), varlen=True, options={"causal": True, "window_size": (100, 0)}
     ),
+    "full, layers": Case(lengths((900, 1100)), (8, 4)),
+    "full, turns": Case(lengths((900, 1100), (1300, 700)), (8, 2), varlen=True),
+    "causal, turns": Case(lengths((1500, 1500), (900, 900)), (4, 4), varlen=True, options={"causal": True}),
     "d256": Case(lengths((300, 500)), (4, 2), (256, 256), options={"causal": True}),
+    "d192": Case(lengths((1200, 1200)), (4, 2), (192, 192), options={"causal": True}),
     "dropout, sinks, alibi": Case(
         lengths((500, 500), (500, 500)), (6, 3), alibi="heads", sinks=True, p=0.2, options={"causal": True}
     ),

@@ -5,6 +5,7 @@
 #include <iterator>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "cuda/backward.hpp"
 
@@ -32,9 +33,11 @@ TEST(BackwardPlan, EveryInstanceRunsSomeProblem) {
     std::set<std::string> chosen;
     for (int64_t head_dim = 8; head_dim <= kMaxBackwardHeadDim; head_dim += 8) {
       for (const int64_t num_heads : {1, 16, 512}) {
-        for (const auto &[softcap, dropout] : {std::pair{0.0f, 0.0f}, std::pair{10.0f, 0.0f}, std::pair{0.0f, 0.1f}}) {
+        for (const auto &[softcap, dropout, deterministic] :
+             {std::tuple{0.0f, 0.0f, 0}, {0.0f, 0.0f, 1}, {10.0f, 0.0f, 0}, {0.0f, 0.1f, 0}}) {
           BackwardParams b = problem(head_dim, head_dim, num_heads, softcap);
           b.forward.dropout_p = dropout;
+          b.forward.deterministic = deterministic;
           const bool any = std::any_of(std::begin(kBackwardInstances), std::end(kBackwardInstances),
                                        [&](const BackwardInstance &instance) { return fits(instance, b.forward); });
           if (any) chosen.insert(make_backward_plan(b, machine).instance->name);
@@ -71,8 +74,12 @@ TEST(BackwardPlan, HeadsOfAGroupAreOfSeveralCtasOnSmallGrids) {
   const auto parts = [&] { return make_backward_plan(b, machine).arguments.head_parts; };
   EXPECT_EQ(parts(), 2);  // 64 CTAs, or 128
   b.forward.deterministic = 1;
-  EXPECT_EQ(parts(), 1);
-  b.forward.deterministic = 0, b.forward.max_seqlen_q = b.forward.max_seqlen_k = 2048;
+  EXPECT_EQ(parts(), 2);  // two sums, which are added to 0 in either order
+  b.forward.num_heads_kv = 4;
+  EXPECT_EQ(parts(), 2);
+  b.forward.deterministic = 0;
+  EXPECT_EQ(parts(), 4);
+  b.forward.num_heads_kv = 8, b.forward.max_seqlen_q = b.forward.max_seqlen_k = 2048;
   EXPECT_EQ(parts(), 1);  // 128 CTAs, or 256 of half as many rows: as good
   b.forward.causal = 1;
   EXPECT_EQ(parts(), 2);  // the longest of 128 CTAs has twice the rows of the mean
@@ -90,7 +97,7 @@ TEST(BackwardPlan, SmallGridsHaveEqualPartsOfTiles) {
   p.causal = 1;
   EXPECT_EQ(pieces(), 132);
   p.deterministic = 1;
-  EXPECT_EQ(pieces(), 0);
+  EXPECT_EQ(pieces(), 132);  // with a layer of dq for each tile of keys
   p.deterministic = 0, p.causal = 0, p.num_heads_kv = 8;
   EXPECT_EQ(pieces(), 128);  // 64 equal tiles in two halves each
   p.causal = 1;
@@ -107,6 +114,35 @@ TEST(BackwardPlan, SmallGridsHaveEqualPartsOfTiles) {
   EXPECT_EQ(pieces(), 132);
   p.seqused_q = reinterpret_cast<const int32_t *>(16);
   EXPECT_EQ(pieces(), 0);  // lengths may differ
+}
+
+// Layers of dq cost memory and time to add them up, turns the time that CTAs wait for each other.
+TEST(BackwardPlan, DeterministicSumsAreInLayersOnSmallGrids) {
+  const Machine machine{Architecture::sm_90, 132, 50 << 20, 228 << 10};
+  BackwardParams b = problem(128, 128, 16, 0);
+  Params &p = b.forward;
+  p.deterministic = 1, p.num_heads_kv = 8;
+  float dq = 0;
+  b.dq.data = &dq;
+  const auto order = [&] { return make_backward_plan(b, machine).tile->order; };
+  const auto layer_rows = [&] { return make_backward_plan(b, machine).arguments.dq_layer_rows; };
+  const auto dq_bytes = [&] { return make_backward_plan(b, machine).dq_bytes; };
+  EXPECT_EQ(order(), SumOrder::layers);
+  EXPECT_EQ(layer_rows(), 16 * 1024);
+  EXPECT_EQ(dq_bytes(), size_t{8} * 16 * 1024 * 128 * 4);
+  p.max_seqlen_q = p.max_seqlen_k = 2048;
+  EXPECT_EQ(dq_bytes(), size_t{256} << 20);
+  p.causal = 1;
+  EXPECT_EQ(order(), SumOrder::layers);
+  p.max_seqlen_q = 4128;  // more memory than layers may take
+  EXPECT_EQ(order(), SumOrder::turns);
+  EXPECT_EQ(layer_rows(), 0);
+  EXPECT_EQ(dq_bytes(), size_t{16} * 4128 * 128 * 4);
+  p.max_seqlen_q = 1024;
+  p.seqused_k = reinterpret_cast<const int32_t *>(16);  // lengths may differ
+  EXPECT_EQ(order(), SumOrder::turns);
+  p.seqused_k = nullptr, p.deterministic = 0;
+  EXPECT_EQ(order(), SumOrder::as_asked);
 }
 
 TEST(BackwardPlan, HeadsTakeTurnsInSectionsOfEqualSize) {

@@ -10,12 +10,21 @@
 namespace flashspark::emulator {
 namespace {
 
-enum class Kernels { all, smallest };  // smallest: what kernels have in common is tried with the quickest
+// smallest: what kernels have in common is tried with the quickest. ordered: those that sum dq in an order of their
+// own.
+enum class Kernels { all, smallest, ordered };
+
+bool is_among(const BackwardKernel &kernel, Kernels which) {
+  const BackwardTile &tile = kernel.instance->sm_120f;
+  if (which == Kernels::smallest) return kernel.instance->head_dim <= 64;
+  return which == Kernels::all || tile.order == SumOrder::turns || tile.order == SumOrder::layers ||
+         tile.sharing == KeySharing::columns;
+}
 
 // Runs every kernel that can take it, with a head as wide as the kernel's unless the spec has another.
 void check(BackwardSpec spec, uint64_t seed, Kernels which = Kernels::all, bool own_width = true) {
   for (const BackwardKernel &kernel : backward_kernels()) {
-    if (which == Kernels::smallest && kernel.instance->head_dim > 64) continue;
+    if (!is_among(kernel, which)) continue;
     if (own_width) spec.head_dim = kernel.instance->head_dim, spec.head_dim_v = kernel.instance->head_dim_v;
     if (!can_run(kernel, spec)) continue;
     Counters counters;
@@ -96,6 +105,27 @@ TEST(Backward, Deterministic) {
   check(s, 11, Kernels::smallest);
 }
 
+// Loops and orders of their own: rows of several turns and heads, tiles that begin within a turn, keys that no row
+// sees.
+TEST(Backward, DeterministicOrders) {
+  BackwardSpec s;
+  s.deterministic = s.causal = true, s.heads_q = 2;
+  s.tokens = {420}, s.keys = {330};
+  check(s, 12, Kernels::ordered);
+  s.tokens = {200}, s.keys = {100};  // the first tile of a head sees rows that no other does
+  check(s, 13, Kernels::ordered);
+  s.varlen_q = s.varlen_k = true, s.tokens = {290, 70, 0, 150}, s.keys = {200, 300, 10, 40}, s.unused_rows = true;
+  check(s, 14, Kernels::ordered);
+  s.causal = false;
+  check(s, 15, Kernels::ordered);
+  s.window_left = 100, s.causal = true;
+  check(s, 16, Kernels::ordered);
+  s.varlen_q = s.varlen_k = s.unused_rows = false, s.tokens = {300, 300}, s.keys = {260, 260}, s.heads_q = 1;
+  check(s, 17, Kernels::ordered);
+  s.wanted_q = false;
+  check(s, 18, Kernels::ordered);
+}
+
 // More heads than take turns at a time, the last section with fewer than the others.
 TEST(Backward, ManyHeads) {
   BackwardSpec s;
@@ -125,6 +155,10 @@ TEST(Backward, HeadsOfSeveralCtas) {
   check(s, 8, Kernels::smallest);
   s.head_dim = 40, s.head_dim_v = 24, s.dropout_p = 0.2f;
   check(s, 9, Kernels::smallest, false);
+  s.deterministic = true;  // the sum of two numbers has no order
+  BackwardProblem in_order(s, 10);
+  ASSERT_EQ(cuda::make_backward_plan(in_order.params, machine).arguments.head_parts, 2);
+  check(s, 10, Kernels::smallest, false);
 }
 
 // Every CTA has an equal part of all tiles, and leaves its sums of the last tile that it begins to the one that ends
@@ -145,6 +179,9 @@ TEST(Backward, EqualPartsOfTiles) {
   check_pieces(s, 21, Kernels::smallest);  // a CTA has several tiles
   s.tokens = {150}, s.keys = {700}, s.window_left = 100;
   check_pieces(s, 22, Kernels::smallest);  // no row sees the first keys
+  s.deterministic = true, s.head_dim = s.head_dim_v = 128;
+  check_pieces(s, 27, Kernels::ordered);  // nor some of the rows any key
+  s.deterministic = false, s.head_dim = s.head_dim_v = 64;
   s.tokens = {700}, s.wanted_q = false;
   check_pieces(s, 23, Kernels::smallest);
   s.wanted_k = false, s.wanted_q = true;

@@ -76,6 +76,14 @@ bool can_run(const BackwardKernel &kernel, const BackwardSpec &s) {
   p.head_dim = s.head_dim, p.head_dim_v = s.head_dim_v;
   p.num_heads_q = p.num_heads_kv = 1;
   p.softcap = s.softcap, p.dropout_p = s.dropout_p, p.deterministic = s.deterministic;
+  const auto differ = [&](const std::vector<int32_t> &used) {
+    return s.unused_rows || std::ranges::any_of(used, [&](int32_t n) { return n != used[0]; });
+  };
+  p.num_seqs = static_cast<int64_t>(s.tokens.size());
+  p.max_seqlen_q = std::ranges::max(s.tokens), p.max_seqlen_k = std::ranges::max(s.keys);
+  p.cu_seqlens_q = s.varlen_q ? &kAnything : nullptr, p.cu_seqlens_k = s.varlen_k ? &kAnything : nullptr;
+  p.seqused_q = differ(s.tokens) ? &kAnything : nullptr, p.seqused_k = differ(s.keys) ? &kAnything : nullptr;
+  p.causal_per_seq = s.causal_per_seq ? &kAnything : nullptr;
   p.alibi_slopes = s.alibi ? reinterpret_cast<const float *>(&kAnything) : nullptr;
   p.rel_logits = s.rel_extent > 0 ? &kAnything : nullptr;
   p.prefix_mode = s.prefix_mode, p.rswa_window = s.rswa_window, p.attention_chunk = s.attention_chunk;

@@ -46,9 +46,11 @@ inline void wait_until_at_least(const int32_t *from, int32_t value, FLASHSPARK_C
 inline void raise_in_memory(int32_t *to, int32_t value) {
   if (*to < value) *to = value;
 }
-
 inline void count_in_memory(int32_t *to, int32_t n) {
   *to += n;
+}
+inline void raise_in_memory_if(bool raises, int32_t *to, int32_t value) {
+  if (raises) raise_in_memory(to, value);
 }
 
 inline uint32_t unknown(uint32_t x) {
