@@ -2,6 +2,7 @@
 // text of UserFunctions (src/graph/cuda_source.hpp), with the macros of backward.cu and
 //
 //   FLASHSPARK_BLOCK_SPARSE  1: lists say which blocks of rows and keys are computed
+//   FLASHSPARK_IN_TURNS      1: CTAs add to dq in turns
 #include "backward/function_loop.cuh"
 #include "forward/tiles.cuh"
 
@@ -10,7 +11,7 @@
 namespace flashspark {
 
 using Kernel = FunctionBackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT,
-                                      UserFunctions, FLASHSPARK_BLOCK_SPARSE != 0>;
+                                      UserFunctions, FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_IN_TURNS != 0>;
 
 }  // namespace flashspark
 

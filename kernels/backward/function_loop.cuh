@@ -5,6 +5,7 @@
 
 #include "backward/backward.cuh"
 #include "backward/function_pairs.cuh"
+#include "backward/function_turns.cuh"
 #include "backward/function_walk.cuh"
 
 namespace flashspark {
@@ -22,6 +23,7 @@ struct FunctionLoop {
   ptx::SharedAddress shared;
   BackwardOffsets<T> lane;
   PhiloxKey dropout_key;
+  FunctionTurns<T> turns;
 
   KeyOperand<T, T::kHeadDim, T::kTile.keys_in_registers> keys;
   KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
@@ -197,16 +199,20 @@ struct FunctionLoop {
 
   // A block's scores, then its dQ.
   FLASHSPARK_DEVICE void run_phases(ListedRows at) {
+    RowWalk last{at.begin, at.end, end_head, at.begin};
     FLASHSPARK_NO_UNROLL
     for (int32_t stage = 0;; stage = 1 - stage) {
       const ListedRows next = walk.find(at.next());
       const bool has_next = next.head < end_head;
       ptx::cp_async_wait<0>();
       ptx::cta_barrier();  // Q, dO and the rows' words are here; all are done with dS^T and the other stage
+      const bool next_turn = T::kInTurns && !FunctionTurns<T>::same_group(last, at);
+      if (next_turn && last.head < end_head) turns.pass(last);
       if (T::kStages != RowStages::one && has_next) copy_queries(next, 1 - stage);
       ptx::cp_async_commit();
       add_block(at, stage);
       if (has_next) draw(next, 1 - stage);
+      if (next_turn) turns.wait(walk.blocks, at);
       ptx::cta_barrier();  // dS^T is here; all are done with dO and the words
       if (has_next) {
         if constexpr (T::kStages == RowStages::one) copy_queries(next, 1 - stage);
@@ -216,8 +222,13 @@ struct FunctionLoop {
       ptx::cp_async_commit();
       if (a.dq_sum != nullptr) add_to_dq(at, stage);
       if (next.head != at.head) sums.end_head();
+      if constexpr (T::kInTurns) last = at;
       if (!has_next) break;
       at = next;
+    }
+    if constexpr (T::kInTurns) {
+      ptx::cta_barrier();  // all have added
+      turns.pass(last);
     }
   }
 
@@ -333,6 +344,7 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
   const int32_t end_head = tile.head_q + tile.num_heads_q;
   const ptx::SharedAddress shared = ptx::shared_memory();
   const BackwardOffsets<T> lane = backward_offsets<T>();
+  const int32_t padded = first_padded_row(a, tile.seq, rows.q_row);
   const FunctionRow row{
       tile.seq, 0, 0, rows.seqlen_q, keys.end - keys.begin, rows.q_row, static_cast<int32_t>(keys.row)};
   // Before it is known whether the lists name any row for these keys.
@@ -351,10 +363,12 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
   FunctionLoop<T> loop{a, key_mask(a, mask), row,
                        {{a.blocks, a.blocks.data + tile.seq * a.blocks.batch_stride}, tile.first, last_key,
                         tile.first + lane.warp_key, rows.seqlen_q, end_head, INT32_MAX, -1, 0, {}, {}},
-                       tile.first, end_head, first_padded_row(a, tile.seq, rows.q_row),
+                       tile.first, end_head, padded,
                        make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
                        make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                       shared, lane, dropout_key(a.dropout), {}, {}, {}, {}, {}};
+                       shared, lane, dropout_key(a.dropout),
+                       {a, mask, tile.first / T::kKeys, ceil_div(tile.held, T::kKeys), rows.seqlen_q, padded / T::kRows},
+                       {}, {}, {}, {}, {}};
   // clang-format on
   const Interval blocks = loop.walk.narrowed({all.begin, all.end, tile.head_q, all.begin});
   const ListedRows first = loop.walk.find({blocks.begin, blocks.end, tile.head_q, blocks.begin});

@@ -55,6 +55,10 @@ bool is_wanted(const BackwardParams &p, int32_t tensor) {
   return p.dtensors != nullptr && p.dtensors[tensor].data != nullptr;
 }
 
+bool takes_turns(const BackwardParams &p) {
+  return p.forward.deterministic != 0 && p.dq.data != nullptr;
+}
+
 void plan_gradients(const BackwardParams &p, BackwardFunctionPlan &plan) {
   const flashspark_function &function = p.forward.score_mod;
   ClearArguments &a = plan.clear_arguments;
@@ -119,10 +123,10 @@ void plan_blocks(const Params &p, BackwardFunctionPlan &plan) {
 struct FunctionKernelKey {
   SourceKey source;
   KernelKey kernel;
-  bool block_sparse;
+  bool block_sparse, in_turns;
   int device;
 
-  auto tied() const { return std::tuple(source, kernel.backward, kernel.dtype, block_sparse, device); }
+  auto tied() const { return std::tuple(source, kernel.backward, kernel.dtype, block_sparse, in_turns, device); }
   bool operator<(const FunctionKernelKey &other) const { return tied() < other.tied(); }
 };
 
@@ -135,6 +139,7 @@ bool takes_backward_functions(const Params &p) {
 bool fits_functions(const BackwardInstance &instance, const BackwardTile &tile, const BackwardParams &params) {
   const Params &p = params.forward;
   if (instance.score_mod == ScoreMod::native) return true;
+  if (takes_turns(params)) return false;
   for (int32_t n = 0; p.score_mod.mod != nullptr && n < p.score_mod.num_tensors; ++n) {
     if (is_wanted(params, n)) return false;
   }
@@ -159,6 +164,7 @@ BackwardFunctionPlan plan_backward_functions(const BackwardParams &params, const
   BackwardFunctionPlan plan;
   add_functions(p, plan.functions);
   plan.wide_positions = has_wide_positions(p.max_seqlen_q, p.max_seqlen_k);
+  plan.in_turns = takes_turns(params);
   plan.hands_on = instance.score_mod == ScoreMod::none;
   plan_gradients(params, plan);
   if (has_block_lists(p)) plan_blocks(p, plan);
@@ -183,6 +189,7 @@ CompileRequest backward_function_request(const Params &p, const BackwardFunction
   request.headers = {{"user_functions.cuh", source_of(p, plan).text}};
   request.macros = {std::string("FLASHSPARK_NAME=") + kernel.instance_name(),
                     std::string("FLASHSPARK_BLOCK_SPARSE=") + (plan.block_sparse ? "1" : "0"),
+                    std::string("FLASHSPARK_IN_TURNS=") + (plan.in_turns ? "1" : "0"),
                     "FLASHSPARK_USER_FUNCTIONS=\"user_functions.cuh\"",
                     std::string("FLASHSPARK_ELEMENT=") + (kernel.dtype == KernelDType::bf16 ? "Bfloat16" : "Float16")};
   // As the forward kernel computes it.
@@ -199,7 +206,7 @@ Kernel get_backward_function_kernel(const Params &p, const BackwardFunctionPlan 
                                             device.name + " has " + std::to_string(device.shared_bytes_per_block));
   }
   static auto *kernels = new LoadedKernels<FunctionKernelKey>;
-  return kernels->get({source_key(p, plan), kernel, plan.block_sparse, index}, index, plan.shared_bytes,
+  return kernels->get({source_key(p, plan), kernel, plan.block_sparse, plan.in_turns, index}, index, plan.shared_bytes,
                       [&] { return backward_function_request(p, plan, kernel, device.machine.arch); });
 }
 
@@ -212,7 +219,6 @@ std::string unsupported_backward_functions(const BackwardParams &params) {
       p.rswa_window > 0 || p.attention_chunk > 0)
     add("alibi_slopes, rel_logits, prefix ranges, rswa_window and attention_chunk beside score_mod, mask_mod or block "
         "lists");
-  if (p.deterministic != 0) add("deterministic beside score_mod, mask_mod or block lists");
   for (int32_t n = 0; p.deterministic != 0 && p.score_mod.mod != nullptr && n < p.score_mod.num_tensors; ++n) {
     if (is_wanted(params, n))
       add("deterministic with dtensors[" + std::to_string(n) + "], which is summed in no order");

@@ -25,6 +25,7 @@ struct BackwardFunctionPlan {
   CapturedGradient gradients[kMaxCapturedTensors]{};
   uint32_t wanted = 0;  // bit n: the gradient of score_mod's tensor n
   bool wide_positions = false, block_sparse = false;
+  bool in_turns = false;      // CTAs add to dq in turns
   bool hands_on = false;      // pairs of warps hand on P^T: score functions may be written as biases
   Launch clear, make_blocks;  // before the other launches; a grid of 0: not needed
   ClearArguments clear_arguments{};

@@ -289,6 +289,43 @@ def test_packed_sequences(width, device):
 
 
 @pytest.mark.needs_gpu
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("width", [64, 128, 200])
+def test_deterministic_gradients_have_the_same_bits(width, lists, device):
+    tokens, ends = 700, torch.tensor([90, 350, 400, 700], device=device)
+    document = torch.bucketize(torch.arange(tokens, device=device), ends, right=True).to(torch.int32)
+
+    def mask(b, h, i, j):
+        return (i >= j) & (document[i] == document[j]) | (j < 20)
+
+    make = torch.Generator().manual_seed(width)
+    shapes = [(2, heads, tokens, width) for heads in (HEADS, 1, 1, HEADS)]
+    q, k, v, dout = (torch.randn(*s, generator=make).to(torch.bfloat16).to(device) for s in shapes)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    options = {"enable_gqa": True}
+    if lists:
+        options["block_mask"] = flashspark.create_block_mask(
+            mask, 2, None, tokens, tokens, device=device, BLOCK_SIZE=64
+        )
+    score = None if lists else lambda s, b, h, i, j: s * 1.1 - 0.01 * h * (i - j)
+
+    def gradients():
+        out = flashspark.flex_attention(q, k, v, score, **options)
+        return torch.autograd.grad(out, leaves, dout)
+
+    free = gradients()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients()
+        for _ in range(20):
+            assert all(map(torch.equal, gradients(), first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, y in zip(first, free):  # of the same products, in another order
+        assert (x.float() - y.float()).abs().max() < 0.01 * y.float().abs().max()
+
+
+@pytest.mark.needs_gpu
 def test_deterministic_gradients_of_captured_tensors_are_refused(device):
     slopes = torch.rand(HEADS, device=device, requires_grad=True)
     q, k, v = (torch.randn(1, HEADS, 64, 64, dtype=torch.bfloat16, device=device) for _ in range(3))

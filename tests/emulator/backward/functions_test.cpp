@@ -27,7 +27,8 @@ BackwardSpec spec_of(const BackwardKernel &kernel) {
   return s;
 }
 
-void check(const BackwardSpec &spec, const BackwardKernel &kernel, uint64_t seed) {
+void check(BackwardSpec spec, const BackwardKernel &kernel, uint64_t seed) {
+  spec.deterministic = kernel.in_turns;
   Counters counters;
   EXPECT_EQ(check_backward(spec, kernel, seed, &counters), "");
   EXPECT_EQ(counters.bank_conflicts, 0u) << name_of(kernel);
@@ -100,7 +101,7 @@ TEST_P(EveryKernel, SurvivesWildLists) {
   for (uint64_t seed = 1; seed <= 8; ++seed) {
     Draw draw(seed, 'w');
     BackwardSpec s = spec_of(kernel);
-    s.dtype = kernel.dtype;
+    s.dtype = kernel.dtype, s.deterministic = kernel.in_turns;
     s.tokens = {70, 20}, s.keys = {130, 200}, s.heads_q = 2;
     s.functions->wish.size_q = draw.of<int64_t>({16, 48, 64}), s.functions->wish.size_k = draw.of<int64_t>({16, 48});
     if (hands_on(kernel)) s.functions->wish.size_k *= 2;
