@@ -193,9 +193,7 @@ struct BackwardLoop {
   // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them, or is of
   // another kernel.
   FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
-    if constexpr (T::kDropout) {
-      run<false>(at, count);
-    } else if (Turns<T>::are_taken(a)) {
+    if (Turns<T>::are_taken(a)) {
       run<true>(at, count);
     } else {
       run<false>(at, count);

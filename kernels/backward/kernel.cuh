@@ -70,7 +70,7 @@ FLASHSPARK_DEVICE int32_t store_piece(BackwardLoop<T> &loop, bool has_pieces) {
     return -1;
   } else {
     const Piece done = load_piece<T>();
-    if (a.added_blocks != nullptr) count_added_blocks(a, done);
+    if (a.added_blocks != nullptr) count_added_blocks<T>(a, done);
     if (T::kStages == RowStages::all && done.rest >= 0 && done.first < done.end) invalidate_barriers<T>(loop.shared);
     if (!has_pieces || join_piece<T>(a, done, loop.dk, loop.dv))
       store_gradients<T>(a, done.tile, loop.dk, loop.dv, loop.shared);

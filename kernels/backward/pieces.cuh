@@ -55,7 +55,6 @@ struct Piece {
   int32_t tile_first;  // position of the tile's first block
   int32_t rest;        // where what is left of the CTA's part ends; -1: nothing is
   bool ends_tile;      // whether the tile's last block is among its own
-  int32_t of_head;     // blocks that the tile visits of a head; known behind the loop over blocks
 };
 
 // Where a CTA's part begins, and that of the one before ends.
@@ -64,7 +63,7 @@ FLASHSPARK_DEVICE int32_t first_position(const BackwardArguments &a, int32_t cta
 }
 
 FLASHSPARK_DEVICE Piece whole_tile(const BackwardArguments &a) {
-  return {find_key_tile(a, static_cast<int32_t>(ptx::cta_x())), 0, -1, 0, -1, true, 0};
+  return {find_key_tile(a, static_cast<int32_t>(ptx::cta_x())), 0, -1, 0, -1, true};
 }
 
 // The piece that ends where the CTA's part does, or at `rest` of the piece before. All threads of a warp call it.
@@ -88,6 +87,7 @@ template <class T>
 FLASHSPARK_DEVICE ptx::SharedAddress kept_piece() {
   return ptx::shared_memory() + T::kMemory.pieces + ptx::warp() * kPieceBytes;
 }
+// of_head: blocks that the tile visits of a head.
 template <class T>
 FLASHSPARK_DEVICE void keep_piece(const Piece &p, int32_t of_head) {
   ptx::warp_barrier();  // all lanes have loaded the one before
@@ -127,20 +127,21 @@ FLASHSPARK_DEVICE Piece load_piece() {
   p.tile.head_kv = words[0], p.tile.first = words[1], p.tile.number = words[2];
   p.tile.batch = words[3], p.tile.row = words[4], p.tile.held = words[5];
   p.first = words[6], p.end = words[7], p.tile_first = words[8], p.rest = words[9], p.ends_tile = words[10] != 0;
-  p.of_head = words[11];
   return p;
 }
 
 // What the CTA has added to dq of each head of the piece, so that postprocess begins with a head when its sums are
 // complete, while others still store dk and dv. Behind a barrier before which all have added.
+template <class T>
 FLASHSPARK_DEVICE void count_added_blocks(const BackwardArguments &a, const Piece &p) {
   if (ptx::thread_index() != 0) return;
   const auto group = static_cast<int32_t>(a.group.value);
   int32_t *const to =
       a.added_blocks + static_cast<int32_t>(p.tile.batch) * a.num_heads_kv * group + p.tile.head_kv * group;
+  const auto of_head = static_cast<int32_t>(ptx::load_shared_4(kept_piece<T>() + 11 * 4));
   FLASHSPARK_NO_UNROLL
   for (int32_t first = p.first; first < p.end;) {
-    const int32_t head = quotient(first, p.of_head), end = min_of(p.end, (head + 1) * p.of_head);
+    const int32_t head = quotient(first, of_head), end = min_of(p.end, (head + 1) * of_head);
     ptx::count_in_memory(to + head, end - first);
     first = end;
   }
