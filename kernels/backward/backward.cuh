@@ -215,11 +215,7 @@ struct BackwardLoop {
       load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
     }
     if constexpr (T::kStages == RowStages::all) {
-      if constexpr (in_turn && !T::kInTurns) {
-        run_overlapped<in_turn>(at, count);
-      } else {
-        run_whole_blocks<in_turn>(at, count);
-      }
+      run_whole_blocks<in_turn>(at, count);
     } else {
       run_phases<in_turn>(at, count);
     }
@@ -250,39 +246,6 @@ struct BackwardLoop {
       at = next;
     }
     if constexpr (in_turn) pass_last(at.previous());
-  }
-
-  // A block's scores and dQ of the one before: half of the warps begin with the one, half with the other, so that the
-  // two of an SM's quarter are not at the same work.
-  template <bool in_turn>
-  FLASHSPARK_DEVICE void run_overlapped(RowWalk at, int32_t count) {
-    const bool dq_first = ptx::uniform(ptx::warp() / 4 % 2) == 0;
-    RowWalk last = at;
-    FLASHSPARK_NO_UNROLL
-    for (int32_t left = count, stage = 0; left >= 0; --left, stage = 1 - stage) {
-      const RowWalk next = at.next();
-      ptx::cp_async_wait<0>();
-      ptx::cta_barrier();  // Q and dO are here, and the last dS^T; all are done with the other stage, and with V
-      if (in_turn && left + 1 < count) turns.pass(last.previous());
-      if (left > 1) {
-        copy_queries(next, 1 - stage);
-        copy_dout(next, 1 - stage);
-      }
-      ptx::cp_async_commit();
-      FLASHSPARK_NO_UNROLL
-      for (int32_t half = 0; half < 2; ++half) {
-        if ((half == 0) == dq_first) {
-          if (left < count && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
-        } else if (left > 0) {
-          add_block(at, stage);
-          if (left > 1) draw(next, 1 - stage);
-        }
-      }
-      if (in_turn && left > 0) turns.wait(mask, at);
-      last = at;
-      at = next;
-    }
-    if constexpr (in_turn) pass_last(last.previous());
   }
 
   FLASHSPARK_DEVICE void pass_last(const RowWalk &added) const {

@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 #include <set>
+#include <string>
 
 namespace flashspark::cuda {
 namespace {
@@ -50,10 +52,14 @@ TEST(KernelKey, InstancesAreNamedAfterTheirColumns) {
 }
 
 TEST(KernelKey, BackwardInstancesAreNamedAfterTheirColumns) {
+  const std::map<ScoreMod, std::string> kSuffixes = {
+      {ScoreMod::none, ""}, {ScoreMod::native, "_mod"}, {ScoreMod::dropout, "_dropout"}};
   for (const BackwardInstance &instance : kBackwardInstances) {
     EXPECT_EQ(&kBackwardInstances[static_cast<int32_t>(instance.index)], &instance);
-    EXPECT_EQ(instance.name,
-              "d" + std::to_string(instance.head_dim) + (instance.score_mod == ScoreMod::none ? "" : "_mod"));
+    const std::map<SumOrder, std::string> kOrders = {
+        {SumOrder::as_asked, ""}, {SumOrder::turns, "_turns"}, {SumOrder::layers, "_layers"}};
+    EXPECT_EQ(instance.name, "d" + std::to_string(instance.head_dim) + kSuffixes.at(instance.score_mod) +
+                                 kOrders.at(instance.sm_120f.order));
   }
 }
 
