@@ -13,67 +13,28 @@
 // barrier is not needed; pair_block.cuh has the order in which whole blocks do it.
 #pragma once
 
-#include "attention/tile_loader.cuh"
 #include "backward/dropout_pairs.cuh"
 #include "backward/epilogue.cuh"
 #include "backward/modifications.cuh"
-#include "backward/pair_block.cuh"
-#include "backward/row_loader.cuh"
+#include "backward/row_loop.cuh"
 #include "backward/turns.cuh"
 
 namespace flashspark {
 
-template <class T_>
-struct BackwardLoop {
-  using T = T_;
-  const BackwardArguments &a;
+template <class T>
+struct BackwardLoop : RowLoop<T, BackwardArguments> {
+  using Base = RowLoop<T, BackwardArguments>;
+  using Base::a, Base::first_key, Base::first_padded_row, Base::q, Base::dout, Base::shared, Base::lane, Base::keys,
+      Base::values, Base::dk, Base::dv;
+  using Base::copy_queries, Base::copy_dout, Base::add_to_dq, Base::ready, Base::done, Base::summed,
+      Base::begin_barriers, Base::arrive_ready, Base::padded_row;
+  using Base::queries, Base::douts, Base::dscores, Base::rows, Base::row_values, Base::kept, Base::warp_key;
+
   BackwardMask<T> mask;
-  int32_t first_key;  // of the CTA
-  int32_t first_padded_row;
-  QueryLoader<T> q;
-  GradientLoader<T> dout;
-  ptx::SharedAddress shared;
-  BackwardOffsets<T> lane;
   PhiloxKey dropout_key;
   Turns<T> turns;
-
-  KeyOperand<T, T::kHeadDim, T::kTile.keys_in_registers> keys;
-  KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
-  KeyGradient<T, T::kHeadDim> dk;
-  KeyGradient<T, T::kHeadDimV> dv;
   float slope_sum;  // of the head's gradient of alibi_slopes
 
-  // By a product, instructions have the constant part of an address in them.
-  static FLASHSPARK_DEVICE int32_t of_stage(int32_t stage, int32_t first, int32_t second) {
-    if constexpr (T::kStages == RowStages::all) return first + stage * (second - first);
-    return stage == 0 ? first : second;
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
-    return shared + of_stage(stage, T::kMemory.queries, T::kMemory.second_queries);
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress douts(int32_t stage) const {
-    return shared + of_stage(stage, T::kMemory.dout, T::kMemory.second_dout);
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress dscores(int32_t stage) const {
-    return shared + of_stage(stage, T::kMemory.dscores, T::kMemory.second_dscores);
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress rows(int32_t stage) const {
-    return shared + T::kMemory.rows + stage * T::kMemory.row_stage;
-  }
-  // lse of a block's rows from the lane's first one of a tile on; delta lies T::kRows floats behind it.
-  FLASHSPARK_DEVICE ptx::SharedAddress row_values(int32_t stage, int32_t first_row) const {
-    return rows(stage) + first_row * 4 + lane.thread % 4 * 8;
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
-    return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
-  }
-  FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + lane.warp_key; }
-
-  FLASHSPARK_DEVICE void copy_queries(const RowWalk &at, int32_t stage) {
-    q.copy(at, queries(stage), lane.thread);
-    copy_row_values<T>(a, first_padded_row, at, rows(stage), lane.thread);
-  }
-  FLASHSPARK_DEVICE void copy_dout(const RowWalk &at, int32_t stage) { dout.copy(at, douts(stage), lane.thread); }
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
     if constexpr (T::kDropout) {
       BlockDraw<T> draw{};
@@ -177,19 +138,6 @@ struct BackwardLoop {
     }
   }
 
-  // Of a block's first row in scratch memory.
-  FLASHSPARK_DEVICE int64_t padded_row(const RowWalk &at) const {
-    return static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
-  }
-  // Of the CTA's layer of dq.
-  FLASHSPARK_DEVICE int64_t layer_row() const { return first_key / T::kKeys * a.dq_layer_rows; }
-  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
-    float *const to = a.dq_sum + (padded_row(at) + (T::kLayered ? layer_row() : 0)) * T::kHeadDim;
-    QueryGradient<T> dq{};
-    query_product(dq, dscores(stage), shared, lane);
-    add_query_gradient(to, dq, lane);
-  }
-
   // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them, or is of
   // another kernel.
   FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
@@ -261,12 +209,7 @@ struct BackwardLoop {
   template <bool in_turn>
   FLASHSPARK_DEVICE void run_whole_blocks(RowWalk at, int32_t count) {
     const bool values_summed = ptx::uniform(T::sums_values()) != 0;  // the compiler knows no uniform values otherwise
-    if (lane.thread == 0) {
-      ptx::mbarrier_init(ready(), T::kWarps);
-      ptx::mbarrier_init(done(), T::kWarps);
-      if constexpr (T::kDropout) ptx::mbarrier_init(summed(), T::kWarps);
-    }
-    ptx::cta_barrier();  // all have V in registers
+    begin_barriers();
     if constexpr (T::kDropout) draw(at, 0);
     arrive_ready();
     const BlockCopies<T> copies = block_copies<T>(a, q, dout, lane.thread);
@@ -316,17 +259,6 @@ struct BackwardLoop {
       at = next;
     }
     if constexpr (in_turn) pass_last(last.previous());
-  }
-
-  // A phase of the one ends when a block's Q and dO are here, and dS^T of the block before; of the other one when all
-  // are done with a block. The parity of the block's stage is that of both phases.
-  FLASHSPARK_DEVICE ptx::SharedAddress ready() const { return shared + T::kMemory.barriers; }
-  FLASHSPARK_DEVICE ptx::SharedAddress done() const { return shared + T::kMemory.barriers + 8; }
-  // With dropout: all have multiplied dS^T of the block before.
-  FLASHSPARK_DEVICE ptx::SharedAddress summed() const { return shared + T::kMemory.barriers + 16; }
-  FLASHSPARK_DEVICE void arrive_ready() {
-    ptx::cp_async_wait<0>();
-    ptx::mbarrier_arrive(ready());
   }
 
   // How many blocks from this one on are whole: all of their rows and the warp's keys see each other, and the next

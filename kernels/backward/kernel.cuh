@@ -4,48 +4,13 @@
 
 #include "backward/backward.cuh"
 #include "backward/column_epilogue.cuh"
-#include "backward/pieces.cuh"
+#include "backward/piece_rows.cuh"
 
 namespace flashspark {
 
 // Of the others a CTA has a whole tile.
 template <class T>
 inline constexpr bool kHasPieces = !T::kNative && !T::kColumns && !T::kInTurns;
-
-// Where a piece's rows and keys are.
-struct PieceRows {
-  RowTile rows;
-  Keys keys;
-  SequenceMask mask;
-  Interval blocks;  // of a head
-  int32_t count;    // of all heads
-};
-template <class T>
-FLASHSPARK_DEVICE PieceRows rows_of(const BackwardArguments &a, const Piece &piece) {
-  const KeyTile &tile = piece.tile;
-  const SequenceRows in_use = queries_of(a, read_query_lengths(a, tile.seq));
-  RowTile rows{};
-  rows.seq = tile.seq;
-  rows.head_kv = tile.head_kv;
-  rows.seqlen_q = ptx::uniform(in_use.tokens);
-  rows.q_row = ptx::uniform(in_use.row);
-  const Keys keys = find_keys(a, tile.seq);
-  const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
-  const Interval blocks = uniform(visited_blocks<T>(a, mask, tile.first, rows.seqlen_q));
-  const int32_t end = piece.end < 0 ? (blocks.end - blocks.begin) * tile.num_heads_q : piece.end;
-  return {rows, keys, mask, blocks, end - piece.first};
-}
-
-template <class T>
-FLASHSPARK_DEVICE void copy_keys_and_values(const BackwardArguments &a, int32_t first, const PieceRows &p) {
-  KeyBounds visited = no_keys();
-  visited.visited[0] = {first, min_of(first + T::kKeys, p.keys.end)};
-  const KeyTileCopy<T> copy = make_tile_copy<T>(a, p.keys, visited);
-  const ptx::SharedAddress shared = ptx::shared_memory(), values = shared + T::kMemory.values;
-  make_tile_loader<T, KVOperand::key>(a, p.rows, p.keys).copy(copy, first / T::kKeys, shared);
-  make_tile_loader<T, KVOperand::value>(a, p.rows, p.keys).copy(copy, first / T::kKeys, values);
-  ptx::cp_async_commit();
-}
 
 // Whether the CTA has all sums of the piece's tile, and is to store them.
 template <class T>
@@ -127,11 +92,14 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
     store_column_gradients<T>(loop);
     return -1;
   } else {
+    const BackwardMask<T> own_mask = backward_mask<T>(a, w.mask, tile.first + T::key_warp() * T::kWarpKeys);
     // clang-format off
-    BackwardLoop<T> loop{a, backward_mask<T>(a, w.mask, tile.first + T::key_warp() * T::kWarpKeys), tile.first, padded,
-                         make_row_loader<QueryLoader<T>>(a, w.rows, a.q, a.q_strides, a.head_dim),
-                         make_row_loader<GradientLoader<T>>(a, w.rows, a.dout, a.dout_strides, a.head_dim_v),
-                         shared, backward_offsets<T>(), key, Turns<T>{a, turns}, {}, {}, {}, {}, 0};
+    BackwardLoop<T> loop{{a, tile.first, padded,
+                          make_row_loader<QueryLoader<T>>(a, w.rows, a.q, a.q_strides, a.head_dim),
+                          make_row_loader<GradientLoader<T>>(a, w.rows, a.dout, a.dout_strides, a.head_dim_v),
+                          shared, backward_offsets<T>(), {}, {}, {}, {}},
+                         own_mask, key,
+                         Turns<T>{a, turns}, 0};
     // clang-format on
     if (w.count > 0) loop.run(first_block(piece, w), w.count);
     ptx::cta_barrier();  // all are done with K, whose memory the results pass through
