@@ -4,56 +4,31 @@
 #pragma once
 
 #include "backward/backward.cuh"
-#include "backward/function_pairs.cuh"
+#include "backward/function_blocks.cuh"
 #include "backward/function_turns.cuh"
-#include "backward/function_walk.cuh"
+#include "backward/piece_rows.cuh"
 
 namespace flashspark {
 
 template <class T>
-struct FunctionLoop {
-  const FunctionBackwardArguments &a;
+struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
+  using Base = RowLoop<T, FunctionBackwardArguments>;
+  using Base::a, Base::first_key, Base::first_padded_row, Base::q, Base::dout, Base::shared, Base::lane, Base::keys,
+      Base::values, Base::dk, Base::dv;
+  using Base::copy_queries, Base::copy_dout, Base::add_to_dq, Base::ready, Base::done, Base::begin_barriers,
+      Base::arrive_ready, Base::lies_in;
+  using Base::queries, Base::douts, Base::dscores, Base::rows, Base::row_values, Base::kept, Base::warp_key;
+
   KeyMask mask;
   FunctionRow row;  // of the sequence; h and q_idx are each row's own
   ListedWalk<T> walk;
-  int32_t first_key, end_head;  // of the CTA
-  int32_t first_padded_row;
-  QueryLoader<T> q;
-  GradientLoader<T> dout;
-  ptx::SharedAddress shared;
-  BackwardOffsets<T> lane;
+  int32_t end_head;  // of the CTA
   PhiloxKey dropout_key;
   FunctionTurns<T> turns;
-
-  KeyOperand<T, T::kHeadDim, T::kTile.keys_in_registers> keys;
-  KeyOperand<T, T::kHeadDimV, T::kTile.values_in_registers> values;
-  KeyGradient<T, T::kHeadDim> dk;  // of a pair, what the warp sums
-  KeyGradient<T, T::kHeadDimV> dv;
   CapturedSums<T> sums;
 
-  FLASHSPARK_DEVICE ptx::SharedAddress queries(int32_t stage) const {
-    return shared + BackwardLoop<T>::of_stage(stage, T::kMemory.queries, T::kMemory.second_queries);
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress douts(int32_t stage) const {
-    return shared + BackwardLoop<T>::of_stage(stage, T::kMemory.dout, T::kMemory.second_dout);
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress dscores(int32_t stage) const {
-    return shared + BackwardLoop<T>::of_stage(stage, T::kMemory.dscores, T::kMemory.second_dscores);
-  }
   FLASHSPARK_DEVICE ptx::SharedAddress words(int32_t stage) const {
     return shared + T::kMemory.words + stage * T::kMemory.word_stage;
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress rows(int32_t stage) const {
-    return shared + T::kMemory.rows + stage * T::kMemory.row_stage;
-  }
-  FLASHSPARK_DEVICE ptx::SharedAddress kept(int32_t stage) const {
-    return shared + T::kMemory.kept + stage * T::kMemory.kept_stage;
-  }
-  FLASHSPARK_DEVICE int32_t warp_key() const { return first_key + lane.warp_key; }
-
-  FLASHSPARK_DEVICE void copy_queries(const RowWalk &at, int32_t stage) {
-    q.copy(at, queries(stage), lane.thread);
-    copy_row_values<T>(a, first_padded_row, at, rows(stage), lane.thread);
   }
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
     if constexpr (!T::kHandsOn) {
@@ -163,21 +138,10 @@ struct FunctionLoop {
     }
   }
 
-  FLASHSPARK_DEVICE float *dq_rows(const RowWalk &at) const {
-    const int64_t first = static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
-    return a.dq_sum + first * T::kHeadDim;
-  }
-  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
-    float *const to = dq_rows(at);
-    QueryGradient<T> dq{};
-    query_product(dq, dscores(stage), shared, lane);
-    add_query_gradient(to, dq, lane);
-  }
-
   // K and V are in flight, and block `at` is the first.
   FLASHSPARK_DEVICE void run(const ListedRows &at) {
     copy_queries(at, 0);
-    dout.copy(at, douts(0), lane.thread);
+    copy_dout(at, 0);
     ptx::cp_async_commit();
     draw(at, 0);
     ptx::cp_async_wait<1>();
@@ -232,145 +196,140 @@ struct FunctionLoop {
     }
   }
 
-  // As in backward.cuh; a block's words are ready, too.
-  FLASHSPARK_DEVICE ptx::SharedAddress ready() const { return shared + T::kMemory.barriers; }
-  FLASHSPARK_DEVICE ptx::SharedAddress done() const { return shared + T::kMemory.barriers + 8; }
-  FLASHSPARK_DEVICE void arrive_ready() {
-    ptx::cp_async_wait<0>();
-    ptx::mbarrier_arrive(ready());
-  }
-
-  // Whether a block's scores are all of rows and keys that see each other.
+  // Whether a block's scores are all of rows and keys that see each other; and whether any are.
   FLASHSPARK_DEVICE bool is_whole(const ListedRows &at) const {
     constexpr uint32_t kTiles = (1u << 2 * (T::kRows / T::kScoreRows)) - 1;
     const uint32_t wanted = T::Functions::Mask::kExists ? kTiles : kTiles & 0x55555555;
-    const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
-    return (at.statuses & wanted) == wanted && at.block * T::kRows >= unmasked.begin &&
-           (at.block + 1) * T::kRows <= min_of(unmasked.end, row.seqlen_q);
+    return (at.statuses & wanted) == wanted && lies_in(at, unmasked_rows());
   }
-
-  // dQ of the last block, this block's scores, and the copies and words of the next one (pair_block.cuh).
-  template <bool values_summed>
-  FLASHSPARK_DEVICE void add_whole_block(const RowWalk &last, const RowWalk &next, int32_t stage) {
-    using Score = typename T::Functions::Score;
-    const int32_t warp = ptx::uniform(ptx::warp());
-    const ptx::SharedAddress sum_keys = shared + T::KeyLayout::step(0, warp * (T::kSumColumns / 8));
-    const PairRows of_stage{values_summed ? queries(stage) : douts(stage),
-                            values_summed ? douts(stage) : queries(stage), rows(stage) + lane.thread % 4 * 8,
-                            dscores(stage)};
-    const auto copy = [&] {
-      ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
-      q.copy_full(next, queries(1 - stage), lane.thread);
-      copy_row_values<T>(a, first_padded_row, next, rows(1 - stage), lane.thread);
-      dout.copy_full(next, douts(1 - stage), lane.thread);
-      ptx::cp_async_commit();
-      if constexpr (!values_summed) write_words(next, 1 - stage);
-    };
-    const auto add_dq = [&](const QueryGradient<T> &dq) { add_query_gradient(dq_rows(last), dq, lane); };
-    const auto arrive = [&] { arrive_ready(); };
-    if constexpr (values_summed) {
-      WholeFunctionTile<T> tile{{}, a, warp_key(), words(stage)};
-      tile.scale = Score::kIsBias ? bias_scale(a) * kLog2E : a.scale_log2;
-      flashspark::add_whole_block<T>(tile, dk, keys, of_stage, sum_keys, dscores(1 - stage), lane, copy, add_dq,
-                                     arrive);
+  FLASHSPARK_DEVICE bool is_seen(const ListedRows &at) const { return at.statuses != 0 && lies_in(at, seen_rows()); }
+  FLASHSPARK_DEVICE Interval unmasked_rows() const {
+    const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    return {unmasked.begin, min_of(unmasked.end, row.seqlen_q)};
+  }
+  FLASHSPARK_DEVICE Interval seen_rows() const { return Base::seen_rows(mask); }
+  // How many blocks from this one on, one at least, are whole, or seen, each but for the first one being followed by
+  // one that the walk visits and that has all of its rows.
+  FLASHSPARK_DEVICE int32_t run_of(const ListedRows &at, bool is_whole) const {
+    const int32_t end = min_of(is_whole ? unmasked_rows().end : seen_rows().end, row.seqlen_q - T::kRows);
+    return max_of(1, min_of(walk.run_of(at, is_whole), end / T::kRows - at.block));
+  }
+  // What add_listed_blocks() asks for.
+  template <PairWork work>
+  FLASHSPARK_DEVICE auto tile(const ListedRows &at, int32_t stage) const {
+    if constexpr (work == PairWork::keys) {
+      return PairTile<T, false>{};
     } else {
-      flashspark::add_whole_block<T>(PairTile<T, false>{}, dk, keys, of_stage, sum_keys, dscores(1 - stage), lane, copy,
-                                     add_dq, arrive);
+      FunctionScoreTile<T, work == PairWork::cut_values> tile{{}, a, warp_key(), words(stage), 0};
+      tile.scale = T::Functions::Score::kIsBias ? bias_scale(a) * kLog2E : a.scale_log2;
+      if constexpr (work == PairWork::cut_values) tile.kept = kept_scores(at, stage);
+      return tile;
     }
-    ptx::mbarrier_arrive(done());
+  }
+  FLASHSPARK_DEVICE uint32_t kept_scores(const ListedRows &at, int32_t stage) const {
+    uint32_t kept = 0;
+    const bool masks = !lies_in(at, unmasked_rows());
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < T::kRows / T::kScoreRows; ++n) {
+      const uint32_t listed = at.status(n);
+      const int32_t first_row = n * T::kScoreRows;
+      const FunctionPairTile tile{warp_key(),
+                                  at.block * T::kRows + first_row,
+                                  first_row,
+                                  masks,
+                                  T::Functions::Mask::kExists && listed != kWhole,
+                                  0,
+                                  words(stage)};
+      if (listed != kUnlisted) kept |= flashspark::kept_scores<T>(a, mask, row.seqlen_q, tile) << 16 * n;
+    }
+    return kept;
   }
 
   // A block's scores and dQ of the one before, as in backward.cuh.
   FLASHSPARK_DEVICE void run_whole_blocks(ListedRows at) {
     const bool values_summed = ptx::uniform(T::sums_values()) != 0;
-    if (lane.thread == 0) {
-      ptx::mbarrier_init(ready(), T::kWarps);
-      ptx::mbarrier_init(done(), T::kWarps);
-    }
-    ptx::cta_barrier();
-    arrive_ready();  // of the first block
+    begin_barriers();
+    arrive_ready();  // a block's words are, too
+    const BlockCopies<T> copies = block_copies<T>(a, q, dout, lane.thread);
     RowWalk last{at.begin, at.end, end_head, at.begin};
+    int32_t stage = 0;
     FLASHSPARK_NO_UNROLL
-    for (int32_t stage = 0; at.head < end_head || last.head < end_head; stage ^= 1) {
-      const ListedRows next = walk.find(at.next());
+    while (at.head < end_head || last.head < end_head) {
+      // For ptxas, which spills them otherwise.
+      at.head = ptx::uniform(at.head), at.block = ptx::uniform(at.block), stage = ptx::uniform(stage);
+      last.head = ptx::uniform(last.head), last.block = ptx::uniform(last.block);
+      int32_t blocks = values_summed && !is_whole(at) ? 1 : run_of(at, values_summed);
+      ListedRows next = walk.find(at.next());
       const bool has_next = next.head < end_head, has_dq = last.head < end_head && a.dq_sum != nullptr;
-      const bool whole = has_dq && has_next && is_whole(at) && q.is_full(next) && dout.is_full(next);
-      ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
-      if (whole) {
-        if (values_summed) {
-          add_whole_block<true>(last, next, stage);
+      if (has_dq && has_next && q.is_full(next) && dout.is_full(next) && is_seen(at)) {
+        if (!values_summed) {
+          add_listed_blocks<PairWork::keys>(*this, copies, last, at, next, stage, blocks);
+        } else if (is_whole(at)) {
+          add_listed_blocks<PairWork::values>(*this, copies, last, at, next, stage, blocks);
         } else {
-          add_whole_block<false>(last, next, stage);
+          add_listed_blocks<PairWork::cut_values>(*this, copies, last, at, next, stage, 1);
         }
-      } else {
-        ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
-        if (has_next) {
-          copy_queries(next, 1 - stage);
-          dout.copy(next, douts(1 - stage), lane.thread);
-        }
-        ptx::cp_async_commit();
-        if (has_next) write_words(next, 1 - stage);
-        if (has_dq) add_to_dq(last, 1 - stage);
-        if (at.head < end_head) {
-          add_block(at, stage);
-          arrive_ready();
-          ptx::mbarrier_arrive(done());
-        }
+        last = {at.begin, at.end, at.head, at.block + blocks - 1};
+        if (blocks > 1) next = walk.find(last.next());
+        at = next;
+        stage ^= blocks & 1;
+        continue;
+      }
+      ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
+      ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
+      if (has_next) {
+        copy_queries(next, 1 - stage);
+        copy_dout(next, 1 - stage);
+      }
+      ptx::cp_async_commit();
+      if (has_next) write_words(next, 1 - stage);
+      if (has_dq) add_to_dq(last, 1 - stage);
+      if (at.head < end_head) {
+        add_block(at, stage);
+        arrive_ready();
+        ptx::mbarrier_arrive(done());
       }
       last = at;
       at = next;
+      stage ^= 1;
     }
   }
 };
 
 template <class T>
 FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
-  const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
+  const Piece piece = whole_tile(a);
+  const KeyTile &tile = piece.tile;
   if (!tile.valid) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     return;
   }
-  const SequenceRows in_use = queries_of(a, read_query_lengths(a, tile.seq));
-  RowTile rows{};
-  rows.seq = tile.seq;
-  rows.head_kv = tile.head_kv;
-  rows.seqlen_q = ptx::uniform(in_use.tokens);
-  rows.q_row = ptx::uniform(in_use.row);
-  const Keys keys = find_keys(a, tile.seq);
-  const SequenceMask mask = sequence_mask(a, rows, keys, is_causal(a, tile.seq));
-  const int32_t last_key = min_of(tile.first + T::kKeys, keys.end) - 1;
-  const Interval all = uniform(visited_blocks<T, false>(a, mask, tile.first, rows.seqlen_q));
-  const int32_t end_head = tile.head_q + tile.num_heads_q;
+  const PieceRows w = rows_of<T, false>(a, piece);
+  const int32_t last_key = min_of(tile.first + T::kKeys, w.keys.end) - 1, end_head = tile.head_q + tile.num_heads_q;
   const ptx::SharedAddress shared = ptx::shared_memory();
   const BackwardOffsets<T> lane = backward_offsets<T>();
-  const int32_t padded = first_padded_row(a, tile.seq, rows.q_row);
+  const int32_t padded = first_padded_row(a, tile.seq, w.rows.q_row);
   const FunctionRow row{
-      tile.seq, 0, 0, rows.seqlen_q, keys.end - keys.begin, rows.q_row, static_cast<int32_t>(keys.row)};
+      tile.seq, 0, 0, w.rows.seqlen_q, w.keys.end - w.keys.begin, w.rows.q_row, static_cast<int32_t>(w.keys.row)};
   // Before it is known whether the lists name any row for these keys.
-  if (!is_empty(all)) {
-    KeyBounds visited = no_keys();
-    visited.visited[0] = {tile.first, last_key + 1};
-    const KeyTileCopy<T> copy = make_tile_copy<T>(a, keys, visited);
-    make_tile_loader<T, KVOperand::key>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared);
-    make_tile_loader<T, KVOperand::value>(a, rows, keys).copy(copy, tile.first / T::kKeys, shared + T::kMemory.values);
-    ptx::cp_async_commit();
-  }
+  if (w.count > 0) copy_keys_and_values<T>(a, tile.first, w);
   // Of what comes now the lists are of the kernel before the previous one.
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   // clang-format off
-  FunctionLoop<T> loop{a, key_mask(a, mask), row,
+  FunctionLoop<T> loop{{a, tile.first, padded,
+                        make_row_loader<QueryLoader<T>>(a, w.rows, a.q, a.q_strides, a.head_dim),
+                        make_row_loader<GradientLoader<T>>(a, w.rows, a.dout, a.dout_strides, a.head_dim_v),
+                        shared, lane, {}, {}, {}, {}},
+                       key_mask(a, w.mask), row,
                        {{a.blocks, a.blocks.data + tile.seq * a.blocks.batch_stride}, tile.first, last_key,
-                        tile.first + lane.warp_key, rows.seqlen_q, end_head, INT32_MAX, -1, 0, {}, {}},
-                       tile.first, end_head, padded,
-                       make_row_loader<QueryLoader<T>>(a, rows, a.q, a.q_strides, a.head_dim),
-                       make_row_loader<GradientLoader<T>>(a, rows, a.dout, a.dout_strides, a.head_dim_v),
-                       shared, lane, dropout_key(a.dropout),
-                       {a, mask, tile.first / T::kKeys, ceil_div(tile.held, T::kKeys), rows.seqlen_q, padded / T::kRows},
-                       {}, {}, {}, {}, {}};
+                         tile.first + lane.warp_key, w.rows.seqlen_q, end_head, INT32_MAX, -1, 0, {}, {}},
+                        end_head, dropout_key(a.dropout),
+                        {a, w.mask, tile.first / T::kKeys, ceil_div(tile.held, T::kKeys), w.rows.seqlen_q,
+                         padded / T::kRows}, {}};
   // clang-format on
-  const Interval blocks = loop.walk.narrowed({all.begin, all.end, tile.head_q, all.begin});
+  const Interval blocks = loop.walk.narrowed({w.blocks.begin, w.blocks.end, tile.head_q, w.blocks.begin});
   const ListedRows first = loop.walk.find({blocks.begin, blocks.end, tile.head_q, blocks.begin});
   if (first.head < end_head) {
     loop.run(first);

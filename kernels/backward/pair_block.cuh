@@ -115,7 +115,10 @@ struct PairTile {
         s[2 * x + 1] *= ptx::to_float(Element{static_cast<uint16_t>(p[n][x] >> 16)});
       }
     }
-    pack_tile(operand, n / 2, n % 2, s);
+    hand_on(n);
+  }
+  FLASHSPARK_DEVICE void hand_on(int32_t n) {
+    pack_tile(operand, n / 2, n % 2, scores.at[n / 2][n % 2]);
     FLASHSPARK_UNROLL
     for (int32_t x = 0; x < 2; ++x) ptx::store_shared_4(place(n, x), operand.pair(n / 2, n % 2, x));
     if (values_summed && n == kParts - 1) ptx::pair_arrive(pair, number);

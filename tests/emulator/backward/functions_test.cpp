@@ -93,6 +93,19 @@ TEST_P(EveryKernel, ListsOfAnySize) {
   }
 }
 
+// Runs of whole blocks of rows between such that the mask is asked of, and such that no list names.
+TEST_P(EveryKernel, LongLists) {
+  const BackwardKernel &kernel = GetParam();
+  if (!kernel.block_sparse || !hands_on(kernel)) return;
+  for (uint64_t seed = 1; seed <= 2; ++seed) {
+    BackwardSpec s = spec_of(kernel);
+    s.tokens = {1200}, s.keys = {64}, s.heads_q = seed == 1 ? 2 : 1, s.heads_kv = 1;
+    s.functions->wish.size_q = 64, s.functions->wish.size_k = 32;
+    s.functions->wish.per_head = seed == 1;
+    check(s, kernel, 40 + seed);
+  }
+}
+
 // Counts and blocks that are out of range: whatever the result is, nothing outside the tensors is read or written.
 TEST_P(EveryKernel, SurvivesWildLists) {
   const BackwardKernel &kernel = GetParam();
