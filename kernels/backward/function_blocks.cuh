@@ -142,13 +142,13 @@ FLASHSPARK_DEVICE void add_listed_blocks(Loop &loop, const BlockCopies<typename 
   for (; count > 0; --count, stage ^= 1) {
     ptx::mbarrier_wait(loop.ready(), static_cast<uint32_t>(stage));
     // Else what follows from it is kept in registers.
-    const uint32_t thread = ptx::opaque(loop.lane.thread);
+    const uint32_t thread = ptx::unknown(loop.lane.thread);
     const PairRows rows{values_summed ? loop.queries(stage) : loop.douts(stage),
                         values_summed ? loop.douts(stage) : loop.queries(stage), loop.rows(stage) + thread % 4 * 8,
                         loop.dscores(stage)};
     const auto copy = [&] {
       ptx::mbarrier_wait(loop.done(), static_cast<uint32_t>(1 - stage));
-      copies.copy(next, loop.queries(1 - stage), loop.douts(1 - stage), loop.rows(1 - stage), thread);
+      copies.copy(next, loop.queries(1 - stage), loop.douts(1 - stage), loop.rows(1 - stage), thread, warp);
       ptx::cp_async_commit();
       if constexpr (work == PairWork::keys) loop.write_words(next_block, 1 - stage);
     };

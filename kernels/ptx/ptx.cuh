@@ -342,13 +342,6 @@ FLASHSPARK_DEVICE int32_t uniform(int32_t x) {
   return __reduce_max_sync(0xffffffffu, x);
 }
 
-// The same x, of which the compiler knows nothing: what follows from it is computed where it stands, not kept in
-// registers from before a loop on. No instruction.
-FLASHSPARK_DEVICE uint32_t opaque(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // mul.hi: the upper half of the 64-bit product.
 FLASHSPARK_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return __umulhi(a, b);

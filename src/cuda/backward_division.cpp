@@ -150,8 +150,10 @@ BackwardDivision divide_backward(const BackwardInstance &instance, const Params 
   if (most_parts > 1) {
     if (const BackwardDivision parts = whole_tiles(w, most_parts); parts.cost < best.cost) best = parts;
   }
-  const bool can_have_pieces = lengths_are_equal(p) && instance.score_mod != ScoreMod::native &&
-                               w.tile.sharing != KeySharing::columns && !w.in_turns();
+  // The kernels with the user's functions have whole tiles, too.
+  const bool can_have_pieces = lengths_are_equal(p) && !is_of_functions(instance.index) &&
+                               instance.score_mod != ScoreMod::native && w.tile.sharing != KeySharing::columns &&
+                               !w.in_turns();
   if (can_have_pieces && w.rows.tiles * p.num_heads_kv <= kFewCtas * w.places) try_pieces(w, best);
   if (w.tile.order == SumOrder::layers)
     best.cost += w.cost_of_rows(kLayerCost * w.per_place(w.rows.all * p.num_heads_q));

@@ -289,9 +289,6 @@ inline uint32_t reduce_add(uint32_t x, FLASHSPARK_CALLER) {
 inline int32_t uniform(int32_t x, FLASHSPARK_CALLER) {
   return static_cast<int32_t>(emulator::exchange(emulator::Operation::uniform, static_cast<uint32_t>(x), 0, site));
 }
-inline uint32_t opaque(uint32_t x) {
-  return x;
-}
 
 inline uint32_t permute_bytes(uint32_t x, uint32_t order) {
   uint32_t result = 0;
