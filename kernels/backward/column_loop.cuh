@@ -258,7 +258,8 @@ struct ColumnLoop {
       if (here && !values_summed() && w.at.is_last_of_head()) store_slope_sum<T>(a, w.at.head, slope_sum);
       if (w.left > 1) draw(w.at.next(), 1 - w.values);
     }
-    if (in_turn && half == 1 && w.left > 1) turns.wait(state().mask(), w.at.next());
+    // The next step's barrier, of which it is before, is before the first addition to this block.
+    if (in_turn && half == 0 && here) turns.wait(state().mask(), w.at);
     ptx::cp_async_wait<0>();
     ptx::mbarrier_arrive(step_done());
     next_step(w);
@@ -308,6 +309,17 @@ struct ColumnLoop {
                   w.left - 1);
   }
 
+  // How many of them have the turn that the block before has. The one before that may have been the last of another.
+  FLASHSPARK_DEVICE int32_t whole_blocks_of_turn(const ColumnWalk &w) const {
+    const int32_t whole = whole_blocks(w);
+    if (whole <= 0 || Turns<T>::begins(w.at)) return 0;
+    if (w.left + 1 < w.count) {
+      ptx::mbarrier_wait(step_done(), 1);
+      turns.pass(w.last.previous());
+    }
+    return min_of(whole, Turns<T>::kBlocks - w.at.block % Turns<T>::kBlocks);
+  }
+
   // K and V are in flight.
   FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
     if (a.dq_turns != nullptr) {
@@ -327,7 +339,6 @@ struct ColumnLoop {
     ptx::cp_async_wait<1>();
     ptx::cta_barrier();  // K and V are here
     load_keys(values_summed() ? shared : shared + T::kMemory.values);
-    if (in_turn) turns.wait(state().mask(), at);
     if (ptx::thread_index() == 0) ptx::mbarrier_init(step_done(), T::kWarps);
     ptx::cp_async_wait<0>();
     ptx::cta_barrier();  // all have V in registers; the first rows are here, and the barrier
@@ -335,7 +346,7 @@ struct ColumnLoop {
     FLASHSPARK_NO_UNROLL
     for (int32_t half = 0;; half = 1 - half) {
       if (half == 0) {
-        const int32_t whole = in_turn ? 0 : whole_blocks(w);
+        const int32_t whole = in_turn ? whole_blocks_of_turn(w) : whole_blocks(w);
         if (whole > 0) {
           if (values_summed()) {
             run_whole_blocks<true>(w, whole);

@@ -149,12 +149,13 @@ struct DropoutTile : PairTile<T, values_summed> {
       for (int32_t x = 0; x < 2; ++x) {
         const uint32_t p = ptx::pack<typename T::Element>(s[2 * x], s[2 * x + 1]), mask = masks[2 * x + j];
         this->operand.pair(m, j, x) = p & mask;
-        ptx::store_shared_4(this->place(n, x), p | (~mask & kSigns));
+        // fp16 has three bits more than bf16, and P times the scale of dropout is at most 100.
+        const uint32_t handed_on = ptx::pack<ptx::Float16>(s[2 * x], s[2 * x + 1]);
+        ptx::store_shared_4(this->place(n, x), handed_on | (~mask & kSigns));
       }
       if (n == 1) load_masks(1);
       if (n == Base::kParts - 1) ptx::pair_arrive(this->pair, this->number);
     } else {
-      using Element = typename T::Element;
       const int32_t m = n % 2, j = n / 2, at = m * 2 + j;
       float(&s)[4] = this->scores.at[m][j];
       FLASHSPARK_UNROLL
@@ -162,8 +163,8 @@ struct DropoutTile : PairTile<T, values_summed> {
         const uint32_t p = this->p[m][x];
         float dp[2] = {s[2 * x], s[2 * x + 1]};
         ptx::select_by_signs(dp, p, dropped);
-        s[2 * x] = dp[0] * ptx::magnitude(ptx::to_float(Element{static_cast<uint16_t>(p)}));
-        s[2 * x + 1] = dp[1] * ptx::magnitude(ptx::to_float(Element{static_cast<uint16_t>(p >> 16)}));
+        s[2 * x] = dp[0] * ptx::magnitude(ptx::to_float(ptx::Float16{static_cast<uint16_t>(p)}));
+        s[2 * x + 1] = dp[1] * ptx::magnitude(ptx::to_float(ptx::Float16{static_cast<uint16_t>(p >> 16)}));
       }
       pack_tile(this->operand, m, j, s);
       FLASHSPARK_UNROLL

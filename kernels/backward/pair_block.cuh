@@ -242,7 +242,7 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
       // As add_query_gradient(), with a thread's part that others share.
       float *const to = sums + last_row * T::kHeadDim + warp * 128 + thread * 4;
       // Never; but over a branch ptxas moves no product, and spills less.
-      if ((T::kInTurns || T::kLayered || T::kDropout) && a.dq_sum == nullptr) return;
+      if ((T::kInTurns || T::kLayered) && a.dq_sum == nullptr) return;
       FLASHSPARK_UNROLL
       for (int32_t m = 0; m < T::kSumAtoms; ++m) {
         FLASHSPARK_UNROLL

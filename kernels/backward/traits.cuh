@@ -51,7 +51,7 @@ struct BackwardTraits {
   static constexpr int32_t kScoreRows = kTile.score_rows;
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr RowStages kStages = kTile.stages;
-  static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f && !kDropout;  // block_copies.cuh
+  static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f;  // block_copies.cuh
   static constexpr bool kInTurns = kTile.order == SumOrder::turns, kAsAsked = kTile.order == SumOrder::as_asked;
   static constexpr bool kLayered = kTile.order == SumOrder::layers;
   static constexpr bool kPaired = kTile.sharing != KeySharing::none;

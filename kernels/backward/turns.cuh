@@ -73,13 +73,17 @@ struct Turns {
   FLASHSPARK_DEVICE int32_t *turn_at(const State &s, const RowWalk &at) const {
     return a.dq_turns + static_cast<int64_t>(at.head) * a.num_row_blocks + s.first_block + at.block / kBlocks;
   }
+  // Whether the block is the first or the last one of a turn.
+  static FLASHSPARK_DEVICE bool begins(const RowWalk &at) { return at.block == at.begin || at.block % kBlocks == 0; }
+  static FLASHSPARK_DEVICE bool ends(const RowWalk &at) {
+    return at.is_last_of_head() || (at.block + 1) % kBlocks == 0;
+  }
   // Before a barrier behind which the CTA adds to the block.
   FLASHSPARK_DEVICE void wait(const BackwardMask<T> &mask, const RowWalk &at) const {
-    const bool begins = at.block == at.begin || at.block % kBlocks == 0;
     if constexpr (T::kInTurns) {
-      if (!begins || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != T::kWarps - 1) return;
+      if (!begins(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != T::kWarps - 1) return;
     } else {
-      if (!begins || ptx::warp() != T::kWarps - 1) return;
+      if (!begins(at) || ptx::warp() != T::kWarps - 1) return;
     }
     const State s = state();
     const int32_t last = turn_before(s, mask, at.block / kBlocks);
@@ -88,13 +92,12 @@ struct Turns {
   }
   // Behind a barrier before which the CTA has added to the block.
   FLASHSPARK_DEVICE void pass(const RowWalk &at) const {
-    const bool ends = at.is_last_of_head() || (at.block + 1) % kBlocks == 0;
     if constexpr (T::kInTurns) {
-      if (!ends || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != 0) return;
+      if (!ends(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != 0) return;
       const State s = state();
       ptx::raise_in_memory_if(ptx::lane() == 0, turn_at(s, at), s.tiles - s.tile);
     } else {
-      if (!ends || ptx::thread_index() != 0) return;
+      if (!ends(at) || ptx::thread_index() != 0) return;
       const State s = state();
       ptx::raise_in_memory(turn_at(s, at), s.tiles - s.tile);
     }
