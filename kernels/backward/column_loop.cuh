@@ -53,7 +53,6 @@ struct ColumnLoop {
   FLASHSPARK_DEVICE uint32_t nothing(int32_t half) const {
     return static_cast<uint32_t>((half == 0 ? a.num_seqs : a.num_heads_kv) >> 31);
   }
-  FLASHSPARK_DEVICE bool in_turn() const { return a.dq_turns != nullptr; }
   FLASHSPARK_DEVICE bool copies_queries() const { return warp < T::kWarps / 2; }
   FLASHSPARK_DEVICE const Strides &strides() const { return copies_queries() ? a.q_strides : a.dout_strides; }
 
@@ -322,7 +321,7 @@ struct ColumnLoop {
 
   // K and V are in flight.
   FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
-    if (a.dq_turns != nullptr) {
+    if (Turns<T>::are_taken(a)) {
       run<true>(blocks, first_head, count);
     } else {
       run<false>(blocks, first_head, count);
@@ -346,7 +345,8 @@ struct ColumnLoop {
     FLASHSPARK_NO_UNROLL
     for (int32_t half = 0;; half = 1 - half) {
       if (half == 0) {
-        const int32_t whole = in_turn ? whole_blocks_of_turn(w) : whole_blocks(w);
+        // A loop with turns beside another one has no registers for them.
+        const int32_t whole = !in_turn ? whole_blocks(w) : T::kInTurns ? whole_blocks_of_turn(w) : 0;
         if (whole > 0) {
           if (values_summed()) {
             run_whole_blocks<true>(w, whole);

@@ -16,7 +16,7 @@ struct Turns {
   static constexpr int32_t kBlocks = T::kRows < kRows ? kRows / T::kRows : 1;
 
   static FLASHSPARK_DEVICE bool are_taken(const BackwardArguments &a) {
-    return T::kInTurns || (T::kAsAsked && T::kStages != RowStages::all && a.dq_turns != nullptr);
+    return T::kInTurns || (T::kAsAsked && a.dq_turns != nullptr);
   }
   static FLASHSPARK_DEVICE Interval groups(Interval blocks) {
     const int32_t begin = blocks.begin / kBlocks;

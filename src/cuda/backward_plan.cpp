@@ -146,9 +146,8 @@ void set_sums(const Params &p, BackwardPlan &plan) {
 bool fits(const BackwardInstance &instance, const Params &p) {
   if (takes_backward_functions(p) != is_of_functions(instance.index)) return false;
   const BackwardTile &tile = instance.sm_120f;
-  if (tile.order != SumOrder::as_asked && p.deterministic == 0) return false;
-  // Its loop has no registers for turns.
-  if (tile.order == SumOrder::as_asked && tile.stages == RowStages::all && p.deterministic != 0) return false;
+  const bool is_ordered = tile.order == SumOrder::turns || tile.order == SumOrder::layers;
+  if (p.deterministic != 0 ? tile.order == SumOrder::unordered : is_ordered) return false;
   if (tile.order == SumOrder::layers && !fits_layers(instance, p)) return false;
   if (p.head_dim > instance.head_dim || p.head_dim_v > instance.head_dim_v) return false;
   const bool modified = shape_of(p).needs_score_mod, drops = p.dropout_p > 0;
