@@ -243,7 +243,7 @@ struct BackwardLoop : RowLoop<T, BackwardArguments> {
       }
       ptx::cp_async_commit();
       if (left < count && a.dq_sum != nullptr) add_to_dq(last, 1 - stage);
-      if constexpr (T::kDropout) ptx::mbarrier_arrive(summed());
+      if (T::kDropout && left > 1) ptx::mbarrier_arrive(summed());  // else none waits for it
       if (left > 0) {
         add_block(at, stage);
         if (T::kDropout && left > 1) {

@@ -24,7 +24,8 @@ struct Switch {
 };
 constexpr Switch kSwitches[] = {
     {"FLASHSPARK_FORCE_IMPLEMENTATION", "a name from the table of implementations, for every call"},
-    {"FLASHSPARK_CPU_TARGET", "SIMD target: AVX-512-BF16, AVX-512, AVX2, SSE4, NEON, as far as the build and the CPU have it"},
+    {"FLASHSPARK_CPU_TARGET",
+     "SIMD target: AVX-512-BF16, AVX-512, AVX2, SSE4, NEON, as far as the build and the CPU have it"},
     {"FLASHSPARK_NUM_THREADS", "CPU threads of a call, up to 1024; 0: all"},
     {"FLASHSPARK_CHECK", "1: metadata in GPU memory is checked before every call; 0: it is not"},
     {"FLASHSPARK", "0: vLLM keeps its own attention"},
