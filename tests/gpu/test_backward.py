@@ -242,8 +242,8 @@ def compare(case: Case, names, got, want, exact, peer, seed: int, unused=None):
             assert (x[unused] == 0).all(), f"d{name} of {case}"
         scale = y.abs().max().item()
         error, allowed = (x.double() - y).abs().max().item(), (other.double() - true).abs().max().item()
-        # A result is rounded once in any case. Where the exact gradient is 0 (rows with one key), so is torch's, and the
-        # wanted one is what the rounding of out makes: then dS is rounded, too, which is all of it.
+        # A result is rounded once in any case. Where the exact gradient is 0 (rows with one key), so is torch's, and
+        # the wanted one is what the rounding of out makes: then dS is rounded, too, which is all of it.
         roundings = 2 if true.abs().max().item() < 1e-9 else 1
         unit = 0 if name not in ("q", "k", "v") else 2**-8 if case.dtype == torch.bfloat16 else 2**-11
         bound = max(2 * allowed, roundings * unit * scale) + 1e-5 * scale + 1e-6
