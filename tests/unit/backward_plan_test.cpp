@@ -142,7 +142,7 @@ TEST(BackwardPlan, DeterministicSumsAreInLayersOnSmallGrids) {
   p.seqused_k = reinterpret_cast<const int32_t *>(16);  // lengths may differ
   EXPECT_EQ(order(), SumOrder::turns);
   p.seqused_k = nullptr, p.deterministic = 0;
-  EXPECT_EQ(order(), SumOrder::as_asked);
+  EXPECT_EQ(order(), SumOrder::unordered);
 }
 
 TEST(BackwardPlan, HeadsTakeTurnsInSectionsOfEqualSize) {
