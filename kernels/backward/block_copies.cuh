@@ -69,7 +69,7 @@ struct BlockCopies {
   }
 };
 
-// On sm_120f, and with dropout, ptxas spills what it has to keep, and computes it again with less.
+// On sm_120f ptxas spills what it has to keep, and computes it again with less.
 template <class T>
 FLASHSPARK_DEVICE uint32_t keep_address(uint32_t x) {
   return T::kKeepsAddresses ? keep_in_register(x) : x;

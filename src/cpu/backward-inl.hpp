@@ -58,6 +58,12 @@ inline HWY_ATTR void begin_keys(const BackwardTile &t) {
   clear_sums(t, m);
 }
 
+// Of row r of q or dout, in elements. Rows past the last are the last one again.
+inline HWY_ATTR int64_t row_offset(const BackwardTile &t, const flashspark_tensor &tensor, int64_t r) {
+  const int64_t real = r < t.rows.rows ? r : t.rows.rows - 1;
+  return q_offset(t.p->forward, tensor, t.rows.s, t.rows.token(real), t.rows.head(real));
+}
+
 // Rows of q or dout as floats times `scale`. Rows past the last repeat it. Returns whether all are finite.
 inline HWY_ATTR bool load_rows(const BackwardTile &t, const flashspark_tensor &tensor, int64_t width, int64_t rows,
                                float scale, float *to, int64_t pitch) {
@@ -67,9 +73,7 @@ inline HWY_ATTR bool load_rows(const BackwardTile &t, const flashspark_tensor &t
   const auto copy = [&](auto type) HWY_ATTR {
     using Type = decltype(type);
     for (int64_t r = 0; r < rows; ++r, to += pitch) {
-      const int64_t real = r < t.rows.rows ? r : t.rows.rows - 1;
-      const auto *from = static_cast<const typename Type::Element *>(tensor.data) +
-                         q_offset(t.p->forward, tensor, t.rows.s, t.rows.token(real), t.rows.head(real));
+      const auto *from = static_cast<const typename Type::Element *>(tensor.data) + row_offset(t, tensor, r);
       for (int64_t n = 0; n < width; n += static_cast<int64_t>(hn::Lanes(d))) {
         const auto x = hn::Mul(widen(d, type, from + n), vscale);
         hn::StoreU(x, d, to + n);

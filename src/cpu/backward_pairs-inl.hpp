@@ -73,13 +73,9 @@ HWY_INLINE HWY_ATTR void pair_rows(const uint16_t *first, const uint16_t *second
 template <bool kFinite>
 HWY_ATTR void load_pairs(const BackwardTile &t, const flashspark_tensor &tensor, int64_t width, int64_t rows, Word *to,
                          int64_t row_pitch, Word *pairs, int64_t pitch) {
-  const auto address = [&](int64_t r) HWY_ATTR {
-    const int64_t real = r < t.rows.rows ? r : t.rows.rows - 1;
-    return static_cast<const uint16_t *>(tensor.data) +
-           q_offset(t.p->forward, tensor, t.rows.s, t.rows.token(real), t.rows.head(real));
-  };
+  const auto *const data = static_cast<const uint16_t *>(tensor.data);
   for (int64_t r = 0; r < rows; r += 2, pairs += pitch) {
-    const uint16_t *const first = address(r), *const second = address(r + 1);
+    const uint16_t *const first = data + row_offset(t, tensor, r), *const second = data + row_offset(t, tensor, r + 1);
     std::memcpy(to + r * row_pitch, first, static_cast<size_t>(width) * sizeof(uint16_t));
     std::memcpy(to + (r + 1) * row_pitch, second, static_cast<size_t>(width) * sizeof(uint16_t));
     pair_rows<kFinite>(first, second, width, pairs);
