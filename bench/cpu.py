@@ -233,6 +233,8 @@ def machine_facts(threads: int) -> dict[str, Any]:
     wanted = ("OMP_", "MKL_", "OPENBLAS_", "GOMP_", "KMP_", "FLASHSPARK_", "ATEN_")
     return {
         "cpu": read("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "family": read("/proc/cpuinfo", "cpu family"),  # of x86-64: a model name may be "AMD EPYC" and no more
+        "model": read("/proc/cpuinfo", "model\t"),
         "cores": os.cpu_count(),
         "architecture": platform.machine(),
         "threads": threads,
