@@ -190,6 +190,11 @@ inline HWY_ATTR void unmodify_scores(const BackwardTile &t, const BackwardRows &
     const Bounds b = bounds_of(t, w);
     const int64_t at = b.first * kScorePitch + b.begin;
     if (!b.empty()) {
+      // Of groups that see nothing, between others, an earlier tile may have left gradients.
+      for (int64_t r = b.first; r < b.last; ++r) {
+        const GroupRange &range = w.ranges[r / kRowGroup];
+        if (range.begin >= range.end) clear(m.gradients + r * kScorePitch + b.begin, b.end - b.begin);
+      }
       apply_function_gradients(t, b.first, b.last - b.first, t.key + b.begin, b.end - b.begin, m.given + at,
                                m.gradients + at);
     }

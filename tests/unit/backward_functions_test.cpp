@@ -70,7 +70,7 @@ class Given {
 // Derivatives of functions have no bound of their own here; single precision leaves some 1e-6 of a tensor's largest
 // element, and what is wrong is wrong in the first digits.
 void expect_near(const std::vector<float> &got, const std::vector<float> &expected, const std::string &what,
-                 double tolerance = 3e-5) {
+                 double tolerance) {
   ASSERT_EQ(got.size(), expected.size()) << what;
   double largest = 1e-3;
   for (const float x : expected) largest = std::max(largest, std::fabs(double{x}));
@@ -78,18 +78,21 @@ void expect_near(const std::vector<float> &got, const std::vector<float> &expect
     ASSERT_NEAR(got[n], expected[n], tolerance * largest) << what << "[" << n << "], largest " << largest;
 }
 
-void expect_agreement(BackwardProblem &problem, std::vector<std::vector<float>> &sums, const std::string &what) {
+void expect_agreement(BackwardProblem &problem, std::vector<std::vector<float>> &sums, const std::string &what,
+                      double tolerance = 3e-5) {
   const Gradients expected = problem.run("cpu-reference");
   const std::vector<std::vector<float>> expected_sums = sums;
   const Gradients got = problem.run("cpu-engine", 3);
   ASSERT_EQ(expected.status, FLASHSPARK_OK) << expected.error;
   ASSERT_EQ(got.status, FLASHSPARK_OK) << got.error;
   EXPECT_EQ(got.trespass, "");
-  expect_near(got.dq, expected.dq, what + " dq");
-  expect_near(got.dk, expected.dk, what + " dk");
-  expect_near(got.dv, expected.dv, what + " dv");
+  expect_near(got.dq, expected.dq, what + " dq", tolerance);
+  expect_near(got.dk, expected.dk, what + " dk", tolerance);
+  expect_near(got.dv, expected.dv, what + " dv", tolerance);
+  expect_near(got.drel, expected.drel, what + " drel_logits", tolerance);
+  expect_near(got.dalibi, expected.dalibi, what + " dalibi_slopes", tolerance);
   for (size_t n = 0; n < sums.size(); ++n)
-    expect_near(sums[n], expected_sums[n], what + " captured tensor " + std::to_string(n));
+    expect_near(sums[n], expected_sums[n], what + " captured tensor " + std::to_string(n), tolerance);
 }
 
 TEST(BackwardFunctions, NamedOnesAgreeWithTheOracle) {
@@ -112,6 +115,61 @@ TEST(BackwardFunctions, ListsAgreeWithTheOracle) {
       Given given(problem, named(name));
       expect_agreement(problem, given.sums, std::string(name) + " with lists " + std::to_string(seed));
     }
+  }
+}
+
+// What is built in, beside functions and lists: rows that see none of a tile's keys may lie between such that do.
+TEST(BackwardFunctions, BesideBuiltInBiasesAndMasksAgreeWithTheOracle) {
+  const struct {
+    const char *name;
+    void (*change)(Case &);
+  } built_in[] = {
+      {"alibi", [](Case &c) { c.alibi = true; }},
+      {"alibi by sequence", [](Case &c) { c.causal = c.alibi = c.alibi_per_batch = true; }},
+      {"rel_logits", [](Case &c) { c.rel_extent = 40, c.rel_dtype = FLASHSPARK_FLOAT32; }},
+      {"prefix", [](Case &c) { c.causal = true, c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ; }},
+      {"prefix beside a window",
+       [](Case &c) { c.causal = true, c.window_left = 15, c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ; }},
+      {"prefix by token",
+       [](Case &c) { c.causal = true, c.window_left = 15, c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN; }},
+      {"rswa", [](Case &c) { c.causal = true, c.rswa_window = 20; }},
+      {"chunks", [](Case &c) { c.attention_chunk = 70; }},
+      {"all",
+       [](Case &c) {
+         c.causal = c.sinks = c.alibi = true, c.softcap = 3, c.rel_extent = 30, c.rel_dtype = FLASHSPARK_FLOAT32;
+         c.attention_chunk = 70, c.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ;
+       }},
+  };
+  for (const auto &each : built_in) {
+    for (const char *name : {"temperature", "alibi_documents", "none"}) {
+      Case c = plain({{200, 430}, {77, 65}});
+      each.change(c);
+      BackwardProblem problem(c);
+      std::optional<BlockLists> lists;
+      if (name != std::string("temperature")) {
+        lists.emplace(problem.forward.params, BlockListWish{.size_q = 48, .size_k = 32}, uint64_t{7});
+        lists->give(problem.forward.params);
+      }
+      Given given(problem, named(name));
+      expect_agreement(problem, given.sums, std::string(name) + " beside " + each.name);
+    }
+  }
+}
+
+// Some rows see the first keys, those between them do not, nor what an earlier tile has left in their place.
+TEST(BackwardFunctions, RowsThatSeeNothingLieBetweenOthers) {
+  for (const int32_t dtype : {FLASHSPARK_FLOAT32, FLASHSPARK_BFLOAT16}) {
+    Case c = plain({{300, 600}}, dtype);
+    c.causal = true, c.window_left = 15, c.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN;
+    BackwardProblem problem(c);
+    std::vector<int32_t> ranges;
+    for (int32_t token = 0; token < 300; ++token) {
+      const bool early = token / 20 % 2 == 0, late = token / 30 % 2 == 0;
+      ranges.insert(ranges.end(), {early ? 0 : late ? 200 : -1, early ? 150 : late ? 500 : -1});
+    }
+    problem.forward.params.prefix_ranges = ranges.data();
+    Given given(problem, named("alibi"));
+    expect_agreement(problem, given.sums, "alibi", dtype == FLASHSPARK_FLOAT32 ? 3e-5 : 0.02);
   }
 }
 
