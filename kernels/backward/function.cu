@@ -3,6 +3,7 @@
 //
 //   FLASHSPARK_BLOCK_SPARSE  1: lists say which blocks of rows and keys are computed
 //   FLASHSPARK_IN_TURNS      1: CTAs add to dq in turns
+//   FLASHSPARK_NATIVE        1: biases and masks of NativeScoreMod stand beside the functions
 #include "backward/function_loop.cuh"
 #include "forward/tiles.cuh"
 
@@ -10,8 +11,9 @@
 
 namespace flashspark {
 
-using Kernel = FunctionBackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT,
-                                      UserFunctions, FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_IN_TURNS != 0>;
+using Kernel =
+    FunctionBackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT, UserFunctions,
+                           FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_IN_TURNS != 0, FLASHSPARK_NATIVE != 0>;
 
 }  // namespace flashspark
 

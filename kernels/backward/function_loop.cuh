@@ -19,13 +19,14 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
       Base::arrive_ready, Base::lies_in;
   using Base::queries, Base::douts, Base::dscores, Base::rows, Base::row_values, Base::kept, Base::warp_key;
 
-  KeyMask mask;
+  std::conditional_t<T::kNativeScores, RowMasks<T>, KeyMask> mask;
   FunctionRow row;  // of the sequence; h and q_idx are each row's own
   ListedWalk<T> walk;
   int32_t end_head;  // of the CTA
   PhiloxKey dropout_key;
   FunctionTurns<T> turns;
   CapturedSums<T> sums;
+  float slope_sum;  // of the head's gradient of alibi_slopes, with kNativeScores
 
   FLASHSPARK_DEVICE ptx::SharedAddress words(int32_t stage) const {
     return shared + T::kMemory.words + stage * T::kMemory.word_stage;
@@ -45,9 +46,21 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
 
   // Of the lane's keys, which of the tile's rows keep them, counted from the lane's first row.
   FLASHSPARK_DEVICE Interval kept_rows(int32_t key, int32_t token) const {
-    const int32_t at = warp_key() + ptx::lane() / 4 + 8 * key, first = token + ptx::lane() % 4 * 2;
-    if (at >= mask.end) return {0, 0};
-    return {at + mask.low - first, min_of(at + mask.high, row.seqlen_q) - first};
+    if constexpr (T::kNativeScores) {
+      return {0, 0};  // FunctionNative::kept says it
+    } else {
+      const int32_t at = warp_key() + ptx::lane() / 4 + 8 * key, first = token + ptx::lane() % 4 * 2;
+      if (at >= mask.end) return {0, 0};
+      return {at + mask.low - first, min_of(at + mask.high, row.seqlen_q) - first};
+    }
+  }
+
+  FLASHSPARK_DEVICE FunctionNative<T> native_scores(int32_t head, int32_t token) const {
+    if constexpr (T::kNativeScores) {
+      return {{a, mask.of, head, warp_key(), token}, native_kept(mask, warp_key(), token)};
+    } else {
+      return {};
+    }
   }
 
   // What kScoreRows rows of a block add to dV, or to dK and dQ, or to all.
@@ -64,6 +77,12 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
       if constexpr (of_keys) store_scores(ds, to, lane.score_store, first_row);
       return;
     }
+    if constexpr (T::kNativeScores) {
+      if (!any_row_keeps<T>(mask, warp_key(), token)) {
+        if constexpr (of_keys) store_scores(ds, to, lane.score_store, first_row);
+        return;
+      }
+    }
     ScoreTile<T> scores{}, products{};
     score_product<T, typename T::KeyLayout>(scores, keys, shared, q_rows, lane);
     if constexpr (of_keys)
@@ -71,7 +90,9 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
     const FunctionTile tile{warp_key(),       first_row,   {kept_rows(0, token), kept_rows(1, token)},
                             listed != kWhole, lse,         lse + T::kRows * 4,
                             kept(stage),      words(stage)};
-    function_scores<T, of_keys>(a, tile, scores, products, p, ds, sums);
+    FunctionNative<T> native = native_scores(at.head, token);
+    function_scores<T, of_keys>(a, tile, scores, products, p, ds, sums, native);
+    if constexpr (T::kNativeScores) slope_sum += native.of.slope_sum;
     if constexpr (of_keys) store_scores(ds, to, lane.score_store, first_row);
     // Of a pair both sums lie in dk.
     if constexpr (of_values && of_keys) {
@@ -186,6 +207,9 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
       ptx::cp_async_commit();
       if (a.dq_sum != nullptr) add_to_dq(at, stage);
       if (next.head != at.head) sums.end_head();
+      if constexpr (T::kNativeScores) {
+        if (next.head != at.head) store_slope_sum<T>(a, at.head, slope_sum);
+      }
       if constexpr (T::kInTurns) last = at;
       if (!has_next) break;
       at = next;
@@ -296,6 +320,16 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
   }
 };
 
+// first_key: of the warp.
+template <class T>
+FLASHSPARK_DEVICE auto function_mask(const FunctionBackwardArguments &a, const SequenceMask &mask, int32_t first_key) {
+  if constexpr (T::kNativeScores) {
+    return backward_mask<T>(a, mask, first_key);
+  } else {
+    return key_mask(a, mask);
+  }
+}
+
 template <class T>
 FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
   const Piece piece = whole_tile(a);
@@ -305,7 +339,7 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
     ptx::grid_dependency_launch();
     return;
   }
-  const PieceRows w = rows_of<T, false>(a, piece);
+  const PieceRows w = rows_of<T, T::kNativeScores>(a, piece);
   const int32_t last_key = min_of(tile.first + T::kKeys, w.keys.end) - 1, end_head = tile.head_q + tile.num_heads_q;
   const ptx::SharedAddress shared = ptx::shared_memory();
   const BackwardOffsets<T> lane = backward_offsets<T>();
@@ -322,12 +356,12 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
                         make_row_loader<QueryLoader<T>>(a, w.rows, a.q, a.q_strides, a.head_dim),
                         make_row_loader<GradientLoader<T>>(a, w.rows, a.dout, a.dout_strides, a.head_dim_v),
                         shared, lane, {}, {}, {}, {}},
-                       key_mask(a, w.mask), row,
+                       function_mask<T>(a, w.mask, tile.first + lane.warp_key), row,
                        {{a.blocks, a.blocks.data + tile.seq * a.blocks.batch_stride}, tile.first, last_key,
                          tile.first + lane.warp_key, w.rows.seqlen_q, end_head, INT32_MAX, -1, 0, {}, {}},
                         end_head, dropout_key(a.dropout),
                         {a, w.mask, tile.first / T::kKeys, ceil_div(tile.held, T::kKeys), w.rows.seqlen_q,
-                         padded / T::kRows}, {}};
+                         padded / T::kRows}, {}, 0};
   // clang-format on
   const Interval blocks = loop.walk.narrowed({w.blocks.begin, w.blocks.end, tile.head_q, w.blocks.begin});
   const ListedRows first = loop.walk.find({blocks.begin, blocks.end, tile.head_q, blocks.begin});

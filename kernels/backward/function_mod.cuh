@@ -13,7 +13,7 @@
 
 #include "attention/functions.cuh"
 #include "backward/blocks.cuh"
-#include "backward/function_traits.cuh"
+#include "backward/function_native.cuh"
 #include "backward/modifications.cuh"
 
 namespace flashspark {
@@ -163,7 +163,8 @@ FLASHSPARK_DEVICE void load_function_words(uint32_t (&to)[2][count + 1], ptx::Sh
 // Where a warp's tile of scores lies, and what it needs.
 struct FunctionTile {
   int32_t first_key, first_row;  // of the sequence; of the block
-  Interval kept[2];              // by the lane's keys: of its first row's number on, which rows keep the key
+  Interval kept[2];              // by the lane's keys: of its first row's number on, which rows keep the key; with
+                                 // kNativeScores unused
   bool asks_mask;                // else mask_mod keeps all
   ptx::SharedAddress lse, delta, kept_bits;  // from the tile's first row on; of the block
   ptx::SharedAddress words;                  // of the block
@@ -206,7 +207,7 @@ FLASHSPARK_DEVICE ScoreGradients<T::Functions::Score::kLoads> score_gradients(
 template <class T, bool gradients>
 FLASHSPARK_DEVICE void function_scores(const FunctionBackwardArguments &a, const FunctionTile &tile,
                                        const ScoreTile<T> &scores, const ScoreTile<T> &products, ScoreOperand<T> &p,
-                                       ScoreOperand<T> &ds, CapturedSums<T> &sums) {
+                                       ScoreOperand<T> &ds, CapturedSums<T> &sums, FunctionNative<T> &native) {
   using Score = typename T::Functions::Score;
   using Mask = typename T::Functions::Mask;
   const bool drops = a.dropout.scale != 1.0f;
@@ -230,9 +231,11 @@ FLASHSPARK_DEVICE void function_scores(const FunctionBackwardArguments &a, const
     FLASHSPARK_UNROLL
     for (int32_t e = 0; e < 4; ++e) {
       const CappedScore score = capped_score(a, scores.at[0][j][e]);
-      const auto y = score_gradients<T>(a, score_words[e % 2], score_keys[e / 2], score.score, keys[e / 2]);
+      const auto y =
+          score_gradients<T>(a, score_words[e % 2], score_keys[e / 2], native.biased(score.score, j, e), keys[e / 2]);
       const int32_t at = j * 8 + e % 2;
       bool keeps = at >= tile.kept[e / 2].begin && at < tile.kept[e / 2].end;
+      if constexpr (T::kNativeScores) keeps = native.keeps(j, e);
       if constexpr (Mask::kExists) {
         if (tile.asks_mask) keeps = Mask::keep(a.functions, mask_words[e % 2], mask_keys[e / 2], keys[e / 2]) && keeps;
       }
@@ -244,6 +247,7 @@ FLASHSPARK_DEVICE void function_scores(const FunctionBackwardArguments &a, const
         const float dp = drawn ? products.at[0][j][e] * a.dropout.scale : 0.0f;
         const float modified = x == 0 ? 0.0f : x * (dp - ptx::as_float(delta[e % 2]));
         sums.add_score(y, e / 2, e % 2, modified);
+        native.add_gradient(modified == 0 ? 0.0f : modified * y.by_score, j, e);
         derivative[e] = modified == 0 ? 0.0f : modified * y.by_score * score.slope;
       }
     }

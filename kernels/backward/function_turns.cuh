@@ -22,7 +22,7 @@ struct FunctionTurns {
   FLASHSPARK_DEVICE bool visits(const SequenceBlocks &lists, int32_t other, int32_t head, int32_t group) const {
     const int32_t first_key = other * T::kKeys, last_key = min_of(first_key + T::kKeys, mask.end) - 1;
     if (other >= tiles || first_key > last_key) return false;
-    const Interval all = visited_blocks<T, false>(a, mask, first_key, tokens);
+    const Interval all = visited_blocks<T, T::kNativeScores>(a, mask, first_key, tokens);
     const int32_t begin = max_of(all.begin, group * kBlocks) * T::kRows;
     const int32_t end = min_of(min_of(all.end, (group + 1) * kBlocks) * T::kRows, tokens);
     if (begin >= end) return false;

@@ -59,6 +59,12 @@ bool takes_turns(const BackwardParams &p) {
   return p.forward.deterministic != 0 && p.dq.data != nullptr;
 }
 
+// What kernels with functions have code for only where it is asked for. Softcap is in every one that may have it.
+bool has_native(const Params &p) {
+  return p.alibi_slopes != nullptr || p.rel_logits != nullptr || p.prefix_mode != FLASHSPARK_PREFIX_NONE ||
+         p.rswa_window > 0 || p.attention_chunk > 0;
+}
+
 void plan_gradients(const BackwardParams &p, BackwardFunctionPlan &plan) {
   const flashspark_function &function = p.forward.score_mod;
   ClearArguments &a = plan.clear_arguments;
@@ -123,10 +129,12 @@ void plan_blocks(const Params &p, BackwardFunctionPlan &plan) {
 struct FunctionKernelKey {
   SourceKey source;
   KernelKey kernel;
-  bool block_sparse, in_turns;
+  bool block_sparse, in_turns, native;
   int device;
 
-  auto tied() const { return std::tuple(source, kernel.backward, kernel.dtype, block_sparse, in_turns, device); }
+  auto tied() const {
+    return std::tuple(source, kernel.backward, kernel.dtype, block_sparse, in_turns, native, device);
+  }
   bool operator<(const FunctionKernelKey &other) const { return tied() < other.tied(); }
 };
 
@@ -165,6 +173,7 @@ BackwardFunctionPlan plan_backward_functions(const BackwardParams &params, const
   add_functions(p, plan.functions);
   plan.wide_positions = has_wide_positions(p.max_seqlen_q, p.max_seqlen_k);
   plan.in_turns = takes_turns(params);
+  plan.native = has_native(p);
   plan.hands_on = instance.score_mod == ScoreMod::none;
   plan_gradients(params, plan);
   if (has_block_lists(p)) plan_blocks(p, plan);
@@ -190,6 +199,7 @@ CompileRequest backward_function_request(const Params &p, const BackwardFunction
   request.macros = {std::string("FLASHSPARK_NAME=") + kernel.instance_name(),
                     std::string("FLASHSPARK_BLOCK_SPARSE=") + (plan.block_sparse ? "1" : "0"),
                     std::string("FLASHSPARK_IN_TURNS=") + (plan.in_turns ? "1" : "0"),
+                    std::string("FLASHSPARK_NATIVE=") + (plan.native ? "1" : "0"),
                     "FLASHSPARK_USER_FUNCTIONS=\"user_functions.cuh\"",
                     std::string("FLASHSPARK_ELEMENT=") + (kernel.dtype == KernelDType::bf16 ? "Bfloat16" : "Float16")};
   // As the forward kernel computes it.
@@ -206,7 +216,8 @@ Kernel get_backward_function_kernel(const Params &p, const BackwardFunctionPlan 
                                             device.name + " has " + std::to_string(device.shared_bytes_per_block));
   }
   static auto *kernels = new LoadedKernels<FunctionKernelKey>;
-  return kernels->get({source_key(p, plan), kernel, plan.block_sparse, plan.in_turns, index}, index, plan.shared_bytes,
+  return kernels->get({source_key(p, plan), kernel, plan.block_sparse, plan.in_turns, plan.native, index}, index,
+                      plan.shared_bytes,
                       [&] { return backward_function_request(p, plan, kernel, device.machine.arch); });
 }
 
@@ -215,10 +226,6 @@ std::string unsupported_backward_functions(const BackwardParams &params) {
   if (!takes_backward_functions(p)) return {};
   std::string text;
   const auto add = [&](const std::string &what) { text += (text.empty() ? "" : "; ") + what; };
-  if (p.alibi_slopes != nullptr || p.rel_logits != nullptr || p.prefix_mode != FLASHSPARK_PREFIX_NONE ||
-      p.rswa_window > 0 || p.attention_chunk > 0)
-    add("alibi_slopes, rel_logits, prefix ranges, rswa_window and attention_chunk beside score_mod, mask_mod or block "
-        "lists");
   for (int32_t n = 0; p.deterministic != 0 && p.score_mod.mod != nullptr && n < p.score_mod.num_tensors; ++n) {
     if (is_wanted(params, n))
       add("deterministic with dtensors[" + std::to_string(n) + "], which is summed in no order");

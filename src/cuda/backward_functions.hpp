@@ -26,6 +26,7 @@ struct BackwardFunctionPlan {
   uint32_t wanted = 0;  // bit n: the gradient of score_mod's tensor n
   bool wide_positions = false, block_sparse = false;
   bool in_turns = false;      // CTAs add to dq in turns
+  bool native = false;        // biases or masks of NativeScoreMod stand beside the functions
   bool hands_on = false;      // pairs of warps hand on P^T: score functions may be written as biases
   Launch clear, make_blocks;  // before the other launches; a grid of 0: not needed
   ClearArguments clear_arguments{};

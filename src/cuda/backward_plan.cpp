@@ -222,6 +222,7 @@ std::string to_string(const BackwardPlan &plan) {
   text += to_string(plan.preprocess_key(), plan.preprocess) + "\n";
   if (plan.main.grid[0] > 0) {
     text += to_string(plan.main_key(), plan.main) + (plan.functions ? ", compiled at run time" : "") +
+            (plan.functions && plan.functions->native ? ", beside built-in biases or masks" : "") +
             (plan.functions && plan.functions->block_sparse ? ", over block lists" : "") + ", tile " +
             std::to_string(plan.tile->rows) + " x " + std::to_string(plan.tile->keys()) +
             (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") +

@@ -2,6 +2,8 @@
 // memory, and what is refused.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "cuda/backward.hpp"
 #include "cuda/device.hpp"
 #include "cuda/fake_cuda.hpp"
@@ -300,8 +302,56 @@ TEST_F(Backward, FunctionsAndLists) {
 
   b.forward.deterministic = 1;
   expect_refused("deterministic with dtensors[0]");
-  b.forward.deterministic = 0, b.forward.attention_chunk = 64;
-  expect_refused("attention_chunk beside score_mod");
+  flashspark_mod_release(mod);
+}
+
+// Built-in biases and masks beside functions: a kernel of its own for each of both, which is compiled once. Their
+// gradients come of the launches that they come of without functions.
+TEST_F(Backward, BiasesAndMasksBesideFunctions) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  flashspark_mod *mod = test::make_mod(*test::named("softcap").score(), true);
+  Params &p = b.forward;
+  p.score_mod = {mod, nullptr, nullptr, 0, 0};
+  const auto plan = [&] { return make_backward_plan(b, device_facts(0).machine); };
+  EXPECT_FALSE(plan().functions->native);
+  EXPECT_EQ(plan().main_key().name(), "attention_backward_d128_functions_bf16");
+  EXPECT_EQ(explain(FLASHSPARK_OK).find("beside built-in"), std::string::npos);
+  const auto beside = [&](auto set) {
+    const Params before = p;
+    set(p);
+    EXPECT_TRUE(plan().functions->native);
+    EXPECT_EQ(plan().main_key().name(), "attention_backward_d128_functions_mod_bf16");
+    const CompileRequest request =
+        backward_function_request(p, *plan().functions, plan().main_key(), Architecture::sm_120f);
+    EXPECT_NE(std::find(request.macros.begin(), request.macros.end(), "FLASHSPARK_NATIVE=1"), request.macros.end());
+    EXPECT_NE(explain(FLASHSPARK_OK).find("compiled at run time, beside built-in biases or masks"), std::string::npos);
+    p = before;
+  };
+  beside([](Params &q) { q.alibi_slopes = static_cast<float *>(address(31)); });
+  beside([](Params &q) { q.rel_logits = address(32), q.rel_dtype = FLASHSPARK_FLOAT32, q.rel_extent = 8; });
+  beside([](Params &q) {
+    q.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ, q.num_prefix_ranges = 1;
+    q.prefix_ranges = static_cast<int32_t *>(address(33));
+  });
+  beside([](Params &q) { q.rswa_window = 64, q.rswa_prefix_lens = static_cast<int32_t *>(address(34)); });
+  beside([](Params &q) { q.attention_chunk = 64; });
+
+  run();
+  p.alibi_slopes = static_cast<float *>(address(31));
+  p.rel_logits = address(32), p.rel_dtype = FLASHSPARK_FLOAT32, p.rel_extent = 8;
+  p.rel_head_stride = 8, p.rel_token_stride = 64;
+  b.dalibi_slopes = static_cast<float *>(address(35)), b.drel_logits = static_cast<float *>(address(36));
+  fake.order.clear(), fake.launches.clear();
+  run();
+  ASSERT_EQ(fake.launches.size(), 4u);
+  EXPECT_EQ(fake.order[2], "flashspark_attention_backward_functions");
+  EXPECT_EQ(fake.order[4], "flashspark_attention_backward_sums");
+  const FunctionBackwardArguments &a = fake.launches[1].backward_functions;
+  EXPECT_TRUE(a.alibi_slopes == p.alibi_slopes && a.rel_logits == p.rel_logits && a.drel_logits == b.drel_logits);
+  EXPECT_NE(a.slope_sums, nullptr);
+  p.deterministic = 1;
+  EXPECT_TRUE(plan().functions->in_turns && plan().functions->native);
+  explain(FLASHSPARK_OK);
   flashspark_mod_release(mod);
 }
 

@@ -194,6 +194,33 @@ def run_backward_functions(device: torch.device) -> list[str]:
     return wrong
 
 
+def run_backward_beside(device: torch.device) -> list[str]:
+    """The same beside built-in biases and a mask, with their gradients, in turns and not."""
+    torch.manual_seed(7)
+    q, dout = (torch.randn(2, 70, 4, 128).to(torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(2, 200, 2, 128).to(torch.bfloat16) for _ in range(2))
+    slopes, rel, table = 0.1 * torch.rand(4), torch.randn(2, 70, 4, 60), torch.randn(200)
+    ranges = torch.tensor([[[0, 90], [150, 170]], [[-1, -1], [20, 199]]], dtype=torch.int32)
+    wrong = []
+    for deterministic in (False, True):
+        found = []
+        for where in (torch.device("cpu"), device):
+            inputs = [x.to(where, copy=True).requires_grad_() for x in (q, k, v, slopes, rel)]
+            numbers = table.to(where)
+            out = flashspark.flash_attn_func(
+                *inputs[:3], causal=True, alibi_slopes=inputs[3], rel_logits=inputs[4], prefix_ranges=ranges.to(where),
+                score_mod=lambda s, b, h, i, j, lengths, aux: s * 0.9 + aux[0][j], aux_tensors=[numbers],
+                mask_mod=lambda b, h, i, j, lengths, aux: (i + j) % 5 != 0, deterministic=deterministic,
+            )  # fmt: skip
+            found.append([x.cpu().float() for x in torch.autograd.grad(out, inputs, dout.to(where))])
+        # The slopes' gradient also has the rounding of out, which the passes have each their own of.
+        for name, want, got, allowed in zip(("q", "k", "v", "slopes", "rel"), *found, (0.02, 0.02, 0.02, 0.06, 0.02)):
+            error = float((want - got).abs().max() / want.abs().max())
+            if not error < allowed:
+                wrong.append(f"d{name} by {error} of its largest{', deterministic' if deterministic else ''}")
+    return wrong
+
+
 def run_block_lists(device: torch.device) -> list[str]:
     """Lists of blocks that no tile fits, for all heads together and for each, beside the CPU's."""
     wrong = []
@@ -267,6 +294,7 @@ def run_backward(device: torch.device, kernel: Kernel) -> list[str]:
 
 # Cases that are no Spec.
 OTHERS = {"append_kv": run_append, "block lists": run_block_lists, "backward functions": run_backward_functions}
+OTHERS["backward functions beside biases"] = run_backward_beside
 OTHERS |= {name: partial(run_functions, name=name) for name in FUNCTIONS}
 OTHERS |= {
     kernel.name: partial(run_backward, kernel=kernel)

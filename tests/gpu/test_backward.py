@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import flashspark
@@ -36,7 +38,12 @@ class Case:
     rel: int = 0  # rel_extent
     prefix: str = ""  # per_seq, per_token
     rswa: int = 0
+    score: Callable[..., Any] | None = None  # the user's, in FlashAttention 4's form, of aux0 and aux1
+    mask: Callable[..., Any] | None = None  # the same for all sequences and heads
     options: dict[str, Any] = field(default_factory=dict)
+
+
+OTHER_INPUTS = ("sinks", "rel_logits", "alibi_slopes", "aux0", "aux1")
 
 
 @dataclass
@@ -53,13 +60,23 @@ class Tensors:
     rel_logits: torch.Tensor | None = None  # (tokens, heads, extent)
     prefix_ranges: torch.Tensor | None = None  # (B, ranges, 2) or (tokens, 2)
     rswa_prefix_lens: torch.Tensor | None = None
+    aux0: torch.Tensor | None = None  # what `score` captures
+    aux1: torch.Tensor | None = None
 
     def wanted(self) -> list[str]:
-        return ["q", "k", "v"] + [x for x in ("sinks", "rel_logits", "alibi_slopes") if getattr(self, x) is not None]
+        return ["q", "k", "v"] + [x for x in OTHER_INPUTS if getattr(self, x) is not None]
 
 
 def keeps(case: Case, t: Tensors, b: int, i: int, j: int, first: int) -> torch.Tensor:
     """bool (i, j): the mask of a sequence whose tokens begin with `first`."""
+    kept = built_in_mask(case, t, b, i, j, first)
+    if case.mask is None:
+        return kept
+    row, key = torch.arange(i, device=kept.device)[:, None], torch.arange(j, device=kept.device)
+    return kept & case.mask(b, 0, row, key, None, None)
+
+
+def built_in_mask(case: Case, t: Tensors, b: int, i: int, j: int, first: int) -> torch.Tensor:
     device = t.q.device
     pos, key = torch.arange(i, device=device)[:, None] + j - i, torch.arange(j, device=device)
     if case.rswa:
@@ -112,6 +129,11 @@ def attention(case: Case, t: Tensors, b: int, rows: slice, keys: slice):
     if cap:
         scores = cap * torch.tanh(scores / cap)
     scores = scores + biases(case, t, b, i, j, rows.start, scores.dtype)
+    if case.score is not None:
+        h, row, key = (torch.arange(n, device=q.device) for n in (heads, i, j))
+        lengths = SimpleNamespace(seqlen_q=i, seqlen_k=j)
+        modified = case.score(scores, b, h[:, None, None], row[:, None], key, lengths, [t.aux0, t.aux1])
+        scores = modified.to(scores.dtype)
     scores = scores.masked_fill(~keeps(case, t, b, i, j, rows.start), -torch.inf)
     if t.sinks is not None:
         scores = torch.cat([scores, t.sinks.to(scores.dtype)[:, None, None].expand(heads, i, 1)], -1)

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "backward/problem.hpp"
+#include "backward/random_spec.hpp"
 
 namespace flashspark::emulator {
 namespace {
@@ -12,6 +13,8 @@ namespace {
 using Draw = cases::Random;
 
 class EveryKernel : public testing::TestWithParam<BackwardKernel> {};
+// Those with biases and masks of NativeScoreMod beside the functions.
+class NativeKernel : public testing::TestWithParam<BackwardKernel> {};
 
 bool hands_on(const BackwardKernel &kernel) {
   return kernel.instance->score_mod == ScoreMod::none;
@@ -139,6 +142,64 @@ TEST_P(EveryKernel, SurvivesWildLists) {
   }
 }
 
+// A bias or a mask at a time, over dense and packed sequences. Heads of a group, and keys of the last tiles.
+TEST_P(NativeKernel, EachBiasAndMask) {
+  const BackwardKernel &kernel = GetParam();
+  using Change = void (*)(BackwardSpec &);
+  constexpr Change kChanges[] = {
+      [](BackwardSpec &s) { s.alibi = true; },
+      [](BackwardSpec &s) { s.alibi = s.alibi_per_seq = s.causal = true; },
+      [](BackwardSpec &s) { s.rel_extent = 40; },
+      [](BackwardSpec &s) { s.rel_extent = 200, s.rel_dtype = FLASHSPARK_BFLOAT16, s.causal = true; },
+      [](BackwardSpec &s) { s.causal = true, s.prefix_mode = FLASHSPARK_PREFIX_PER_SEQ; },
+      [](BackwardSpec &s) {
+        s.causal = s.prefix_clamp_window = true, s.window_left = 20, s.prefix_mode = FLASHSPARK_PREFIX_PER_TOKEN;
+      },
+      [](BackwardSpec &s) { s.rswa_window = 17; },
+      [](BackwardSpec &s) { s.attention_chunk = 50; },
+  };
+  uint64_t seed = 100;
+  for (const Change &change : kChanges) {
+    for (const bool packed : {false, true}) {
+      BackwardSpec s = spec_of(kernel);
+      s.tokens = {70, 33}, s.keys = {150, 90}, s.heads_q = 2, s.varlen_q = s.varlen_k = packed;
+      change(s);
+      check(s, kernel, ++seed);
+    }
+  }
+}
+
+TEST_P(NativeKernel, BiasesAndMasks) {
+  const BackwardKernel &kernel = GetParam();
+  std::mt19937_64 rng(20261130);
+  for (uint64_t seed = 1; seed <= 12; ++seed) {
+    BackwardSpec s = random_spec(rng);
+    const BackwardSpec own = spec_of(kernel);
+    s.head_dim = own.head_dim, s.head_dim_v = own.head_dim_v, s.functions = own.functions;
+    s.rel_dtype = seed % 2 == 0 ? FLASHSPARK_FLOAT16 : FLASHSPARK_FLOAT32;
+    s.functions->wish.size_q = seed % 3 == 0 ? 16 : 64, s.functions->wish.size_k = seed % 4 == 0 ? 48 : 64;
+    s.functions->wish.per_head = seed % 2 == 0, s.functions->wish.per_batch = seed % 5 != 0;
+    check(s, kernel, 200 + seed);
+  }
+}
+
+// Whatever metadata says, nothing outside of the tensors is read or written.
+TEST_P(NativeKernel, SurvivesWildMetadata) {
+  const BackwardKernel &kernel = GetParam();
+  std::mt19937_64 rng(20261201);
+  const uint64_t count = kernel.instance->head_dim > 128 ? 4 : 12;
+  for (uint64_t n = 0; n < count; ++n) {
+    BackwardSpec s = random_spec(rng);
+    const BackwardSpec own = spec_of(kernel);
+    s.head_dim = own.head_dim, s.head_dim_v = own.head_dim_v, s.functions = own.functions;
+    s.dtype = kernel.dtype, s.deterministic = kernel.in_turns;
+    s.alibi = true, s.rel_extent = 30, s.varlen_q = n % 2 == 0, s.varlen_k = n % 3 != 0, s.unused_rows = true;
+    BackwardProblem problem(s, n);
+    problem.spoil_metadata(rng);
+    EXPECT_NO_THROW(problem.run(kernel, n)) << name_of(kernel) << ", " << to_string(s);
+  }
+}
+
 std::vector<BackwardKernel> all() {
   std::vector<BackwardKernel> kernels;
   for (const BackwardKernel &kernel : backward_kernels()) {
@@ -146,19 +207,29 @@ std::vector<BackwardKernel> all() {
   }
   return kernels;
 }
+std::vector<BackwardKernel> native() {
+  std::vector<BackwardKernel> kernels = all();
+  std::erase_if(kernels, [](const BackwardKernel &kernel) { return !kernel.native; });
+  return kernels;
+}
 INSTANTIATE_TEST_SUITE_P(BackwardFunctions, EveryKernel, testing::ValuesIn(all()),
+                         [](const auto &kernel) { return name_of(kernel.param); });
+INSTANTIATE_TEST_SUITE_P(BackwardFunctions, NativeKernel, testing::ValuesIn(native()),
                          [](const auto &kernel) { return name_of(kernel.param); });
 
 // What CMake lists.
 TEST(BackwardFunctions, KernelsAreLinkedIn) {
   std::set<const BackwardInstance *> instances;
-  int lists = 0;
+  int lists = 0, native = 0, native_in_turns = 0;
   for (const BackwardKernel &kernel : all()) {
     instances.insert(kernel.instance);
     lists += kernel.block_sparse ? 1 : 0;
+    native += kernel.native ? 1 : 0, native_in_turns += kernel.native && kernel.in_turns ? 1 : 0;
   }
   EXPECT_EQ(instances.size(), std::size(kBackwardFunctionInstances));
   EXPECT_GE(lists, 4);
+  EXPECT_GE(native, 5);
+  EXPECT_GE(native_in_turns, 1);
 }
 
 }  // namespace

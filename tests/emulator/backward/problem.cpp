@@ -44,7 +44,7 @@ std::string name_of(const BackwardKernel &kernel) {
   return std::string(kernel.instance->name) + (kernel.dtype == FLASHSPARK_BFLOAT16 ? "_bf16" : "_fp16") +
          (kernel.tiles == Architecture::sm_120f ? "_sm_120f" : "_sm_90") +
          (kernel.functions != nullptr ? std::string("_") + kernel.functions : "") +
-         (kernel.block_sparse ? "_lists" : "") + (kernel.in_turns ? "_turns" : "");
+         (kernel.block_sparse ? "_lists" : "") + (kernel.in_turns ? "_turns" : "") + (kernel.native ? "_native" : "");
 }
 
 std::string to_string(const BackwardSpec &s) {

@@ -24,7 +24,7 @@ struct BackwardKernel {
   void (*run)(const BackwardArguments &);
   // Of kernels with functions:
   const char *functions = nullptr;  // their names in tests/support/named_graphs.hpp
-  bool block_sparse = false, in_turns = false;
+  bool block_sparse = false, in_turns = false, native = false;
   void (*run_functions)(const FunctionBackwardArguments &) = nullptr;
 };
 std::span<const BackwardKernel> backward_kernels();

@@ -14,8 +14,9 @@ namespace {
 
 // One row, key by key.
 struct Row {
-  std::vector<double> score, probability, slope, kept;  // kept: what dropout multiplies with
-  std::vector<double> given;                            // scores as the user's function gets them
+  std::vector<double> score, probability, slope, kept;  // slope: of softcap; kept: what dropout multiplies with
+  std::vector<double> given, by_score;                  // scores as the user's function gets them, and its derivative
+  std::vector<bool> visible;                            // whether the row keeps the key
   double lse = -INFINITY;
 };
 
@@ -28,7 +29,8 @@ graph::Row graph_row(const Sequence &s, int64_t i, int64_t h) {
 Row row_of(const Params &p, const Sequence &s, int64_t i, int64_t h, const ProblemFunctions *functions) {
   const auto keys = static_cast<size_t>(s.seqlen_k);
   Row row{std::vector<double>(keys, -INFINITY), std::vector<double>(keys, 0.0), std::vector<double>(keys, 1.0),
-          std::vector<double>(keys, 1.0), std::vector<double>(keys, 0.0)};
+          std::vector<double>(keys, 1.0),       std::vector<double>(keys, 0.0), std::vector<double>(keys, 1.0),
+          std::vector<bool>(keys, false)};
   const Dropout dropout = dropout_of(p);
   const double sink = p.sinks != nullptr ? double{load_as_float(p.sinks, h, p.sinks_dtype)} : -INFINITY;
   double largest = sink;
@@ -36,15 +38,13 @@ Row row_of(const Params &p, const Sequence &s, int64_t i, int64_t h, const Probl
     const auto key = static_cast<int32_t>(j);
     if (!cpu::keep(p, s, i, j) || (functions != nullptr && !functions->keeps(graph_row(s, i, h), key))) continue;
     const auto at = static_cast<size_t>(j);
+    row.visible[at] = true;
     const double x = cpu::capped(p, double{p.softmax_scale} * cpu::query_key(p, s, i, j, h));
     if (p.softcap > 0) row.slope[at] = 1 - std::pow(x / double{p.softcap}, 2);
     if (p.dropout_p > 0) row.kept[at] = dropout.drops(s.index, h, i, j) ? 0 : double{dropout.scale};
     row.given[at] = row.score[at] = x + cpu::bias(p, s, i, j, h);
-    if (functions != nullptr) {
-      double by_score = 1;
-      row.score[at] = functions->modified(graph_row(s, i, h), key, row.given[at], by_score);
-      row.slope[at] *= by_score;
-    }
+    if (functions != nullptr)
+      row.score[at] = functions->modified(graph_row(s, i, h), key, row.given[at], row.by_score[at]);
     largest = std::max(largest, row.score[at]);
   }
   if (largest == -INFINITY) return row;
@@ -123,6 +123,11 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
   const int64_t row_q = ((batch_q * tokens_q + s.q_row + i) * p.num_heads_q + h) * p.head_dim;
   for (int64_t j = 0; j < s.seqlen_k; ++j) {
     const auto at = static_cast<size_t>(j);
+    if (!row.visible[at]) continue;
+    const int64_t distance = s.pos(i) - j;
+    const bool has_rel = p.rel_logits != nullptr && distance >= 0 && distance < p.rel_extent;
+    const int64_t at_rel = token_row(p, s, i) * p.rel_token_stride + h * p.rel_head_stride + distance;
+    if (has_rel) truth_rel_.add(at_rel, 0, 0, 1e-12);  // it is read: spare_unread_biases()
     if (row.score[at] == -INFINITY) continue;
     const double prob = row.probability[at];
     const int64_t at_v = kv_offset(p, p.v, s, j, head_kv), at_k = kv_offset(p, p.k, s, j, head_kv);
@@ -133,18 +138,22 @@ void BackwardProblem::add_row(const Sequence &s, int64_t i, int64_t h) {
       dp += x, cancels += row.kept[at] * std::fabs(x);
     }
     const double noise = (prob * 0x1p-18 + 0x1p-25) * cancels, modified = prob * (row.kept[at] * dp - delta);
-    const int64_t distance = s.pos(i) - j;
-    if (p.rel_logits != nullptr && distance >= 0 && distance < p.rel_extent)
-      truth_rel_.add(token_row(p, s, i) * p.rel_token_stride + h * p.rel_head_stride + distance, modified, step(),
-                     noise + 1e-12);  // more than 0: spare_unread_biases()
+    // What biases get of it, and how wrong that may be.
+    const double biased = prob == 0 ? 0 : modified * row.by_score[at];
+    double biased_noise = noise * std::max(1.0, std::fabs(row.by_score[at]));
+    // A function may add hundreds to a score, whose roundings are then P's, as ProblemFunctions::add() has it.
+    if (functions_ != nullptr) biased_noise += std::fabs(biased) * 0x1p-14;
+    if (has_rel) truth_rel_.add(at_rel, biased, step(), biased_noise);
     if (p.alibi_slopes != nullptr) {
       const auto far = static_cast<double>(std::abs(distance));
-      truth_slopes_.add((spec_.alibi_per_seq ? s.index * p.num_heads_q : 0) + h, -modified * far, step(), noise * far);
+      truth_slopes_.add((spec_.alibi_per_seq ? s.index * p.num_heads_q : 0) + h, -biased * far, step(),
+                        biased_noise * far);
     }
     if (functions_ != nullptr && prob > 0)
       functions_->add(graph_row(s, i, h), static_cast<int32_t>(j), row.given[at], modified, prob * 0x1p-18 * cancels);
-    const double scale = row.slope[at] * double{p.softmax_scale}, ds = prob == 0 ? 0 : modified * scale;
-    const double error = noise * std::max(1.0, std::fabs(row.slope[at])) * double{p.softmax_scale};
+    const double slope = row.slope[at] * row.by_score[at];
+    const double scale = slope * double{p.softmax_scale}, ds = prob == 0 ? 0 : modified * scale;
+    const double error = noise * std::max(1.0, std::fabs(slope)) * double{p.softmax_scale};
     const int64_t row_k = (batch_k * extents_of(p).kv_tokens + s.k_row + j) * p.num_heads_kv + head_kv;
     for (int64_t d = 0; d < p.head_dim_v; ++d)
       truth_v_.add(row_k * p.head_dim_v + d, prob * row.kept[at] * number(params.dout, at_dout + d), step());

@@ -1,0 +1,75 @@
+// What stands beside the user's functions in kernels with kNativeScores: ALiBi and the bias by distance, which change a
+// score before score_mod gets it, with their gradients; PrefixLM ranges, R-SWA and chunks, which are masks. Softcap and
+// dropout are part of every kernel with functions that may have them (function_mod.cuh).
+#pragma once
+
+#include "backward/function_traits.cuh"
+#include "backward/modifications.cuh"
+
+namespace flashspark {
+
+// Of a warp's tile of scores [j][e], an m16n8 tile by a lane's four in it. Other kernels have none of it.
+template <class T, bool native = T::kNativeScores>
+struct FunctionNative {
+  FLASHSPARK_DEVICE bool keeps(int32_t, int32_t) const { return true; }
+  FLASHSPARK_DEVICE float biased(float score, int32_t, int32_t) const { return score; }
+  FLASHSPARK_DEVICE void add_gradient(float, int32_t, int32_t) {}
+};
+
+template <class T>
+struct FunctionNative<T, true> {
+  using Scores = NativeScores<T>;
+  Scores of;
+  uint32_t kept;  // bit 4 j + e: the row keeps the key
+
+  FLASHSPARK_DEVICE bool keeps(int32_t j, int32_t e) const { return (kept >> (4 * j + e) & 1) != 0; }
+
+  // In natural units. Nothing is read for a key that the row does not keep, as the row may not exist.
+  FLASHSPARK_DEVICE float biased(float score, int32_t j, int32_t e) const {
+    const BackwardArguments &a = of.a;
+    if (a.rel_logits != nullptr) {
+      const int32_t at = of.distance(0, j, e);
+      if (keeps(j, e) && at >= 0 && at < a.rel_extent)
+        score += load_as_float(a.rel_logits, of.rel_row(j, e % 2) + at, a.rel_dtype);
+    }
+    if (a.alibi_slopes != nullptr) score -= of.alibi_slope * fn::kNaturalLog2 * of.magnitude(0, j, e);
+    return score;
+  }
+  // ds: the gradient of what biased() has returned. An element of drel_logits has one key, and so one writer.
+  FLASHSPARK_DEVICE void add_gradient(float ds, int32_t j, int32_t e) {
+    const BackwardArguments &a = of.a;
+    if (a.drel_logits != nullptr) {
+      const int32_t at = of.distance(0, j, e);
+      if (ds != 0 && at >= 0 && at < a.rel_extent) a.drel_logits[of.rel_row(j, e % 2) + at] = ds;
+    }
+    if (a.dalibi_slopes != nullptr) of.slope_sum -= ds * of.magnitude(0, j, e);
+  }
+};
+
+// The bits of FunctionNative::kept. All threads of the warp call it.
+template <class T>
+FLASHSPARK_DEVICE uint32_t native_kept(const RowMasks<T> &mask, int32_t first_key, int32_t first_row) {
+  static_assert(T::kMAtoms == 1 && T::kScoreRows == 16);
+  if (first_row >= mask.tokens.unmasked.begin && first_row + T::kScoreRows <= mask.tokens.unmasked.end) return ~0u;
+  const auto lane = ptx::lane();
+  const typename RowMasks<T>::Lengths own = mask.of_lane(first_row);
+  uint32_t kept = 0;
+  FLASHSPARK_UNROLL
+  for (int32_t c = 0; c < T::kScoreRows / 4; ++c) {
+    const auto from = static_cast<uint32_t>(c / 2 * 8 + lane % 4 * 2 + c % 2);
+    uint32_t begin[2], length[2];
+    FLASHSPARK_UNROLL
+    for (int32_t n = 0; n < 2; ++n) {
+      begin[n] = static_cast<uint32_t>(ptx::shuffle(own.begin[n], from));
+      length[n] = static_cast<uint32_t>(ptx::shuffle(own.length[n], from));
+    }
+    FLASHSPARK_UNROLL
+    for (int32_t x = 0; x < 2; ++x) {
+      const auto key = static_cast<uint32_t>(first_key + x * 8 + lane / 4);
+      if (key - begin[0] < length[0] || key - begin[1] < length[1]) kept |= 1u << (4 * (c / 2) + 2 * x + c % 2);
+    }
+  }
+  return kept;
+}
+
+}  // namespace flashspark
