@@ -169,6 +169,16 @@ TEST_P(NativeKernel, EachBiasAndMask) {
   }
 }
 
+// Ranges show keys to whole blocks of rows before those that a causal mask leaves.
+TEST_P(NativeKernel, PrefixRangesReachEarlierBlocks) {
+  BackwardSpec s = spec_of(GetParam());
+  s.tokens = s.keys = {200}, s.causal = true;
+  for (const int32_t mode : {FLASHSPARK_PREFIX_PER_SEQ, FLASHSPARK_PREFIX_PER_TOKEN}) {
+    s.prefix_mode = mode;
+    check(s, GetParam(), 150 + static_cast<uint64_t>(mode));
+  }
+}
+
 TEST_P(NativeKernel, BiasesAndMasks) {
   const BackwardKernel &kernel = GetParam();
   std::mt19937_64 rng(20261130);
