@@ -63,10 +63,12 @@ struct Pair {
   test::NamedFunctions functions;
   const char *instance;
   bool block_sparse = false, block_tiles = false, dropout = false, paged = false;
+  bool native = false;  // of backward kernels
 
   std::string name() const {
     const char *lists = block_tiles ? " tiles of blocks" : block_sparse ? " lists" : "";
-    return std::string(instance) + " " + functions.name + lists + (dropout ? " dropout" : "") + (paged ? " pages" : "");
+    return std::string(instance) + " " + functions.name + lists + (dropout ? " dropout" : "") +
+           (paged ? " pages" : "") + (native ? " native" : "");
   }
 };
 
@@ -229,7 +231,7 @@ CompileRequest backward_request_of(const Pair &pair) {
   if (score) p.score_mod.mod = test::make_mod(*score, true);
   if (mask) p.mask_mod.mod = test::make_mod(*mask, false);
   BackwardFunctionPlan plan;
-  plan.block_sparse = pair.block_sparse;
+  plan.block_sparse = pair.block_sparse, plan.native = pair.native;
   KernelKey key{Operation::attention_backward, KernelDType::bf16};
   for (const BackwardInstance &instance : kBackwardFunctionInstances) {
     if (std::string(instance.name) != pair.instance) continue;
@@ -278,6 +280,9 @@ const std::map<std::string, uint32_t> kKnownBackwardStacks = {
     {"d128_functions alibi", 72},
     {"d128_functions_mod none lists", 8},
     {"d128_functions_mod outer", 32},
+    {"d128_functions_mod alibi native", 8},
+    {"d256_functions alibi native", 96},
+    {"d256_functions none lists native", 56},
 };
 
 std::vector<Pair> backward_pairs() {
@@ -295,6 +300,10 @@ std::vector<Pair> backward_pairs() {
   pairs.push_back({test::named("none"), "d128_functions_mod", true});
   pairs.push_back({test::named("alibi_documents"), "d128_functions_mod", true});
   pairs.push_back({test::named("outer"), "d128_functions_mod"});
+  for (const char *instance : {"d64_functions", "d128_functions_mod", "d256_functions"}) {
+    pairs.push_back({.functions = test::named("alibi"), .instance = instance, .native = true});
+    pairs.push_back({.functions = test::named("none"), .instance = instance, .block_sparse = true, .native = true});
+  }
   return pairs;
 }
 
