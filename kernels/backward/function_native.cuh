@@ -51,24 +51,10 @@ template <class T>
 FLASHSPARK_DEVICE uint32_t native_kept(const RowMasks<T> &mask, int32_t first_key, int32_t first_row) {
   static_assert(T::kMAtoms == 1 && T::kScoreRows == 16);
   if (first_row >= mask.tokens.unmasked.begin && first_row + T::kScoreRows <= mask.tokens.unmasked.end) return ~0u;
-  const auto lane = ptx::lane();
-  const typename RowMasks<T>::Lengths own = mask.of_lane(first_row);
   uint32_t kept = 0;
-  FLASHSPARK_UNROLL
-  for (int32_t c = 0; c < T::kScoreRows / 4; ++c) {
-    const auto from = static_cast<uint32_t>(c / 2 * 8 + lane % 4 * 2 + c % 2);
-    uint32_t begin[2], length[2];
-    FLASHSPARK_UNROLL
-    for (int32_t n = 0; n < 2; ++n) {
-      begin[n] = static_cast<uint32_t>(ptx::shuffle(own.begin[n], from));
-      length[n] = static_cast<uint32_t>(ptx::shuffle(own.length[n], from));
-    }
-    FLASHSPARK_UNROLL
-    for (int32_t x = 0; x < 2; ++x) {
-      const auto key = static_cast<uint32_t>(first_key + x * 8 + lane / 4);
-      if (key - begin[0] < length[0] || key - begin[1] < length[1]) kept |= 1u << (4 * (c / 2) + 2 * x + c % 2);
-    }
-  }
+  for_kept_scores<T>(mask, first_key, first_row, [&](int32_t, int32_t j, int32_t e, bool keeps) {
+    if (keeps) kept |= 1u << (4 * j + e);
+  });
   return kept;
 }
 

@@ -119,9 +119,10 @@ FLASHSPARK_DEVICE bool any_row_keeps(const BackwardMask<T> &mask, int32_t first_
   return true;
 }
 
-template <class T>
-FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const RowMasks<T> &mask, int32_t first_key,
-                                       int32_t first_row) {
+// Calls f(m16 tile, n8 tile, e, whether the row keeps the key) for the lane's scores of a tile, as ScoreTile has them.
+// All threads of the warp call it.
+template <class T, class F>
+FLASHSPARK_DEVICE void for_kept_scores(const RowMasks<T> &mask, int32_t first_key, int32_t first_row, F &&f) {
   const int32_t lane = ptx::lane();
   const typename RowMasks<T>::Lengths own = mask.of_lane(first_row);
   FLASHSPARK_UNROLL
@@ -138,11 +139,18 @@ FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const RowMasks<T> &
       FLASHSPARK_UNROLL
       for (int32_t x = 0; x < 2; ++x) {
         const auto key = static_cast<uint32_t>(first_key + m * 16 + x * 8 + lane / 4);
-        if (key - begin[0] >= length[0] && key - begin[1] >= length[1])
-          scores.at[m][c / 2][2 * x + c % 2] = minus_infinity();
+        f(m, c / 2, 2 * x + c % 2, key - begin[0] < length[0] || key - begin[1] < length[1]);
       }
     }
   }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void mask_score_tile(ScoreTile<T> &scores, const RowMasks<T> &mask, int32_t first_key,
+                                       int32_t first_row) {
+  for_kept_scores<T>(mask, first_key, first_row, [&](int32_t m, int32_t j, int32_t e, bool keeps) {
+    if (!keeps) scores.at[m][j][e] = minus_infinity();
+  });
 }
 
 // Calls f(n8 tile, values of the lane's two rows in it) for a tile's rows, of which `values` has a float each, from the

@@ -59,12 +59,6 @@ bool takes_turns(const BackwardParams &p) {
   return p.forward.deterministic != 0 && p.dq.data != nullptr;
 }
 
-// What kernels with functions have code for only where it is asked for. Softcap is in every one that may have it.
-bool has_native(const Params &p) {
-  return p.alibi_slopes != nullptr || p.rel_logits != nullptr || p.prefix_mode != FLASHSPARK_PREFIX_NONE ||
-         p.rswa_window > 0 || p.attention_chunk > 0;
-}
-
 void plan_gradients(const BackwardParams &p, BackwardFunctionPlan &plan) {
   const flashspark_function &function = p.forward.score_mod;
   ClearArguments &a = plan.clear_arguments;
@@ -173,7 +167,7 @@ BackwardFunctionPlan plan_backward_functions(const BackwardParams &params, const
   add_functions(p, plan.functions);
   plan.wide_positions = has_wide_positions(p.max_seqlen_q, p.max_seqlen_k);
   plan.in_turns = takes_turns(params);
-  plan.native = has_native(p);
+  plan.native = has_built_in_biases_or_masks(p);  // softcap is in every kernel that may have it
   plan.hands_on = instance.score_mod == ScoreMod::none;
   plan_gradients(params, plan);
   if (has_block_lists(p)) plan_blocks(p, plan);

@@ -18,9 +18,7 @@ int32_t function_words(const Params &p, bool wide_positions) {
 }
 
 bool needs_score_mod(const Params &p) {
-  return p.softcap > 0 || p.rel_logits != nullptr || p.alibi_slopes != nullptr || p.rswa_window > 0 ||
-         p.prefix_mode != FLASHSPARK_PREFIX_NONE || p.attention_chunk > 0 ||
-         (is_paged(p) && p.page_size % kGroupRows != 0);
+  return p.softcap > 0 || has_built_in_biases_or_masks(p) || (is_paged(p) && p.page_size % kGroupRows != 0);
 }
 
 int64_t key_rows(const Params &p) {
@@ -39,6 +37,11 @@ int64_t packed_group(const Params &p) {
 }
 
 }  // namespace
+
+bool has_built_in_biases_or_masks(const Params &p) {
+  return p.rel_logits != nullptr || p.alibi_slopes != nullptr || p.rswa_window > 0 ||
+         p.prefix_mode != FLASHSPARK_PREFIX_NONE || p.attention_chunk > 0;
+}
 
 Shape shape_of(const Params &p) {
   const int64_t group = packed_group(p), num_heads_kv = p.num_heads_q / group;

@@ -56,4 +56,7 @@ struct Shape {
 
 Shape shape_of(const Params &p);
 
+// ALiBi, rel_logits, PrefixLM ranges, R-SWA or chunks.
+bool has_built_in_biases_or_masks(const Params &p);
+
 }  // namespace flashspark::cuda

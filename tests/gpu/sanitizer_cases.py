@@ -165,6 +165,20 @@ def run_functions(device: torch.device, name: str) -> list[str]:
     return [f"out by {error}"] if not error < 0.03 else []
 
 
+# The slopes' gradient also has the rounding of out, which the passes have each their own of.
+SLOPES_ALLOWED = 0.06
+
+
+def wrong_gradients(allowed: dict[str, float], want: list[torch.Tensor], got: list[torch.Tensor]) -> list[str]:
+    """Those that differ by more than is allowed, as a part of the largest element."""
+    errors = [float((x - y).abs().max() / x.abs().max()) for x, y in zip(want, got, strict=True)]
+    return [
+        f"d{name} by {error} of its largest"
+        for (name, most), error in zip(allowed.items(), errors, strict=True)
+        if not error < most
+    ]
+
+
 def run_backward_functions(device: torch.device) -> list[str]:
     """Gradients through a kernel that is compiled at run time, with lists and of what a function captures."""
     torch.manual_seed(4)
@@ -185,13 +199,7 @@ def run_backward_functions(device: torch.device) -> list[str]:
         lists = flashspark.create_block_mask(near, None, 4, 70, 200, device=where, BLOCK_SIZE=128)
         out = flashspark.flex_attention(*inputs[:3], score_mod=bias, block_mask=lists, enable_gqa=True)
         found.append([x.cpu().float() for x in torch.autograd.grad(out, inputs, dout.to(where))])
-    wrong = []
-    # The slopes' gradient also has the rounding of out, which the passes have each their own of.
-    for name, want, got, allowed in zip(("q", "k", "v", "slopes"), *found, (0.02, 0.02, 0.02, 0.06)):
-        error = float((want - got).abs().max() / want.abs().max())
-        if not error < allowed:
-            wrong.append(f"d{name} by {error} of its largest")
-    return wrong
+    return wrong_gradients({"q": 0.02, "k": 0.02, "v": 0.02, "slopes": SLOPES_ALLOWED}, *found)
 
 
 def run_backward_beside(device: torch.device) -> list[str]:
@@ -213,11 +221,8 @@ def run_backward_beside(device: torch.device) -> list[str]:
                 mask_mod=lambda b, h, i, j, lengths, aux: (i + j) % 5 != 0, deterministic=deterministic,
             )  # fmt: skip
             found.append([x.cpu().float() for x in torch.autograd.grad(out, inputs, dout.to(where))])
-        # The slopes' gradient also has the rounding of out, which the passes have each their own of.
-        for name, want, got, allowed in zip(("q", "k", "v", "slopes", "rel"), *found, (0.02, 0.02, 0.02, 0.06, 0.02)):
-            error = float((want - got).abs().max() / want.abs().max())
-            if not error < allowed:
-                wrong.append(f"d{name} by {error} of its largest{', deterministic' if deterministic else ''}")
+        allowed = {"q": 0.02, "k": 0.02, "v": 0.02, "slopes": SLOPES_ALLOWED, "rel": 0.02}
+        wrong += [f"{x}{', deterministic' if deterministic else ''}" for x in wrong_gradients(allowed, *found)]
     return wrong
 
 
@@ -293,8 +298,12 @@ def run_backward(device: torch.device, kernel: Kernel) -> list[str]:
 
 
 # Cases that are no Spec.
-OTHERS = {"append_kv": run_append, "block lists": run_block_lists, "backward functions": run_backward_functions}
-OTHERS["backward functions beside biases"] = run_backward_beside
+OTHERS = {
+    "append_kv": run_append,
+    "block lists": run_block_lists,
+    "backward functions": run_backward_functions,
+    "backward functions beside biases": run_backward_beside,
+}
 OTHERS |= {name: partial(run_functions, name=name) for name in FUNCTIONS}
 OTHERS |= {
     kernel.name: partial(run_backward, kernel=kernel)
