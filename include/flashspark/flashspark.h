@@ -335,8 +335,10 @@ typedef struct flashspark_attention_backward_params {
 
   /* The problem as the forward call had it. out and lse hold what that call gave; both are read, none is written.
    * num_splits, scheduler_metadata and workspace are not looked at. deterministic: 1 asks that gradients are the same
-   * to the last bit on every run, on the CPU with any number of threads. With seqused_k and cu_seqlens_k no sequence
-   * may reach beyond its own keys: the CPU refuses it, on a GPU dk and dv are undefined. */
+   * to the last bit on every run, on the CPU with any number of threads. On a GPU those in dtensors are then exact
+   * sums, rounded once, which take 84 bytes of scratch memory an element, up to 2 GiB: more elements take more time.
+   * With seqused_k and cu_seqlens_k no sequence may reach beyond its own keys: the CPU refuses it, on a GPU dk and dv
+   * are undefined. */
   flashspark_attention_params forward;
 
   flashspark_tensor dout; /* as out; dtype of q */

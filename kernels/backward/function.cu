@@ -4,6 +4,7 @@
 //   FLASHSPARK_BLOCK_SPARSE  1: lists say which blocks of rows and keys are computed
 //   FLASHSPARK_IN_TURNS      1: CTAs add to dq in turns
 //   FLASHSPARK_NATIVE        1: biases and masks of NativeScoreMod stand beside the functions
+//   FLASHSPARK_EXACT_SUMS    1: gradients of captured tensors are summed exactly
 #include "backward/function_loop.cuh"
 #include "forward/tiles.cuh"
 
@@ -11,9 +12,9 @@
 
 namespace flashspark {
 
-using Kernel =
-    FunctionBackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT, UserFunctions,
-                           FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_IN_TURNS != 0, FLASHSPARK_NATIVE != 0>;
+using Kernel = FunctionBackwardTraits<BackwardIndex::FLASHSPARK_NAME, kArchitecture, ptx::FLASHSPARK_ELEMENT,
+                                      UserFunctions, FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_IN_TURNS != 0,
+                                      FLASHSPARK_NATIVE != 0, FLASHSPARK_EXACT_SUMS != 0>;
 
 }  // namespace flashspark
 

@@ -22,10 +22,22 @@ struct BlockStatusTable {
   Divisor block_tokens, block_keys;  // of a block; multiples of 16
 };
 
+// Exact sums of float32 numbers (exact_sums.cuh) for some of the elements of captured tensors' gradients, which have
+// one row of numbers: element n of the row that begins with `special`.
+inline constexpr int32_t kExactWords = 10;
+struct ExactSums {
+  float *special;   // (count): the sum of what is not finite, or 0
+  uint64_t *words;  // (kExactWords, count)
+  int64_t count;
+};
+
 struct FunctionBackwardArguments : BackwardArguments {
   FunctionArguments functions;  // without `blocks`
   CapturedGradient gradients[kMaxCapturedTensors];
   BlockStatusTable blocks;
+  // With `deterministic`: `gradients` are contiguous, and lie where elements of this row do or, but for those of the
+  // row, would lie.
+  ExactSums exact_sums;
 };
 
 // Of the kernel that makes the table, whose CTAs have a row of the lists each.
@@ -35,7 +47,7 @@ struct BlockStatusArguments {
   BlockStatusTable table;
 };
 
-// Of the kernel that sets gradients to 0 before they are summed.
+// Of the kernel that sets gradients, or exact sums, to 0 before they are summed.
 struct ClearArguments {
   struct Tensor {
     CapturedGradient gradient;
@@ -44,6 +56,12 @@ struct ClearArguments {
     int64_t elements;
   } tensors[kMaxCapturedTensors];
   int32_t num_tensors, num_ctas;
+};
+
+// Of the kernel that rounds exact sums: the tensors are the caller's, whose elements follow each other.
+struct RoundArguments : ClearArguments {
+  ExactSums sums;
+  int64_t first;  // element of the sums' row
 };
 
 }  // namespace flashspark

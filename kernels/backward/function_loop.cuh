@@ -206,7 +206,7 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
       }
       ptx::cp_async_commit();
       if (a.dq_sum != nullptr) add_to_dq(at, stage);
-      if (next.head != at.head) sums.end_head();
+      if (next.head != at.head) sums.end_head(a);
       if constexpr (T::kNativeScores) {
         if (next.head != at.head) store_slope_sum<T>(a, at.head, slope_sum);
       }

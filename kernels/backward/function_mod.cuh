@@ -13,14 +13,25 @@
 
 #include "attention/functions.cuh"
 #include "backward/blocks.cuh"
+#include "backward/exact_sums.cuh"
 #include "backward/function_native.cuh"
+#include "backward/function_traits.cuh"
 #include "backward/modifications.cuh"
 
 namespace flashspark {
 
+template <class T>
+FLASHSPARK_DEVICE void add_to_gradient(const FunctionBackwardArguments &a, float *to, float x) {
+  if constexpr (T::kExactSums) {
+    add_exactly(a.exact_sums, to, x);
+  } else {
+    if (x != 0) ptx::add_to_memory(to, x);
+  }
+}
 // Adds what the lanes of a warp have for one element of a captured tensor's gradient each. All lanes call it. Where all
 // of them have the same element, as of a distance that is clipped, it is one addition.
-FLASHSPARK_DEVICE void add_each(float *to, float x) {
+template <class T>
+FLASHSPARK_DEVICE void add_each(const FunctionBackwardArguments &a, float *to, float x) {
   const auto address = reinterpret_cast<uint64_t>(to);
   const auto low = static_cast<int32_t>(address), high = static_cast<int32_t>(address >> 32);
   const int32_t first_low = ptx::shuffle(low, 0), first_high = ptx::shuffle(high, 0);
@@ -29,16 +40,16 @@ FLASHSPARK_DEVICE void add_each(float *to, float x) {
     for (uint32_t lanes = 16; lanes > 0; lanes /= 2) x += ptx::shuffle_xor(x, lanes);
     if (ptx::lane() != 0) return;
   }
-  if (x != 0) ptx::add_to_memory(to, x);
+  add_to_gradient<T>(a, to, x);
 }
 // The same where lanes whose numbers differ in `bits` alone have the same element.
-template <uint32_t bits>
-FLASHSPARK_DEVICE void add_joined(float *to, float x) {
+template <class T, uint32_t bits>
+FLASHSPARK_DEVICE void add_joined(const FunctionBackwardArguments &a, float *to, float x) {
   FLASHSPARK_UNROLL
   for (uint32_t lanes = 16; lanes > 0; lanes /= 2) {
     if (bits & lanes) x += ptx::shuffle_xor(x, lanes);
   }
-  if ((ptx::lane() & bits) == 0 && x != 0) ptx::add_to_memory(to, x);
+  if ((ptx::lane() & bits) == 0) add_to_gradient<T>(a, to, x);
 }
 constexpr uint32_t kAllLanes = 31, kLanesOfRow = 28, kLanesOfKey = 3;
 
@@ -61,7 +72,8 @@ struct CapturedSums {
   FLASHSPARK_DEVICE static void add(CapturedSum &to, float *place, float x) { to = {place, to.sum + x}; }
 
   // x: the gradient of what the function has made of the score of the lane's key and row.
-  FLASHSPARK_DEVICE void add_score(const ScoreGradients<kLoads> &y, int32_t key, int32_t row, float x) {
+  FLASHSPARK_DEVICE void add_score(const FunctionBackwardArguments &a, const ScoreGradients<kLoads> &y, int32_t key,
+                                   int32_t row, float x) {
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < kLoads; ++n) {
       const float gradient = x == 0 ? 0.0f : x * y.slopes[n];
@@ -76,37 +88,37 @@ struct CapturedSums {
           add(of_row[n][row], y.places[n], gradient);
           break;
         case PlaceBy::score:
-          add_each(y.places[n], gradient);
+          add_each<T>(a, y.places[n], gradient);
       }
     }
   }
-  FLASHSPARK_DEVICE void end_rows() {
+  FLASHSPARK_DEVICE void end_rows(const FunctionBackwardArguments &a) {
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < kLoads; ++n) {
       if (Score::place_by(n) != PlaceBy::row) continue;
       FLASHSPARK_UNROLL
       for (int32_t row = 0; row < 2; ++row) {
-        add_joined<kLanesOfRow>(of_row[n][row].to, of_row[n][row].sum);
+        add_joined<T, kLanesOfRow>(a, of_row[n][row].to, of_row[n][row].sum);
         of_row[n][row].sum = 0;
       }
     }
   }
-  FLASHSPARK_DEVICE void end_tile() {
+  FLASHSPARK_DEVICE void end_tile(const FunctionBackwardArguments &a) {
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < kLoads; ++n) {
       if (Score::place_by(n) != PlaceBy::key) continue;
       FLASHSPARK_UNROLL
       for (int32_t key = 0; key < 2; ++key) {
-        add_joined<kLanesOfKey>(of_key[n][key].to, of_key[n][key].sum);
+        add_joined<T, kLanesOfKey>(a, of_key[n][key].to, of_key[n][key].sum);
         of_key[n][key].sum = 0;
       }
     }
   }
-  FLASHSPARK_DEVICE void end_head() {
+  FLASHSPARK_DEVICE void end_head(const FunctionBackwardArguments &a) {
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < kLoads; ++n) {
       if (Score::place_by(n) != PlaceBy::head) continue;
-      add_joined<kAllLanes>(of_head[n].to, of_head[n].sum);
+      add_joined<T, kAllLanes>(a, of_head[n].to, of_head[n].sum);
       of_head[n].sum = 0;
     }
   }
@@ -246,12 +258,12 @@ FLASHSPARK_DEVICE void function_scores(const FunctionBackwardArguments &a, const
       if constexpr (gradients) {
         const float dp = drawn ? products.at[0][j][e] * a.dropout.scale : 0.0f;
         const float modified = x == 0 ? 0.0f : x * (dp - ptx::as_float(delta[e % 2]));
-        sums.add_score(y, e / 2, e % 2, modified);
+        sums.add_score(a, y, e / 2, e % 2, modified);
         native.add_gradient(modified == 0 ? 0.0f : modified * y.by_score, j, e);
         derivative[e] = modified == 0 ? 0.0f : modified * y.by_score * score.slope;
       }
     }
-    if constexpr (gradients) sums.end_rows();
+    if constexpr (gradients) sums.end_rows(a);
     FLASHSPARK_UNROLL
     for (int32_t x = 0; x < 2; ++x) {
       p.pair(0, j, x) = ptx::pack<typename T::Element>(probability[2 * x], probability[2 * x + 1]);
@@ -259,7 +271,7 @@ FLASHSPARK_DEVICE void function_scores(const FunctionBackwardArguments &a, const
         ds.pair(0, j, x) = ptx::pack<typename T::Element>(derivative[2 * x], derivative[2 * x + 1]);
     }
   }
-  if constexpr (gradients) sums.end_tile();
+  if constexpr (gradients) sums.end_tile(a);
 }
 
 }  // namespace flashspark

@@ -21,7 +21,7 @@ struct ScoreGradients {
 };
 
 template <BackwardIndex index, Architecture arch, class Element, class Functions_, bool block_sparse,
-          bool in_turns = false, bool native_scores = false>
+          bool in_turns = false, bool native_scores = false, bool exact_sums = false>
 struct FunctionBackwardTraits : BackwardTraits<index, arch, Element> {
   using Base = BackwardTraits<index, arch, Element>;
   using Functions = Functions_;
@@ -29,13 +29,14 @@ struct FunctionBackwardTraits : BackwardTraits<index, arch, Element> {
   static constexpr bool kInTurns = in_turns;  // function_turns.cuh
   // Whether biases and masks of NativeScoreMod stand beside the functions (function_native.cuh).
   static constexpr bool kNativeScores = native_scores;
+  static constexpr bool kExactSums = exact_sums;  // of captured tensors' gradients: exact_sums.cuh
   static constexpr int32_t kFunctionWords = Functions::Score::kWords + Functions::Mask::kWords;
   static constexpr FunctionBackwardMemory kMemory =
       function_backward_memory(Base::kInstance, Base::kTile, kFunctionWords);
   // Whether of a pair of warps one asks the functions and hands on P^T. Else each asks them of its own scores.
   static constexpr bool kHandsOn = Base::kPaired && !Base::kNative;
   static_assert(kHandsOn == (Base::kStages == RowStages::all));
-  static_assert(!(kHandsOn && (kInTurns || kNativeScores)));
+  static_assert(!(kHandsOn && (kInTurns || kNativeScores || kExactSums)));
   // A tile of scores lies in one of the user's blocks.
   static_assert(Base::kScoreRows == 16 && (kHandsOn || Base::kWarpKeys == 16));
 };

@@ -45,6 +45,8 @@ void backward(const BackwardParams &params, const ScratchSource &scratch) {
       small_kernel(Operation::attention_backward_clear, plan.functions && plan.functions->clear.grid[0] > 0);
   const Kernel make_blocks =
       small_kernel(Operation::attention_backward_blocks, plan.functions && plan.functions->make_blocks.grid[0] > 0);
+  const Kernel round =
+      small_kernel(Operation::attention_backward_round, plan.functions && plan.functions->sums_exactly());
   const Kernel postprocess = get(plan.postprocess_key(), p.device_index);
   const Kernel sums = plan.sums.grid[0] > 0 ? get(plan.sums_key(), p.device_index) : Kernel{};
   const Workspace memory({params.workspace, params.workspace_size}, stream, scratch, plan.workspace());
@@ -65,6 +67,15 @@ void backward(const BackwardParams &params, const ScratchSource &scratch) {
   }
   put(postprocess, plan.postprocess, &plan.arguments);
   put(sums, plan.sums, &plan.arguments);
+  if (plan.functions) put(round, plan.functions->round, &plan.functions->round_arguments);
+  for (int64_t pass = 1; plan.functions && pass < plan.functions->passes; ++pass) {
+    BackwardFunctionPlan &functions = *plan.functions;
+    functions.begin_pass(pass);
+    const FunctionBackwardArguments arguments = functions.for_sums_alone(plan.arguments);
+    put(clear, functions.clear, &functions.clear_arguments);
+    put(main, plan.main, &arguments);
+    put(round, functions.round, &functions.round_arguments);
+  }
 }
 
 size_t backward_workspace(const BackwardParams &p) {

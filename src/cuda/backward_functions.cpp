@@ -59,6 +59,24 @@ bool takes_turns(const BackwardParams &p) {
   return p.forward.deterministic != 0 && p.dq.data != nullptr;
 }
 
+Launch elementwise(Operation operation, int64_t elements) {
+  const uint32_t threads = traits_of(operation).threads;
+  constexpr int64_t kElementsOfThread = 8, kMostCtas = 1 << 16;
+  const int64_t ctas = std::min(ceil_div(elements, threads * kElementsOfThread), kMostCtas);
+  return {{static_cast<uint32_t>(ctas), 1, 1}, threads, 0};
+}
+
+// Floats that the numbers of so many exact sums take which are not finite: words behind them are aligned.
+int64_t special_floats(int64_t count) {
+  return ceil_div(count, 4) * 4;
+}
+
+int64_t captured_elements(const ClearArguments &a) {
+  int64_t all = 0;
+  for (int32_t n = 0; n < a.num_tensors; ++n) all += a.tensors[n].elements;
+  return all;
+}
+
 void plan_gradients(const BackwardParams &p, BackwardFunctionPlan &plan) {
   const flashspark_function &function = p.forward.score_mod;
   ClearArguments &a = plan.clear_arguments;
@@ -79,11 +97,14 @@ void plan_gradients(const BackwardParams &p, BackwardFunctionPlan &plan) {
     plan.wanted |= uint32_t{1} << n;
   }
   if (elements == 0) return;
-  const OperationTraits &traits = traits_of(Operation::attention_backward_clear);
-  constexpr int64_t kElementsOfThread = 8, kMostCtas = 1 << 16;
-  const int64_t ctas = std::min(ceil_div(elements, traits.threads * kElementsOfThread), kMostCtas);
-  a.num_ctas = static_cast<int32_t>(ctas);
-  plan.clear = {{static_cast<uint32_t>(ctas), 1, 1}, traits.threads, 0};
+  if (p.forward.deterministic != 0) {
+    constexpr int64_t kBytes = sizeof(float) + kExactWords * sizeof(uint64_t), kMost = kMaxExactSumBytes / kBytes;
+    static_cast<ClearArguments &>(plan.round_arguments) = a;
+    plan.cut_into(ceil_div(captured_elements(a), kMost));
+    return;
+  }
+  plan.clear = elementwise(Operation::attention_backward_clear, elements);
+  a.num_ctas = static_cast<int32_t>(plan.clear.grid[0]);
 }
 
 // Of a call with lists.
@@ -113,7 +134,8 @@ void plan_blocks(const Params &p, BackwardFunctionPlan &plan) {
   table.block_tokens = divisor(p.block_size_q);
   table.block_keys = divisor(p.block_size_k);
   constexpr int64_t kAlignment = 16;
-  plan.bytes = static_cast<size_t>(ceil_div(size.bytes(), kAlignment) * kAlignment);
+  plan.block_bytes = static_cast<size_t>(ceil_div(size.bytes(), kAlignment) * kAlignment);
+  plan.bytes += plan.block_bytes;
   plan.block_sparse = true;
   plan.make_blocks = {{static_cast<uint32_t>(size.lists() * size.query_blocks), 1, 1},
                       traits_of(Operation::attention_backward_blocks).threads,
@@ -123,11 +145,11 @@ void plan_blocks(const Params &p, BackwardFunctionPlan &plan) {
 struct FunctionKernelKey {
   SourceKey source;
   KernelKey kernel;
-  bool block_sparse, in_turns, native;
+  bool block_sparse, in_turns, native, exact_sums;
   int device;
 
   auto tied() const {
-    return std::tuple(source, kernel.backward, kernel.dtype, block_sparse, in_turns, native, device);
+    return std::tuple(source, kernel.backward, kernel.dtype, block_sparse, in_turns, native, exact_sums, device);
   }
   bool operator<(const FunctionKernelKey &other) const { return tied() < other.tied(); }
 };
@@ -151,13 +173,58 @@ bool fits_functions(const BackwardInstance &instance, const BackwardTile &tile, 
 }
 
 FunctionBackwardArguments BackwardFunctionPlan::with(const BackwardArguments &arguments) const {
-  FunctionBackwardArguments a{arguments, functions, {}, block_arguments.table};
+  FunctionBackwardArguments a{arguments, functions, {}, block_arguments.table, round_arguments.sums};
   std::copy(std::begin(gradients), std::end(gradients), a.gradients);
+  return a;
+}
+
+FunctionBackwardArguments BackwardFunctionPlan::for_sums_alone(const BackwardArguments &arguments) const {
+  FunctionBackwardArguments a = with(arguments);
+  a.dq_sum = a.dk_sum = a.dv_sum = nullptr;
+  a.dq = a.dk = a.dv = nullptr;
+  a.dq_turns = nullptr;
+  a.drel_logits = a.dalibi_slopes = nullptr;
   return a;
 }
 
 void BackwardFunctionPlan::bind(void *memory) {
   block_arguments.table.data = block_sparse ? static_cast<uint8_t *>(memory) : nullptr;
+  if (!sums_exactly()) return;
+  ExactSums &sums = round_arguments.sums;
+  sums.special = reinterpret_cast<float *>(static_cast<char *>(memory) + block_bytes);
+  sums.words = reinterpret_cast<uint64_t *>(sums.special + special_floats(sums.count));
+  clear_arguments.tensors[0].gradient.data = sums.special;
+  begin_pass(0);
+}
+
+// The sums are cleared as a tensor of floats.
+void BackwardFunctionPlan::cut_into(int64_t number_of_passes) {
+  RoundArguments &a = round_arguments;
+  passes = number_of_passes;
+  a.sums.count = ceil_div(captured_elements(a), passes);
+  round = elementwise(Operation::attention_backward_round, a.sums.count);
+  a.num_ctas = static_cast<int32_t>(round.grid[0]);
+  const int64_t floats = special_floats(a.sums.count) + a.sums.count * (kExactWords * 2);
+  bytes = block_bytes + static_cast<size_t>(floats) * sizeof(float);
+  clear = elementwise(Operation::attention_backward_clear, floats);
+  clear_arguments = {
+      {{{nullptr, {1}}, {static_cast<int32_t>(floats)}, 1, floats}}, 1, static_cast<int32_t>(clear.grid[0])};
+}
+
+void BackwardFunctionPlan::begin_pass(int64_t number) {
+  RoundArguments &a = round_arguments;
+  a.first = number * a.sums.count;
+  int64_t at = -a.first;  // of a tensor's first element, in the sums
+  for (int32_t n = 0, of_round = 0; n < kMaxCapturedTensors; ++n) {
+    if ((wanted >> n & 1) == 0) continue;
+    const ClearArguments::Tensor &tensor = a.tensors[of_round++];
+    // Elements of other passes are outside scratch memory, where nothing is added.
+    gradients[n].data = reinterpret_cast<float *>(reinterpret_cast<uintptr_t>(a.sums.special) +
+                                                  static_cast<uintptr_t>(at * int64_t{sizeof(float)}));
+    int64_t stride = 1;
+    for (int32_t d = tensor.rank; d-- > 0; stride *= tensor.shape[d]) gradients[n].strides[d] = stride;
+    at += tensor.elements;
+  }
 }
 
 BackwardFunctionPlan plan_backward_functions(const BackwardParams &params, const BackwardInstance &instance,
@@ -183,6 +250,13 @@ std::string to_string(const BackwardFunctionPlan &plan) {
   return text;
 }
 
+std::string text_behind(const BackwardFunctionPlan &plan) {
+  if (!plan.sums_exactly()) return {};
+  return to_string({Operation::attention_backward_round}, plan.round) +
+         (plan.passes > 1 ? "; with clear and the main kernel, in " + std::to_string(plan.passes) + " passes" : "") +
+         "\n";
+}
+
 CompileRequest backward_function_request(const Params &p, const BackwardFunctionPlan &plan, const KernelKey &kernel,
                                          Architecture arch) {
   CompileRequest request;
@@ -194,6 +268,7 @@ CompileRequest backward_function_request(const Params &p, const BackwardFunction
                     std::string("FLASHSPARK_BLOCK_SPARSE=") + (plan.block_sparse ? "1" : "0"),
                     std::string("FLASHSPARK_IN_TURNS=") + (plan.in_turns ? "1" : "0"),
                     std::string("FLASHSPARK_NATIVE=") + (plan.native ? "1" : "0"),
+                    std::string("FLASHSPARK_EXACT_SUMS=") + (plan.sums_exactly() ? "1" : "0"),
                     "FLASHSPARK_USER_FUNCTIONS=\"user_functions.cuh\"",
                     std::string("FLASHSPARK_ELEMENT=") + (kernel.dtype == KernelDType::bf16 ? "Bfloat16" : "Float16")};
   // As the forward kernel computes it.
@@ -210,9 +285,9 @@ Kernel get_backward_function_kernel(const Params &p, const BackwardFunctionPlan 
                                             device.name + " has " + std::to_string(device.shared_bytes_per_block));
   }
   static auto *kernels = new LoadedKernels<FunctionKernelKey>;
-  return kernels->get({source_key(p, plan), kernel, plan.block_sparse, plan.in_turns, plan.native, index}, index,
-                      plan.shared_bytes,
-                      [&] { return backward_function_request(p, plan, kernel, device.machine.arch); });
+  return kernels->get(
+      {source_key(p, plan), kernel, plan.block_sparse, plan.in_turns, plan.native, plan.sums_exactly(), index}, index,
+      plan.shared_bytes, [&] { return backward_function_request(p, plan, kernel, device.machine.arch); });
 }
 
 std::string unsupported_backward_functions(const BackwardParams &params) {
@@ -220,10 +295,6 @@ std::string unsupported_backward_functions(const BackwardParams &params) {
   if (!takes_backward_functions(p)) return {};
   std::string text;
   const auto add = [&](const std::string &what) { text += (text.empty() ? "" : "; ") + what; };
-  for (int32_t n = 0; p.deterministic != 0 && p.score_mod.mod != nullptr && n < p.score_mod.num_tensors; ++n) {
-    if (is_wanted(params, n))
-      add("deterministic with dtensors[" + std::to_string(n) + "], which is summed in no order");
-  }
   if (has_block_lists(p) && table_size(p).bytes() > kMaxScratchBytes) {
     add("block lists of " + std::to_string(table_size(p).bytes()) +
         " pairs of blocks, which would take more than 1 GiB; larger blocks take less");

@@ -230,11 +230,13 @@ std::string to_string(const BackwardPlan &plan) {
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
   if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
+  if (plan.functions) text += text_behind(*plan.functions);
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
          (plan.dq_bytes > 0 ? "dq in float32, " : "") +
          (plan.arguments.dq_layer_rows > 0 ? "once for each tile of keys, " : "") +
          (plan.dk_bytes + plan.dv_bytes + plan.piece_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row" +
-         (plan.functions && plan.functions->bytes > 0 ? ", a byte for each pair of blocks" : "") + "\n";
+         (plan.functions && plan.functions->block_bytes > 0 ? ", a byte for each pair of blocks" : "") +
+         (plan.functions && plan.functions->sums_exactly() ? ", exact sums for captured tensors" : "") + "\n";
 }
 
 }  // namespace flashspark::cuda

@@ -68,6 +68,9 @@ inline constexpr int64_t kMaxSplits = 128;
 // A caller's own number of splits that asks for more scratch memory is taken for a mistake and cut: a dense batch of
 // prompts could ask for all of a GPU. The combine kernel counts on offsets of 32 bits.
 inline constexpr int64_t kMaxScratchBytes = int64_t{1} << 30;
+// Of exact sums of captured tensors' gradients: what takes more is summed in several passes, each of which computes all
+// scores again. A bias of 4096 x 4096 takes two thirds of it.
+inline constexpr int64_t kMaxExactSumBytes = int64_t{2} << 30;
 // Shared memory that the driver takes for every CTA.
 inline constexpr int64_t kReservedSharedBytes = 1024;
 

@@ -300,8 +300,6 @@ TEST_F(Backward, FunctionsAndLists) {
   EXPECT_EQ(chosen(), "attention_backward_d128_functions_bf16");
   b.dtensors = &gradient, p.block_size_k = 64;
 
-  b.forward.deterministic = 1;
-  expect_refused("deterministic with dtensors[0]");
   flashspark_mod_release(mod);
 }
 
@@ -352,6 +350,66 @@ TEST_F(Backward, BiasesAndMasksBesideFunctions) {
   p.deterministic = 1;
   EXPECT_TRUE(plan().functions->in_turns && plan().functions->native);
   explain(FLASHSPARK_OK);
+  flashspark_mod_release(mod);
+}
+
+// Exact sums of captured tensors' gradients: they are cleared and rounded in the gradients' place, and what does not
+// fit at once takes passes of clear, main kernel and round.
+TEST_F(Backward, DeterministicGradientsOfCapturedTensors) {
+  if (!has_nvrtc()) GTEST_SKIP() << description_in_a_child();
+  const graph::Graph bias = *test::named("bias_3d").score();
+  flashspark_mod *mod = test::make_mod(bias, true);
+  flashspark_captured_tensor tensor{address(40), FLASHSPARK_BFLOAT16, 3, {8, 200, 300}, {60000, 300, 1}};
+  flashspark_captured_gradient gradient{static_cast<float *>(address(41)), {1, 8, 1600}};
+  b.forward.score_mod = {mod, &tensor, nullptr, 1, 0};
+  b.dtensors = &gradient;
+  const auto plan = [&] { return make_backward_plan(b, device_facts(0).machine); };
+  EXPECT_FALSE(plan().functions->sums_exactly());
+  b.forward.deterministic = 1;
+  run();
+  EXPECT_EQ(plan().main_key().name(), "attention_backward_d128_functions_mod_bf16");
+  const std::vector<std::string> order{
+      "flashspark_attention_backward_clear", "flashspark_attention_backward_preprocess_bf16",
+      "flashspark_attention_backward_functions", "flashspark_attention_backward_postprocess_bf16",
+      "flashspark_attention_backward_round"};
+  const auto launched = [&] { return std::vector<std::string>(fake.order.begin() + 1, fake.order.end() - 1); };
+  EXPECT_EQ(launched(), order);
+  const int64_t elements = 8 * 200 * 300;
+  const RoundArguments round = fake.launches[4].round;
+  EXPECT_TRUE(round.num_tensors == 1 && round.tensors[0].gradient.data == gradient.data && round.first == 0);
+  EXPECT_EQ(round.sums.count, elements);
+  EXPECT_EQ(plan().functions->bytes, static_cast<size_t>(elements * 84));
+  EXPECT_EQ(reinterpret_cast<char *>(round.sums.words) - reinterpret_cast<char *>(round.sums.special), elements * 4);
+  const ClearArguments &clear = fake.launches[0].clear;
+  EXPECT_TRUE(clear.num_tensors == 1 && clear.tensors[0].gradient.data == round.sums.special);
+  EXPECT_EQ(clear.tensors[0].elements, elements * 21);
+  const FunctionBackwardArguments &a = fake.launches[2].backward_functions;
+  EXPECT_TRUE(a.gradients[0].data == round.sums.special && a.gradients[0].strides[0] == 60000 &&
+              a.gradients[0].strides[1] == 300 && a.gradients[0].strides[2] == 1);
+  EXPECT_EQ(a.exact_sums.words, round.sums.words);
+  EXPECT_NE(explain(FLASHSPARK_OK).find("exact sums for captured tensors"), std::string::npos);
+
+  tensor.shape[1] = 2000, tensor.shape[2] = 4000, gradient.strides[2] = 16000;
+  fake.order.clear(), fake.launches.clear();
+  run();
+  std::vector<std::string> passes = order;
+  for (const int more : {1, 2}) {
+    (void)more;
+    passes.insert(passes.end(), {order[0], order[2], order[4]});
+  }
+  EXPECT_EQ(launched(), passes);
+  EXPECT_LE(plan().functions->bytes, size_t{2} << 30);
+  EXPECT_NE(explain(FLASHSPARK_OK).find("in 3 passes"), std::string::npos);
+  const int64_t of_pass = 8 * 2000 * 4000 / 3 + 1;
+  const size_t main_of_pass[] = {2, 6, 9};
+  for (int64_t pass = 0; pass < 3; ++pass) {
+    const FunctionBackwardArguments &main = fake.launches[main_of_pass[pass]].backward_functions;
+    const RoundArguments &its_round = fake.launches[pass == 0 ? 4 : main_of_pass[pass] + 1].round;
+    EXPECT_EQ(its_round.first, pass * of_pass);
+    EXPECT_EQ(its_round.sums.special - main.gradients[0].data, pass * of_pass);
+    EXPECT_EQ(main.dq_sum != nullptr, pass == 0);
+    EXPECT_EQ(main.dk != nullptr, pass == 0);
+  }
   flashspark_mod_release(mod);
 }
 

@@ -150,6 +150,8 @@ Result fakeLaunchKernel(Function function, unsigned x, unsigned y, unsigned z, u
     std::memcpy(&launch.append, parameters[0], sizeof launch.append);
   } else if (kernel->function == "flashspark_attention_backward_clear") {
     std::memcpy(&launch.clear, parameters[0], sizeof launch.clear);
+  } else if (kernel->function == "flashspark_attention_backward_round") {
+    std::memcpy(&launch.round, parameters[0], sizeof launch.round);
   } else if (kernel->function == "flashspark_attention_backward_blocks") {
     std::memcpy(&launch.blocks, parameters[0], sizeof launch.blocks);
   } else if (kernel->function == "flashspark_attention_backward_functions") {

@@ -35,6 +35,7 @@ struct Launch {
   flashspark::BackwardArguments backward{};  // of the kernels of attention_backward
   bool early = false;                        // programmatic dependent launch
   flashspark::ClearArguments clear{};
+  flashspark::RoundArguments round{};
   flashspark::BlockStatusArguments blocks{};
   flashspark::FunctionBackwardArguments backward_functions{};
 };

@@ -60,7 +60,7 @@ KERNELS = {
 # What runs the other kernels of an operation, which are built with the fault, too.
 HARNESS = {
     BACKWARD: ["backward/problem.cpp"],
-    BACKWARD_FUNCTIONS: ["backward/problem.cpp", "backward/functions.cpp"],
+    BACKWARD_FUNCTIONS: ["backward/problem.cpp", "backward/functions.cpp", "backward/exact_sums_test.cpp"],
 }
 
 

@@ -42,6 +42,7 @@ RUN_BY = {
     "attention_backward_sums": "attention_backward_d64_mod_bf16",
     "attention_backward_blocks": "backward functions",
     "attention_backward_clear": "backward functions",
+    "attention_backward_round": "backward functions, deterministic",
     **{
         f"attention_backward_{part}_{dtype}": f"attention_backward_d64_{dtype}"
         for part in ("preprocess", "postprocess")
@@ -179,7 +180,7 @@ def wrong_gradients(allowed: dict[str, float], want: list[torch.Tensor], got: li
     ]
 
 
-def run_backward_functions(device: torch.device) -> list[str]:
+def run_backward_functions(device: torch.device, deterministic: bool = False) -> list[str]:
     """Gradients through a kernel that is compiled at run time, with lists and of what a function captures."""
     torch.manual_seed(4)
     shapes = ((2, 4, 70, 64), (2, 2, 200, 64), (2, 2, 200, 64), (2, 4, 70, 64))
@@ -198,7 +199,11 @@ def run_backward_functions(device: torch.device) -> list[str]:
 
         lists = flashspark.create_block_mask(near, None, 4, 70, 200, device=where, BLOCK_SIZE=128)
         out = flashspark.flex_attention(*inputs[:3], score_mod=bias, block_mask=lists, enable_gqa=True)
-        found.append([x.cpu().float() for x in torch.autograd.grad(out, inputs, dout.to(where))])
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            found.append([x.cpu().float() for x in torch.autograd.grad(out, inputs, dout.to(where))])
+        finally:
+            torch.use_deterministic_algorithms(False)
     return wrong_gradients({"q": 0.02, "k": 0.02, "v": 0.02, "slopes": SLOPES_ALLOWED}, *found)
 
 
@@ -302,6 +307,7 @@ OTHERS = {
     "append_kv": run_append,
     "block lists": run_block_lists,
     "backward functions": run_backward_functions,
+    "backward functions, deterministic": partial(run_backward_functions, deterministic=True),
     "backward functions beside biases": run_backward_beside,
 }
 OTHERS |= {name: partial(run_functions, name=name) for name in FUNCTIONS}

@@ -160,7 +160,6 @@ DETERMINISTIC = {
 @pytest.mark.parametrize("lists", [False, True])
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_gradients_have_the_same_bits(name, lists, device):
-    """Without those of what functions capture, which have no order."""
     changes = {key: dict(x) if key == "options" else x for key, x in DETERMINISTIC[name].items()}
     changes["options"] = {**changes.get("options", {}), "deterministic": True}
     score = None if lists else temperature
@@ -168,7 +167,7 @@ def test_deterministic_gradients_have_the_same_bits(name, lists, device):
     tensors = with_captures(case, 5, device)
     if score is not None:
         tensors.aux1 = torch.randn(700, device=device)
-    names = [x for x in tensors.wanted() if x not in ("aux0", "aux1")]
+    names = tensors.wanted()
     _, first = by_autograd(case, tensors, lists, names)
     for _ in range(2 if device.type == "cpu" else 20):
         assert all(map(torch.equal, by_autograd(case, tensors, lists, names)[1], first))

@@ -25,8 +25,10 @@ def test_every_kernel_is_run():
 
 
 @pytest.mark.parametrize(
-    "name", ["append_kv", "block lists", "backward functions", "functions", "blocks of 128", "dropout"]
-)
+    "name",
+    ["append_kv", "block lists", "backward functions", "backward functions, deterministic", "functions",
+     "blocks of 128", "dropout"],
+)  # fmt: skip
 def test_other_cases(name):
     import sanitizer_cases as sanitizer
 

@@ -3,7 +3,7 @@
 //
 //   EMULATED_TILES             sm_120f
 //   EMULATED_NAME              alibi: of the functions (tests/support/named_graphs.hpp)
-//   FLASHSPARK_IN_TURNS, FLASHSPARK_NATIVE  of function.cu
+//   FLASHSPARK_IN_TURNS, FLASHSPARK_NATIVE, FLASHSPARK_EXACT_SUMS  of function.cu
 //   FLASHSPARK_USER_FUNCTIONS  the file that function_source.cpp has written
 //   EMULATED_FUNCTIONS         UserFunctions_alibi or UserFunctions_pairs_alibi: the type in it
 //
@@ -23,12 +23,13 @@ namespace {
 using Element = ptx::FLASHSPARK_ELEMENT;
 constexpr BackwardIndex kIndex = BackwardIndex::FLASHSPARK_NAME;
 using Chosen = FunctionBackwardTraits<kIndex, Architecture::EMULATED_TILES, Element, EMULATED_FUNCTIONS,
-                                      FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_IN_TURNS != 0, FLASHSPARK_NATIVE != 0>;
+                                      FLASHSPARK_BLOCK_SPARSE != 0, FLASHSPARK_IN_TURNS != 0, FLASHSPARK_NATIVE != 0,
+                                      FLASHSPARK_EXACT_SUMS != 0>;
 
 const BackwardRegistration kRegistration{
     {&instance_of(kIndex), std::is_same_v<Element, ptx::Bfloat16> ? FLASHSPARK_BFLOAT16 : FLASHSPARK_FLOAT16,
      Architecture::EMULATED_TILES, nullptr, FLASHSPARK_TEXT(EMULATED_NAME), FLASHSPARK_BLOCK_SPARSE != 0,
-     FLASHSPARK_IN_TURNS != 0, FLASHSPARK_NATIVE != 0, function_backward<Chosen>}};
+     FLASHSPARK_IN_TURNS != 0, FLASHSPARK_NATIVE != 0, FLASHSPARK_EXACT_SUMS != 0, function_backward<Chosen>}};
 
 }  // namespace
 }  // namespace flashspark::emulator

@@ -6,6 +6,7 @@
 
 #include "backward/block_statuses.cuh"
 #include "backward/clear.cuh"
+#include "backward/round.cuh"
 #include "emulator.hpp"
 #include "graph/evaluate.hpp"
 #include "random_functions.hpp"
@@ -190,16 +191,20 @@ std::string ProblemFunctions::compare() const {
   return {};
 }
 
+template <class Kernel>
+void run_small(const cuda::Launch &shape, uint64_t seed, Kernel kernel) {
+  if (shape.grid[0] == 0) return;
+  LaunchOptions options;
+  std::copy_n(shape.grid, 3, options.grid);
+  options.threads = shape.threads, options.shared_bytes = shape.shared_bytes, options.seed = seed;
+  launch(options, kernel);
+}
 void ProblemFunctions::prepare(const cuda::BackwardFunctionPlan &plan, uint64_t seed) {
-  const auto run = [&](const cuda::Launch &shape, auto kernel) {
-    if (shape.grid[0] == 0) return;
-    LaunchOptions options;
-    std::copy_n(shape.grid, 3, options.grid);
-    options.threads = shape.threads, options.shared_bytes = shape.shared_bytes, options.seed = seed;
-    launch(options, kernel);
-  };
-  run(plan.clear, [&] { clear_gradients(plan.clear_arguments); });
-  run(plan.make_blocks, [&] { find_block_statuses(plan.block_arguments); });
+  run_small(plan.clear, seed, [&] { clear_gradients(plan.clear_arguments); });
+  run_small(plan.make_blocks, seed, [&] { find_block_statuses(plan.block_arguments); });
+}
+void ProblemFunctions::finish(const cuda::BackwardFunctionPlan &plan, uint64_t seed) {
+  run_small(plan.round, seed, [&] { round_gradients(plan.round_arguments); });
 }
 
 }  // namespace flashspark::emulator

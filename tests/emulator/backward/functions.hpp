@@ -36,8 +36,9 @@ class ProblemFunctions {
   // What is wrong with the gradients of captured tensors; empty: nothing.
   std::string compare() const;
 
-  // Runs the kernels that go before the main one.
+  // Runs the kernels that go before the main one; and behind it.
   static void prepare(const cuda::BackwardFunctionPlan &plan, uint64_t seed);
+  static void finish(const cuda::BackwardFunctionPlan &plan, uint64_t seed);
 
  private:
   // The memory of one captured tensor, and of its gradient.

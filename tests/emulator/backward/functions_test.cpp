@@ -2,6 +2,7 @@
 // own (CMakeLists.txt).
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <set>
 
 #include "backward/problem.hpp"
@@ -31,7 +32,7 @@ BackwardSpec spec_of(const BackwardKernel &kernel) {
 }
 
 void check(BackwardSpec spec, const BackwardKernel &kernel, uint64_t seed) {
-  spec.deterministic = kernel.in_turns;
+  spec.deterministic = kernel.in_turns || kernel.exact_sums;
   Counters counters;
   EXPECT_EQ(check_backward(spec, kernel, seed, &counters), "");
   EXPECT_EQ(counters.bank_conflicts, 0u) << name_of(kernel);
@@ -210,6 +211,55 @@ TEST_P(NativeKernel, SurvivesWildMetadata) {
   }
 }
 
+// All bits of what a problem's captured tensors have for gradients, by CTAs and threads in some order.
+std::vector<uint32_t> gradient_bits(const BackwardSpec &spec, const BackwardKernel &kernel, uint64_t order,
+                                    int64_t passes) {
+  BackwardProblem problem(spec, 3);
+  problem.run(kernel, order, passes);
+  EXPECT_EQ(problem.compare(kernel), "") << "order " << order << ", passes " << passes;
+  std::vector<uint32_t> bits;
+  const Params &p = problem.params.forward;
+  for (int32_t n = 0; n < p.score_mod.num_tensors; ++n) {
+    const flashspark_captured_gradient &gradient = problem.params.dtensors[n];
+    const flashspark_captured_tensor &tensor = p.score_mod.tensors[n];
+    int64_t last = 0;
+    for (int32_t d = 0; d < tensor.rank; ++d) last += (tensor.shape[d] - 1) * gradient.strides[d];
+    for (int64_t at = 0; gradient.data != nullptr && at <= last; ++at)
+      bits.push_back(std::bit_cast<uint32_t>(gradient.data[at]));
+  }
+  return bits;
+}
+
+// CTAs come in order where dq is summed in turns, and else in any order. Products have the order of the seed.
+TEST_P(EveryKernel, ExactSumsHaveNoOrder) {
+  const BackwardKernel &kernel = GetParam();
+  if (!kernel.exact_sums) return;
+  BackwardSpec s = spec_of(kernel);
+  s.dtype = kernel.dtype, s.deterministic = true;
+  s.tokens = {70, 100}, s.keys = {150, 130}, s.heads_q = 2, s.heads_kv = 1;
+  for (uint64_t order = 1; order < 4; ++order) {
+    s.wanted_q = true;
+    const std::vector<uint32_t> in_order = gradient_bits(s, kernel, order, 1);
+    ASSERT_FALSE(in_order.empty());
+    s.wanted_q = false;
+    EXPECT_EQ(gradient_bits(s, kernel, order, static_cast<int64_t>(order)), in_order) << order;
+  }
+}
+
+// Passes behind the first change no other gradient.
+TEST_P(EveryKernel, ExactSumsInPasses) {
+  const BackwardKernel &kernel = GetParam();
+  if (!kernel.exact_sums) return;
+  BackwardSpec s = spec_of(kernel);
+  s.dtype = kernel.dtype, s.deterministic = true;
+  s.tokens = {70, 100}, s.keys = {150, 130}, s.heads_q = 2, s.heads_kv = 1;
+  if (kernel.native) s.alibi = true, s.rel_extent = 30;
+  for (const int32_t sm_count : {2, 100}) {
+    s.sm_count = sm_count;
+    gradient_bits(s, kernel, 7, 3);
+  }
+}
+
 std::vector<BackwardKernel> all() {
   std::vector<BackwardKernel> kernels;
   for (const BackwardKernel &kernel : backward_kernels()) {
@@ -230,16 +280,18 @@ INSTANTIATE_TEST_SUITE_P(BackwardFunctions, NativeKernel, testing::ValuesIn(nati
 // What CMake lists.
 TEST(BackwardFunctions, KernelsAreLinkedIn) {
   std::set<const BackwardInstance *> instances;
-  int lists = 0, native = 0, native_in_turns = 0;
+  int lists = 0, exact = 0, native = 0, native_in_turns = 0;
   for (const BackwardKernel &kernel : all()) {
     instances.insert(kernel.instance);
     lists += kernel.block_sparse ? 1 : 0;
+    exact += kernel.exact_sums ? 1 : 0;
     native += kernel.native ? 1 : 0, native_in_turns += kernel.native && kernel.in_turns ? 1 : 0;
   }
   EXPECT_EQ(instances.size(), std::size(kBackwardFunctionInstances));
   EXPECT_GE(lists, 4);
   EXPECT_GE(native, 5);
   EXPECT_GE(native_in_turns, 1);
+  EXPECT_GE(exact, 5);
 }
 
 }  // namespace

@@ -44,7 +44,8 @@ std::string name_of(const BackwardKernel &kernel) {
   return std::string(kernel.instance->name) + (kernel.dtype == FLASHSPARK_BFLOAT16 ? "_bf16" : "_fp16") +
          (kernel.tiles == Architecture::sm_120f ? "_sm_120f" : "_sm_90") +
          (kernel.functions != nullptr ? std::string("_") + kernel.functions : "") +
-         (kernel.block_sparse ? "_lists" : "") + (kernel.in_turns ? "_turns" : "") + (kernel.native ? "_native" : "");
+         (kernel.block_sparse ? "_lists" : "") + (kernel.in_turns ? "_turns" : "") + (kernel.native ? "_native" : "") +
+         (kernel.exact_sums ? "_exact" : "");
 }
 
 std::string to_string(const BackwardSpec &s) {
@@ -267,9 +268,10 @@ void BackwardProblem::spare_unread_biases() {
   }
 }
 
-Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
+Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed, int64_t passes) {
   const cuda::Machine machine{kernel.tiles, spec_.sm_count, 1 << 20, 100 << 10};
   cuda::BackwardPlan plan = cuda::make_backward_plan(params, machine, kernel.instance);
+  if (plan.functions && plan.functions->sums_exactly()) plan.functions->cut_into(passes);
   Guarded<float> scratch(plan.workspace() / sizeof(float));
   std::fill(scratch.begin(), scratch.end(), std::bit_cast<float>(0xffc00000u));  // NaN, and a negative number
   plan.bind(scratch.data());
@@ -279,7 +281,8 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
     o.threads = shape.threads;
     o.shared_bytes = shape.shared_bytes;
     o.seed = seed;
-    o.in_order = spec_.deterministic || plan.arguments.num_pieces > 0;
+    const bool in_turns = plan.functions ? plan.functions->in_turns : spec_.deterministic;
+    o.in_order = in_turns || plan.arguments.num_pieces > 0;
     return o;
   };
   const bool bfloat16 = kernel.dtype == FLASHSPARK_BFLOAT16;
@@ -290,6 +293,7 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
   if (plan.main.grid[0] > 0 && plan.functions) {
     const auto with_functions = std::make_unique<FunctionBackwardArguments>(plan.functions->with(plan.arguments));
     counters = launch(options(plan.main), [&] { kernel.run_functions(*with_functions); });
+    ProblemFunctions::finish(*plan.functions, seed);
   } else if (plan.main.grid[0] > 0) {
     counters = launch(options(plan.main), [&] { kernel.run(*a); });
   }
@@ -303,6 +307,13 @@ Counters BackwardProblem::run(const BackwardKernel &kernel, uint64_t seed) {
     launch(options(plan.postprocess),
            [&] { bfloat16 ? postprocess<ptx::Bfloat16>(*a) : postprocess<ptx::Float16>(*a); });
   if (plan.sums.grid[0] > 0) launch(options(plan.sums), [&] { sums(*a); });
+  for (int64_t pass = 1; plan.functions && pass < plan.functions->passes; ++pass) {
+    plan.functions->begin_pass(pass);
+    const auto alone = std::make_unique<FunctionBackwardArguments>(plan.functions->for_sums_alone(plan.arguments));
+    ProblemFunctions::prepare(*plan.functions, seed);
+    launch(options(plan.main), [&] { kernel.run_functions(*alone); });
+    ProblemFunctions::finish(*plan.functions, seed);
+  }
   return counters;
 }
 

@@ -24,7 +24,7 @@ struct BackwardKernel {
   void (*run)(const BackwardArguments &);
   // Of kernels with functions:
   const char *functions = nullptr;  // their names in tests/support/named_graphs.hpp
-  bool block_sparse = false, in_turns = false, native = false;
+  bool block_sparse = false, in_turns = false, native = false, exact_sums = false;
   void (*run_functions)(const FunctionBackwardArguments &) = nullptr;
 };
 std::span<const BackwardKernel> backward_kernels();
@@ -68,8 +68,8 @@ class BackwardProblem {
   BackwardProblem(const BackwardSpec &spec, uint64_t seed);
   BackwardParams params{};
 
-  // Runs all kernels; `kernel` is the main one. Throws Fault.
-  Counters run(const BackwardKernel &kernel, uint64_t seed);
+  // Runs all kernels; `kernel` is the main one, with so many passes of exact sums if there are any. Throws Fault.
+  Counters run(const BackwardKernel &kernel, uint64_t seed, int64_t passes = 1);
 
   // Some of the arrays that kernels read on the device then hold anything.
   void spoil_metadata(std::mt19937_64 &rng);
