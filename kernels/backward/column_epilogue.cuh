@@ -15,7 +15,8 @@ FLASHSPARK_DEVICE void store_column_gradients(const ColumnLoop<T> &loop) {
   const BackwardArguments &a = loop.a;
   const KeyTile tile = find_key_tile(a, static_cast<int32_t>(ptx::cta_x()));
   const bool of_values = loop.values_summed();
-  const int32_t lane = ptx::lane(), part = loop.pair();
+  // Not what the loop knows of the lane: else that is kept through it.
+  const int32_t lane = ptx::lane() ^ static_cast<int32_t>(loop.nothing(0)), part = loop.pair();
   if (a.head_parts > 1) {
     float *to = of_values ? a.dv_sum : a.dk_sum;
     if (to == nullptr) return;

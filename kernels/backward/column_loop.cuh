@@ -83,7 +83,7 @@ struct ColumnLoop {
   }
   // lse of the lane's first two rows of a step; delta lies T::kRows floats behind it.
   FLASHSPARK_DEVICE ptx::SharedAddress row_values(const ColumnWalk &w, int32_t half) const {
-    return rows(w.values) + half * (kStep * 4) + lane.score_store % 16 * 2;  // lane % 4 * 8
+    return rows(w.values()) + half * (kStep * 4) + lane.score_store % 16 * 2;  // lane % 4 * 8
   }
 
   // The thread's row of a step, and its first chunk of 16 bytes.
@@ -119,10 +119,10 @@ struct ColumnLoop {
     }
     if (half == 1 && at.is_last_of_head()) from += strides().head - (at.end - at.begin) * T::kRows * strides().token;
   }
-  FLASHSPARK_DEVICE void copy_values(const RowWalk &at, int32_t stage) const {
+  FLASHSPARK_DEVICE void copy_values(int32_t row, int32_t stage) const {
     if (warp != 0) return;
     ptx::warp_barrier();  // a branch, which the other warps do not take
-    copy_row_values<T>(a, state().first_padded_row(), at, rows(stage), static_cast<uint32_t>(ptx::lane()));
+    copy_row_values<T>(a, row, rows(stage), static_cast<uint32_t>(ptx::lane()));
   }
 
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) const {
@@ -156,7 +156,7 @@ struct ColumnLoop {
     if constexpr (T::kNative) {
       const SequenceMask of = state().of();
       const NativeScores<T> mod(a, of, w.at.head, state().warp_key(), w.at.block * T::kRows + half * kStep);
-      modified_probabilities(mod, scores, row_values(w, half), kept(w.values), half * kStep, modified(), operand);
+      modified_probabilities(mod, scores, row_values(w, half), kept(w.values()), half * kStep, modified(), operand);
     } else {
       scores_to_probabilities(scores, a.scale_log2, row_values(w, half));
       pack_scores(operand, scores);
@@ -170,7 +170,7 @@ struct ColumnLoop {
     if constexpr (T::kNative) {
       const SequenceMask of = state().of();
       NativeScores<T> mod(a, of, w.at.head, state().warp_key(), w.at.block * T::kRows + half * kStep);
-      modified_gradients(mod, scores, row_values(w, half) + T::kRows * 4, kept(w.values), half * kStep, modified(),
+      modified_gradients(mod, scores, row_values(w, half) + T::kRows * 4, kept(w.values()), half * kStep, modified(),
                          operand);
       slope_sum += mod.slope_sum;
     } else {
@@ -183,8 +183,8 @@ struct ColumnLoop {
   template <class Before, class After>
   FLASHSPARK_DEVICE void add_gradient(int32_t half, const ColumnWalk &w, bool of_values, Before &&before,
                                       After &&after) {
-    gradient_product(gradient, of_values ? probabilities(1 - half) : dscores(w.before),
-                     queries(w.before) + (of_values ? kRowBytes : 0), lane, before, after);
+    gradient_product(gradient, of_values ? probabilities(1 - half) : dscores(w.before()),
+                     queries(w.before()) + (of_values ? kRowBytes : 0), lane, before, after);
   }
   // The same beside P^T or dS^T of this step.
   template <bool of_values>
@@ -216,38 +216,36 @@ struct ColumnLoop {
     }
   }
 
-  // Of a block's first row in scratch memory.
-  FLASHSPARK_DEVICE int64_t padded_row(const RowWalk &at) const {
-    return static_cast<int64_t>(at.head) * a.padded_rows + state().first_padded_row() + at.block * T::kRows;
+  // Of a block's first row in scratch memory, of which there are fewer than 2^31 on any device: the sums of one take
+  // hundreds of bytes.
+  FLASHSPARK_DEVICE int32_t padded_row(const RowWalk &at) const {
+    return at.head * a.padded_rows + state().first_padded_row() + at.block * T::kRows;
   }
   // dQ of two steps before one of this half; last: the last block's row in scratch memory.
-  FLASHSPARK_DEVICE void add_to_dq(int32_t half, const ColumnWalk &w, int64_t last) {
+  FLASHSPARK_DEVICE void add_to_dq(int32_t half, const ColumnWalk &w, int32_t last) {
     ColumnSums<T> dq{};
-    query_product(dq, dscores(w.after), shared, lane, warp % 2 ^ static_cast<int32_t>(nothing(half)));
-    add_query_gradient(a.dq_sum + (last + half * kStep) * T::kHeadDim, dq, warp);
+    const int32_t part = warp ^ static_cast<int32_t>(nothing(half));
+    query_product(dq, dscores(w.after()), shared, lane, part % 2);
+    add_query_gradient(a.dq_sum + static_cast<int64_t>(last + half * kStep) * T::kHeadDim, dq, part);
   }
   // Whether a warp has a part of it.
   FLASHSPARK_DEVICE bool sums_queries(int32_t half) const {
     return ColumnSums<T>::kHalf || values_summed() == (half == 0);
   }
-  static FLASHSPARK_DEVICE void next_step(ColumnWalk &w) {
-    const int32_t freed = w.before;
-    w.before = w.now, w.now = w.after, w.after = freed;
-  }
 
   // The block's step `half`, where it has one; and what is left to do of the steps before.
-  template <bool in_turn>
   FLASHSPARK_DEVICE void step(int32_t half, ColumnWalk &w) {
+    const bool in_turn = Turns<T>::are_taken(a);
     const bool here = w.left > 0, has_last = w.left < w.count, gradient_left = half == 1 ? here : has_last;
-    if (a.dq_sum != nullptr && has_last && sums_queries(half)) add_to_dq(half, w, padded_row(w.last));
+    if (a.dq_sum != nullptr && has_last && sums_queries(half)) add_to_dq(half, w, padded_row(w.at.previous()));
     ptx::mbarrier_wait(step_done(), 1 - half);
-    if (in_turn && half == 0 && w.left + 1 < w.count) turns.pass(w.last.previous());
+    if (in_turn && half == 0 && w.left + 1 < w.count) turns.pass(w.at.previous().previous());
     if (half == 0) {
-      if (here) copy_step(1, w.at, w.after);
+      if (here) copy_step(1, w.at, w.after());
     } else if (w.left > 1) {
       const RowWalk next = w.at.next();
-      copy_step(0, next, w.after);
-      copy_values(next, 1 - w.values);
+      copy_step(0, next, w.after());
+      copy_values(padded_row(next), 1 - w.values());
     }
     ptx::cp_async_commit();
     ScoreTile<T> scores{};
@@ -255,23 +253,23 @@ struct ColumnLoop {
     end_step(half, scores, w, values_summed(), seen, gradient_left);
     if (T::kNative && half == 1) {
       if (here && !values_summed() && w.at.is_last_of_head()) store_slope_sum<T>(a, w.at.head, slope_sum);
-      if (w.left > 1) draw(w.at.next(), 1 - w.values);
+      if (w.left > 1) draw(w.at.next(), 1 - w.values());
     }
     // The next step's barrier, of which it is before, is before the first addition to this block.
     if (in_turn && half == 0 && here) turns.wait(state().mask(), w.at);
     ptx::cp_async_wait<0>();
     ptx::mbarrier_arrive(step_done());
-    next_step(w);
+    w.now = w.after();
   }
 
   // The same in whole blocks: all of their rows and the warp's keys see each other, and the next block is of the same
   // head and has all of its rows.
   template <bool of_values>
-  FLASHSPARK_DEVICE void whole_step(int32_t half, ColumnWalk &w, int64_t last) {
+  FLASHSPARK_DEVICE void whole_step(int32_t half, ColumnWalk &w, int32_t last) {
     if (sums_queries(half)) add_to_dq(half, w, last);
     ptx::mbarrier_wait(step_done(), 1 - half);
-    copy_whole_step(w.after);
-    if (half == 1) copy_values({w.at.begin, w.at.end, w.at.head, w.at.block + 1}, 1 - w.values);
+    copy_whole_step(w.after());
+    if (half == 1) copy_values(last + 2 * T::kRows, 1 - w.values());
     ptx::cp_async_commit();
     ScoreTile<T> scores{};
     if (!T::kNative && !of_values) begin_with_delta<T>(scores, row_values(w, half) + T::kRows * 4);
@@ -281,27 +279,26 @@ struct ColumnLoop {
     } else {
       add_gradient_beside<of_values>(half, scores, w);
     }
-    if (T::kNative && half == 1) draw({w.at.begin, w.at.end, w.at.head, w.at.block + 1}, 1 - w.values);
+    if (T::kNative && half == 1) draw({w.at.begin, w.at.end, w.at.head, w.at.block + 1}, 1 - w.values());
     ptx::cp_async_wait<0>();
     ptx::mbarrier_arrive(step_done());
-    next_step(w);
+    w.now = w.after();
   }
   template <bool of_values>
   FLASHSPARK_DEVICE void run_whole_blocks(ColumnWalk &w, int32_t count) {
-    int64_t last = padded_row(w.last), at = padded_row(w.at);
+    int32_t last = padded_row(w.at) - T::kRows;
     FLASHSPARK_NO_UNROLL
-    for (w.left -= count; count > 0; --count) {
+    for (const int32_t end = w.left - count; w.left > end; --w.left) {
       whole_step<of_values>(0, w, last);
       whole_step<of_values>(1, w, last);
-      last = at, at += T::kRows;
-      ++w.at.block, w.values = 1 - w.values;
+      last += T::kRows;
+      ++w.at.block;
     }
-    w.last = {w.at.begin, w.at.end, w.at.head, w.at.block - 1};
   }
   // How many blocks from w.at on are whole.
   FLASHSPARK_DEVICE int32_t whole_blocks(const ColumnWalk &w) const {
     const Interval unmasked = state().mask().unmasked(state().warp_key(), T::kWarpKeys);
-    if (a.head_dim != T::kHeadDim || a.head_dim_v != T::kHeadDim || a.dq_sum == nullptr || w.left == w.count ||
+    if (a.head_dim != T::kHeadDim || a.head_dim_v != T::kHeadDim || a.dq_sum == nullptr || w.at.block == w.at.begin ||
         w.at.block * T::kRows < unmasked.begin)
       return 0;
     return min_of(min_of(min_of(w.at.end, state().tokens() / T::kRows) - 1, unmasked.end / T::kRows) - w.at.block,
@@ -314,39 +311,30 @@ struct ColumnLoop {
     if (whole <= 0 || Turns<T>::begins(w.at)) return 0;
     if (w.left + 1 < w.count) {
       ptx::mbarrier_wait(step_done(), 1);
-      turns.pass(w.last.previous());
+      turns.pass(w.at.previous().previous());
     }
     return min_of(whole, Turns<T>::kBlocks - w.at.block % Turns<T>::kBlocks);
   }
 
   // K and V are in flight.
   FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
-    if (Turns<T>::are_taken(a)) {
-      run<true>(blocks, first_head, count);
-    } else {
-      run<false>(blocks, first_head, count);
-    }
-  }
-  template <bool in_turn>
-  FLASHSPARK_DEVICE void run(Interval blocks, int32_t first_head, int32_t count) {
     const RowWalk at{blocks.begin, blocks.end, first_head, blocks.begin};
     from += at.head * strides().head + at.block * T::kRows * strides().token;
     copy_step(0, at, 0);
-    copy_values(at, 0);
+    copy_values(padded_row(at), count % 2);
     ptx::cp_async_commit();
-    draw(at, 0);
+    draw(at, count % 2);
     ptx::cp_async_wait<1>();
     ptx::cta_barrier();  // K and V are here
     load_keys(values_summed() ? shared : shared + T::kMemory.values);
     if (ptx::thread_index() == 0) ptx::mbarrier_init(step_done(), T::kWarps);
     ptx::cp_async_wait<0>();
     ptx::cta_barrier();  // all have V in registers; the first rows are here, and the barrier
-    ColumnWalk w{at, at, count, count, 2, 0, 1, 0};
+    ColumnWalk w{at, count, count, 0};
     FLASHSPARK_NO_UNROLL
     for (int32_t half = 0;; half = 1 - half) {
       if (half == 0) {
-        // A loop with turns beside another one has no registers for them.
-        const int32_t whole = !in_turn ? whole_blocks(w) : T::kInTurns ? whole_blocks_of_turn(w) : 0;
+        const int32_t whole = Turns<T>::are_taken(a) ? whole_blocks_of_turn(w) : whole_blocks(w);
         if (whole > 0) {
           if (values_summed()) {
             run_whole_blocks<true>(w, whole);
@@ -355,14 +343,14 @@ struct ColumnLoop {
           }
         }
       }
-      step<in_turn>(half, w);
+      step(half, w);
       if (w.left == 0) break;
-      if (half == 1) w.last = w.at, w.at = w.at.next(), w.values = 1 - w.values, --w.left;
+      if (half == 1) w.at = w.at.next(), --w.left;
     }
-    if (a.dq_sum != nullptr && sums_queries(1)) add_to_dq(1, w, padded_row(w.last));
-    if (in_turn) {
+    if (a.dq_sum != nullptr && sums_queries(1)) add_to_dq(1, w, padded_row(w.at.previous()));
+    if (Turns<T>::are_taken(a)) {
       ptx::cta_barrier();  // all have added
-      turns.pass(w.last);
+      turns.pass(w.at.previous());
     }
   }
 

@@ -162,9 +162,8 @@ FLASHSPARK_DEVICE void query_product(ColumnSums<T> &dq, ptx::SharedAddress score
 // Adds it to what other CTAs add. `sums` is at the step's rows.
 template <class T>
 FLASHSPARK_DEVICE void add_query_gradient(float *sums, const ColumnSums<T> &dq, int32_t warp) {
-  const int32_t column = warp / 2 * T::kGradientColumns + (ColumnSums<T>::kHalf ? warp % 2 * 32 : 0);
-  sums += column / 8 * 128;
-  sums += ptx::unknown(static_cast<uint32_t>(ptx::lane()) * 4);
+  const int32_t column = ColumnSums<T>::kHalf ? warp * ColumnSums<T>::kColumns : warp / 2 * T::kGradientColumns;
+  sums += static_cast<uint32_t>(column / 8 * 128 + ptx::lane() * 4);
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < ColumnSums<T>::kColumns / 8; ++n) ptx::add_to_memory_4(sums + n * 128, dq.at[n]);
 }

@@ -5,12 +5,18 @@
 
 namespace flashspark {
 
-// Where the loop is: a block of rows, or the end, and the block before it; and where their steps lie in shared memory.
+// Where the loop is: a block of rows, or the end; and where its steps lie in shared memory. What follows from a few
+// numbers is found again each time: there are no registers for it.
 struct ColumnWalk {
-  RowWalk at, last;
-  int32_t left, count;         // blocks from `at` on, and all
-  int32_t before, now, after;  // slots of the rows of the step before, of this one and of the next one
-  int32_t values;              // stage of the block's lse and delta
+  RowWalk at;
+  int32_t left, count;  // blocks from `at` on, and all
+  int32_t now;          // slot of the rows of this step
+
+  // Of the next step and of the step before.
+  FLASHSPARK_DEVICE int32_t after() const { return now == 2 ? 0 : now + 1; }
+  FLASHSPARK_DEVICE int32_t before() const { return 3 - now - after(); }
+  // Stage of the block's lse and delta.
+  FLASHSPARK_DEVICE int32_t values() const { return left % 2; }
 };
 
 // What a warp knows of its keys and rows, in shared memory, as there are no registers for it.

@@ -15,8 +15,8 @@ enum class KeySharing : uint8_t { none, gradients, columns };
 enum class RowStages : uint8_t { one, queries, all, steps };
 
 // How a kernel's CTAs sum dq: in no order, or in turns (turns.cuh), as they are asked, for which it has two loops, at
-// the cost of registers; in no order alone; in turns alone; or each tile of keys in a layer of its own, which
-// postprocess adds up in order.
+// the cost of registers, or with KeySharing::columns one that asks each time; in no order alone; in turns alone; or
+// each tile of keys in a layer of its own, which postprocess adds up in order.
 enum class SumOrder : uint8_t { as_asked, unordered, turns, layers };
 
 // A CTA owns `keys()` keys, a warp warp_keys of them, and all walk over blocks of `rows` rows of one query head.

@@ -17,9 +17,11 @@ FLASHSPARK_DEVICE void draw_kept(const BackwardArguments &a, PhiloxKey key, int3
   const auto other = [lane](uint32_t x, int32_t mask) {
     return static_cast<uint32_t>(ptx::shuffle(static_cast<int32_t>(x), static_cast<uint32_t>(lane ^ mask)));
   };
+  // A warp's count of turns is the same for all lanes, and ptxas knows it.
   FLASHSPARK_NO_UNROLL
-  for (auto n = static_cast<int32_t>(ptx::thread_index()); n < T::kKeys / kDropoutKeys * T::kRows * 4;
-       n += T::kThreads) {
+  for (int32_t base = ptx::uniform(ptx::warp()) * 32; base < T::kKeys / kDropoutKeys * T::kRows * 4;
+       base += T::kThreads) {
+    const int32_t n = base + lane;
     const int32_t row = n / 4 % T::kRows, block = n / (4 * T::kRows);
     uint32_t row_words[kDropoutRowWords + 1];
     dropout_row(key, at.head, at.block * T::kRows + row, row_words);

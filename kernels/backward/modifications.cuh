@@ -48,7 +48,7 @@ struct NativeScores {
   }
   // Of row c of two in rel_logits and in its gradient, as elements.
   FLASHSPARK_DEVICE int64_t rel_row(int32_t j, int32_t c) const {
-    return (mask.token_row + token + j * 8 + c) * a.rel_token_stride + head * a.rel_head_stride;
+    return (mask.token_row + static_cast<uint32_t>(token + j * 8 + c)) * a.rel_token_stride + head * a.rel_head_stride;
   }
 
   // A masked score is -inf and stays it: nothing is read for it, as its row may not exist.

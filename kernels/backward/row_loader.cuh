@@ -73,15 +73,20 @@ FLASHSPARK_DEVICE Loader make_row_loader(const BackwardArguments &a, const RowTi
 
 // lse of a block, then delta, T::kRows floats each.
 template <class T>
-FLASHSPARK_DEVICE void copy_row_values(const BackwardArguments &a, int32_t first_row, const RowWalk &at,
-                                       ptx::SharedAddress to, uint32_t thread_index) {
+FLASHSPARK_DEVICE void copy_row_values(const BackwardArguments &a, int64_t row, ptx::SharedAddress to,
+                                       uint32_t thread_index) {
   constexpr int32_t kVectors = T::kRows / 4;
   const auto thread = static_cast<int32_t>(thread_index);
   static_assert(2 * kVectors <= T::kThreads);
   if (thread >= 2 * kVectors) return;
   const float *from = thread < kVectors ? a.row_lse : a.row_delta;
-  const int64_t row = static_cast<int64_t>(at.head) * a.padded_rows + first_row + at.block * T::kRows;
   ptx::cp_async_16(to + thread * 16, from + row + thread % kVectors * 4);
+}
+template <class T>
+FLASHSPARK_DEVICE void copy_row_values(const BackwardArguments &a, int32_t first_row, const RowWalk &at,
+                                       ptx::SharedAddress to, uint32_t thread_index) {
+  copy_row_values<T>(a, static_cast<int64_t>(at.head) * a.padded_rows + first_row + at.block * T::kRows, to,
+                     thread_index);
 }
 
 }  // namespace flashspark

@@ -2,8 +2,9 @@
 // this order, which is also that of their launch: so none waits for one that has not begun. Under a causal mask hardly
 // any waits, since a tile of later keys begins with a later row and stays ahead. A turn is for a few blocks of rows, as
 // it takes long to make additions known. One warp waits for all, before a barrier that they pass before they add, and
-// one makes known what all have added, behind the next barrier (docs/experiments.md). Kernels with turns alone do so
-// without a branch of single lanes: ptxas has uniform registers where it knows that no lane goes another way.
+// one makes known what all have added, behind the next barrier (docs/experiments.md). Kernels with turns alone, and
+// those with KeySharing::columns, do so without a branch of single lanes: ptxas has uniform registers where it knows
+// that no lane goes another way.
 #pragma once
 
 #include "backward/scores.cuh"
@@ -14,6 +15,7 @@ template <class T>
 struct Turns {
   static constexpr int32_t kRows = 128;  // docs/experiments.md E96
   static constexpr int32_t kBlocks = T::kRows < kRows ? kRows / T::kRows : 1;
+  static constexpr bool kUniform = T::kInTurns || T::kColumns;  // no branch is of single lanes
 
   static FLASHSPARK_DEVICE bool are_taken(const BackwardArguments &a) {
     return T::kInTurns || (T::kAsAsked && a.dq_turns != nullptr);
@@ -80,19 +82,19 @@ struct Turns {
   }
   // Before a barrier behind which the CTA adds to the block.
   FLASHSPARK_DEVICE void wait(const BackwardMask<T> &mask, const RowWalk &at) const {
-    if constexpr (T::kInTurns) {
+    if constexpr (kUniform) {
       if (!begins(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != T::kWarps - 1) return;
     } else {
       if (!begins(at) || ptx::warp() != T::kWarps - 1) return;
     }
     const State s = state();
     const int32_t last = turn_before(s, mask, at.block / kBlocks);
-    if (T::kInTurns || ptx::lane() == 0) ptx::wait_until_at_least(turn_at(s, at), last);
+    if (kUniform || ptx::lane() == 0) ptx::wait_until_at_least(turn_at(s, at), last);
     ptx::warp_barrier();
   }
   // Behind a barrier before which the CTA has added to the block.
   FLASHSPARK_DEVICE void pass(const RowWalk &at) const {
-    if constexpr (T::kInTurns) {
+    if constexpr (kUniform) {
       if (!ends(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != 0) return;
       const State s = state();
       ptx::raise_in_memory_if(ptx::lane() == 0, turn_at(s, at), s.tiles - s.tile);
