@@ -33,7 +33,8 @@ struct BackwardArguments : AttentionArguments {
   int32_t *piece_flags;   // (num_pieces, warps)
   int32_t *added_blocks;  // (num_seqs, Hq), blocks of rows whose dq has been added, of all tiles
   int32_t head_blocks;    // so many when a head's dq is complete
-  // With `deterministic`: (Hq, num_row_blocks), which CTAs have added to blocks of dq (turns.cuh). Else NULL.
+  // With `deterministic`: (Hq, num_row_blocks) for each sum of dq, which CTAs have added to blocks (turns.cuh). Else
+  // NULL.
   int32_t *dq_turns;
   float *row_lse;    // (Hq, padded_rows) lse in units of log2; +inf where no key counts
   float *row_delta;  // (Hq, padded_rows) sum of dout * out, minus dlse
@@ -60,6 +61,8 @@ struct BackwardArguments : AttentionArguments {
   // With ScoreMod::dropout row_lse and row_delta make P times the scale of dropout, whose own scale is 1 then: what is
   // added to the one, and what the other one is multiplied by. Else 0 and 1.
   float lse_shift, delta_scale;
+
+  int64_t dq_sum_rows;  // not 0: there are two dq_sum, (2, Hq, padded_rows, ..), which postprocess adds up
 };
 
 }  // namespace flashspark

@@ -25,6 +25,7 @@ struct ColumnLoop {
   using Element = typename T::Element;
   using Layout = typename T::KeyLayout;
   static constexpr int32_t kStep = T::kScoreRows, kBlockSteps = 2;
+  static constexpr int32_t kLateBlocks = 2;                              // so late all have added to dq of a block
   static constexpr int32_t kRowBytes = kStep * Layout::kPitch;           // of Q or dO of a step
   static constexpr int32_t kScoreBytes = T::kKeys * StepLayout::kPitch;  // of P^T or dS^T
   static constexpr int32_t kRowThreads = T::kThreads / 2 / kStep;
@@ -226,7 +227,9 @@ struct ColumnLoop {
     ColumnSums<T> dq{};
     const int32_t part = warp ^ static_cast<int32_t>(nothing(half));
     query_product(dq, dscores(w.after()), shared, lane, part % 2);
-    add_query_gradient(a.dq_sum + static_cast<int64_t>(last + half * kStep) * T::kHeadDim, dq, part);
+    int64_t row = last + half * kStep;
+    if (Turns<T>::kSums > 1) row += state().first_key() / T::kKeys % Turns<T>::kSums * a.dq_sum_rows;
+    add_query_gradient(a.dq_sum + row * T::kHeadDim, dq, part);
   }
   // Whether a warp has a part of it.
   FLASHSPARK_DEVICE bool sums_queries(int32_t half) const {
@@ -262,18 +265,26 @@ struct ColumnLoop {
     w.now = w.after();
   }
 
+  // Makes a turn known that ends two blocks before. It takes about half of a step, and is in the middle of one: the
+  // other warps have products to go on with before they wait for this one.
+  FLASHSPARK_DEVICE void pass_turn(const RowWalk &at) const {
+    if ((at.block - 1) % Turns<T>::kBlocks == 0) turns.pass({at.begin, at.end, at.head, at.block - 2});
+  }
+
   // The same in whole blocks: all of their rows and the warp's keys see each other, and the next block is of the same
   // head and has all of its rows.
   template <bool of_values>
   FLASHSPARK_DEVICE void whole_step(int32_t half, ColumnWalk &w, int32_t last) {
     if (sums_queries(half)) add_to_dq(half, w, last);
     ptx::mbarrier_wait(step_done(), 1 - half);
+    if (Turns<T>::kMayBeTaken && half == 0) turns.look(w.at);
     copy_whole_step(w.after());
     if (half == 1) copy_values(last + 2 * T::kRows, 1 - w.values());
     ptx::cp_async_commit();
     ScoreTile<T> scores{};
     if (!T::kNative && !of_values) begin_with_delta<T>(scores, row_values(w, half) + T::kRows * 4);
     score_product(scores, keys, queries(w.now) + (of_values ? 0 : kRowBytes), lane.row_columns ^ nothing(half));
+    if (Turns<T>::kMayBeTaken && half == 0) pass_turn(w.at);
     if constexpr (T::kNative) {
       end_step(half, scores, w, of_values, true, true);
     } else {
@@ -281,6 +292,7 @@ struct ColumnLoop {
     }
     if (T::kNative && half == 1) draw({w.at.begin, w.at.end, w.at.head, w.at.block + 1}, 1 - w.values());
     ptx::cp_async_wait<0>();
+    if (Turns<T>::kMayBeTaken && half == 0) turns.wait_looked(state().mask(), w.at);
     ptx::mbarrier_arrive(step_done());
     w.now = w.after();
   }
@@ -301,19 +313,10 @@ struct ColumnLoop {
     if (a.head_dim != T::kHeadDim || a.head_dim_v != T::kHeadDim || a.dq_sum == nullptr || w.at.block == w.at.begin ||
         w.at.block * T::kRows < unmasked.begin)
       return 0;
+    // The turns that begin and end in whole blocks are all of this head.
+    if (Turns<T>::are_taken(a) && w.at.block < w.at.begin + kLateBlocks) return 0;
     return min_of(min_of(min_of(w.at.end, state().tokens() / T::kRows) - 1, unmasked.end / T::kRows) - w.at.block,
                   w.left - 1);
-  }
-
-  // How many of them have the turn that the block before has. The one before that may have been the last of another.
-  FLASHSPARK_DEVICE int32_t whole_blocks_of_turn(const ColumnWalk &w) const {
-    const int32_t whole = whole_blocks(w);
-    if (whole <= 0 || Turns<T>::begins(w.at)) return 0;
-    if (w.left + 1 < w.count) {
-      ptx::mbarrier_wait(step_done(), 1);
-      turns.pass(w.at.previous().previous());
-    }
-    return min_of(whole, Turns<T>::kBlocks - w.at.block % Turns<T>::kBlocks);
   }
 
   // K and V are in flight.
@@ -334,7 +337,7 @@ struct ColumnLoop {
     FLASHSPARK_NO_UNROLL
     for (int32_t half = 0;; half = 1 - half) {
       if (half == 0) {
-        const int32_t whole = Turns<T>::are_taken(a) ? whole_blocks_of_turn(w) : whole_blocks(w);
+        const int32_t whole = whole_blocks(w);
         if (whole > 0) {
           if (values_summed()) {
             run_whole_blocks<true>(w, whole);

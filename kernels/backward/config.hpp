@@ -38,6 +38,8 @@ struct BackwardTile {
   constexpr int32_t tile_blocks() const { return rows < 64 ? 64 / rows : 1; }
   // Rows of shared memory have 16 bytes more instead of being permuted.
   constexpr bool padded() const { return stages == RowStages::all; }
+  // Sums of dq, which postprocess adds up. Tiles of keys add to them in turn (turns.cuh).
+  constexpr int32_t dq_sums() const { return order == SumOrder::turns && sharing == KeySharing::columns ? 2 : 1; }
   constexpr int32_t row_bytes(int32_t columns) const { return columns * 2 + (padded() ? 16 : 0); }
 };
 

@@ -79,8 +79,9 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
   typename Turns<T>::State turns{};
   if (Turns<T>::are_taken(a)) {
     turns = {tile.first / T::kKeys, ceil_div(w.keys.end, T::kKeys), {0, 0}, padded / T::kRows};
-    if (turns.tile + 1 < turns.tiles) {
-      const Interval before = visited_blocks<T>(a, w.mask, tile.first + T::kKeys, w.rows.seqlen_q);
+    constexpr int32_t kSums = Turns<T>::kSums;
+    if (turns.tile + kSums < turns.tiles) {
+      const Interval before = visited_blocks<T>(a, w.mask, tile.first + kSums * T::kKeys, w.rows.seqlen_q);
       turns.before = uniform(Turns<T>::groups(before));
     }
     if constexpr (!T::kNative || T::kColumns) Turns<T>::keep(turns);

@@ -14,6 +14,7 @@ constexpr int32_t kPostprocessThreads = 128;
 // four numbers of every lane.
 struct SummedRows {
   const float *sums;
+  int64_t second;  // 0, or so many numbers behind these are others, to be added to them
   int32_t sum_columns;
   void *to;  // the first row
   int64_t token_stride;
@@ -67,6 +68,17 @@ FLASHSPARK_DEVICE void store_rows(const SummedRows &r, int32_t part, int32_t par
           reinterpret_cast<const ptx::Vector16 *>(r.sums) + ((atom * all_chunks + chunk) * 32 + pair % 8 * 4);
       FLASHSPARK_UNROLL
       for (int32_t lane = 0; lane < 4; ++lane) pairs[i].lane[lane] = from[lane];
+      if (r.second == 0) continue;
+      from += r.second / 4;
+      FLASHSPARK_UNROLL
+      for (int32_t lane = 0; lane < 4; ++lane) {
+        const ptx::Vector16 more = from[lane];
+        FLASHSPARK_UNROLL
+        for (int32_t e = 0; e < 4; ++e) {
+          uint32_t &sum = pairs[i].lane[lane].word[e];
+          sum = ptx::as_word(ptx::as_float(sum) + ptx::as_float(more.word[e]));
+        }
+      }
     }
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kPairsAtOnce; ++i) {
@@ -161,6 +173,7 @@ FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta, int32_t
   wait_for_sums(a, block, head);
   if (!block.valid) return;
   SummedRows rows{a.dq_sum + padded * a.sum_columns,
+                  a.dq_sum_rows * a.sum_columns,
                   a.sum_columns,
                   dq,
                   a.dq_strides.token,
@@ -192,7 +205,7 @@ FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) 
     if (sums == nullptr) return;
     auto *to = static_cast<Element *>(data) + tile.batch * strides.batch + tile.head_kv * strides.head +
                (tile.row + tile.first) * strides.token;
-    store_rows<Element>({sums + int64_t{tile.number} * a.key_tile * sum_columns, sum_columns, to, strides.token,
+    store_rows<Element>({sums + int64_t{tile.number} * a.key_tile * sum_columns, 0, sum_columns, to, strides.token,
                          a.key_tile, columns, held, held, scale},
                         part, a.head_parts);
   };

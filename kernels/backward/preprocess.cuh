@@ -83,9 +83,11 @@ FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a, int32_t ctas) {
 // The sums of a block of rows, its turns, and a CTA's part of what CTAs with pieces count and of the sums of keys.
 FLASHSPARK_DEVICE void zero_all_sums(const BackwardArguments &a, int64_t first_row, int32_t num_ctas) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
-  if (a.dq_sum != nullptr && a.dq_layer_rows == 0)
-    zero_sums(a.dq_sum + first_row * a.sum_columns, int64_t{a.row_block} * a.sum_columns, 0, 1);
+  const int64_t of_block = int64_t{a.row_block} * a.sum_columns;
+  if (a.dq_sum != nullptr && a.dq_layer_rows == 0) zero_sums(a.dq_sum + first_row * a.sum_columns, of_block, 0, 1);
+  if (a.dq_sum_rows != 0) zero_sums(a.dq_sum + (a.dq_sum_rows + first_row) * a.sum_columns, of_block, 0, 1);
   if (a.dq_turns != nullptr && thread == 0) a.dq_turns[cta] = 0;
+  if (a.dq_sum_rows != 0 && thread == 0) a.dq_turns[num_ctas + cta] = 0;
   if (a.added_blocks != nullptr && thread == 0) {
     const int32_t all = a.num_seqs * a.num_heads_kv * static_cast<int32_t>(a.group.value);
     for (int32_t n = cta; n < all; n += num_ctas) a.added_blocks[n] = 0;

@@ -31,7 +31,7 @@ struct BackwardMemory {
 // The same where steps have three slots, the first of which is written while V lies on the others:
 //
 //   | K | Q and dO of a step, three times | P^T of a step, twice | dS^T, three times | lse and delta of a block, twice
-//   | barrier | turns | what is kept, twice | P and slopes of softcap of each pair of warps | state of each warp |
+//   | barrier, turns | what is kept, twice | P and slopes of softcap of each pair of warps | state of each warp |
 constexpr BackwardMemory column_memory(const BackwardInstance &instance, const BackwardTile &tile) {
   BackwardMemory m{};
   const int32_t slot_bytes = 2 * tile.score_rows * tile.row_bytes(instance.head_dim),

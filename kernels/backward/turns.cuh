@@ -13,10 +13,17 @@ namespace flashspark {
 
 template <class T>
 struct Turns {
-  static constexpr int32_t kRows = 128;  // docs/experiments.md E96
+  static constexpr int32_t kRows = T::kColumns && T::kInTurns ? 64 : 128;  // docs/experiments.md
   static constexpr int32_t kBlocks = T::kRows < kRows ? kRows / T::kRows : 1;
   static constexpr bool kUniform = T::kInTurns || T::kColumns;  // no branch is of single lanes
 
+  // Tiles add to several sums of dq in turn: the one that has its turn before is so many tiles further.
+  static constexpr int32_t kSums = T::kTile.dq_sums();
+  // Which warp waits for turns, and which one passes them on: it sums dK with KeySharing::columns, so that none waits
+  // for its P^T.
+  static constexpr int32_t kWaitingWarp = T::kWarps - 1, kPassingWarp = T::kColumns && T::kInTurns ? 4 : 0;
+
+  static constexpr bool kMayBeTaken = T::kInTurns || T::kAsAsked;
   static FLASHSPARK_DEVICE bool are_taken(const BackwardArguments &a) {
     return T::kInTurns || (T::kAsAsked && a.dq_turns != nullptr);
   }
@@ -36,12 +43,17 @@ struct Turns {
   State own;
 
   static FLASHSPARK_DEVICE ptx::SharedAddress kept() { return ptx::shared_memory() + T::kMemory.turns; }
+  // With KeySharing::columns the first block lies behind the only mbarrier, as 16 bytes here are for look().
+  static FLASHSPARK_DEVICE ptx::SharedAddress kept_block() {
+    return T::kColumns ? ptx::shared_memory() + T::kMemory.barriers + 8 : looked();
+  }
+  static FLASHSPARK_DEVICE ptx::SharedAddress looked() { return kept() + 16; }
   // Before the barrier behind which all begin.
   static FLASHSPARK_DEVICE void keep(const State &s) {
     if (ptx::thread_index() != 0) return;
     ptx::store_shared_8(kept(), static_cast<uint32_t>(s.tile), static_cast<uint32_t>(s.tiles));
     ptx::store_shared_8(kept() + 8, static_cast<uint32_t>(s.before.begin), static_cast<uint32_t>(s.before.end));
-    ptx::store_shared_4(kept() + 16, static_cast<uint32_t>(s.first_block));
+    ptx::store_shared_4(kept_block(), static_cast<uint32_t>(s.first_block));
   }
   FLASHSPARK_DEVICE State state() const {
     if constexpr (T::kNative && !T::kColumns) return own;
@@ -51,13 +63,13 @@ struct Turns {
     return {static_cast<int32_t>(tiles[0]),
             static_cast<int32_t>(tiles[1]),
             {static_cast<int32_t>(before[0]), static_cast<int32_t>(before[1])},
-            static_cast<int32_t>(ptx::load_shared_4(kept() + 16))};
+            static_cast<int32_t>(ptx::load_shared_4(kept_block()))};
   }
 
   // The last turn before this one at a group of blocks; 0: none is. Both ends of what tiles visit rise with the tile,
   // but for masks of kernels with ScoreMod::native.
   FLASHSPARK_DEVICE int32_t turn_before(const State &s, const BackwardMask<T> &mask, int32_t group) const {
-    if (group >= s.before.begin && group < s.before.end) return s.tiles - s.tile - 1;
+    if (group >= s.before.begin && group < s.before.end) return s.tiles - s.tile - kSums;
     if constexpr (T::kNative) {
       for (int32_t base = s.tile + 2; base < s.tiles; base += 32) {
         const int32_t other = base + ptx::lane(), tokens = mask.of.end - mask.of.shift;
@@ -73,7 +85,9 @@ struct Turns {
   // Memory has the last turn that is over; it only rises, so that sequences whose offsets overlap, and which share it,
   // make no CTA wait forever.
   FLASHSPARK_DEVICE int32_t *turn_at(const State &s, const RowWalk &at) const {
-    return a.dq_turns + static_cast<int64_t>(at.head) * a.num_row_blocks + s.first_block + at.block / kBlocks;
+    int32_t head = at.head;
+    if (kSums > 1) head += s.tile % kSums * (a.num_heads_kv * static_cast<int32_t>(a.group.value));
+    return a.dq_turns + static_cast<int64_t>(head) * a.num_row_blocks + s.first_block + at.block / kBlocks;
   }
   // Whether the block is the first or the last one of a turn.
   static FLASHSPARK_DEVICE bool begins(const RowWalk &at) { return at.block == at.begin || at.block % kBlocks == 0; }
@@ -83,19 +97,41 @@ struct Turns {
   // Before a barrier behind which the CTA adds to the block.
   FLASHSPARK_DEVICE void wait(const BackwardMask<T> &mask, const RowWalk &at) const {
     if constexpr (kUniform) {
-      if (!begins(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != T::kWarps - 1) return;
+      if (!begins(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != kWaitingWarp) return;
     } else {
-      if (!begins(at) || ptx::warp() != T::kWarps - 1) return;
+      if (!begins(at) || ptx::warp() != kWaitingWarp) return;
     }
     const State s = state();
     const int32_t last = turn_before(s, mask, at.block / kBlocks);
     if (kUniform || ptx::lane() == 0) ptx::wait_until_at_least(turn_at(s, at), last);
     ptx::warp_barrier();
   }
+  // The same where a turn begins within whole blocks: look() copies its number to shared memory beside a step's rows,
+  // and wait_looked() reads it when they are here, so that no warp stands if the turn has come. What follows are
+  // additions alone, which are sent behind that: it need not acquire.
+  FLASHSPARK_DEVICE bool looks(const RowWalk &at) const {
+    return at.block % kBlocks == 0 && a.dq_turns != nullptr && ptx::uniform(ptx::warp()) == kWaitingWarp;
+  }
+  FLASHSPARK_DEVICE void look(const RowWalk &at) const {
+    if (!looks(at)) return;
+    const auto from = reinterpret_cast<uint64_t>(turn_at(state(), at));
+    if (ptx::lane() == 0) ptx::cp_async_16(looked(), reinterpret_cast<const void *>(from & ~uint64_t{15}));
+  }
+  FLASHSPARK_DEVICE void wait_looked(const BackwardMask<T> &mask, const RowWalk &at) const {
+    if (!looks(at)) return;
+    const State s = state();
+    const int32_t *const from = turn_at(s, at);
+    const int32_t last = turn_before(s, mask, at.block / kBlocks);
+    ptx::warp_barrier();  // one lane has copied it
+    const uint32_t place = static_cast<uint32_t>(reinterpret_cast<uint64_t>(from)) & 15;
+    if (static_cast<int32_t>(ptx::uniform(ptx::load_shared_4(looked() + place))) < last)
+      ptx::wait_until_at_least(from, last);
+    ptx::warp_barrier();
+  }
   // Behind a barrier before which the CTA has added to the block.
   FLASHSPARK_DEVICE void pass(const RowWalk &at) const {
     if constexpr (kUniform) {
-      if (!ends(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != 0) return;
+      if (!ends(at) || a.dq_turns == nullptr || ptx::uniform(ptx::warp()) != kPassingWarp) return;
       const State s = state();
       ptx::raise_in_memory_if(ptx::lane() == 0, turn_at(s, at), s.tiles - s.tile);
     } else {

@@ -17,6 +17,8 @@ constexpr double kTurnCost = 1.05, kTurnCostAsAsked = 1.2, kLayerCost = 0.25;
 constexpr int64_t kMaxLayerBytes = 256 << 20;
 // As many CTAs an SM are few: their rows are in L2 whatever their order.
 constexpr int64_t kFewCtas = 4;
+// How far at least a CTA stays behind the one before it in turns of a few steps.
+constexpr int64_t kRowsBehind = 112;
 // Heads that take turns else: each SM gets about as much work as the others, and the rows of a few heads stay in L2
 // (docs/experiments.md E91).
 constexpr int64_t kSectionHeads = 8;
@@ -130,6 +132,11 @@ int64_t key_tiles_of_head(const Params &p, int64_t keys) {
 int64_t section_heads(const Params &p, const BackwardTile &tile, int64_t ctas, int64_t places, int64_t heads) {
   // The tiles with the most work of block lists may be anywhere in a section.
   if (ctas <= kFewCtas * places || has_block_lists(p)) return heads;
+  // With two sums of dq as few as can be, so that their rows are in L2 however far apart their CTAs are; but each CTA
+  // needs rows of its own (docs/experiments.md).
+  if (const int64_t sums = tile.dq_sums(); sums > 1)
+    return std::clamp<int64_t>(ceil_div(places * kRowsBehind, sums * std::max<int64_t>(1, p.max_seqlen_q)), 1,
+                               kSectionHeads);
   // In turns, under a mask, the CTAs of a head that begin together follow each other over the same rows.
   if (p.deterministic != 0 && tiles_differ(p) && tile.keys() >= 128) return 1;
   return kSectionHeads;

@@ -98,12 +98,14 @@ void set_gradient_sums(const Params &p, BackwardPlan &plan) {
   plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
   const bool layers = plan.tile->order == SumOrder::layers;
   if (layers) plan.arguments.dq_layer_rows = p.num_heads_q * a.padded_rows;
+  const int64_t sums = plan.tile->dq_sums();
+  if (a.dq != nullptr && sums > 1) plan.arguments.dq_sum_rows = p.num_heads_q * a.padded_rows;
   if (a.dq != nullptr)
     plan.dq_bytes =
-        plan.row_bytes * static_cast<size_t>(a.sum_columns) * static_cast<size_t>(layers ? a.num_key_tiles : 1);
+        plan.row_bytes * static_cast<size_t>(a.sum_columns) * static_cast<size_t>(layers ? a.num_key_tiles : sums);
   if (a.dq != nullptr && p.deterministic != 0 && !layers) {
     // A multiple of 16 bytes, as all is that lies before the others.
-    const int64_t turns = p.num_heads_q * a.num_row_blocks;
+    const int64_t turns = sums * p.num_heads_q * a.num_row_blocks;
     plan.turn_bytes = static_cast<size_t>(ceil_div(turns, 4)) * 16;
   }
   const auto pieces = static_cast<size_t>(a.num_pieces);
@@ -232,7 +234,9 @@ std::string to_string(const BackwardPlan &plan) {
   if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
   if (plan.functions) text += text_behind(*plan.functions);
   return text + "scratch memory: " + std::to_string(plan.workspace()) + " bytes, " +
-         (plan.dq_bytes > 0 ? "dq in float32, " : "") +
+         (plan.arguments.dq_sum_rows > 0 ? "dq in float32, twice, "
+          : plan.dq_bytes > 0            ? "dq in float32, "
+                                         : "") +
          (plan.arguments.dq_layer_rows > 0 ? "once for each tile of keys, " : "") +
          (plan.dk_bytes + plan.dv_bytes + plan.piece_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row" +
          (plan.functions && plan.functions->block_bytes > 0 ? ", a byte for each pair of blocks" : "") +

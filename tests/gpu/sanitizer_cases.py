@@ -256,8 +256,8 @@ def backward_results(
     Where gradients need not be deterministic, heads of a group are of several CTAs.
     """
     torch.manual_seed(6)
-    # At 128 columns with blocks of rows that no mask touches.
-    heads, heads_kv, tokens, keys = 4, 2, 170 if kernel.head_dim == 128 else 70, 200
+    # At 128 columns and more with blocks of rows that no mask touches.
+    heads, heads_kv, tokens, keys = 4, 2, 170 if kernel.head_dim >= 128 else 70, 200
     shapes = [(tokens, heads, kernel.head_dim), *[(keys, heads_kv, kernel.head_dim)] * 2]
     rows = [torch.randn(shape).to(DTYPES[kernel.dtype]) for shape in (*shapes, shapes[0])]
     slopes, rel = 0.1 * torch.randn(heads), torch.randn(tokens, heads, 60)

@@ -448,6 +448,8 @@ DETERMINISTIC = {
     "causal, turns": Case(lengths((1500, 1500), (900, 900)), (4, 4), varlen=True, options={"causal": True}),
     "d256": Case(lengths((300, 500)), (4, 2), (256, 256), options={"causal": True}),
     "d192": Case(lengths((1200, 1200)), (4, 2), (192, 192), options={"causal": True}),
+    "d256, many turns": Case(lengths((1500, 1700)), (8, 8), (256, 256)),
+    "d256, varlen": Case(lengths((1500, 1500), (900, 500)), (4, 4), (256, 256), varlen=True, options={"causal": True}),
     "dropout, sinks, alibi": Case(
         lengths((500, 500), (500, 500)), (6, 3), alibi="heads", sinks=True, p=0.2, options={"causal": True}
     ),
