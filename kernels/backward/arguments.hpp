@@ -6,9 +6,6 @@
 
 namespace flashspark {
 
-// CTAs of postprocess for a block of rows whose dq is in layers.
-inline constexpr int32_t kLayerParts = 4;
-
 // Every query head has padded_rows rows of scratch memory: those of a sequence begin at a multiple of row_block, and
 // the rows behind its last one, up to the next such multiple, hold what makes their probabilities 0.
 struct BackwardArguments : AttentionArguments {
@@ -23,14 +20,16 @@ struct BackwardArguments : AttentionArguments {
   // Scratch. dq_sum is summed by atomic additions in the order of mma_m16n8k16's results: for each 16 rows and each 8
   // columns the four numbers of every lane, (Hq, padded_rows / 16, sum_columns / 8, 32, 4). NULL without dq.
   float *dq_sum;
-  int64_t dq_layer_rows;  // not 0: every tile of keys has a dq_sum of its own, (tiles, Hq, padded_rows, ..)
+  int64_t dq_sum_rows;  // not 0: there are two of them, (2, Hq, padded_rows, ..), which postprocess adds up
   // The same of dk and dv, where the query heads of a group are of a CTA each (head_parts): (tiles, key_tile / 16,
   // sum_columns / 8, 32, 4), and with sum_columns_v. Else NULL.
   float *dk_sum, *dv_sum;
-  // With num_pieces, of every CTA: what it leaves of dk, then of dv, of a tile that another one ends, in the same order
-  // as dk_sum; and for each warp whether it has. How far the sums of dq are. Else NULL.
+  // With num_pieces, in num_slots places, of every CTA one, or two: what it leaves of dk, then of dv, of a tile that
+  // another one ends, in the same order as dk_sum; and for each warp whether it has. How far the sums of dq are. Else
+  // NULL.
   float *piece_sums;
-  int32_t *piece_flags;   // (num_pieces, warps)
+  int32_t num_slots;      // places for what CTAs leave
+  int32_t *piece_flags;   // (num_slots, warps)
   int32_t *added_blocks;  // (num_seqs, Hq), blocks of rows whose dq has been added, of all tiles
   int32_t head_blocks;    // so many when a head's dq is complete
   // With `deterministic`: (Hq, num_row_blocks) for each sum of dq, which CTAs have added to blocks (turns.cuh). Else
@@ -48,6 +47,9 @@ struct BackwardArguments : AttentionArguments {
   int32_t num_pieces;                   // CTAs that have equal parts of all tiles (pieces.cuh); 0: a CTA has one tile
   Divisor head_length;                  // positions of the tiles of a KV head in the row of all tiles
   int32_t piece_length, longer_pieces;  // positions of a CTA; the first longer_pieces of them have one more
+  // With num_pieces in turns (walks.cuh): walks of some query heads of a group, so many of them, and parts of a walk,
+  // of a CTA each.
+  int32_t num_walks, walk_heads, walk_parts;
 
   // What the sums kernel adds up in its order, so that a run gives the bits of the one before; NULL: not wanted.
   float *sink_sums;   // (Hq, num_row_blocks, warps of preprocess)
@@ -61,8 +63,6 @@ struct BackwardArguments : AttentionArguments {
   // With ScoreMod::dropout row_lse and row_delta make P times the scale of dropout, whose own scale is 1 then: what is
   // added to the one, and what the other one is multiplied by. Else 0 and 1.
   float lse_shift, delta_scale;
-
-  int64_t dq_sum_rows;  // not 0: there are two dq_sum, (2, Hq, padded_rows, ..), which postprocess adds up
 };
 
 }  // namespace flashspark

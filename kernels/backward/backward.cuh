@@ -17,7 +17,7 @@
 #include "backward/epilogue.cuh"
 #include "backward/modifications.cuh"
 #include "backward/row_loop.cuh"
-#include "backward/turns.cuh"
+#include "backward/walk_turns.cuh"
 
 namespace flashspark {
 
@@ -32,7 +32,7 @@ struct BackwardLoop : RowLoop<T, BackwardArguments> {
 
   BackwardMask<T> mask;
   PhiloxKey dropout_key;
-  Turns<T> turns;
+  TurnsOf<T> turns;
   float slope_sum;  // of the head's gradient of alibi_slopes
 
   FLASHSPARK_DEVICE void draw(const RowWalk &at, int32_t stage) {
@@ -140,7 +140,7 @@ struct BackwardLoop : RowLoop<T, BackwardArguments> {
 
   // K and V are in flight. A loop with turns stands beside the other one, which has no registers for them, or is of
   // another kernel.
-  FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
+  FLASHSPARK_DEVICE void run(const WalkOf<T> &at, int32_t count) {
     if (Turns<T>::are_taken(a)) {
       run<true>(at, count);
     } else {
@@ -149,7 +149,7 @@ struct BackwardLoop : RowLoop<T, BackwardArguments> {
   }
 
   template <bool in_turn>
-  FLASHSPARK_DEVICE void run(const RowWalk &at, int32_t count) {
+  FLASHSPARK_DEVICE void run(const WalkOf<T> &at, int32_t count) {
     copy_queries(at, 0);
     copy_dout(at, 0);
     ptx::cp_async_commit();
@@ -162,7 +162,9 @@ struct BackwardLoop : RowLoop<T, BackwardArguments> {
       load_key_operand<T, typename T::KeyLayout>(keys, shared, lane);
       load_key_operand<T, typename T::ValueLayout>(values, shared + T::kMemory.values, lane);
     }
-    if constexpr (T::kStages == RowStages::all) {
+    if constexpr (T::kHasWalks) {
+      run_walk(at, count);
+    } else if constexpr (T::kStages == RowStages::all) {
       run_whole_blocks<in_turn>(at, count);
     } else {
       run_phases<in_turn>(at, count);
@@ -226,9 +228,9 @@ struct BackwardLoop : RowLoop<T, BackwardArguments> {
       }
       if (whole > 0) {
         if (values_summed) {
-          add_whole_blocks<true>(*this, copies, last, at, stage, whole);
+          add_whole_blocks<true>(*this, copies, last, at, stage, whole, 0);
         } else {
-          add_whole_blocks<false>(*this, copies, last, at, stage, whole);
+          add_whole_blocks<false>(*this, copies, last, at, stage, whole, 0);
         }
         left -= whole, at.block += whole, stage ^= whole & 1;
         last = {at.begin, at.end, at.head, at.block - 1};
@@ -261,12 +263,64 @@ struct BackwardLoop : RowLoop<T, BackwardArguments> {
     if constexpr (in_turn) pass_last(last.previous());
   }
 
+  // The same of a part of a walk. All turns are of whole turns' blocks, counted from its first block on.
+  FLASHSPARK_DEVICE void run_walk(TurnWalk at, int32_t count) {
+    const bool values_summed = ptx::uniform(T::sums_values()) != 0;
+    begin_barriers();
+    arrive_ready();
+    const BlockCopies<T> copies = block_copies<T>(a, q, dout, lane.thread);
+    FLASHSPARK_NO_UNROLL
+    for (int32_t done_blocks = 0; done_blocks <= count;) {
+      const int32_t left = count - done_blocks, stage = done_blocks % 2;
+      const int32_t whole = left > 1 && done_blocks > 0 && a.dq_sum != nullptr ? min_of(whole_blocks(at), left - 1) : 0;
+      if (whole > 0) {
+        if (values_summed) {
+          add_whole_blocks<true>(*this, copies, at, at, stage, whole, done_blocks);
+        } else {
+          add_whole_blocks<false>(*this, copies, at, at, stage, whole, done_blocks);
+        }
+        at.block += whole * at.step, done_blocks += whole;
+        continue;
+      }
+      const TurnWalk next = at.next();
+      ptx::mbarrier_wait(ready(), static_cast<uint32_t>(stage));
+      if (done_blocks > 1) turns.pass(done_blocks - 2);
+      ptx::mbarrier_wait(done(), static_cast<uint32_t>(1 - stage));
+      if (left > 1) {
+        copy_queries(next, 1 - stage);
+        copy_dout(next, 1 - stage);
+      }
+      ptx::cp_async_commit();
+      if (done_blocks > 0 && a.dq_sum != nullptr) {
+        const auto sum = turns.row_of_sum(done_blocks - 1);
+        add_to_dq(sum.row, 1 - stage, sum.sign);
+      }
+      if (left > 0) {
+        add_block(at, stage);
+        arrive_ready();
+        turns.wait(done_blocks);
+        ptx::mbarrier_arrive(done());
+      }
+      ++done_blocks;
+      at = next;
+    }
+    ptx::cta_barrier();  // all have added
+    turns.pass(count - 1);
+  }
+
   // How many blocks from this one on are whole: all of their rows and the warp's keys see each other, and the next
   // block is of the same head and has all of its rows.
   FLASHSPARK_DEVICE int32_t whole_blocks(const RowWalk &at) const {
     const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
     if (q.columns != T::kHeadDim || dout.columns != T::kHeadDimV || at.block * T::kRows < unmasked.begin) return 0;
     return min_of(min_of(at.end, q.tokens / T::kRows) - 1, unmasked.end / T::kRows) - at.block;
+  }
+  FLASHSPARK_DEVICE int32_t whole_blocks(const TurnWalk &at) const {
+    if (at.step > 0) return min_of(whole_blocks(static_cast<const RowWalk &>(at)), at.following());
+    const Interval unmasked = mask.unmasked(warp_key(), T::kWarpKeys);
+    const bool is_whole = (at.block + 1) * T::kRows <= min_of(q.tokens, unmasked.end);
+    if (q.columns != T::kHeadDim || dout.columns != T::kHeadDimV || !is_whole) return 0;
+    return min_of(at.block + 1 - ceil_div(unmasked.begin, T::kRows), at.following());
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include "attention/mask.cuh"
 #include "backward/arguments.hpp"
+#include "backward/config.hpp"
 #include "ptx/backward.cuh"
 
 namespace flashspark {
@@ -161,5 +162,53 @@ struct RowWalk {
     return block == begin ? RowWalk{begin, end, head - 1, end - 1} : RowWalk{begin, end, head, block - 1};
   }
 };
+
+// The same of parts of walks (walks.cuh): with a causal mask back and forth, a head upwards, the next one downwards;
+// else a head begins with `origin`, and goes on with the first block behind the last one.
+struct TurnWalk : RowWalk {
+  int32_t origin, step;
+  bool goes_back;
+
+  FLASHSPARK_DEVICE TurnWalk next() const {
+    TurnWalk w = *this;
+    if (goes_back) {
+      if (block == (step > 0 ? end - 1 : begin)) {
+        w.head += 1, w.step = -step;
+      } else {
+        w.block += step;
+      }
+      return w;
+    }
+    w.block = block + 1 == end ? begin : block + 1;
+    w.head += w.block == origin;
+    return w;
+  }
+  FLASHSPARK_DEVICE TurnWalk moved(int32_t blocks) const {
+    TurnWalk w = *this;
+    w.block += blocks * step;
+    return w;
+  }
+  // Blocks behind this one, each a step further.
+  FLASHSPARK_DEVICE int32_t following() const {
+    if (step < 0) return block - begin;
+    return (block < origin ? origin : end) - 1 - block;
+  }
+};
+
+// Of walks (walks.cuh) without a mask: turns of a part, and from one tile's first turn to the next one's.
+FLASHSPARK_DEVICE Interval turns_of_part(const BackwardArguments &a, int32_t part) {
+  const int32_t turns = a.seq_row_blocks / kWalkTurnBlocks;
+  return {quotient(part * turns, a.walk_parts), quotient((part + 1) * turns, a.walk_parts)};
+}
+FLASHSPARK_DEVICE int32_t turn_shift(const BackwardArguments &a) {
+  return quotient(a.seq_row_blocks / kWalkTurnBlocks, a.walk_parts) >= 2 * a.num_key_tiles ? 2 : 1;
+}
+// Whether CTAs have added to the second sum of dq at a sequence's turn of a walk.
+FLASHSPARK_DEVICE bool has_second_sum(const BackwardArguments &a, int32_t turn) {
+  if (a.num_walks == 0) return true;  // else both are cleared
+  if (a.causal != 0) return turn * (kWalkTurnBlocks * a.row_block) >= a.num_walks * a.key_tile;
+  const int32_t part = quotient((turn + 1) * a.walk_parts - 1, a.seq_row_blocks / kWalkTurnBlocks);
+  return turn - turns_of_part(a, part).begin < (a.num_key_tiles - 1) * turn_shift(a);
+}
 
 }  // namespace flashspark

@@ -15,9 +15,11 @@ enum class KeySharing : uint8_t { none, gradients, columns };
 enum class RowStages : uint8_t { one, queries, all, steps };
 
 // How a kernel's CTAs sum dq: in no order, or in turns (turns.cuh), as they are asked, for which it has two loops, at
-// the cost of registers, or with KeySharing::columns one that asks each time; in no order alone; in turns alone; or
-// each tile of keys in a layer of its own, which postprocess adds up in order.
-enum class SumOrder : uint8_t { as_asked, unordered, turns, layers };
+// the cost of registers, or with KeySharing::columns one that asks each time; in no order alone; in turns alone; or in
+// turns by CTAs that have parts of walks (walks.cuh).
+enum class SumOrder : uint8_t { as_asked, unordered, turns, walks };
+// Blocks of rows of a turn of a walk, and how many turns a part may have.
+inline constexpr int32_t kWalkTurnBlocks = 2, kMostWalkTurns = 512;
 
 // A CTA owns `keys()` keys, a warp warp_keys of them, and all walk over blocks of `rows` rows of one query head.
 struct BackwardTile {
@@ -38,8 +40,10 @@ struct BackwardTile {
   constexpr int32_t tile_blocks() const { return rows < 64 ? 64 / rows : 1; }
   // Rows of shared memory have 16 bytes more instead of being permuted.
   constexpr bool padded() const { return stages == RowStages::all; }
-  // Sums of dq, which postprocess adds up. Tiles of keys add to them in turn (turns.cuh).
-  constexpr int32_t dq_sums() const { return order == SumOrder::turns && sharing == KeySharing::columns ? 2 : 1; }
+  // Sums of dq, which postprocess adds up. Tiles of keys add to them in turn (turns.cuh), or walks to both (walks.cuh).
+  constexpr int32_t dq_sums() const {
+    return order == SumOrder::walks || (order == SumOrder::turns && sharing == KeySharing::columns) ? 2 : 1;
+  }
   constexpr int32_t row_bytes(int32_t columns) const { return columns * 2 + (padded() ? 16 : 0); }
 };
 

@@ -12,16 +12,50 @@ namespace flashspark {
 template <class T>
 inline constexpr bool kHasPieces = !T::kNative && !T::kColumns && !T::kInTurns;
 
+// The CTA's first piece, or the one where the piece before says that there is more.
+template <class T>
+FLASHSPARK_DEVICE Piece next_piece(const BackwardArguments &a, int32_t rest) {
+  if constexpr (T::kHasWalks) {
+    return Walks<T>{a}.find_piece(rest);
+  } else {
+    return find_piece<T>(a, rest);
+  }
+}
+// Where a piece leaves its sums.
+template <class T>
+FLASHSPARK_DEVICE int32_t slot_of(const BackwardArguments &a, bool of_second_tile) {
+  if constexpr (T::kHasWalks) {
+    const Walks<T> walks{a};
+    return walks.slot(walks.place(), of_second_tile);
+  } else {
+    return static_cast<int32_t>(ptx::cta_x());
+  }
+}
+// The first piece of several has left its sums, if it leaves any.
+template <class T>
+FLASHSPARK_DEVICE void raise_first_flag(const BackwardArguments &a) {
+  if constexpr (T::kHasWalks) {
+    const Walks<T> walks{a};
+    if (!walks.leaves_sums(walks.place())) return;
+  }
+  PieceSums<T>{a}.raise_flag(slot_of<T>(a, false));
+}
+
 // Whether the CTA has all sums of the piece's tile, and is to store them.
 template <class T>
 FLASHSPARK_DEVICE bool join_piece(const BackwardArguments &a, const Piece &piece, KeyGradient<T, T::kHeadDim> &dk,
                                   KeyGradient<T, T::kHeadDimV> &dv) {
   const PieceSums<T> sums{a};
   if (piece.ends_tile) {
-    sums.join(piece, dk, dv);
+    if constexpr (T::kHasWalks) {
+      Walks<T>{a}.join(piece, dk, dv);
+    } else {
+      sums.join(piece, dk, dv);
+    }
   } else if (piece.first < piece.end) {
-    sums.leave(dk, dv);
-    if (piece.rest < 0) sums.raise_flag();
+    const int32_t slot = slot_of<T>(a, piece.is_second);
+    sums.leave(slot, dk, dv);
+    if (piece.rest < 0) sums.raise_flag(slot);
   }
   return piece.ends_tile;
 }
@@ -43,7 +77,7 @@ FLASHSPARK_DEVICE int32_t store_piece(BackwardLoop<T> &loop, bool has_pieces) {
   }
 }
 
-FLASHSPARK_DEVICE RowWalk first_block(const Piece &piece, const PieceRows &rows) {
+FLASHSPARK_DEVICE RowWalk first_row_block(const Piece &piece, const PieceRows &rows) {
   RowWalk at{rows.blocks.begin, rows.blocks.end, piece.tile.head_q, rows.blocks.begin};
   if (piece.first == 0) return at;
   const Quotient passed = split(piece.first, rows.blocks.end - rows.blocks.begin);
@@ -52,23 +86,41 @@ FLASHSPARK_DEVICE RowWalk first_block(const Piece &piece, const PieceRows &rows)
   return at;
 }
 
+template <class T>
+FLASHSPARK_DEVICE WalkOf<T> first_block(const BackwardArguments &a, const Piece &piece, const PieceRows &rows) {
+  if constexpr (T::kHasWalks) {
+    return Walks<T>{a}.first_block(piece, rows.blocks);
+  } else {
+    return first_row_block(piece, rows);
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE TurnsOf<T> make_turns(const BackwardArguments &a, const typename Turns<T>::State &state) {
+  if constexpr (T::kHasWalks) {
+    return {a};
+  } else {
+    return {a, state};
+  }
+}
+
 // Where the rest of the CTA's part ends (Piece::rest).
 template <class T>
 FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t rest) {
   const ptx::SharedAddress shared = ptx::shared_memory();
-  const bool has_pieces = kHasPieces<T> && a.num_pieces > 0;
-  const Piece piece = has_pieces ? find_piece<T>(a, rest) : whole_tile(a);
+  const bool has_pieces = T::kHasWalks || (kHasPieces<T> && a.num_pieces > 0);
+  const Piece piece = has_pieces ? next_piece<T>(a, rest) : whole_tile(a);
   const KeyTile &tile = piece.tile;
   if (!tile.valid) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     return -1;
   }
-  const PieceRows w = rows_of<T>(a, piece);
+  PieceRows w = rows_of<T>(a, piece);
+  if constexpr (T::kHasWalks) w.blocks = Walks<T>{a}.blocks(w.blocks);
   if (w.count > 0) copy_keys_and_values<T>(a, tile.first, w);
   if constexpr (kHasPieces<T>) keep_piece<T>(piece, w.blocks.end - w.blocks.begin);
-  if (has_pieces && rest != INT32_MAX)
-    PieceSums<T>{a}.raise_flag();  // of the first piece, whether or not it has left sums
+  if (has_pieces && rest != INT32_MAX) raise_first_flag<T>(a);
   // Keys, values and lengths are not of the previous kernel, which has waited itself for those that wrote them.
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
@@ -77,7 +129,9 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
   if constexpr (T::kDropout) keep_draws<T>(key, tile.seq, tile.first);
   const int32_t padded = first_padded_row(a, tile.seq, w.rows.q_row);
   typename Turns<T>::State turns{};
-  if (Turns<T>::are_taken(a)) {
+  if constexpr (T::kHasWalks) {
+    WalkTurns<T>::keep(a, piece, w.blocks);
+  } else if (Turns<T>::are_taken(a)) {
     turns = {tile.first / T::kKeys, ceil_div(w.keys.end, T::kKeys), {0, 0}, padded / T::kRows};
     constexpr int32_t kSums = Turns<T>::kSums;
     if (turns.tile + kSums < turns.tiles) {
@@ -100,9 +154,9 @@ FLASHSPARK_DEVICE int32_t backward_piece(const BackwardArguments &a, int32_t res
                           make_row_loader<GradientLoader<T>>(a, w.rows, a.dout, a.dout_strides, a.head_dim_v),
                           shared, backward_offsets<T>(), {}, {}, {}, {}},
                          own_mask, key,
-                         Turns<T>{a, turns}, 0};
+                         make_turns<T>(a, turns), 0};
     // clang-format on
-    if (w.count > 0) loop.run(first_block(piece, w), w.count);
+    if (w.count > 0) loop.run(first_block<T>(a, piece, w), w.count);
     ptx::cta_barrier();  // all are done with K, whose memory the results pass through
     return store_piece<T>(loop, has_pieces);
   }

@@ -203,24 +203,27 @@ struct DropoutTiles;  // dropout_pairs.cuh
 
 // So many blocks from `at` on, whose Q and dO are on their way, as is dS^T of the last one. Loop: BackwardLoop. With
 // turns, `at` is not the first block of a head.
-template <bool values_summed, class Loop>
-FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename Loop::T> &copies, const RowWalk &last,
-                                        const RowWalk &at, int32_t stage, int32_t count) {
+template <bool values_summed, class Loop, class Walk>
+FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename Loop::T> &copies, const Walk &last,
+                                        const Walk &at, int32_t stage, int32_t count, int32_t done_blocks) {
   using T = typename Loop::T;
   const BackwardArguments &a = loop.a;
   const uint32_t thread = loop.lane.thread;
   const int32_t warp = ptx::uniform(ptx::warp());
   const ptx::SharedAddress keys = loop.shared + T::KeyLayout::step(0, warp * (T::kSumColumns / 8));
-  const BlockPlace step = copies.step();
+  BlockPlace step = copies.step();
+  if constexpr (T::kHasWalks) {
+    if (at.step < 0) step = {-step.q, -step.dout, -step.row};
+  }
   BlockPlace next = place_of<T>(a, loop.q, loop.dout, loop.first_padded_row, at) + step;
-  int64_t last_row = loop.padded_row(last);
+  int64_t last_row = T::kHasWalks ? 0 : loop.padded_row(last);
   std::conditional_t<T::kDropout, DropoutTiles<T, values_summed>, PairTiles<T, values_summed>> tiles(loop, at, stage,
                                                                                                      count);
-  const int32_t end = at.block + count;
-  float *sums = a.dq_sum;
-  if constexpr (T::kLayered) sums += loop.layer_row() * T::kHeadDim;
+  const int32_t end = at.block + count, walked = done_blocks + count;
+  float *const sums = a.dq_sum;
   FLASHSPARK_NO_UNROLL
   for (; count > 0; --count, stage ^= 1) {
+    if constexpr (T::kHasWalks) stage = (walked - count) % 2;
     ptx::mbarrier_wait(loop.ready(), static_cast<uint32_t>(stage));
     if constexpr (T::kInTurns) {
       // All have added to the last block but one.
@@ -228,25 +231,41 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
       const int32_t block = end - count;
       if (block % kTurn == 1 && block > at.block) loop.turns.pass({at.begin, at.end, at.head, block - 2});
     }
+    if constexpr (T::kHasWalks) {
+      if (walked - count > 1) loop.turns.pass(walked - count - 2);
+    }
     const PairRows rows{values_summed ? loop.queries(stage) : loop.douts(stage),
                         values_summed ? loop.douts(stage) : loop.queries(stage), loop.row_values(stage, 0),
                         loop.dscores(stage)};
     const auto copy = [&] {
       if constexpr (T::kDropout) ptx::mbarrier_arrive(loop.summed());
       ptx::mbarrier_wait(loop.done(), static_cast<uint32_t>(1 - stage));
+      if constexpr (T::kHasWalks) next.row = loop.turns.row(walked - count + 1);
       copies.copy(next, loop.queries(1 - stage), loop.douts(1 - stage), loop.rows(1 - stage), thread, warp);
       ptx::cp_async_commit();
     };
     const auto add_dq = [&](const QueryGradient<T> &dq) {
       static_assert(T::kSumRowWarps == 1 && T::kSumColumns == 16);
       // As add_query_gradient(), with a thread's part that others share.
+      [[maybe_unused]] int32_t sign = 0;
+      if constexpr (T::kHasWalks) {
+        const auto sum = loop.turns.row_of_sum(walked - count - 1);
+        last_row = sum.row, sign = sum.sign;
+      }
       float *const to = sums + last_row * T::kHeadDim + warp * 128 + thread * 4;
       // Never; but over a branch ptxas moves no product, and spills less.
-      if ((T::kInTurns || T::kLayered) && a.dq_sum == nullptr) return;
+      if (T::kInTurns && a.dq_sum == nullptr) return;
       FLASHSPARK_UNROLL
       for (int32_t m = 0; m < T::kSumAtoms; ++m) {
         FLASHSPARK_UNROLL
-        for (int32_t n = 0; n < 2; ++n) add_to_sums<T>(to + (m * (T::kHeadDim / 8) + n) * 128, dq.at[m][n]);
+        for (int32_t n = 0; n < 2; ++n) {
+          float *const at = to + (m * (T::kHeadDim / 8) + n) * 128;
+          if constexpr (T::kHasWalks) {
+            ptx::store_or_add_to_memory_4(sign, at, dq.at[m][n]);
+          } else {
+            ptx::add_to_memory_4(at, dq.at[m][n]);
+          }
+        }
       }
     };
     const auto tile = tiles.next(loop, stage, count);
@@ -259,6 +278,7 @@ FLASHSPARK_DEVICE void add_whole_blocks(Loop &loop, const BlockCopies<typename L
       const int32_t block = end - count;
       if (block % kTurn == 0) loop.turns.wait(loop.mask, {at.begin, at.end, at.head, block});
     }
+    if constexpr (T::kHasWalks) loop.turns.wait(walked - count);
     ptx::mbarrier_arrive(loop.done());
     last_row = next.row - T::kRows;
     next = next + step;

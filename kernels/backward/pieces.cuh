@@ -54,7 +54,8 @@ struct Piece {
   int32_t first, end;  // blocks, head by head; end: -1: all of the tile
   int32_t tile_first;  // position of the tile's first block
   int32_t rest;        // where what is left of the CTA's part ends; -1: nothing is
-  bool ends_tile;      // whether the tile's last block is among its own
+  bool ends_tile;      // whether the CTA joins what all have of the tile: the tile's last block is among its own
+  bool is_second;      // of walks: the tile is the second one of its CTA's walk
 };
 
 // Where a CTA's part begins, and that of the one before ends.
@@ -103,7 +104,7 @@ FLASHSPARK_DEVICE void keep_piece(const Piece &p, int32_t of_head) {
                              p.end,
                              p.tile_first,
                              p.rest,
-                             p.ends_tile,
+                             p.ends_tile | p.is_second << 1,
                              of_head};
   FLASHSPARK_UNROLL
   for (int32_t n = 0; n < 12; n += 4) {
@@ -126,7 +127,8 @@ FLASHSPARK_DEVICE Piece load_piece() {
   Piece p{};
   p.tile.head_kv = words[0], p.tile.first = words[1], p.tile.number = words[2];
   p.tile.batch = words[3], p.tile.row = words[4], p.tile.held = words[5];
-  p.first = words[6], p.end = words[7], p.tile_first = words[8], p.rest = words[9], p.ends_tile = words[10] != 0;
+  p.first = words[6], p.end = words[7], p.tile_first = words[8], p.rest = words[9], p.ends_tile = (words[10] & 1) != 0;
+  p.is_second = (words[10] & 2) != 0;
   return p;
 }
 
@@ -136,8 +138,8 @@ template <class T>
 FLASHSPARK_DEVICE void count_added_blocks(const BackwardArguments &a, const Piece &p) {
   if (ptx::thread_index() != 0) return;
   const auto group = static_cast<int32_t>(a.group.value);
-  int32_t *const to =
-      a.added_blocks + static_cast<int32_t>(p.tile.batch) * a.num_heads_kv * group + p.tile.head_kv * group;
+  int32_t *const to = a.added_blocks + static_cast<int32_t>(p.tile.batch) * a.num_heads_kv * group +
+                      (T::kHasWalks ? p.tile.number : p.tile.head_kv * group);
   const auto of_head = static_cast<int32_t>(ptx::load_shared_4(kept_piece<T>() + 11 * 4));
   FLASHSPARK_NO_UNROLL
   for (int32_t first = p.first; first < p.end;) {
@@ -187,7 +189,7 @@ template <class T>
 struct PieceSums {
   const BackwardArguments &a;
 
-  FLASHSPARK_DEVICE int32_t *flag(int32_t cta) const { return a.piece_flags + cta * T::kWarps + ptx::warp(); }
+  FLASHSPARK_DEVICE int32_t *flag(int32_t slot) const { return a.piece_flags + slot * T::kWarps + ptx::warp(); }
   template <class F>
   FLASHSPARK_DEVICE void for_each(int32_t cta, KeyGradient<T, T::kHeadDim> &dk, KeyGradient<T, T::kHeadDimV> &dv,
                                   const F &f) const {
@@ -197,23 +199,24 @@ struct PieceSums {
       if (a.dv != nullptr) f(dv, piece_sums_of_warp<T>(a, cta, true, T::kHeadDimV));
     }
   }
-  FLASHSPARK_DEVICE void leave(KeyGradient<T, T::kHeadDim> &dk, KeyGradient<T, T::kHeadDimV> &dv) const {
-    for_each(static_cast<int32_t>(ptx::cta_x()), dk, dv,
-             [](const auto &gradient, float *to) { leave_gradient<T>(to, gradient); });
+  FLASHSPARK_DEVICE void leave(int32_t slot, KeyGradient<T, T::kHeadDim> &dk, KeyGradient<T, T::kHeadDimV> &dv) const {
+    for_each(slot, dk, dv, [](const auto &gradient, float *to) { leave_gradient<T>(to, gradient); });
   }
   // What the warp has left is there. It takes until all of it is written, so that it is better said a while later.
-  FLASHSPARK_DEVICE void raise_flag() const {
+  FLASHSPARK_DEVICE void raise_flag(int32_t slot) const {
     ptx::warp_barrier();  // all lanes have
-    if (ptx::lane() == 0) ptx::raise_in_memory(flag(static_cast<int32_t>(ptx::cta_x())), 1);
+    if (ptx::lane() == 0) ptx::raise_in_memory(flag(slot), 1);
+  }
+  FLASHSPARK_DEVICE void add(int32_t slot, KeyGradient<T, T::kHeadDim> &dk, KeyGradient<T, T::kHeadDimV> &dv) const {
+    if (ptx::lane() == 0) ptx::wait_until_at_least(flag(slot), 1);
+    ptx::warp_barrier();
+    for_each(slot, dk, dv, [](auto &gradient, const float *from) { add_left_gradient<T>(gradient, from); });
   }
   FLASHSPARK_DEVICE void join(const Piece &piece, KeyGradient<T, T::kHeadDim> &dk,
                               KeyGradient<T, T::kHeadDimV> &dv) const {
     FLASHSPARK_NO_UNROLL
-    for (auto cta = static_cast<int32_t>(ptx::cta_x()); first_position(a, cta) > piece.tile_first; --cta) {
-      if (ptx::lane() == 0) ptx::wait_until_at_least(flag(cta - 1), 1);
-      ptx::warp_barrier();
-      for_each(cta - 1, dk, dv, [](auto &gradient, const float *from) { add_left_gradient<T>(gradient, from); });
-    }
+    for (auto cta = static_cast<int32_t>(ptx::cta_x()); first_position(a, cta) > piece.tile_first; --cta)
+      add(cta - 1, dk, dv);
   }
 };
 

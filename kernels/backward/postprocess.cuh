@@ -14,7 +14,6 @@ constexpr int32_t kPostprocessThreads = 128;
 // four numbers of every lane.
 struct SummedRows {
   const float *sums;
-  int64_t second;  // 0, or so many numbers behind these are others, to be added to them
   int32_t sum_columns;
   void *to;  // the first row
   int64_t token_stride;
@@ -44,11 +43,21 @@ FLASHSPARK_DEVICE void store_pair(const SummedRows &r, const SummedPair &pair, i
   }
 }
 
+FLASHSPARK_DEVICE void add_pair(SummedPair &sum, const ptx::Vector16 *from) {
+  FLASHSPARK_UNROLL
+  for (int32_t lane = 0; lane < 4; ++lane) {
+    const ptx::Vector16 other = from[lane];
+    FLASHSPARK_UNROLL
+    for (int32_t e = 0; e < 4; ++e)
+      sum.lane[lane].word[e] = ptx::as_word(ptx::as_float(sum.lane[lane].word[e]) + ptx::as_float(other.word[e]));
+  }
+}
+
 // Every `parts`th 16 rows, from number `part` on. A thread takes kPairsAtOnce pairs of rows, and loads all of them
-// before it stores one.
-template <class Element>
-FLASHSPARK_DEVICE void store_rows(const SummedRows &r, int32_t part, int32_t parts) {
-  constexpr int32_t kPairsAtOnce = 2;
+// before it stores one. With two sums the other one lies `second` numbers behind, and is added to the first.
+template <class Element, bool two_sums = false>
+FLASHSPARK_DEVICE void store_rows(const SummedRows &r, int32_t part, int32_t parts, int64_t second = 0) {
+  constexpr int32_t kPairsAtOnce = two_sums ? 1 : 2;
   // A pair of rows is of as many threads as it has chunks, up to a power of two.
   const int32_t chunks = r.columns / 8, all_chunks = r.sum_columns / 8;
   const int32_t log2_lanes = chunks <= 8 ? 3 : chunks <= 16 ? 4 : 5, pass_pairs = kPostprocessThreads >> log2_lanes;
@@ -68,17 +77,7 @@ FLASHSPARK_DEVICE void store_rows(const SummedRows &r, int32_t part, int32_t par
           reinterpret_cast<const ptx::Vector16 *>(r.sums) + ((atom * all_chunks + chunk) * 32 + pair % 8 * 4);
       FLASHSPARK_UNROLL
       for (int32_t lane = 0; lane < 4; ++lane) pairs[i].lane[lane] = from[lane];
-      if (r.second == 0) continue;
-      from += r.second / 4;
-      FLASHSPARK_UNROLL
-      for (int32_t lane = 0; lane < 4; ++lane) {
-        const ptx::Vector16 more = from[lane];
-        FLASHSPARK_UNROLL
-        for (int32_t e = 0; e < 4; ++e) {
-          uint32_t &sum = pairs[i].lane[lane].word[e];
-          sum = ptx::as_word(ptx::as_float(sum) + ptx::as_float(more.word[e]));
-        }
-      }
+      if constexpr (two_sums) add_pair(pairs[i], from + second / 4);
     }
     FLASHSPARK_UNROLL
     for (int32_t i = 0; i < kPairsAtOnce; ++i) {
@@ -100,68 +99,8 @@ FLASHSPARK_DEVICE void wait_for_sums(const BackwardArguments &a, const RowBlock 
   ptx::cta_barrier();
 }
 
-// The same of the sum of layers, in their order, by kLayerParts CTAs. A thread takes what one lane of the main kernel
-// has summed, and loads several layers before it adds one.
 template <class Element>
-FLASHSPARK_DEVICE void store_layers(const SummedRows &r, int32_t layers, int64_t stride, int32_t part) {
-  constexpr int32_t kLayersAtOnce = 6, kStep = kLayerParts * kPostprocessThreads;
-  const int32_t lanes = r.columns / 8 * 4, all_chunks = r.sum_columns / 8;
-  FLASHSPARK_NO_UNROLL
-  for (int32_t n = part * kPostprocessThreads + static_cast<int32_t>(ptx::thread_index()); n < r.rows / 2 * lanes;
-       n += kStep) {
-    const int32_t pair = quotient(n, lanes), column = n - pair * lanes, row = pair / 8 * 16 + pair % 8;
-    const float *from = r.sums + ((pair / 8 * all_chunks + column / 4) * 32 + pair % 8 * 4 + column % 4) * 4;
-    float sum[4] = {};
-    FLASHSPARK_NO_UNROLL
-    for (int32_t first = 0; first < layers; first += kLayersAtOnce) {
-      ptx::Vector16 loaded[kLayersAtOnce];
-      FLASHSPARK_UNROLL
-      for (int32_t i = 0; i < kLayersAtOnce; ++i) {
-        if (first + i < layers) loaded[i] = *reinterpret_cast<const ptx::Vector16 *>(from + (first + i) * stride);
-      }
-      FLASHSPARK_UNROLL
-      for (int32_t i = 0; i < kLayersAtOnce; ++i) {
-        FLASHSPARK_UNROLL
-        for (int32_t e = 0; e < 4; ++e) {
-          if (first + i < layers) sum[e] += ptx::as_float(loaded[i].word[e]);
-        }
-      }
-    }
-    FLASHSPARK_UNROLL
-    for (int32_t half = 0; half < 2; ++half) {
-      const int32_t at = row + half * 8;
-      if (at >= r.end) continue;
-      const uint32_t packed = ptx::pack<Element>(sum[2 * half] * r.scale, sum[2 * half + 1] * r.scale);
-      auto *const to = static_cast<Element *>(r.to) + at * r.token_stride + column * 2;
-      *reinterpret_cast<uint32_t *>(to) = at < r.in_use ? packed : 0;
-    }
-  }
-}
-
-// Which tiles of keys have left something of a block of rows, where each has a layer of its own: all sequences have the
-// same lengths then.
-FLASHSPARK_DEVICE Interval layers_of_block(const BackwardArguments &a, const RowBlock &block) {
-  const int32_t keys = min_of(a.max_seqlen_k, a.key_rows);
-  const SequenceMask mask{0, 0, keys, keys - a.max_seqlen_q, a.causal != 0, 0};
-  Interval found{0, 0};
-  for (int32_t base = 0; base < a.num_key_tiles; base += 32) {
-    const int32_t first = (base + ptx::lane()) * a.key_tile;
-    const Interval visited =
-        tokens_of_keys<false>(a, mask, {first, min_of(first + a.key_tile, keys)}, a.max_seqlen_q).visited;
-    const uint32_t has =
-        ptx::ballot(!is_empty(visited) && visited.begin < block.first + a.row_block && visited.end > block.first);
-    if (has == 0) continue;
-    // They follow each other.
-    const uint32_t first_bit = ptx::lowest_bit(has), behind = ~(has >> first_bit);
-    const int32_t begin = base + static_cast<int32_t>(first_bit);
-    if (is_empty(found)) found.begin = begin;
-    found.end = begin + (behind == 0 ? 32 : static_cast<int32_t>(ptx::lowest_bit(behind)));
-  }
-  return found;
-}
-
-template <class Element>
-FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta, int32_t part) {
+FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta) {
   const Quotient at = split(cta, a.num_row_blocks);
   const int32_t head = at.quotient;
   // Lengths are not of the kernel before, which has waited itself for those that wrote them.
@@ -172,24 +111,20 @@ FLASHSPARK_DEVICE void store_dq(const BackwardArguments &a, int32_t cta, int32_t
   const int64_t padded = static_cast<int64_t>(head) * a.padded_rows + at.remainder * a.row_block;
   wait_for_sums(a, block, head);
   if (!block.valid) return;
-  SummedRows rows{a.dq_sum + padded * a.sum_columns,
-                  a.dq_sum_rows * a.sum_columns,
-                  a.sum_columns,
-                  dq,
-                  a.dq_strides.token,
-                  a.row_block,
-                  a.head_dim,
-                  block.end - block.first,
-                  block.tokens - block.first,
-                  a.softmax_scale};
-  if (a.dq_layer_rows == 0) {
+  const SummedRows rows{a.dq_sum + padded * a.sum_columns,
+                        a.sum_columns,
+                        dq,
+                        a.dq_strides.token,
+                        a.row_block,
+                        a.head_dim,
+                        block.end - block.first,
+                        block.tokens - block.first,
+                        a.softmax_scale};
+  if (a.dq_sum_rows != 0 && has_second_sum(a, quotient(block.first, a.row_block * kWalkTurnBlocks))) {
+    store_rows<Element, true>(rows, 0, 1, a.dq_sum_rows * a.sum_columns);
+  } else {
     store_rows<Element>(rows, 0, 1);
-    return;
   }
-  const Interval layers = layers_of_block(a, block);
-  const int64_t stride = a.dq_layer_rows * a.sum_columns;
-  rows.sums += layers.begin * stride;
-  store_layers<Element>(rows, layers.end - layers.begin, stride, part);
 }
 
 template <class Element>
@@ -205,7 +140,7 @@ FLASHSPARK_DEVICE void store_dk_and_dv(const BackwardArguments &a, int32_t cta) 
     if (sums == nullptr) return;
     auto *to = static_cast<Element *>(data) + tile.batch * strides.batch + tile.head_kv * strides.head +
                (tile.row + tile.first) * strides.token;
-    store_rows<Element>({sums + int64_t{tile.number} * a.key_tile * sum_columns, 0, sum_columns, to, strides.token,
+    store_rows<Element>({sums + int64_t{tile.number} * a.key_tile * sum_columns, sum_columns, to, strides.token,
                          a.key_tile, columns, held, held, scale},
                         part, a.head_parts);
   };
@@ -217,12 +152,10 @@ template <class Element>
 FLASHSPARK_DEVICE void postprocess(const BackwardArguments &a) {
   ptx::warm_constant_cache(a);
   const auto cta = static_cast<int32_t>(ptx::cta_x());
-  const int32_t parts = a.dq_layer_rows != 0 ? kLayerParts : 1;
   const int32_t of_dq =
-      a.dq_sum != nullptr ? a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value) * parts : 0;
+      a.dq_sum != nullptr ? a.num_row_blocks * a.num_heads_kv * static_cast<int32_t>(a.group.value) : 0;
   if (cta < of_dq) {
-    const Quotient at = split(cta, parts);
-    store_dq<Element>(a, at.quotient, at.remainder);
+    store_dq<Element>(a, cta);
   } else {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();

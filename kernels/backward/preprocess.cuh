@@ -84,8 +84,9 @@ FLASHSPARK_DEVICE void zero_outputs(const BackwardArguments &a, int32_t ctas) {
 FLASHSPARK_DEVICE void zero_all_sums(const BackwardArguments &a, int64_t first_row, int32_t num_ctas) {
   const auto cta = static_cast<int32_t>(ptx::cta_x()), thread = static_cast<int32_t>(ptx::thread_index());
   const int64_t of_block = int64_t{a.row_block} * a.sum_columns;
-  if (a.dq_sum != nullptr && a.dq_layer_rows == 0) zero_sums(a.dq_sum + first_row * a.sum_columns, of_block, 0, 1);
-  if (a.dq_sum_rows != 0) zero_sums(a.dq_sum + (a.dq_sum_rows + first_row) * a.sum_columns, of_block, 0, 1);
+  const bool zeroed = a.num_walks == 0;  // the first CTA of a turn of a walk stores
+  if (a.dq_sum != nullptr && zeroed) zero_sums(a.dq_sum + first_row * a.sum_columns, of_block, 0, 1);
+  if (a.dq_sum_rows != 0 && zeroed) zero_sums(a.dq_sum + (a.dq_sum_rows + first_row) * a.sum_columns, of_block, 0, 1);
   if (a.dq_turns != nullptr && thread == 0) a.dq_turns[cta] = 0;
   if (a.dq_sum_rows != 0 && thread == 0) a.dq_turns[num_ctas + cta] = 0;
   if (a.added_blocks != nullptr && thread == 0) {
@@ -93,7 +94,7 @@ FLASHSPARK_DEVICE void zero_all_sums(const BackwardArguments &a, int64_t first_r
     for (int32_t n = cta; n < all; n += num_ctas) a.added_blocks[n] = 0;
   }
   if (a.piece_flags != nullptr && thread < a.slot_warps) {
-    for (int32_t n = cta; n < a.num_pieces; n += num_ctas) a.piece_flags[n * a.slot_warps + thread] = 0;
+    for (int32_t n = cta; n < a.num_slots; n += num_ctas) a.piece_flags[n * a.slot_warps + thread] = 0;
   }
   const int64_t keys =
       int64_t{a.num_key_tiles} * a.key_tile * a.num_heads_kv * (a.cu_seqlens_k == nullptr ? a.num_seqs : 1);

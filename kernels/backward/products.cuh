@@ -183,22 +183,10 @@ FLASHSPARK_DEVICE void query_product(QueryGradient<T> &dq, ptx::SharedAddress sc
   }
 }
 
-// Adds to what other CTAs add, or stores where no other one does.
+// `sums` is at the block's rows. sign: of walks, less than 0 where none has added before.
 template <class T>
-FLASHSPARK_DEVICE void add_to_sums(float *to, const float (&x)[4]) {
-  if constexpr (T::kLayered) {
-    ptx::Vector16 four;
-    FLASHSPARK_UNROLL
-    for (int32_t e = 0; e < 4; ++e) four.word[e] = ptx::as_word(x[e]);
-    *reinterpret_cast<ptx::Vector16 *>(to) = four;
-  } else {
-    ptx::add_to_memory_4(to, x);
-  }
-}
-
-// `sums` is at the block's rows.
-template <class T>
-FLASHSPARK_DEVICE void add_query_gradient(float *sums, const QueryGradient<T> &dq, const BackwardOffsets<T> &lane) {
+FLASHSPARK_DEVICE void add_query_gradient(float *sums, const QueryGradient<T> &dq, const BackwardOffsets<T> &lane,
+                                          [[maybe_unused]] int32_t sign = 0) {
   const int32_t warp = ptx::warp();
   const int32_t atom = warp / T::kSumColumnWarps * T::kSumAtoms,
                 column = warp % T::kSumColumnWarps * (T::kSumColumns / 8);
@@ -208,7 +196,11 @@ FLASHSPARK_DEVICE void add_query_gradient(float *sums, const QueryGradient<T> &d
     FLASHSPARK_UNROLL
     for (int32_t n = 0; n < T::kSumColumns / 8; ++n) {
       float *const to = sums + (m * (T::kHeadDim / 8) + n) * 128;
-      add_to_sums<T>(to, dq.at[m][n]);
+      if constexpr (T::kHasWalks) {
+        ptx::store_or_add_to_memory_4(sign, to, dq.at[m][n]);
+      } else {
+        ptx::add_to_memory_4(to, dq.at[m][n]);
+      }
     }
   }
 }

@@ -61,13 +61,13 @@ struct RowLoop {
   FLASHSPARK_DEVICE int64_t padded_row(const RowWalk &at) const {
     return static_cast<int64_t>(at.head) * a.padded_rows + first_padded_row + at.block * T::kRows;
   }
-  // Of the CTA's layer of dq.
-  FLASHSPARK_DEVICE int64_t layer_row() const { return first_key / T::kKeys * a.dq_layer_rows; }
-  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) {
-    float *const to = a.dq_sum + (padded_row(at) + (T::kLayered ? layer_row() : 0)) * T::kHeadDim;
+  FLASHSPARK_DEVICE void add_to_dq(const RowWalk &at, int32_t stage) { add_to_dq(padded_row(at), stage); }
+  // row: of the sums; sign: less than 0 where none has added to it.
+  FLASHSPARK_DEVICE void add_to_dq(int64_t row, int32_t stage, int32_t sign = 0) {
+    float *const to = a.dq_sum + row * T::kHeadDim;
     QueryGradient<T> dq{};
     query_product(dq, dscores(stage), shared, lane);
-    add_query_gradient(to, dq, lane);
+    add_query_gradient(to, dq, lane, sign);
   }
 
   // A phase of the one ends when a block's Q and dO are here, and dS^T of the block before; of the other one when all

@@ -25,6 +25,7 @@ struct BackwardMemory {
   int32_t modified, state;   // of the same: kModifiedBytes of each pair of warps, kStateBytes of each warp
   // What would have to stay in registers through the loop (pieces.cuh, turns.cuh); not of native ones, which are full.
   int32_t pieces, turns;
+  int32_t walk_turns;  // walk_turns.cuh
   int32_t total;
 };
 
@@ -81,7 +82,8 @@ constexpr BackwardMemory backward_memory(const BackwardInstance &instance, const
   m.barriers = m.draws + (dropout ? tile.threads() * 16 : 0);
   m.pieces = m.barriers + (dropout ? 4 * 8 : two_of_all ? 2 * 8 : 0);
   m.turns = m.pieces + (native ? 0 : tile.warps * kPieceBytes);
-  m.total = m.turns + (native ? 0 : kTurnBytes);
+  m.walk_turns = m.turns + (native ? 0 : kTurnBytes);
+  m.total = m.walk_turns + (tile.order == SumOrder::walks ? kMostWalkTurns * (8 + 4 * kWalkTurnBlocks) : 0);
   return m;
 }
 

@@ -51,9 +51,10 @@ struct BackwardTraits {
   static constexpr int32_t kScoreRows = kTile.score_rows;
   static constexpr int32_t kRowSteps = kScoreRows / 16;  // k16 steps of dV and dK
   static constexpr RowStages kStages = kTile.stages;
-  static constexpr bool kKeepsAddresses = arch != Architecture::sm_120f;  // block_copies.cuh
+  static constexpr bool kKeepsAddresses =
+      arch != Architecture::sm_120f && kTile.order != SumOrder::walks;  // block_copies.cuh
   static constexpr bool kInTurns = kTile.order == SumOrder::turns, kAsAsked = kTile.order == SumOrder::as_asked;
-  static constexpr bool kLayered = kTile.order == SumOrder::layers;
+  static constexpr bool kHasWalks = kTile.order == SumOrder::walks;
   static constexpr bool kPaired = kTile.sharing != KeySharing::none;
   static constexpr bool kColumns = kTile.sharing == KeySharing::columns;
   static constexpr int32_t kGradientColumns = kHeadDim / (kWarps / 2);  // of a warp with kColumns

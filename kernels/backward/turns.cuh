@@ -25,7 +25,7 @@ struct Turns {
 
   static constexpr bool kMayBeTaken = T::kInTurns || T::kAsAsked;
   static FLASHSPARK_DEVICE bool are_taken(const BackwardArguments &a) {
-    return T::kInTurns || (T::kAsAsked && a.dq_turns != nullptr);
+    return T::kInTurns || T::kHasWalks || (T::kAsAsked && a.dq_turns != nullptr);
   }
   static FLASHSPARK_DEVICE Interval groups(Interval blocks) {
     const int32_t begin = blocks.begin / kBlocks;

@@ -70,6 +70,25 @@ FLASHSPARK_DEVICE void add_to_memory_4(float *to, const float (&x)[4]) {
 #endif
 }
 
+// The same, or a store where `sign` is less than 0, without a branch.
+FLASHSPARK_DEVICE void store_or_add_to_memory_4(int32_t sign, float *to, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred stores;\nsetp.lt.s32 stores, %5, 0;\n@stores st.global.v4.f32 [%0], {%1, %2, %3, %4};\n"
+      "@!stores red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(__cvta_generic_to_global(to)),
+      "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(sign)
+      : "memory");
+#else
+  for (int n = 0; n < 4; ++n) {
+    if (sign < 0) {
+      to[n] = x[n];
+    } else {
+      add_to_memory(to + n, x[n]);
+    }
+  }
+#endif
+}
+
 // ld.acquire until memory has the value or a larger one; red.release.max, which raises it to one, and red.release.add.
 FLASHSPARK_DEVICE void wait_until_at_least(const int32_t *from, int32_t value) {
   int32_t x;

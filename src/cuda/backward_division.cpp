@@ -1,6 +1,7 @@
 #include "cuda/backward_division.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "mod.hpp"
 
@@ -10,11 +11,12 @@ namespace {
 // In rows, what a CTA takes for sums in memory that several CTAs add to (docs/experiments.md E92).
 constexpr int64_t kRowsOfSums = 128;
 // In rows, too, how far a CTA that adds to dq in turns stays behind the one before it. What a row takes with turns, in
-// a loop of their own or beside the other one, and of a row and a tile of keys what it takes to add up their layer of
-// dq.
+// a loop of their own or beside the other one.
 constexpr int64_t kRowsOfTurn = 170;
-constexpr double kTurnCost = 1.05, kTurnCostAsAsked = 1.2, kLayerCost = 0.25;
-constexpr int64_t kMaxLayerBytes = 256 << 20;
+constexpr double kTurnCost = 1.05, kTurnCostAsAsked = 1.2;
+// Walks are for grids whose CTAs begin together, about.
+constexpr int64_t kWavesOfWalks = 2;
+constexpr double kNever = 1e3;
 // As many CTAs an SM are few: their rows are in L2 whatever their order.
 constexpr int64_t kFewCtas = 4;
 // How far at least a CTA stays behind the one before it in turns of a few steps.
@@ -61,6 +63,13 @@ VisitedRows visited_rows(const Params &p, const BackwardTile &tile) {
   return v;
 }
 
+// Of a head: of a tile of keys, or of a pair of them.
+int64_t turns_of_walk(const Params &p, const BackwardTile &tile) {
+  const int64_t turns = ceil_div(p.max_seqlen_q, tile.rows) / kWalkTurnBlocks;
+  const int64_t of_tile = tile.keys() / (tile.rows * kWalkTurnBlocks);
+  return p.causal != 0 ? 2 * turns - (ceil_div(p.max_seqlen_k, tile.keys()) - 1) * of_tile : turns;
+}
+
 // What there is to divide.
 struct Work {
   const Params &p;
@@ -77,7 +86,7 @@ struct Work {
         places(int64_t{machine.sm_count} * of.min_ctas),
         rows_of_tile(int64_t{of.tile_blocks()} * of.rows) {}
 
-  bool in_turns() const { return p.deterministic != 0 && tile.order != SumOrder::layers; }
+  bool in_turns() const { return p.deterministic != 0 && tile.order != SumOrder::walks; }
   double cost_of_rows(double n) const { return n * static_cast<double>(tile.keys() * tile.min_ctas); }
   double per_place(int64_t n) const { return static_cast<double>(n) / static_cast<double>(places); }
 };
@@ -122,6 +131,35 @@ void try_pieces(const Work &w, BackwardDivision &best) {
   take(pieces, static_cast<double>(rows) / static_cast<double>(pieces) + static_cast<double>(w.rows_of_tile));
 }
 
+// Walks of some query heads of a group (kernels/backward/walks.cuh), and CTAs with equal parts of them.
+BackwardDivision divide_walks(const Work &w) {
+  const Params &p = w.p;
+  const bool has_pairs = p.causal != 0;
+  const int64_t tiles = w.rows.tiles / p.num_seqs, walks = has_pairs ? ceil_div(tiles, 2) : tiles;
+  const int64_t turns = ceil_div(p.max_seqlen_q, w.tile.rows) / kWalkTurnBlocks;
+  BackwardDivision best{.cost = std::numeric_limits<double>::max()};
+  for (int64_t n = 1; n <= w.group; ++n) {
+    // Of equals that with the fewest parts without a mask, where parts bring tiles closer together; else that with the
+    // most heads, whose CTAs leave the fewest sums.
+    const int64_t heads = has_pairs ? w.group + 1 - n : n;
+    if (w.group % heads != 0) continue;
+    const int64_t all = walks * p.num_seqs * p.num_heads_q / heads, length = heads * turns_of_walk(p, w.tile);
+    int64_t parts = std::max<int64_t>(1, std::min(w.places / all, has_pairs ? length : turns / tiles));
+    // Of more heads the parts of other pairs, which are cut elsewhere, would be there before their turn.
+    if (has_pairs && heads > 2) parts = 1;
+    const int64_t turns_of_part = has_pairs ? ceil_div(length, parts) : heads * ceil_div(turns, parts);
+    if (heads > 1 && turns_of_part > kMostWalkTurns) continue;
+    const int64_t rows = turns_of_part * kWalkTurnBlocks * w.tile.rows + (has_pairs ? 2 : 1) * w.rows_of_tile;
+    const int64_t waves = ceil_div(all * parts, w.places);
+    const double row_cost = waves > kWavesOfWalks ? kTurnCost * kNever : kTurnCost;
+    const double cost = w.cost_of_rows(row_cost * static_cast<double>(waves * rows));
+    if (cost >= best.cost) continue;
+    const int64_t head_rows = (w.rows.all * w.group + w.rows.tiles * w.rows_of_tile) / p.num_seqs;
+    best = {1, all * parts, head_rows / w.tile.rows, cost, walks, heads, parts};
+  }
+  return best;
+}
+
 }  // namespace
 
 int64_t key_tiles_of_head(const Params &p, int64_t keys) {
@@ -142,15 +180,19 @@ int64_t section_heads(const Params &p, const BackwardTile &tile, int64_t ctas, i
   return kSectionHeads;
 }
 
-bool fits_layers(const BackwardInstance &instance, const Params &p) {
+bool fits_walks(const BackwardInstance &instance, const Params &p) {
   const BackwardTile &tile = instance.sm_120f;
-  const int64_t rows = p.num_seqs * ceil_div(p.max_seqlen_q, tile.rows) * tile.rows;
-  const int64_t numbers = key_tiles_of_head(p, tile.keys()) * p.num_heads_q * rows * instance.head_dim;
-  return lengths_are_equal(p) && numbers <= kMaxLayerBytes / 4;
+  const int64_t blocks = ceil_div(p.max_seqlen_q, tile.rows), tiles = ceil_div(p.max_seqlen_k, tile.keys());
+  if (!lengths_are_equal(p) || p.window_left >= 0 || p.window_right >= 0 || blocks % kWalkTurnBlocks != 0) return false;
+  // Each tile begins with other rows, a turn at least from those of the next one.
+  const bool has_room = p.causal != 0 ? p.max_seqlen_q == p.max_seqlen_k : blocks / kWalkTurnBlocks >= tiles;
+  const bool has_numbers = 2 * p.num_heads_q * p.num_seqs * blocks * tile.rows <= INT32_MAX;  // of rows of both sums
+  return has_room && has_numbers && turns_of_walk(p, tile) <= kMostWalkTurns;
 }
 
 BackwardDivision divide_backward(const BackwardInstance &instance, const Params &p, const Machine &machine) {
   const Work w(p, instance.tile(machine.arch), machine);
+  if (w.tile.order == SumOrder::walks) return divide_walks(w);
   BackwardDivision best = whole_tiles(w, 1);
   // Two numbers have one sum, in whatever order they come.
   const int64_t most_parts = p.deterministic == 0 ? w.group : w.group % 2 == 0 ? 2 : 1;
@@ -162,8 +204,6 @@ BackwardDivision divide_backward(const BackwardInstance &instance, const Params 
                                instance.score_mod != ScoreMod::native && w.tile.sharing != KeySharing::columns &&
                                !w.in_turns();
   if (can_have_pieces && w.rows.tiles * p.num_heads_kv <= kFewCtas * w.places) try_pieces(w, best);
-  if (w.tile.order == SumOrder::layers)
-    best.cost += w.cost_of_rows(kLayerCost * w.per_place(w.rows.all * p.num_heads_q));
   return best;
 }
 

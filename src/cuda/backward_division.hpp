@@ -12,6 +12,8 @@ struct BackwardDivision {
   int64_t num_pieces = 0;   // > 0: CTAs with equal parts of all tiles (kernels/backward/pieces.cuh)
   int64_t head_length = 1;  // with pieces: positions of the tiles of a KV head
   double cost;              // about how long it takes, in products of a row with a key
+  // With pieces in turns (kernels/backward/walks.cuh): walks of so many query heads of a group, and parts of each.
+  int64_t num_walks = 0, walk_heads = 0, walk_parts = 0;
 };
 
 // Key tiles of a KV head: of one sequence, or with cu_seqlens_k of all (bound).
@@ -20,8 +22,8 @@ int64_t key_tiles_of_head(const Params &p, int64_t keys);
 // Of so many heads, how many at most take turns with their tiles of keys.
 int64_t section_heads(const Params &p, const BackwardTile &tile, int64_t ctas, int64_t places, int64_t heads);
 
-// Whether each tile of keys may have a layer of dq of its own (SumOrder::layers).
-bool fits_layers(const BackwardInstance &instance, const Params &p);
+// Whether CTAs may have parts of walks (SumOrder::walks).
+bool fits_walks(const BackwardInstance &instance, const Params &p);
 
 // The fastest for an instance that can run p.
 BackwardDivision divide_backward(const BackwardInstance &instance, const Params &p, const Machine &machine);

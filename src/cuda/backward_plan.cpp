@@ -79,6 +79,16 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
     a.longer_pieces = static_cast<int32_t>(all % pieces);
     const int64_t of_tiles = key_tiles * plan.tile->tile_blocks(), group = p.num_heads_q / p.num_heads_kv;
     a.head_blocks = static_cast<int32_t>((division.head_length - of_tiles) / group);
+    a.num_walks = static_cast<int32_t>(division.num_walks);
+    a.walk_heads = static_cast<int32_t>(division.walk_heads);
+    a.walk_parts = static_cast<int32_t>(division.walk_parts);
+    a.num_slots = a.num_pieces;
+    if (division.num_walks > 0) {
+      // The last CTAs of a KV head leave nothing; else a part of a pair may leave sums of both tiles, where other query
+      // heads of the group are of other CTAs.
+      const int64_t leaves = pieces - heads * division.num_walks;
+      a.num_slots = static_cast<int32_t>(p.causal != 0 && division.walk_heads < group ? 2 * leaves : leaves);
+    }
   }
   a.section_heads = static_cast<int32_t>(section);
   const auto grid = [](int64_t n) { return static_cast<uint32_t>(n); };
@@ -86,8 +96,7 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
   plan.main = {{grid(ctas), 1, 1},
                static_cast<uint32_t>(plan.tile->threads()),
                static_cast<uint32_t>(shared_bytes(*plan.instance, *plan.tile))};
-  const int64_t dq_parts = plan.tile->order == SumOrder::layers ? kLayerParts : 1;
-  const int64_t summed = (a.dq != nullptr ? blocks * p.num_heads_q * dq_parts : 0) + (parts > 1 ? ctas : 0);
+  const int64_t summed = (a.dq != nullptr ? blocks * p.num_heads_q : 0) + (parts > 1 ? ctas : 0);
   if (summed > 0)
     plan.postprocess = {{grid(summed), 1, 1}, traits_of(Operation::attention_backward_postprocess).threads};
 }
@@ -96,22 +105,18 @@ void set_blocks(const Params &p, const Shape &shape, const Machine &machine, Bac
 void set_gradient_sums(const Params &p, BackwardPlan &plan) {
   const BackwardArguments &a = plan.arguments;
   plan.row_bytes = static_cast<size_t>(p.num_heads_q) * static_cast<size_t>(a.padded_rows) * sizeof(float);
-  const bool layers = plan.tile->order == SumOrder::layers;
-  if (layers) plan.arguments.dq_layer_rows = p.num_heads_q * a.padded_rows;
   const int64_t sums = plan.tile->dq_sums();
   if (a.dq != nullptr && sums > 1) plan.arguments.dq_sum_rows = p.num_heads_q * a.padded_rows;
-  if (a.dq != nullptr)
-    plan.dq_bytes =
-        plan.row_bytes * static_cast<size_t>(a.sum_columns) * static_cast<size_t>(layers ? a.num_key_tiles : sums);
-  if (a.dq != nullptr && p.deterministic != 0 && !layers) {
+  if (a.dq != nullptr) plan.dq_bytes = plan.row_bytes * static_cast<size_t>(a.sum_columns) * static_cast<size_t>(sums);
+  if (a.dq != nullptr && p.deterministic != 0) {
     // A multiple of 16 bytes, as all is that lies before the others.
     const int64_t turns = sums * p.num_heads_q * a.num_row_blocks;
     plan.turn_bytes = static_cast<size_t>(ceil_div(turns, 4)) * 16;
   }
-  const auto pieces = static_cast<size_t>(a.num_pieces);
-  plan.piece_bytes = pieces * static_cast<size_t>(a.key_tile * (a.sum_columns + a.sum_columns_v)) * sizeof(float);
-  plan.flag_bytes = pieces * static_cast<size_t>(plan.tile->warps) * sizeof(int32_t);
-  if (a.dq != nullptr && pieces > 0) {
+  const auto slots = static_cast<size_t>(a.num_slots);
+  plan.piece_bytes = slots * static_cast<size_t>(a.key_tile * (a.sum_columns + a.sum_columns_v)) * sizeof(float);
+  plan.flag_bytes = slots * static_cast<size_t>(plan.tile->warps) * sizeof(int32_t);
+  if (a.dq != nullptr && a.num_pieces > 0) {
     const int64_t heads = p.num_seqs * p.num_heads_q;
     plan.added_bytes = static_cast<size_t>(ceil_div(heads, 4)) * 16;  // as turn_bytes
   }
@@ -148,9 +153,9 @@ void set_sums(const Params &p, BackwardPlan &plan) {
 bool fits(const BackwardInstance &instance, const Params &p) {
   if (takes_backward_functions(p) != is_of_functions(instance.index)) return false;
   const BackwardTile &tile = instance.sm_120f;
-  const bool is_ordered = tile.order == SumOrder::turns || tile.order == SumOrder::layers;
+  const bool is_ordered = tile.order == SumOrder::turns || tile.order == SumOrder::walks;
   if (p.deterministic != 0 ? tile.order == SumOrder::unordered : is_ordered) return false;
-  if (tile.order == SumOrder::layers && !fits_layers(instance, p)) return false;
+  if (tile.order == SumOrder::walks && !fits_walks(instance, p)) return false;
   if (p.head_dim > instance.head_dim || p.head_dim_v > instance.head_dim_v) return false;
   const bool modified = shape_of(p).needs_score_mod, drops = p.dropout_p > 0;
   switch (instance.score_mod) {
@@ -228,7 +233,10 @@ std::string to_string(const BackwardPlan &plan) {
             (plan.functions && plan.functions->block_sparse ? ", over block lists" : "") + ", tile " +
             std::to_string(plan.tile->rows) + " x " + std::to_string(plan.tile->keys()) +
             (plan.arguments.head_parts > 1 ? ", a query head a CTA" : "") +
-            (plan.arguments.num_pieces > 0 ? ", equal parts of all tiles" : "") + "\n";
+            (plan.arguments.num_walks > 0    ? ", equal parts of walks"
+             : plan.arguments.num_pieces > 0 ? ", equal parts of all tiles"
+                                             : "") +
+            "\n";
   }
   if (plan.postprocess.grid[0] > 0) text += to_string(plan.postprocess_key(), plan.postprocess) + "\n";
   if (plan.sums.grid[0] > 0) text += to_string(plan.sums_key(), plan.sums) + "\n";
@@ -237,7 +245,6 @@ std::string to_string(const BackwardPlan &plan) {
          (plan.arguments.dq_sum_rows > 0 ? "dq in float32, twice, "
           : plan.dq_bytes > 0            ? "dq in float32, "
                                          : "") +
-         (plan.arguments.dq_layer_rows > 0 ? "once for each tile of keys, " : "") +
          (plan.dk_bytes + plan.dv_bytes + plan.piece_bytes > 0 ? "dk and dv in float32, " : "") + "two values a row" +
          (plan.functions && plan.functions->block_bytes > 0 ? ", a byte for each pair of blocks" : "") +
          (plan.functions && plan.functions->sums_exactly() ? ", exact sums for captured tensors" : "") + "\n";

@@ -150,7 +150,7 @@ TEST_F(Backward, DeterministicOnesTakeTurns) {
   const BackwardArguments &a = fake.launches[1].backward;
   EXPECT_EQ(a.head_parts, 2);  // of four query heads: two sums are added to 0
   EXPECT_NE(a.dk_sum, nullptr);
-  EXPECT_EQ(a.dq_layer_rows, 0);
+  EXPECT_EQ(a.dq_sum_rows, 0);
   ASSERT_NE(a.dq_turns, nullptr);
   EXPECT_EQ(reinterpret_cast<char *>(a.dq_sum) - reinterpret_cast<char *>(a.dq_turns),
             int64_t{8} * a.num_row_blocks * 4);
@@ -160,15 +160,17 @@ TEST_F(Backward, DeterministicOnesTakeTurns) {
   EXPECT_EQ(fake.launches.back().backward.dq_turns, nullptr);
 }
 
-TEST_F(Backward, DeterministicOnesHaveLayersOfDqOnSmallGrids) {
-  b.forward.deterministic = 1;
+TEST_F(Backward, DeterministicOnesHaveTwoSumsOfDqOnSmallGrids) {
+  b.forward.deterministic = 1, b.forward.max_seqlen_k = 200;
   run();
   const BackwardPlan plan = make_backward_plan(b, device_facts(0).machine);
   const BackwardArguments &a = fake.launches[1].backward;
-  EXPECT_EQ(a.dq_turns, nullptr);
-  EXPECT_EQ(a.dq_layer_rows, 8 * 256);
-  EXPECT_EQ(plan.dq_bytes, size_t{3} * 8 * 256 * 128 * sizeof(float));
-  EXPECT_NE(explain(FLASHSPARK_OK).find("once for each tile of keys"), std::string::npos);
+  EXPECT_GT(a.num_walks, 0);
+  EXPECT_EQ(a.dq_sum_rows, 8 * 256);
+  EXPECT_EQ(plan.dq_bytes, size_t{2} * 8 * 256 * 128 * sizeof(float));
+  EXPECT_EQ(reinterpret_cast<char *>(a.dq_sum) - reinterpret_cast<char *>(a.dq_turns),
+            int64_t{2} * 8 * a.num_row_blocks * 4);
+  EXPECT_NE(explain(FLASHSPARK_OK).find("dq in float32, twice"), std::string::npos);
 }
 
 // Parts of dsinks and dalibi_slopes lie behind dq's sums and the rows' values; a fourth kernel adds them.

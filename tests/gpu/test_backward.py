@@ -443,7 +443,9 @@ DETERMINISTIC = {
     "window, varlen": Case(
         lengths((900, 900), (1, 1), (333, 500)), (4, 2), varlen=True, options={"causal": True, "window_size": (100, 0)}
     ),
-    "full, layers": Case(lengths((900, 1100)), (8, 4)),
+    "full, walks": Case(lengths((1020, 1100)), (8, 4)),
+    "causal, walks": Case(lengths((1024, 1024)), (16, 8), options={"causal": True}),
+    "causal, walks of four heads": Case(lengths((700, 700), (700, 700)), (8, 2), options={"causal": True}),
     "full, turns": Case(lengths((900, 1100), (1300, 700)), (8, 2), varlen=True),
     "causal, turns": Case(lengths((1500, 1500), (900, 900)), (4, 4), varlen=True, options={"causal": True}),
     "d256": Case(lengths((300, 500)), (4, 2), (256, 256), options={"causal": True}),

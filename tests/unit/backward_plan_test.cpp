@@ -116,33 +116,50 @@ TEST(BackwardPlan, SmallGridsHaveEqualPartsOfTiles) {
   EXPECT_EQ(pieces(), 0);  // lengths may differ
 }
 
-// Layers of dq cost memory and time to add them up, turns the time that CTAs wait for each other.
-TEST(BackwardPlan, DeterministicSumsAreInLayersOnSmallGrids) {
+// They take another dq, and CTAs do not wait for each other.
+TEST(BackwardPlan, DeterministicSumsAreOfWalksOnSmallGrids) {
   const Machine machine{Architecture::sm_90, 132, 50 << 20, 228 << 10};
   BackwardParams b = problem(128, 128, 16, 0);
   Params &p = b.forward;
   p.deterministic = 1, p.num_heads_kv = 8;
   float dq = 0;
   b.dq.data = &dq;
-  const auto order = [&] { return make_backward_plan(b, machine).tile->order; };
-  const auto layer_rows = [&] { return make_backward_plan(b, machine).arguments.dq_layer_rows; };
-  const auto dq_bytes = [&] { return make_backward_plan(b, machine).dq_bytes; };
-  EXPECT_EQ(order(), SumOrder::layers);
-  EXPECT_EQ(layer_rows(), 16 * 1024);
-  EXPECT_EQ(dq_bytes(), size_t{8} * 16 * 1024 * 128 * 4);
-  p.max_seqlen_q = p.max_seqlen_k = 2048;
-  EXPECT_EQ(dq_bytes(), size_t{256} << 20);
+  const auto plan = [&] { return make_backward_plan(b, machine); };
+  const auto has_walks = [&](int32_t walks, int32_t heads, int32_t parts) {
+    const BackwardArguments a = plan().arguments;
+    EXPECT_EQ(a.num_walks, walks);
+    EXPECT_EQ(a.walk_heads, heads);
+    EXPECT_EQ(a.walk_parts, parts);
+  };
+  has_walks(8, 1, 1);
+  EXPECT_EQ(plan().arguments.dq_sum_rows, 16 * 1024);
+  EXPECT_EQ(plan().dq_bytes, size_t{2} * 16 * 1024 * 128 * 4);
+  EXPECT_EQ(plan().arguments.num_pieces, 128);
   p.causal = 1;
-  EXPECT_EQ(order(), SumOrder::layers);
-  p.max_seqlen_q = 4128;  // more memory than layers may take
-  EXPECT_EQ(order(), SumOrder::turns);
-  EXPECT_EQ(layer_rows(), 0);
-  EXPECT_EQ(dq_bytes(), size_t{16} * 4128 * 128 * 4);
-  p.max_seqlen_q = 1024;
-  p.seqused_k = reinterpret_cast<const int32_t *>(16);  // lengths may differ
-  EXPECT_EQ(order(), SumOrder::turns);
-  p.seqused_k = nullptr, p.deterministic = 0;
-  EXPECT_EQ(order(), SumOrder::unordered);
+  has_walks(4, 2, 4);
+  EXPECT_EQ(plan().arguments.num_slots, 96);  // the others end tiles
+  p.max_seqlen_q = p.max_seqlen_k = 2048;
+  has_walks(8, 2, 2);
+  p.causal = 0;
+  has_walks(16, 2, 1);
+  EXPECT_EQ(plan().piece_bytes, 0u);
+  p.max_seqlen_q = p.max_seqlen_k = 4128;  // an odd number of blocks of rows
+  has_walks(0, 0, 0);
+  EXPECT_EQ(plan().tile->order, SumOrder::turns);
+  EXPECT_EQ(plan().arguments.dq_sum_rows, 0);
+  EXPECT_EQ(plan().dq_bytes, size_t{16} * 4128 * 128 * 4);
+  p.max_seqlen_q = p.max_seqlen_k = 1024;
+  p.window_left = 300;
+  has_walks(0, 0, 0);
+  p.window_left = -1, p.seqused_k = reinterpret_cast<const int32_t *>(16);  // lengths may differ
+  has_walks(0, 0, 0);
+  p.seqused_k = nullptr, p.causal = 1, p.num_heads_kv = 2;  // two of eight query heads are of a CTA
+  has_walks(4, 2, 4);
+  EXPECT_EQ(plan().arguments.num_slots, 2 * (128 - 8));
+  p.max_seqlen_q = 960;
+  has_walks(0, 0, 0);
+  p.deterministic = 0;
+  EXPECT_EQ(plan().tile->order, SumOrder::unordered);
 }
 
 TEST(BackwardPlan, HeadsTakeTurnsInSectionsOfEqualSize) {

@@ -56,10 +56,8 @@ TEST(KernelKey, BackwardInstancesAreNamedAfterTheirColumns) {
       {ScoreMod::none, ""}, {ScoreMod::native, "_mod"}, {ScoreMod::dropout, "_dropout"}};
   for (const BackwardInstance &instance : kBackwardInstances) {
     EXPECT_EQ(&kBackwardInstances[static_cast<int32_t>(instance.index)], &instance);
-    const std::map<SumOrder, std::string> kOrders = {{SumOrder::as_asked, ""},
-                                                     {SumOrder::unordered, ""},
-                                                     {SumOrder::turns, "_turns"},
-                                                     {SumOrder::layers, "_layers"}};
+    const std::map<SumOrder, std::string> kOrders = {
+        {SumOrder::as_asked, ""}, {SumOrder::unordered, ""}, {SumOrder::turns, "_turns"}, {SumOrder::walks, "_walks"}};
     EXPECT_EQ(instance.name, "d" + std::to_string(instance.head_dim) + kSuffixes.at(instance.score_mod) +
                                  kOrders.at(instance.sm_120f.order));
   }

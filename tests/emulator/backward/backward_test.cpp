@@ -18,7 +18,7 @@ enum class Kernels { all, smallest, ordered };
 bool is_among(const BackwardKernel &kernel, Kernels which) {
   const BackwardTile &tile = kernel.instance->sm_120f;
   if (which == Kernels::smallest) return kernel.instance->head_dim <= 64;
-  return which == Kernels::all || tile.order == SumOrder::turns || tile.order == SumOrder::layers ||
+  return which == Kernels::all || tile.order == SumOrder::turns || tile.order == SumOrder::walks ||
          tile.sharing == KeySharing::columns;
 }
 
@@ -180,9 +180,6 @@ TEST(Backward, EqualPartsOfTiles) {
   check_pieces(s, 21, Kernels::smallest);  // a CTA has several tiles
   s.tokens = {150}, s.keys = {700}, s.window_left = 100;
   check_pieces(s, 22, Kernels::smallest);  // no row sees the first keys
-  s.deterministic = true, s.head_dim = s.head_dim_v = 128;
-  check_pieces(s, 27, Kernels::ordered);  // nor some of the rows any key
-  s.deterministic = false, s.head_dim = s.head_dim_v = 64;
   s.tokens = {700}, s.wanted_q = false;
   check_pieces(s, 23, Kernels::smallest);
   s.wanted_k = false, s.wanted_q = true;
@@ -192,6 +189,39 @@ TEST(Backward, EqualPartsOfTiles) {
   s.heads_q = 2, s.heads_kv = 1, s.wanted_v = true, s.sm_count = 25;
   s.tokens = {180}, s.keys = {4200}, s.window_left = -1, s.dlse = true, s.head_dim = s.head_dim_v = 64;
   check_pieces(s, 26, Kernels::smallest);  // more tiles of a head than a warp has lanes
+}
+
+// In turns: every CTA has an equal part of a walk (kernels/backward/walks.cuh).
+TEST(Backward, EqualPartsOfWalks) {
+  struct Walks {
+    int32_t walks, heads, parts;
+  };
+  const auto check_walks = [](const BackwardSpec &s, uint64_t seed, const Walks &expected) {
+    for (const BackwardKernel &kernel : backward_kernels()) {
+      if (kernel.instance->sm_120f.order != SumOrder::walks) continue;
+      ASSERT_TRUE(can_run(kernel, s)) << "problem " << seed;
+      BackwardProblem problem(s, seed);
+      const cuda::Machine machine{Architecture::sm_120f, s.sm_count, 1 << 20, 100 << 10};
+      const BackwardArguments a = cuda::make_backward_plan(problem.params, machine, kernel.instance).arguments;
+      EXPECT_EQ(a.num_walks, expected.walks) << "problem " << seed;
+      EXPECT_EQ(a.walk_heads, expected.heads) << "problem " << seed;
+      EXPECT_EQ(a.walk_parts, expected.parts) << "problem " << seed;
+      EXPECT_EQ(check_backward(s, kernel, seed), "");
+    }
+  };
+  BackwardSpec s;
+  s.deterministic = true, s.head_dim = s.head_dim_v = 128, s.heads_q = 2;
+  s.tokens = {256}, s.keys = {260}, s.sm_count = 3;
+  check_walks(s, 500, {3, 2, 1});  // both heads, one after another
+  s.tokens = {250}, s.keys = {200}, s.sm_count = 11, s.heads_q = 2, s.heads_first = true;
+  check_walks(s, 501, {2, 1, 2});  // of a head some of the rows
+  s.causal = true, s.tokens = s.keys = {440}, s.sm_count = 9, s.dlse = true, s.heads_first = false;
+  check_walks(s, 502, {2, 2, 4});  // pairs of tiles, the last one no whole tile; a head upwards, one downwards
+  s.tokens = s.keys = {320}, s.heads_q = 4, s.sm_count = 8, s.dlse = false, s.wanted_k = false;
+  check_walks(s, 503, {2, 2, 2});  // a tile without another one, and several CTAs for the heads of a group
+  s.tokens = s.keys = {170, 170}, s.heads_q = 3, s.head_dim = 72, s.head_dim_v = 104, s.wanted_k = true;
+  s.wanted_q = false, s.sm_count = 2;
+  check_walks(s, 504, {1, 3, 1});
 }
 
 TEST(Backward, Sequences) {

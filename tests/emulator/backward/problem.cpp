@@ -77,6 +77,7 @@ bool can_run(const BackwardKernel &kernel, const BackwardSpec &s) {
   p.head_dim = s.head_dim, p.head_dim_v = s.head_dim_v;
   p.num_heads_q = p.num_heads_kv = 1;
   p.softcap = s.softcap, p.dropout_p = s.dropout_p, p.deterministic = s.deterministic;
+  p.causal = s.causal, p.window_left = s.window_left, p.window_right = s.window_right;
   const auto differ = [&](const std::vector<int32_t> &used) {
     return s.unused_rows || std::ranges::any_of(used, [&](int32_t n) { return n != used[0]; });
   };

@@ -39,6 +39,11 @@ inline void add_to_memory_4(float *to, const float (&x)[4], FLASHSPARK_CALLER) {
   for (int n = 0; n < 4; ++n) to[n] += x[n];
 }
 
+inline void store_or_add_to_memory_4(int32_t sign, float *to, const float (&x)[4], FLASHSPARK_CALLER) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulator::fail("stores 4 numbers at a misaligned address", site);
+  for (int n = 0; n < 4; ++n) to[n] = x[n] + (sign < 0 ? 0 : to[n]);
+}
+
 // CTAs run one after another: what no earlier one has done will not be.
 inline void wait_until_at_least(const int32_t *from, int32_t value, FLASHSPARK_CALLER) {
   if (*from < value) emulator::fail("waits for a CTA that does not come first", site);
