@@ -6,7 +6,6 @@
 #pragma once
 
 #include "attention/dropout.hpp"
-#include "attention/row_words.cuh"
 #include "common/math.cuh"
 #include "ptx/ptx.cuh"
 
@@ -57,12 +56,21 @@ FLASHSPARK_DEVICE PhiloxKey dropout_key(const DropoutArguments &a) {
 }
 
 // What the row decides in the first two rounds.
+constexpr int32_t kPhiloxRowWords = 3;
 FLASHSPARK_DEVICE void dropout_row(PhiloxKey key, int32_t head, int32_t q_idx, uint32_t *words) {
   const WideProduct of_head = multiply_wide(kPhiloxSecond, static_cast<uint32_t>(head));
   const WideProduct of_row = multiply_wide(kPhiloxFirst, of_head.high ^ static_cast<uint32_t>(q_idx) ^ key.low);
   words[0] = of_head.low ^ (key.low + kPhiloxLowStep);
   words[1] = of_row.high ^ (key.high + kPhiloxHighStep);
   words[2] = of_row.low;
+}
+// The same before the row's product: two words instead of three, which one load brings.
+struct DropoutRow {
+  uint32_t head, row;
+};
+FLASHSPARK_DEVICE DropoutRow dropout_row(PhiloxKey key, int32_t head, int32_t q_idx) {
+  const WideProduct of_head = multiply_wide(kPhiloxSecond, static_cast<uint32_t>(head));
+  return {of_head.low ^ (key.low + kPhiloxLowStep), of_head.high ^ static_cast<uint32_t>(q_idx) ^ key.low};
 }
 
 // What the keys and the sequence decide in the first two rounds.
@@ -77,12 +85,15 @@ FLASHSPARK_DEVICE DropoutKeys dropout_keys(PhiloxKey key, int32_t seq, int32_t d
 
 // The draws of one row, as rounds 2 to 9 make them. Word n is for the lane's keys of the n-th group of sixteen.
 constexpr int32_t kFirstDropoutRound = 2;
-FLASHSPARK_DEVICE PhiloxWords begin_dropout_draws(const DropoutKeys &keys,
-                                                  const uint32_t (&row)[kDropoutRowWords + 1]) {
+FLASHSPARK_DEVICE PhiloxWords begin_dropout_draws(const DropoutKeys &keys, const uint32_t (&row)[kPhiloxRowWords + 1]) {
   return {keys.high ^ row[0], keys.low, row[1] ^ keys.draw, row[2]};
 }
+FLASHSPARK_DEVICE PhiloxWords begin_dropout_draws(PhiloxKey key, const DropoutKeys &keys, const DropoutRow &row) {
+  const WideProduct of_row = multiply_wide(kPhiloxFirst, row.row);
+  return {keys.high ^ row.head, keys.low, of_row.high ^ (key.high + kPhiloxHighStep) ^ keys.draw, of_row.low};
+}
 FLASHSPARK_DEVICE PhiloxWords dropout_draws(PhiloxKey key, const DropoutKeys &keys,
-                                            const uint32_t (&row)[kDropoutRowWords + 1]) {
+                                            const uint32_t (&row)[kPhiloxRowWords + 1]) {
   return philox_rounds<kFirstDropoutRound>(key, begin_dropout_draws(keys, row));
 }
 
@@ -98,16 +109,17 @@ struct Dropout {
   PhiloxKey key;
   int32_t seq;
   uint32_t limit, flip;     // of DropoutArguments
-  ptx::SharedAddress rows;  // words of the warp's first row (attention/row_words.cuh)
+  ptx::SharedAddress rows;  // what is kept of the warp's first row, that of its others behind it
   int32_t first_key;        // a multiple of kScoreKeys
   PhiloxWords draws[T::kLaneRows];
 
   // Row n of the lane. Of a subtile of fewer than kDropoutKeys keys, its first 16 come to the first word.
   FLASHSPARK_DEVICE void draw(int32_t n) {
-    uint32_t row[kDropoutRowWords + 1];
-    load_row_words<T, T::ScoreMod::kFunctionWords, kDropoutRowWords>(rows, n, row);
+    uint32_t row[2];
+    ptx::load_shared_8(row, rows + (n / 2 * 16 + n % 2 * 8 + ptx::lane() / 4) * 8);
     const int32_t first_draw = first_key / kDropoutKeys * (kDropoutKeys / 16);
-    draws[n] = dropout_draws(key, dropout_keys(key, seq, first_draw + ptx::lane() % 4), row);
+    const DropoutKeys keys = dropout_keys(key, seq, first_draw + ptx::lane() % 4);
+    draws[n] = philox_rounds<kFirstDropoutRound>(key, begin_dropout_draws(key, keys, {row[0], row[1]}));
     if constexpr (T::kScoreKeys <= 32) {
       if (first_key % 64 >= 32) draws[n].at[0] = draws[n].at[2], draws[n].at[1] = draws[n].at[3];
     }

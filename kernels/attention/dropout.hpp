@@ -5,7 +5,7 @@
 
 namespace flashspark {
 
-constexpr int32_t kDropoutRowWords = 3;  // 32-bit words that a kernel keeps of each row (dropout_row)
+constexpr int32_t kDropoutRowWords = 2;  // 32-bit words that a forward kernel keeps of each row (DropoutRow)
 
 struct DropoutArguments {
   const uint64_t *state;  // (2) on the device: seed and offset; NULL: the next two

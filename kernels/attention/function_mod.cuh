@@ -50,6 +50,13 @@ struct FunctionScoreMod {
   }
 };
 
+// Where what dropout keeps of the rows lies, behind the functions' words: the two words of a row side by side.
+template <class T>
+FLASHSPARK_DEVICE ptx::SharedAddress dropout_rows_of(ptx::SharedAddress memory) {
+  static_assert(T::kFunctionRows % 8 == 0 && T::kMaxRows % 2 == 0 && kDropoutRowWords == 2);
+  return row_word<T>(memory, T::ScoreMod::kFunctionWords);
+}
+
 // All threads of the CTA write the words of the row tile's rows. The barrier before the first tile makes them visible.
 template <class T>
 FLASHSPARK_DEVICE void write_function_rows(const typename T::KernelArguments &a, const RowTile &tile, const Keys &keys,
@@ -68,14 +75,16 @@ FLASHSPARK_DEVICE void write_function_rows(const typename T::KernelArguments &a,
                             keys.end - keys.begin,
                             tile.q_row,
                             static_cast<int32_t>(keys.row)};
-      uint32_t words[T::ScoreMod::kRowWords];
+      uint32_t words[T::ScoreMod::kFunctionWords + 1];
       Score::row(a.functions, row, inverse_scale, words);
       Mask::row(a.functions, row, inverse_scale, words + Score::kWords);
-      if constexpr (T::ScoreMod::kDropout)
-        dropout_row(dropout_key, row.h, row.q_idx, words + T::ScoreMod::kFunctionWords);
       FLASHSPARK_UNROLL
-      for (int32_t word = 0; word < T::ScoreMod::kRowWords; ++word)
+      for (int32_t word = 0; word < T::ScoreMod::kFunctionWords; ++word)
         ptx::store_shared_4(row_word<T>(memory, word) + n * 4, words[word]);
+      if constexpr (T::ScoreMod::kDropout) {
+        const DropoutRow kept = dropout_row(dropout_key, row.h, row.q_idx);
+        ptx::store_shared_8(dropout_rows_of<T>(memory) + n * 8, kept.head, kept.row);
+      }
     }
   }
 }

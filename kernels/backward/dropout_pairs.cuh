@@ -62,7 +62,7 @@ struct BlockDraw {
     const uint32_t own = ptx::unknown(thread);  // else what follows from it is kept through the loop
     const ptx::Vector16 kept = ptx::load_shared_16(common + own * 16);
     token += static_cast<int32_t>(own / 4 % T::kRows);
-    uint32_t row[kDropoutRowWords + 1];
+    uint32_t row[kPhiloxRowWords + 1];
     dropout_row(key, head, token, row);
     words = begin_dropout_draws({kept.word[0], kept.word[1], kept.word[2]}, row);
     to += kept.word[3] & 0xffff;

@@ -23,7 +23,7 @@ FLASHSPARK_DEVICE void draw_kept(const BackwardArguments &a, PhiloxKey key, int3
        base += T::kThreads) {
     const int32_t n = base + lane;
     const int32_t row = n / 4 % T::kRows, block = n / (4 * T::kRows);
-    uint32_t row_words[kDropoutRowWords + 1];
+    uint32_t row_words[kPhiloxRowWords + 1];
     dropout_row(key, at.head, at.block * T::kRows + row, row_words);
     const int32_t draw = (first_key / kDropoutKeys + block) * (kDropoutKeys / 16) + quarter;
     const PhiloxWords drawn = dropout_draws(key, dropout_keys(key, seq, draw), row_words);

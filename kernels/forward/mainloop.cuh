@@ -152,6 +152,9 @@ struct Mainloop {
   FLASHSPARK_DEVICE ptx::SharedAddress function_rows() const {
     return shared + T::kFunctionRows + T::first_warp_row(a) * 4;
   }
+  FLASHSPARK_DEVICE ptx::SharedAddress dropout_rows() const {
+    return dropout_rows_of<T>(shared + T::kFunctionRows) + T::first_warp_row(a) * 8;
+  }
   // Asks the user's mask, unless tile n keeps all its keys.
   FLASHSPARK_DEVICE void ask_mask(Scores<T> &s, int32_t n, int32_t first) const {
     if constexpr (ScoreMod::kBlockStatus) {
@@ -171,7 +174,7 @@ struct Mainloop {
   FLASHSPARK_DEVICE auto dropout(int32_t n, int32_t subtile) const {
     if constexpr (ScoreMod::kDropout) {
       return Dropout<T>{
-          dropout_key, row_tile.seq, a.dropout.limit, a.dropout.flip, function_rows(), first_key(n, subtile), {}};
+          dropout_key, row_tile.seq, a.dropout.limit, a.dropout.flip, dropout_rows(), first_key(n, subtile), {}};
     } else {
       return NoDropout{};
     }

@@ -130,9 +130,4 @@ FLASHSPARK_DEVICE float magnitude(float x) {
   return fabsf(x);
 }
 
-// ld.shared.
-FLASHSPARK_DEVICE void load_shared_8(uint32_t (&words)[2], SharedAddress from) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
-}
-
 }  // namespace flashspark::ptx

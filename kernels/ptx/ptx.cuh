@@ -168,6 +168,9 @@ FLASHSPARK_DEVICE uint32_t load_shared_4(SharedAddress from) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
   return word;
 }
+FLASHSPARK_DEVICE void load_shared_8(uint32_t (&words)[2], SharedAddress from) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
+}
 FLASHSPARK_DEVICE void store_shared_8(SharedAddress to, uint32_t first, uint32_t second) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
 }

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <sstream>
+#include <string_view>
 #include <utility>
 
 #include "cuda/arguments.hpp"
@@ -47,6 +48,15 @@ TEST(Plan, Prints) {
             "tile 16 x 64, Stream-K over 264 CTAs (132 below 1320 key tiles), with scheduler metadata\n"
             "scratch memory: 4359168 bytes, 528 partial results of 16 x 128\n"
             "attention_forward_combine_bf16: grid 16 x 1 x 1, 256 threads, 4224 bytes of shared memory\n");
+}
+
+// What dropout keeps of a row is small enough for as many CTAs as without it.
+TEST(Plan, TwoCtasWithDropoutFitAnSm) {
+  Params p = problem(4, 4096, 4096);
+  p.dropout_p = 0.1f;
+  const Plan plan = make_plan(p, kGb10);
+  EXPECT_TRUE(plan.instance->name == std::string_view("d128_prefill") && plan.functions->dropout);
+  EXPECT_EQ(kGb10.shared_bytes_per_sm / (plan.forward.shared_bytes + kReservedSharedBytes), 2);
 }
 
 TEST(Plan, NothingToComputeIsAnEmptyPlan) {

@@ -72,10 +72,6 @@ inline float magnitude(float x) {
   return std::fabs(x);
 }
 
-inline void load_shared_8(uint32_t (&words)[2], SharedAddress from, FLASHSPARK_CALLER) {
-  emulator::load_shared(words, from, 8, site);
-}
-
 }  // namespace flashspark::ptx
 
 #undef FLASHSPARK_CALLER

@@ -133,6 +133,9 @@ inline void store_shared_8(SharedAddress to, uint32_t first, uint32_t second, FL
   const uint32_t both[] = {first, second};
   emulator::store_shared(to, both, 8, site);
 }
+inline void load_shared_8(uint32_t (&words)[2], SharedAddress from, FLASHSPARK_CALLER) {
+  emulator::load_shared(words, from, 8, site);
+}
 inline uint32_t load_shared_4(SharedAddress from, FLASHSPARK_CALLER) {
   uint32_t word;
   emulator::load_shared(&word, from, 4, site);
