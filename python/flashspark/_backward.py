@@ -120,11 +120,11 @@ def gradients(
 def _direct(
     forward: Forward, dout: Array, dlse: Array | None, wanted: Sequence[bool], given: Sequence[Array | None]
 ) -> list[Array | None] | None:
-    """`gradients` of plain torch tensors, passed on unconverted: no functions, biases or dropout. None if the native
-    call refuses them. Nothing has been computed then, and the general path copies, or says what is wrong."""
+    """`gradients` of q, k and v, plain torch tensors that are passed on unconverted: no biases or dropout. None if the
+    native call refuses them. Nothing has been computed then, and the general path copies, or says what is wrong."""
     face, (q, k, v), out, lse, head, tail, extras, captured = forward
     if (
-        extras or captured or len(tail) > FLOATS or (len(tail) > _SCHEDULE and tail[_SCHEDULE] is not None)
+        any(wanted[len(ARGUMENTS) :]) or len(tail) > FLOATS or (len(tail) > _SCHEDULE and tail[_SCHEDULE] is not None)
         or not (type(q) is type(k) is type(v) is type(dout) is type(out) is type(lse) is TORCH.Tensor)
         or q.is_neg() or k.is_neg() or v.is_neg() or dout.is_neg() or out.is_neg()
         or (
@@ -144,13 +144,14 @@ def _direct(
             for x, want, into in zip((q, k, v), wanted, given)
         ]
         none = (None,) * (len(ARGUMENTS) - _ROWS)
-        _core.attention_backward(dout, dlse, *rows, *none, face, 0, q, k, v, out, lse, *head, *tail)
+        more = (*NO_TAIL[len(tail) :], *extras) if extras else ()
+        _core.attention_backward(dout, dlse, *rows, *none, face, 0, q, k, v, out, lse, *head, *tail, *more)
     except MemoryError as error:
         raise as_torch_raises(error) from None
     except Exception:  # noqa: BLE001 - left to the general path
         return None
     bump(*given)
-    return [*rows, *none]
+    return [*rows, *none, *[None] * len(captured)]
 
 
 def _floats_like(x: Array) -> Array:
