@@ -37,6 +37,10 @@ struct NativeScores {
     if (a.alibi_slopes != nullptr) alibi_slope = a.alibi_slopes[mask.seq * a.alibi_batch_stride + head] * kLog2E;
   }
 
+  FLASHSPARK_DEVICE bool is_modified() const {
+    return a.softcap > 0 || a.rel_logits != nullptr || a.alibi_slopes != nullptr || a.dropout.scale != 1.0f;
+  }
+
   // How far a score's key lies before its row.
   FLASHSPARK_DEVICE int32_t distance(int32_t m, int32_t j, int32_t e) const {
     return token + mask.shift - key + j * 8 + e % 2 - m * 16 - e / 2 * 8;
@@ -123,12 +127,40 @@ FLASHSPARK_DEVICE void probabilities(const BackwardArguments &a, int32_t m, int3
   pack_tile(dropped, m, j, left);
 }
 
+// Where nothing modifies scores but a mask, which they have already.
+template <class T>
+FLASHSPARK_DEVICE void unmodified_scores(float scale_log2, const ScoreTile<T> &scores, const ScoreTile<T> &gradients,
+                                         ptx::SharedAddress row_lse, ptx::SharedAddress row_delta, ScoreOperand<T> &p,
+                                         ScoreOperand<T> &ds) {
+  FLASHSPARK_UNROLL
+  for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
+    uint32_t lse[2], delta[2];
+    load_row_pair(lse, row_lse, j);
+    load_row_pair(delta, row_delta, j);
+    FLASHSPARK_UNROLL
+    for (int32_t m = 0; m < T::kMAtoms; ++m) {
+      float probability[4], derivative[4];
+      FLASHSPARK_UNROLL
+      for (int32_t e = 0; e < 4; ++e) {
+        probability[e] = ptx::exp2_approx(scores.at[m][j][e] * scale_log2 - ptx::as_float(lse[e % 2]));
+        derivative[e] = probability[e] * (gradients.at[m][j][e] - ptx::as_float(delta[e % 2]));
+      }
+      pack_tile(p, m, j, probability);
+      pack_tile(ds, m, j, derivative);
+    }
+  }
+}
+
 // P^T and dS^T in 16 bits. `scores` are S^T, masked, and `gradients` dP^T, from 0 on; bits: of dropout.
 template <class T>
 FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> &scores, const ScoreTile<T> &gradients,
                                        ptx::SharedAddress row_lse, ptx::SharedAddress row_delta,
                                        ptx::SharedAddress bits, int32_t first_row, ScoreOperand<T> &p,
                                        ScoreOperand<T> &ds) {
+  if (!mod.is_modified()) {
+    unmodified_scores(mod.a.scale_log2, scores, gradients, row_lse, row_delta, p, ds);
+    return;
+  }
   KeptScores<T> kept{};
   if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL

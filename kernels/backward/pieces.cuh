@@ -64,7 +64,7 @@ FLASHSPARK_DEVICE int32_t first_position(const BackwardArguments &a, int32_t cta
 }
 
 FLASHSPARK_DEVICE Piece whole_tile(const BackwardArguments &a) {
-  return {find_key_tile(a, static_cast<int32_t>(ptx::cta_x())), 0, -1, 0, -1, true};
+  return {find_key_tile(a, static_cast<int32_t>(ptx::cta_x())), 0, -1, 0, -1, true, false};
 }
 
 // The piece that ends where the CTA's part does, or at `rest` of the piece before. All threads of a warp call it.

@@ -13,7 +13,7 @@ namespace flashspark {
 
 template <class T>
 struct Turns {
-  static constexpr int32_t kRows = T::kColumns && T::kInTurns ? 64 : 128;  // docs/experiments.md
+  static constexpr int32_t kRows = T::kColumns && T::kInTurns ? 64 : 128;  // docs/experiments.md E112
   static constexpr int32_t kBlocks = T::kRows < kRows ? kRows / T::kRows : 1;
   static constexpr bool kUniform = T::kInTurns || T::kColumns;  // no branch is of single lanes
 

@@ -31,7 +31,7 @@ struct WalkTurns {
       const typename Walks<T>::Turn turn = walks.turn_of(piece, walk, blocks, n);
       const int32_t head = (turn.second ? heads : 0) + piece.tile.head_q + turn.head,
                     of_seq = piece.tile.seq * a.seq_row_blocks;
-      const typename Walks<T>::Order order = walks.order_of(piece, walk, blocks, turn);
+      const typename Walks<T>::Order order = walks.order_of(walk, blocks, turn);
       const int64_t of_sum = turn.second ? a.dq_sum_rows : 0, of_head = piece.tile.head_q + turn.head;
       const auto first_row = static_cast<uint32_t>(of_sum + of_head * a.padded_rows) +
                              static_cast<uint32_t>(of_seq + turn.number * kBlocks) * T::kRows;

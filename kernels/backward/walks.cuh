@@ -136,7 +136,7 @@ struct Walks {
     int32_t before;
     bool is_last;
   };
-  FLASHSPARK_DEVICE Order order_of(const Piece &p, int32_t walk, const Interval &blocks, const Turn &turn) const {
+  FLASHSPARK_DEVICE Order order_of(int32_t walk, const Interval &blocks, const Turn &turn) const {
     const int32_t last = a.num_key_tiles - 1;
     if (!has_pairs()) {
       const int32_t first = min_of(last, quotient(turn.number - blocks.begin / kTurnBlocks, turn_shift(a)));

@@ -171,7 +171,7 @@ int64_t section_heads(const Params &p, const BackwardTile &tile, int64_t ctas, i
   // The tiles with the most work of block lists may be anywhere in a section.
   if (ctas <= kFewCtas * places || has_block_lists(p)) return heads;
   // With two sums of dq as few as can be, so that their rows are in L2 however far apart their CTAs are; but each CTA
-  // needs rows of its own (docs/experiments.md).
+  // needs rows of its own (docs/experiments.md E112).
   if (const int64_t sums = tile.dq_sums(); sums > 1)
     return std::clamp<int64_t>(ceil_div(places * kRowsBehind, sums * std::max<int64_t>(1, p.max_seqlen_q)), 1,
                                kSectionHeads);

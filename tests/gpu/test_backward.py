@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Case:
     heads: tuple[int, int]
     width: tuple[int, int] = (128, 128)
     dtype: torch.dtype = torch.bfloat16
+    _: KW_ONLY
     varlen: bool = False
     spread: float = 1.0
     p: float = 0.0
@@ -383,16 +384,16 @@ def random_case(rng: random.Random) -> Case:
         (group * heads_kv, heads_kv),
         (width, width if rng.random() < 0.8 else 8 * rng.randint(1, 16)),
         rng.choice([torch.bfloat16, torch.float16]),
-        varlen,
-        rng.choice([1.0, 1.0, 4.0]),
-        p,
-        rng.random() < 0.2,
-        rng.random() < 0.2,
-        alibi,
-        extent,
-        mask.split()[0] if mask.startswith("per_") else "",
-        rng.randint(1, 60) if mask == "rswa" else 0,
-        options,
+        varlen=varlen,
+        spread=rng.choice([1.0, 1.0, 4.0]),
+        p=p,
+        sinks=rng.random() < 0.2,
+        dlse=rng.random() < 0.2,
+        alibi=alibi,
+        rel=extent,
+        prefix=mask.split()[0] if mask.startswith("per_") else "",
+        rswa=rng.randint(1, 60) if mask == "rswa" else 0,
+        options=options,
     )
 
 

@@ -16,6 +16,8 @@ using Draw = cases::Random;
 class EveryKernel : public testing::TestWithParam<BackwardKernel> {};
 // Those with biases and masks of NativeScoreMod beside the functions.
 class NativeKernel : public testing::TestWithParam<BackwardKernel> {};
+// Those that sum gradients of captured tensors exactly.
+class ExactKernel : public testing::TestWithParam<BackwardKernel> {};
 
 bool hands_on(const BackwardKernel &kernel) {
   return kernel.instance->score_mod == ScoreMod::none;
@@ -231,9 +233,8 @@ std::vector<uint32_t> gradient_bits(const BackwardSpec &spec, const BackwardKern
 }
 
 // CTAs come in order where dq is summed in turns, and else in any order. Products have the order of the seed.
-TEST_P(EveryKernel, ExactSumsHaveNoOrder) {
+TEST_P(ExactKernel, SumsHaveNoOrder) {
   const BackwardKernel &kernel = GetParam();
-  if (!kernel.exact_sums) return;
   BackwardSpec s = spec_of(kernel);
   s.dtype = kernel.dtype, s.deterministic = true;
   s.tokens = {70, 100}, s.keys = {150, 130}, s.heads_q = 2, s.heads_kv = 1;
@@ -247,9 +248,8 @@ TEST_P(EveryKernel, ExactSumsHaveNoOrder) {
 }
 
 // Passes behind the first change no other gradient.
-TEST_P(EveryKernel, ExactSumsInPasses) {
+TEST_P(ExactKernel, SumsInPasses) {
   const BackwardKernel &kernel = GetParam();
-  if (!kernel.exact_sums) return;
   BackwardSpec s = spec_of(kernel);
   s.dtype = kernel.dtype, s.deterministic = true;
   s.tokens = {70, 100}, s.keys = {150, 130}, s.heads_q = 2, s.heads_kv = 1;
@@ -267,14 +267,16 @@ std::vector<BackwardKernel> all() {
   }
   return kernels;
 }
-std::vector<BackwardKernel> native() {
+std::vector<BackwardKernel> those(bool BackwardKernel::*what) {
   std::vector<BackwardKernel> kernels = all();
-  std::erase_if(kernels, [](const BackwardKernel &kernel) { return !kernel.native; });
+  std::erase_if(kernels, [&](const BackwardKernel &kernel) { return !(kernel.*what); });
   return kernels;
 }
 INSTANTIATE_TEST_SUITE_P(BackwardFunctions, EveryKernel, testing::ValuesIn(all()),
                          [](const auto &kernel) { return name_of(kernel.param); });
-INSTANTIATE_TEST_SUITE_P(BackwardFunctions, NativeKernel, testing::ValuesIn(native()),
+INSTANTIATE_TEST_SUITE_P(BackwardFunctions, NativeKernel, testing::ValuesIn(those(&BackwardKernel::native)),
+                         [](const auto &kernel) { return name_of(kernel.param); });
+INSTANTIATE_TEST_SUITE_P(BackwardFunctions, ExactKernel, testing::ValuesIn(those(&BackwardKernel::exact_sums)),
                          [](const auto &kernel) { return name_of(kernel.param); });
 
 // What CMake lists.

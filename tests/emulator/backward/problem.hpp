@@ -58,7 +58,7 @@ struct BackwardSpec {
   float spread = 1.0f;       // of scores: larger ones are peaked
   bool deterministic = false;
   int32_t sm_count = 2;  // with many SMs the query heads of a group are of several CTAs
-  std::optional<FunctionSpec> functions;
+  std::optional<FunctionSpec> functions{};
 };
 std::string to_string(const BackwardSpec &spec);
 bool can_run(const BackwardKernel &kernel, const BackwardSpec &spec);
