@@ -277,14 +277,14 @@ struct ColumnLoop {
   FLASHSPARK_DEVICE void whole_step(int32_t half, ColumnWalk &w, int32_t last) {
     if (sums_queries(half)) add_to_dq(half, w, last);
     ptx::mbarrier_wait(step_done(), 1 - half);
-    if (Turns<T>::kMayBeTaken && half == 0) turns.look(w.at);
+    if (T::kInTurns && half == 0) turns.look(w.at);
     copy_whole_step(w.after());
     if (half == 1) copy_values(last + 2 * T::kRows, 1 - w.values());
     ptx::cp_async_commit();
     ScoreTile<T> scores{};
     if (!T::kNative && !of_values) begin_with_delta<T>(scores, row_values(w, half) + T::kRows * 4);
     score_product(scores, keys, queries(w.now) + (of_values ? 0 : kRowBytes), lane.row_columns ^ nothing(half));
-    if (Turns<T>::kMayBeTaken && half == 0) pass_turn(w.at);
+    if (T::kInTurns && half == 0) pass_turn(w.at);
     if constexpr (T::kNative) {
       end_step(half, scores, w, of_values, true, true);
     } else {
@@ -292,7 +292,7 @@ struct ColumnLoop {
     }
     if (T::kNative && half == 1) draw({w.at.begin, w.at.end, w.at.head, w.at.block + 1}, 1 - w.values());
     ptx::cp_async_wait<0>();
-    if (Turns<T>::kMayBeTaken && half == 0) turns.wait_looked(state().mask(), w.at);
+    if (T::kInTurns && half == 0) turns.wait_looked(state().mask(), w.at);
     ptx::mbarrier_arrive(step_done());
     w.now = w.after();
   }
@@ -314,9 +314,20 @@ struct ColumnLoop {
         w.at.block * T::kRows < unmasked.begin)
       return 0;
     // The turns that begin and end in whole blocks are all of this head.
-    if (Turns<T>::are_taken(a) && w.at.block < w.at.begin + kLateBlocks) return 0;
+    if (T::kInTurns && w.at.block < w.at.begin + kLateBlocks) return 0;
     return min_of(min_of(min_of(w.at.end, state().tokens() / T::kRows) - 1, unmasked.end / T::kRows) - w.at.block,
                   w.left - 1);
+  }
+
+  // How many of them have the turn that the block before has. The one before that may have been the last of another.
+  FLASHSPARK_DEVICE int32_t whole_blocks_of_turn(const ColumnWalk &w) const {
+    const int32_t whole = whole_blocks(w);
+    if (whole <= 0 || Turns<T>::begins(w.at)) return 0;
+    if (w.left + 1 < w.count) {
+      ptx::mbarrier_wait(step_done(), 1);
+      turns.pass(w.at.previous().previous());
+    }
+    return min_of(whole, Turns<T>::kBlocks - w.at.block % Turns<T>::kBlocks);
   }
 
   // K and V are in flight.
@@ -337,7 +348,7 @@ struct ColumnLoop {
     FLASHSPARK_NO_UNROLL
     for (int32_t half = 0;; half = 1 - half) {
       if (half == 0) {
-        const int32_t whole = whole_blocks(w);
+        const int32_t whole = !T::kInTurns && Turns<T>::are_taken(a) ? whole_blocks_of_turn(w) : whole_blocks(w);
         if (whole > 0) {
           if (values_summed()) {
             run_whole_blocks<true>(w, whole);

@@ -54,7 +54,7 @@ struct BlockDraw {
   template <class Loop>
   FLASHSPARK_DEVICE void set(const Loop &loop, int32_t q_head, int32_t first_row, int32_t stage) {
     key = loop.dropout_key, limit = loop.a.dropout.limit, flip = loop.a.dropout.flip != 0;
-    head = q_head, token = first_row, thread = loop.lane.thread;
+    head = q_head, token = first_row, thread = T::kSparesRegisters ? ptx::thread_index() : loop.lane.thread;
     common = loop.shared + T::kMemory.draws;
     to = loop.dscores(stage);
   }
@@ -215,14 +215,16 @@ struct DropoutTiles {
     tile.kept = kept + loop.lane.sum_rows;
     kept = both - kept;
     tile.draw.set(loop, head, end - left * T::kRows, 1 - stage);
-    tile.summed = loop.summed(), tile.parity = static_cast<uint32_t>(stage);
+    tile.summed = loop.summed();
+    // There is a sequence: else ptxas keeps the stage where it has no register for it.
+    tile.parity = static_cast<uint32_t>(stage ^ static_cast<int32_t>(T::kSparesRegisters && loop.a.num_seqs == 0));
     return tile;
   }
   template <class Loop>
   FLASHSPARK_DEVICE BackwardOffsets<T> lane(const Loop &loop) const {
     BackwardOffsets<T> lane = loop.lane;
     lane.of_head.columns = kept_columns<T>(loop.lane.thread);
-    if constexpr (!T::kKeepsAddresses) {  // else sums with these are kept
+    if constexpr (T::kSparesRegisters) {  // else sums with these are kept
       lane.of_head.rows = ptx::unknown(lane.of_head.rows);
       lane.score_store = ptx::unknown(lane.score_store);
     }
@@ -238,6 +240,8 @@ FLASHSPARK_DEVICE void add_dropout_rows(Loop &loop, const RowWalk &at, int32_t s
   const ptx::SharedAddress q_rows = loop.queries(stage) + first_row * T::KeyLayout::kPitch;
   const ptx::SharedAddress dout_rows = loop.douts(stage) + first_row * T::KeyLayout::kPitch;
   const ptx::SharedAddress lse = loop.row_values(stage, first_row);
+  BackwardOffsets<T> lane = loop.lane;
+  if constexpr (T::kSparesRegisters) lane.of_head.columns = kept_columns<T>(lane.thread);
   DropoutTile<T, values_summed> tile{};
   tile.kept = loop.dscores(stage) + loop.lane.warp_key * T::ScoreLayout::kPitch + loop.lane.sum_rows;
   tile.pair = loop.lane.warp_key / T::kWarpKeys, tile.number = first_row / T::kScoreRows;
@@ -250,7 +254,7 @@ FLASHSPARK_DEVICE void add_dropout_rows(Loop &loop, const RowWalk &at, int32_t s
   }
   tile.begin(lse);
   score_product<T, typename T::KeyLayout>(tile.scores, loop.keys, loop.shared, values_summed ? q_rows : dout_rows,
-                                          loop.lane);
+                                          lane);
   if (values_summed && (token < unmasked.begin || token + T::kScoreRows > unmasked.end))
     mask_score_tile(tile.scores, loop.mask, key, token);
   tile.load_lse(lse);

@@ -37,6 +37,8 @@ struct NativeScores {
     if (a.alibi_slopes != nullptr) alibi_slope = a.alibi_slopes[mask.seq * a.alibi_batch_stride + head] * kLog2E;
   }
 
+  // Whether there is more than a mask, which scores have already. Where there is not, a tile of scores has a way of its
+  // own (`modified` false), on which nothing is asked.
   FLASHSPARK_DEVICE bool is_modified() const {
     return a.softcap > 0 || a.rel_logits != nullptr || a.alibi_slopes != nullptr || a.dropout.scale != 1.0f;
   }
@@ -56,8 +58,9 @@ struct NativeScores {
   }
 
   // A masked score is -inf and stays it: nothing is read for it, as its row may not exist.
+  template <bool modified>
   FLASHSPARK_DEVICE void modify(int32_t m, int32_t j, const float (&s)[4], float (&score)[4], float (&slope)[4]) const {
-    const bool capped = a.softcap > 0;
+    const bool capped = modified && a.softcap > 0;
     FLASHSPARK_UNROLL
     for (int32_t e = 0; e < 4; ++e) {
       score[e] = s[e] * a.scale_log2, slope[e] = 1.0f;
@@ -68,6 +71,7 @@ struct NativeScores {
         slope[e] = 4 * r * (1 - r);
       }
     }
+    if constexpr (!modified) return;
     if (a.rel_logits != nullptr) {
       FLASHSPARK_UNROLL
       for (int32_t e = 0; e < 4; ++e) {
@@ -84,15 +88,17 @@ struct NativeScores {
 
   // dp: of kept scores, before 1 - dropout_p divides it. Every element of drel_logits has one key, and so one writer;
   // those that no kept key belongs to are 0 since preprocess.
+  template <bool modified>
   FLASHSPARK_DEVICE void derivative(int32_t m, int32_t j, const float (&p)[4], const float (&dp)[4],
                                     const uint32_t (&delta)[2], const KeptScores<T> &kept, float (&ds)[4]) {
-    const bool drops = a.dropout.scale != 1.0f;
+    const bool drops = modified && a.dropout.scale != 1.0f;
     FLASHSPARK_UNROLL
     for (int32_t e = 0; e < 4; ++e) {
       float x = dp[e];
       if (drops) x = kept.keeps(m, j, e) ? x * a.dropout.scale : 0.0f;
       ds[e] = p[e] * (x - ptx::as_float(delta[e % 2]));
     }
+    if constexpr (!modified) return;
     if (a.drel_logits != nullptr) {
       FLASHSPARK_UNROLL
       for (int32_t e = 0; e < 4; ++e) {
@@ -113,11 +119,11 @@ FLASHSPARK_DEVICE void load_row_pair(uint32_t (&values)[2], ptx::SharedAddress o
 }
 
 // From scores to P, and to what dropout leaves of it in 16 bits.
-template <class T>
+template <bool modified, class T>
 FLASHSPARK_DEVICE void probabilities(const BackwardArguments &a, int32_t m, int32_t j, const float (&score)[4],
                                      const uint32_t (&lse)[2], const KeptScores<T> &kept, float (&p)[4],
                                      ScoreOperand<T> &dropped) {
-  const bool drops = a.dropout.scale != 1.0f;
+  const bool drops = modified && a.dropout.scale != 1.0f;
   float left[4];
   FLASHSPARK_UNROLL
   for (int32_t e = 0; e < 4; ++e) {
@@ -127,42 +133,13 @@ FLASHSPARK_DEVICE void probabilities(const BackwardArguments &a, int32_t m, int3
   pack_tile(dropped, m, j, left);
 }
 
-// Where nothing modifies scores but a mask, which they have already.
-template <class T>
-FLASHSPARK_DEVICE void unmodified_scores(float scale_log2, const ScoreTile<T> &scores, const ScoreTile<T> &gradients,
-                                         ptx::SharedAddress row_lse, ptx::SharedAddress row_delta, ScoreOperand<T> &p,
-                                         ScoreOperand<T> &ds) {
-  FLASHSPARK_UNROLL
-  for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
-    uint32_t lse[2], delta[2];
-    load_row_pair(lse, row_lse, j);
-    load_row_pair(delta, row_delta, j);
-    FLASHSPARK_UNROLL
-    for (int32_t m = 0; m < T::kMAtoms; ++m) {
-      float probability[4], derivative[4];
-      FLASHSPARK_UNROLL
-      for (int32_t e = 0; e < 4; ++e) {
-        probability[e] = ptx::exp2_approx(scores.at[m][j][e] * scale_log2 - ptx::as_float(lse[e % 2]));
-        derivative[e] = probability[e] * (gradients.at[m][j][e] - ptx::as_float(delta[e % 2]));
-      }
-      pack_tile(p, m, j, probability);
-      pack_tile(ds, m, j, derivative);
-    }
-  }
-}
-
 // P^T and dS^T in 16 bits. `scores` are S^T, masked, and `gradients` dP^T, from 0 on; bits: of dropout.
-template <class T>
-FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> &scores, const ScoreTile<T> &gradients,
-                                       ptx::SharedAddress row_lse, ptx::SharedAddress row_delta,
-                                       ptx::SharedAddress bits, int32_t first_row, ScoreOperand<T> &p,
-                                       ScoreOperand<T> &ds) {
-  if (!mod.is_modified()) {
-    unmodified_scores(mod.a.scale_log2, scores, gradients, row_lse, row_delta, p, ds);
-    return;
-  }
+template <bool modified, class T>
+FLASHSPARK_DEVICE void modify_scores(NativeScores<T> &mod, const ScoreTile<T> &scores, const ScoreTile<T> &gradients,
+                                     ptx::SharedAddress row_lse, ptx::SharedAddress row_delta, ptx::SharedAddress bits,
+                                     int32_t first_row, ScoreOperand<T> &p, ScoreOperand<T> &ds) {
   KeptScores<T> kept{};
-  if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
+  if (modified && mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL
   for (int32_t j = 0; j < T::kScoreRows / 8; ++j) {
     uint32_t lse[2], delta[2];
@@ -171,13 +148,25 @@ FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> 
     FLASHSPARK_UNROLL
     for (int32_t m = 0; m < T::kMAtoms; ++m) {
       float score[4], slope[4], probability[4], derivative[4];
-      mod.modify(m, j, scores.at[m][j], score, slope);
-      probabilities(mod.a, m, j, score, lse, kept, probability, p);
-      mod.derivative(m, j, probability, gradients.at[m][j], delta, kept, derivative);
+      mod.template modify<modified>(m, j, scores.at[m][j], score, slope);
+      probabilities<modified>(mod.a, m, j, score, lse, kept, probability, p);
+      mod.template derivative<modified>(m, j, probability, gradients.at[m][j], delta, kept, derivative);
       FLASHSPARK_UNROLL
-      for (int32_t e = 0; e < 4; ++e) derivative[e] *= slope[e];
+      for (int32_t e = 0; modified && e < 4; ++e) derivative[e] *= slope[e];
       pack_tile(ds, m, j, derivative);
     }
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> &scores, const ScoreTile<T> &gradients,
+                                       ptx::SharedAddress row_lse, ptx::SharedAddress row_delta,
+                                       ptx::SharedAddress bits, int32_t first_row, ScoreOperand<T> &p,
+                                       ScoreOperand<T> &ds) {
+  if (mod.is_modified()) {
+    modify_scores<true>(mod, scores, gradients, row_lse, row_delta, bits, first_row, p, ds);
+  } else {
+    modify_scores<false>(mod, scores, gradients, row_lse, row_delta, bits, first_row, p, ds);
   }
 }
 
@@ -186,22 +175,22 @@ FLASHSPARK_DEVICE void modified_scores(NativeScores<T> &mod, const ScoreTile<T> 
 // alibi_slopes is a sum in which nearly all cancels. What dropout leaves of P^T is for the products ...
 constexpr int32_t kModifiedSlopes = 2 * 32 * 16;  // behind P of two tiles
 
-template <class T>
-FLASHSPARK_DEVICE void modified_probabilities(const NativeScores<T> &mod, const ScoreTile<T> &scores,
-                                              ptx::SharedAddress row_lse, ptx::SharedAddress bits, int32_t first_row,
-                                              ptx::SharedAddress to, ScoreOperand<T> &p) {
+template <bool modified, class T>
+FLASHSPARK_DEVICE void modify_probabilities(const NativeScores<T> &mod, const ScoreTile<T> &scores,
+                                            ptx::SharedAddress row_lse, ptx::SharedAddress bits, int32_t first_row,
+                                            ptx::SharedAddress to, ScoreOperand<T> &p) {
   static_assert(T::kMAtoms == 1 && T::kScoreRows == 16);
   const int32_t lane = ptx::lane();
-  const bool capped = mod.a.softcap > 0;
+  const bool capped = modified && mod.a.softcap > 0;
   KeptScores<T> kept{};
-  if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
+  if (modified && mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL
   for (int32_t j = 0; j < 2; ++j) {
     uint32_t lse[2];
     load_row_pair(lse, row_lse, j);
     float score[4], slope[4], probability[4];
-    mod.modify(0, j, scores.at[0][j], score, slope);
-    probabilities(mod.a, 0, j, score, lse, kept, probability, p);
+    mod.template modify<modified>(0, j, scores.at[0][j], score, slope);
+    probabilities<modified>(mod.a, 0, j, score, lse, kept, probability, p);
     ptx::Vector16 words;
     FLASHSPARK_UNROLL
     for (int32_t e = 0; e < 4; ++e) words.word[e] = ptx::as_word(probability[e]);
@@ -212,15 +201,26 @@ FLASHSPARK_DEVICE void modified_probabilities(const NativeScores<T> &mod, const 
   }
 }
 
-// ... the one that has dP makes dS^T of both.
 template <class T>
-FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<T> &gradients,
-                                          ptx::SharedAddress row_delta, ptx::SharedAddress bits, int32_t first_row,
-                                          ptx::SharedAddress from, ScoreOperand<T> &ds) {
+FLASHSPARK_DEVICE void modified_probabilities(const NativeScores<T> &mod, const ScoreTile<T> &scores,
+                                              ptx::SharedAddress row_lse, ptx::SharedAddress bits, int32_t first_row,
+                                              ptx::SharedAddress to, ScoreOperand<T> &p) {
+  if (mod.is_modified()) {
+    modify_probabilities<true>(mod, scores, row_lse, bits, first_row, to, p);
+  } else {
+    modify_probabilities<false>(mod, scores, row_lse, bits, first_row, to, p);
+  }
+}
+
+// ... the one that has dP makes dS^T of both.
+template <bool modified, class T>
+FLASHSPARK_DEVICE void modify_gradients(NativeScores<T> &mod, const ScoreTile<T> &gradients,
+                                        ptx::SharedAddress row_delta, ptx::SharedAddress bits, int32_t first_row,
+                                        ptx::SharedAddress from, ScoreOperand<T> &ds) {
   const int32_t lane = ptx::lane();
-  const bool capped = mod.a.softcap > 0;
+  const bool capped = modified && mod.a.softcap > 0;
   KeptScores<T> kept{};
-  if (mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
+  if (modified && mod.a.dropout.scale != 1.0f) load_kept(kept, bits, first_row);
   FLASHSPARK_UNROLL
   for (int32_t j = 0; j < 2; ++j) {
     uint32_t delta[2];
@@ -229,7 +229,7 @@ FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<
     float probability[4], derivative[4];
     FLASHSPARK_UNROLL
     for (int32_t e = 0; e < 4; ++e) probability[e] = ptx::as_float(words.word[e]);
-    mod.derivative(0, j, probability, gradients.at[0][j], delta, kept, derivative);
+    mod.template derivative<modified>(0, j, probability, gradients.at[0][j], delta, kept, derivative);
     if (capped) {
       uint32_t slopes[2];
       ptx::load_shared_8(slopes, from + kModifiedSlopes + (j * 32 + lane) * 8);
@@ -238,6 +238,17 @@ FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<
         derivative[e] *= ptx::to_float(ptx::Float16{static_cast<uint16_t>(slopes[e / 2] >> e % 2 * 16)});
     }
     pack_tile(ds, 0, j, derivative);
+  }
+}
+
+template <class T>
+FLASHSPARK_DEVICE void modified_gradients(NativeScores<T> &mod, const ScoreTile<T> &gradients,
+                                          ptx::SharedAddress row_delta, ptx::SharedAddress bits, int32_t first_row,
+                                          ptx::SharedAddress from, ScoreOperand<T> &ds) {
+  if (mod.is_modified()) {
+    modify_gradients<true>(mod, gradients, row_delta, bits, first_row, from, ds);
+  } else {
+    modify_gradients<false>(mod, gradients, row_delta, bits, first_row, from, ds);
   }
 }
 

@@ -79,10 +79,13 @@ FLASHSPARK_DEVICE BackwardOffsets<T> backward_offsets() {
   o.sum_rows = keep_in_register(Scores::step(Scores::offset(lane % 8 + lane / 16 * 8, chunk % Scores::kGroup),
                                              chunk / Scores::kGroup * Scores::kGroup));
   FLASHSPARK_UNROLL
-  for (uint32_t n = 0; n < T::kSumColumns / 16; ++n)
-    o.sum_columns[n] =
-        keep_in_register(T::KeyLayout::step(T::Mma::template value_lane_offset<typename T::KeyLayout>(lane),
-                                            warp % T::kSumColumnWarps * (T::kSumColumns / 8) + 2 * n));
+  for (uint32_t n = 0; n < T::kSumColumns / 16; ++n) {
+    const uint32_t columns = warp % T::kSumColumnWarps * (T::kSumColumns / 8) + 2 * n;
+    o.sum_columns[n] = T::kSparesRegisters
+                           ? T::KeyLayout::step(o.of_head.rows, columns)
+                           : keep_in_register(T::KeyLayout::step(
+                                 T::Mma::template value_lane_offset<typename T::KeyLayout>(lane), columns));
+  }
   // Heads of 256 columns leave no register for it.
   o.thread = T::kHeadDim > 192 && !T::kNative ? ptx::thread_index() : keep_in_register(ptx::thread_index());
   o.warp_key = ptx::uniform(static_cast<int32_t>(warp_key));

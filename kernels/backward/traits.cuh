@@ -53,6 +53,8 @@ struct BackwardTraits {
   static constexpr RowStages kStages = kTile.stages;
   static constexpr bool kKeepsAddresses =
       arch != Architecture::sm_120f && kTile.order != SumOrder::walks;  // block_copies.cuh
+  // What follows from other registers is found again, so that less is spilled; on sm_90 it costs more than it saves.
+  static constexpr bool kSparesRegisters = kDropout && !kKeepsAddresses;
   static constexpr bool kInTurns = kTile.order == SumOrder::turns, kAsAsked = kTile.order == SumOrder::as_asked;
   static constexpr bool kHasWalks = kTile.order == SumOrder::walks;
   static constexpr bool kPaired = kTile.sharing != KeySharing::none;

@@ -23,7 +23,6 @@ struct Turns {
   // for its P^T.
   static constexpr int32_t kWaitingWarp = T::kWarps - 1, kPassingWarp = T::kColumns && T::kInTurns ? 4 : 0;
 
-  static constexpr bool kMayBeTaken = T::kInTurns || T::kAsAsked;
   static FLASHSPARK_DEVICE bool are_taken(const BackwardArguments &a) {
     return T::kInTurns || T::kHasWalks || (T::kAsAsked && a.dq_turns != nullptr);
   }

@@ -97,7 +97,7 @@ TEST(BackwardPlan, SmallGridsHaveEqualPartsOfTiles) {
   p.causal = 1;
   EXPECT_EQ(pieces(), 132);
   p.deterministic = 1;
-  EXPECT_EQ(pieces(), 132);  // with a layer of dq for each tile of keys
+  EXPECT_EQ(pieces(), 128);  // quarters of walks over pairs of tiles
   p.deterministic = 0, p.causal = 0, p.num_heads_kv = 8;
   EXPECT_EQ(pieces(), 128);  // 64 equal tiles in two halves each
   p.causal = 1;
