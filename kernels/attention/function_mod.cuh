@@ -6,7 +6,6 @@
 //                 row(...)       computes them, once a work tile
 //                 kOperations    of a score
 //                 kUsesKeys      whether anything but the key itself depends on the key alone
-//                 kUsesHead      whether anything depends on the query head
 //                 Key, key(...)  that, computed once for all rows of a lane
 //   Score         apply(...)     a score as Q K^T gives it, to the same: the function's value divided by softmax_scale,
 //                                with which the softmax multiplies in any case

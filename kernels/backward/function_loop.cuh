@@ -246,39 +246,9 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
     } else {
       FunctionScoreTile<T, work == PairWork::cut_values> tile{{}, a, warp_key(), words(stage), 0};
       tile.scale = T::Functions::Score::kIsBias ? bias_scale(a) * kLog2E : a.scale_log2;
-      if constexpr (work == PairWork::cut_values) tile.kept = kept_of_block(at, stage);
+      if constexpr (work == PairWork::cut_values) tile.kept = kept_scores(at, stage);
       return tile;
     }
-  }
-  // Where the mask and the lists are of all heads, it is found for one of them, and kept as long as there is room.
-  FLASHSPARK_DEVICE uint32_t kept_of_block(const ListedRows &at, int32_t stage) const {
-    constexpr int32_t kSlots = T::kMemory.cut_slots;
-    if constexpr (kSlots == 0 || T::Functions::Mask::kUsesHead) {
-      return kept_scores(at, stage);
-    } else {
-      // So that the blocks at both ends of a window of 2^n tokens have slots of their own.
-      const int32_t pair = lane.warp_key / T::kWarpKeys, slot = (at.block + at.block / 16 * 5) % kSlots;
-      const ptx::SharedAddress first = shared + T::kMemory.cuts + slot * kCutBytes;
-      const ptx::SharedAddress word = first + pair * 128 + lane.thread % 32 * 4,
-                               block = first + kCutWords * 4 + pair * 4;
-      const bool is_of_all = walk.blocks.table.head_stride == 0;
-      if (is_of_all && ptx::uniform(static_cast<int32_t>(ptx::load_shared_4(block))) == at.block)
-        return ptx::load_shared_4(word);
-      const uint32_t kept = kept_scores(at, stage);
-      if (is_of_all) {
-        ptx::warp_barrier();  // all lanes have looked
-        ptx::store_shared_4(word, kept);
-        if (ptx::lane() == 0) ptx::store_shared_4(block, static_cast<uint32_t>(at.block));
-        ptx::warp_barrier();
-      }
-      return kept;
-    }
-  }
-  FLASHSPARK_DEVICE void forget_kept() const {
-    constexpr uint32_t kPairs = kCutBytes / 4 - kCutWords;
-    if (lane.thread < T::kMemory.cut_slots * kPairs)
-      ptx::store_shared_4(
-          shared + T::kMemory.cuts + lane.thread / kPairs * kCutBytes + kCutWords * 4 + lane.thread % kPairs * 4, ~0u);
   }
   FLASHSPARK_DEVICE uint32_t kept_scores(const ListedRows &at, int32_t stage) const {
     uint32_t kept = 0;
@@ -302,7 +272,6 @@ struct FunctionLoop : RowLoop<T, FunctionBackwardArguments> {
   // A block's scores and dQ of the one before, as in backward.cuh.
   FLASHSPARK_DEVICE void run_whole_blocks(ListedRows at) {
     const bool values_summed = ptx::uniform(T::sums_values()) != 0;
-    forget_kept();
     begin_barriers();
     arrive_ready();  // a block's words are, too
     const BlockCopies<T> copies = block_copies<T>(a, q, dout, lane.thread);
@@ -389,7 +358,7 @@ FLASHSPARK_DEVICE void function_backward(const FunctionBackwardArguments &a) {
                         shared, lane, {}, {}, {}, {}},
                        function_mask<T>(a, w.mask, tile.first + lane.warp_key), row,
                        {{a.blocks, a.blocks.data + tile.seq * a.blocks.batch_stride}, tile.first, last_key,
-                         tile.first + lane.warp_key, w.rows.seqlen_q, end_head, INT32_MAX, -1, 0, 0, {}, {}},
+                         tile.first + lane.warp_key, w.rows.seqlen_q, end_head, INT32_MAX, -1, 0, {}, {}},
                         end_head, dropout_key(a.dropout),
                         {a, w.mask, tile.first / T::kKeys, ceil_div(tile.held, T::kKeys), w.rows.seqlen_q,
                          padded / T::kRows}, {}, 0};

@@ -38,50 +38,13 @@ struct ListedWalk {
 
   int32_t window, window_head;  // blocks [window, window + 32) of a head have been looked at; of all, if lists are
                                 // of all
-  uint32_t known;               // windows that have been looked at for an earlier head, where lists are of all
   uint32_t listed;              // those that the lists name for the CTA's keys
   uint32_t some[T::kRows / T::kScoreRows], whole[T::kRows / T::kScoreRows];
 
   static constexpr int32_t kTiles = T::kRows / T::kScoreRows;
   static_assert(2 * kTiles <= 32);
 
-  // Of another window, or head.
-  FLASHSPARK_DEVICE void look(RowWalk at) {
-    if constexpr (T::kHandsOn) {
-      // One block of a window is only the next of another, see find().
-      const int32_t number = quotient(at.block - at.begin, 31);
-      at.block = at.begin + number * 31;
-      const bool is_kept = number < kWindows && blocks.table.head_stride == 0;
-      const ptx::SharedAddress own =
-          ptx::shared_memory() + T::kMemory.windows + (ptx::warp() * kWindows + number) * kWindowBytes;
-      if (is_kept && (known >> number & 1) != 0) return load_window(at, own);
-      look_at(at);
-      if (is_kept) store_window(own), known |= 1u << number;
-    } else {
-      look_at(at);
-    }
-  }
-  FLASHSPARK_DEVICE void load_window(const RowWalk &at, ptx::SharedAddress from) {
-    static_assert(kTiles <= 2);
-    const auto uniform = [](uint32_t x) { return static_cast<uint32_t>(ptx::uniform(static_cast<int32_t>(x))); };
-    const ptx::Vector16 words = ptx::load_shared_16(from);
-    window = at.block, window_head = at.head;
-    FLASHSPARK_UNROLL
-    for (int32_t tile = 0; tile < kTiles; ++tile)
-      some[tile] = uniform(words.word[tile]), whole[tile] = uniform(words.word[2 + tile]);
-    listed = uniform(ptx::load_shared_4(from + 16));
-  }
-  FLASHSPARK_DEVICE void store_window(ptx::SharedAddress to) const {
-    if (ptx::lane() == 0) {
-      ptx::Vector16 words{};
-      FLASHSPARK_UNROLL
-      for (int32_t tile = 0; tile < kTiles; ++tile) words.word[tile] = some[tile], words.word[2 + tile] = whole[tile];
-      ptx::store_shared_16(to, words);
-      ptx::store_shared_4(to + 16, listed);
-    }
-    ptx::warp_barrier();
-  }
-  FLASHSPARK_DEVICE void look_at(const RowWalk &at) {
+  FLASHSPARK_DEVICE void look(const RowWalk &at) {
     window = at.block, window_head = at.head;
     const int32_t block = window + ptx::lane();
     const int32_t own_block = blocks.key_block(min_of(warp_key, last_key));

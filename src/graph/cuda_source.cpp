@@ -130,7 +130,6 @@ std::optional<CudaWriter::Linear> CudaWriter::linear_in_key(int32_t n, Form form
 std::string CudaWriter::first_members() const {
   return "    static constexpr bool kExists = true, kUsesKeys = " +
          std::string(key_fields_.empty() ? "false" : "true") +
-         ", kUsesHead = " + ((node(g_.results[0]).depends & kDependsH) != 0 ? "true" : "false") +
          ", kHasOffset = " + (offset_.empty() ? "false" : "true") + ", kIsBias = " + (is_bias_ ? "true" : "false") +
          ";\n    static constexpr int32_t kOperations = " + std::to_string(each_.statements) +
          ";\n    static constexpr int32_t kWords = " + std::to_string(words_) +
@@ -195,8 +194,7 @@ namespace {
 constexpr const char *kNoPlaces =
     "    static FLASHSPARK_DEVICE constexpr PlaceBy place_by(int32_t) { return PlaceBy::head; }\n";
 constexpr const char *kNoMembers =
-    "    static constexpr bool kExists = false, kUsesKeys = false, kUsesHead = false;\n"
-    "    static constexpr bool kHasOffset = false, kIsBias = false;\n"
+    "    static constexpr bool kExists = false, kUsesKeys = false, kHasOffset = false, kIsBias = false;\n"
     "    static constexpr int32_t kOperations = 0, kWords = 0, kLoads = 0;\n"
     "    static FLASHSPARK_DEVICE void row(const FunctionArguments &, const FunctionRow &, float, uint32_t *) {}\n"
     "    struct Key {};\n"
