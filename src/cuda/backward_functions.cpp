@@ -1,6 +1,7 @@
 #include "cuda/backward_functions.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <compare>
 #include <map>
 #include <mutex>
@@ -219,8 +220,8 @@ void BackwardFunctionPlan::begin_pass(int64_t number) {
     if ((wanted >> n & 1) == 0) continue;
     const ClearArguments::Tensor &tensor = a.tensors[of_round++];
     // Elements of other passes are outside scratch memory, where nothing is added.
-    gradients[n].data = reinterpret_cast<float *>(reinterpret_cast<uintptr_t>(a.sums.special) +
-                                                  static_cast<uintptr_t>(at * int64_t{sizeof(float)}));
+    gradients[n].data = std::bit_cast<float *>(std::bit_cast<uintptr_t>(a.sums.special) +
+                                               static_cast<uintptr_t>(at * int64_t{sizeof(float)}));
     int64_t stride = 1;
     for (int32_t d = tensor.rank; d-- > 0; stride *= tensor.shape[d]) gradients[n].strides[d] = stride;
     at += tensor.elements;
