@@ -1,7 +1,6 @@
 // Storage formats: names, sizes, and conversions to and from float, which round to nearest even and keep NaN.
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -42,12 +41,21 @@ constexpr const char *dtype_name(int32_t dtype) {
   }
 }
 
+// std::bit_cast of these two types. It takes its argument by reference, which is an object on the stack to GCC's
+// AddressSanitizer: with its upkeep, one number took longer to load than an oracle takes for all else.
+constexpr float float_of(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+constexpr uint32_t bits_of(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
+
 inline float bf16_to_float(uint16_t x) {
-  return std::bit_cast<float>(uint32_t{x} << 16);
+  return float_of(uint32_t{x} << 16);
 }
 
 inline uint16_t float_to_bf16(float x) {
-  const uint32_t u = std::bit_cast<uint32_t>(x);
+  const uint32_t u = bits_of(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);  // NaN: keep it quiet
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
@@ -59,12 +67,12 @@ inline float small_to_float(uint32_t magnitude, int mantissa_bits, int bias) {
   const uint32_t exponent = magnitude >> mantissa_bits;
   const uint32_t mantissa = magnitude & ((1u << mantissa_bits) - 1);
   if (exponent == 0) return std::ldexp(static_cast<float>(mantissa), 1 - bias - mantissa_bits);
-  return std::bit_cast<float>(((exponent - bias + 127) << 23) | (mantissa << (23 - mantissa_bits)));
+  return float_of(((exponent - bias + 127) << 23) | (mantissa << (23 - mantissa_bits)));
 }
 
 // The nearest such code to a finite x >= 0, ties to even. It may exceed the format's largest code: the caller clamps.
 inline uint32_t float_to_small(float x, int mantissa_bits, int bias) {
-  const uint32_t u = std::bit_cast<uint32_t>(x);
+  const uint32_t u = bits_of(x);
   const int exponent = static_cast<int>(u >> 23) - 127 + bias;
   if (exponent <= 0) {  // subnormal in the small format: the code counts units of its smallest step
     return static_cast<uint32_t>(std::nearbyint(std::ldexp(x, bias + mantissa_bits - 1)));
@@ -79,7 +87,7 @@ inline float f16_to_float(uint16_t x) {
   const uint32_t magnitude = x & 0x7fffu;
   float value;
   if (magnitude >= 0x7c00u) {
-    value = std::bit_cast<float>(0x7f800000u | ((magnitude & 0x3ffu) << 13));
+    value = float_of(0x7f800000u | ((magnitude & 0x3ffu) << 13));
   } else {
     value = detail::small_to_float(magnitude, 10, 15);
   }
@@ -96,7 +104,7 @@ inline uint16_t float_to_f16(float x) {
 
 inline float e4m3_to_float(uint8_t x) {
   const uint32_t magnitude = x & 0x7fu;
-  const float value = magnitude == 0x7fu ? std::bit_cast<float>(0x7fc00000u) : detail::small_to_float(magnitude, 3, 7);
+  const float value = magnitude == 0x7fu ? float_of(0x7fc00000u) : detail::small_to_float(magnitude, 3, 7);
   return std::copysign(value, (x & 0x80u) ? -1.0f : 1.0f);
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -170,18 +171,17 @@ TEST_P(Targets, EveryCaseOfTheMatrixAgreesWithTheOracle) {
 
 // Gradients, on each target: some cases of the matrix, which differ in most of what there is.
 TEST_P(Targets, GradientsAgreeWithTheOracle) {
-  const std::vector<cases::Case> matrix = cases::feature_matrix();
-  int compared = 0;
+  static const std::vector<cases::Case> matrix = cases::feature_matrix();
+  static std::map<size_t, cases::Gradients> expected;  // by the oracle, which knows no targets
   for (size_t n = 0; n < matrix.size(); n += 5) {
     if (!cases::has_gradients(matrix[n])) continue;
     cases::BackwardProblem problem(matrix[n]);
-    const cases::Gradients expected = problem.run("cpu-reference");
+    if (!expected.contains(n)) expected.emplace(n, problem.run("cpu-reference"));
     const Use use(GetParam());
-    const cases::GradientComparison c = compare_of("cpu-engine", problem, problem.run("cpu-engine"), expected);
+    const cases::GradientComparison c = compare_of("cpu-engine", problem, problem.run("cpu-engine"), expected.at(n));
     EXPECT_TRUE(c.passed()) << matrix[n].name << ": " << c.worst;
-    ++compared;
   }
-  EXPECT_GT(compared, 10);
+  EXPECT_GT(expected.size(), 10u);
 }
 
 // What one NaN value makes of a row, in every type of out.

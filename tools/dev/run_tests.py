@@ -15,6 +15,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from subprocess import check_output
 
@@ -76,8 +77,8 @@ def nvrtc() -> dict[str, str]:
 
 def unit(log: Log) -> None:
     tests = log.preset("ci") / "tests"
-    log.gtest(tests / "unit_tests")
-    log.gtest(tests / "compile_tests", env=nvrtc())
+    log.together(log.gtest_shards(tests / "unit_tests"))
+    log.gtest(tests / "compile_tests", env=nvrtc())  # on all cores by itself, and bound to seconds
     if (tests / "cuda_tests").exists():  # built if nvcc is available
         log.gtest(tests / "cuda_tests")
     else:
@@ -134,8 +135,8 @@ def clang_tidy(log: Log) -> None:
 def sanitizers(log: Log) -> None:
     build = log.preset("asan")
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    log.gtest_shards(build / "tests/unit_tests", env=options)
-    log.gtest_shards(build / "tests/property_tests", env=options)
+    programs = ("unit_tests", "property_tests")
+    log.together(part for name in programs for part in log.gtest_shards(build / "tests" / name, env=options))
 
 
 def fuzz(log: Log) -> None:
@@ -267,13 +268,9 @@ def aarch64(log: Log) -> None:
     log.skip("BigStride*, Fork*", "they test the kernel, which here is an emulator's")
     log.skip("EnvironmentDeathTest*", "the kernel starts no Arm program a second time")
     passed = log.passed
-    log.gtest_shards(
-        "qemu-aarch64",
-        "-L",
-        "/usr/aarch64-linux-gnu",
-        build / "tests/unit_tests",
-        "--gtest_filter=-BigStride*:*/BigStride*:Fork*:EnvironmentDeathTest*",
-    )
+    left_out = "BigStride*:*/BigStride*:Fork*:EnvironmentDeathTest*"
+    program = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", build / "tests/unit_tests"]
+    log.together(log.gtest_shards(*program, f"--gtest_filter=-{left_out}"))
     # Among them every case of `flashspark verify`: what the stage `targets` does, on NEON.
     matrix = log.path.read_text().count("[       OK ] All/FeatureMatrix.")
     log.check(matrix > 200, f"{matrix} cases of the feature matrix ran, of {log.passed - passed} tests")
@@ -290,29 +287,30 @@ def budgets(log: Log) -> None:
 
 def emulator(log: Log) -> None:
     """The GPU kernels' own source on the CPU: every instance, and random serving batches, in two processes."""
-    tests = ("test", "append_test", "wild_test", "function_values_test", "gradient_values_test", "block_mask_test")
-    sharded = ("backward_test", "backward_functions_test", "forward_test", "functions_test")
-    programs = [f"emulator_{name}" for name in (*tests, *sharded, "fuzz")]
-    build = log.preset("emulator", *programs) / "tests/emulator"
-    for name in tests:
-        log.gtest(build / f"emulator_{name}")
-    for name in sharded:
-        log.gtest_shards(build / f"emulator_{name}")
+    sharded = ("forward_test", "backward_functions_test", "backward_test", "functions_test")
+    tests = ("wild_test", "append_test", "block_mask_test", "test", "gradient_values_test", "function_values_test")
+    build = log.preset("emulator", *(f"emulator_{name}" for name in (*sharded, *tests, "fuzz"))) / "tests/emulator"
+    done = 0
 
-    def batches(number: int) -> str:
+    def batches(number: int) -> None:
+        nonlocal done
         cases = -(-FUZZ_CASES // JOBS)
         options = ["--count", cases, "--seed", 1 + number * cases, "--seconds", 900]
-        return log.run(build / "emulator_fuzz", *map(str, options), check=False)
-
-    with ThreadPoolExecutor(JOBS) as pool:
-        outputs = list(pool.map(batches, range(JOBS)))
-    done = 0
-    for out in outputs:
+        out = log.run(build / "emulator_fuzz", *map(str, options), check=False)
         counts = re.search(r"(\d+) cases, (\d+) failed", out)
-        log.check(
-            bool(counts) and counts[2] == "0", f"emulator_fuzz: {out.strip().splitlines()[0] if out else 'no output'}"
-        )
-        done += int(counts[1]) if counts else 0
+        first = out.strip().splitlines()[0] if out.strip() else "no output"
+        log.check(bool(counts) and counts[2] == "0", f"emulator_fuzz: {first}")
+        with log.lock:
+            done += int(counts[1]) if counts else 0
+
+    # The longest first, so that no core is left with a long one at the end.
+    log.together(
+        [
+            *(part for name in sharded for part in log.gtest_shards(build / f"emulator_{name}")),
+            *(partial(batches, number) for number in range(JOBS)),
+            *(partial(log.gtest, build / f"emulator_{name}") for name in tests),
+        ]
+    )
     log.check(done >= FUZZ_CASES, f"emulator_fuzz: {done} cases of {FUZZ_CASES}")
     log.passed += done
 

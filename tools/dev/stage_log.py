@@ -11,9 +11,11 @@ import os
 import re
 import subprocess
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,11 +100,17 @@ class Log:
         name = Path(str(command[0])).name
         self.add(*read_gtest(name, self.run(*command, check=False, env=env)))
 
-    def gtest_shards(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
-        """Runs pytest in one process per core."""
+    def gtest_shards(self, *command: str | Path, env: dict[str, str] | None = None) -> list[Callable[[], None]]:
+        """The tests of one program in parts, one per core, for together()."""
         shards = [{"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(n)} | (env or {}) for n in range(JOBS)]
+        return [partial(self.gtest, *command, env=shard) for shard in shards]
+
+    def together(self, tasks: Iterable[Callable[[], None]]) -> None:
+        """Runs them on all cores, in this order: the longest should come first. All of them run, even if one fails."""
         with ThreadPoolExecutor(JOBS) as pool:
-            list(pool.map(lambda shard: self.gtest(*command, env=shard), shards))
+            running = [pool.submit(task) for task in tasks]
+        for task in running:
+            task.result()
 
     def pytest(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
         self.add(*read_pytest(self.run(*command, "-qrs", check=False, env=env)))
@@ -111,12 +119,12 @@ class Log:
         self.add(*read_unittests(self.run(*command, check=False), 1))
 
     def ctest(self, *command: str | Path) -> None:
-        """Runs Python programs that use unittest."""
-        out = self.run(*command, "-V", check=False)
+        """Runs Python programs that use unittest, one per core; ctest numbers the lines of each."""
+        out = self.run(*command, "-V", "-j", str(JOBS), check=False)
         programs = re.search(r"(\d+) tests? failed out of (\d+)", out)
         if not programs or int(programs[2]) == 0:
             raise Failed("ctest ran no tests")
-        counts = read_unittests(re.sub(r"^\d+: ", "", out, flags=re.M), int(programs[2]))
+        counts = read_unittests(program_by_program(out), int(programs[2]))
         if int(programs[1]) and counts[1] == 0:
             raise Failed(f"ctest: {programs[0]}, without a test that failed")
         self.add(*counts)
@@ -170,6 +178,12 @@ def read_pytest(out: str) -> Counts:
     skips += [("pytest", f"{counts[kind]} {kind}") for kind in ("deselected", "xfailed", "xpassed") if kind in counts]
     failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
     return counts["passed"], failed, re.findall(r"^(?:FAILED|ERROR) (\S+)", out, re.M), skips
+
+
+def program_by_program(out: str) -> str:
+    """What the programs of one ctest -V -j wrote, whose lines bear their numbers and are mixed, without these."""
+    lines = sorted(re.findall(r"^(\d+): (.*)", out, re.M), key=lambda line: int(line[0]))
+    return "".join(f"{text}\n" for _, text in lines)
 
 
 def read_unittests(out: str, programs: int) -> Counts:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import unittest
+from functools import partial
 from pathlib import Path
 
-from stage_log import Failed, Log, allowed_skips, read_gtest, read_pytest, read_unittests
+from stage_log import Failed, Log, allowed_skips, program_by_program, read_gtest, read_pytest, read_unittests
 
 GTEST = """[==========] Running 3 tests from 1 test suite.
 [ RUN      ] A.First
@@ -68,6 +69,13 @@ class Readers(unittest.TestCase):
         self.assertEqual((passed, failed), (1, 1))
         self.assertEqual(skips, [("test_b (__main__.A.test_b)", "minutes under an emulator")])
 
+    def test_unittests_of_programs_that_ran_together(self) -> None:
+        lines = UNITTEST.splitlines()
+        mixed = "\n".join(f"{n}: {line}" for line in lines for n in (11, 2)) + "\n1/2 Test #2: a ... Passed\n"
+        self.assertEqual(program_by_program(mixed), 2 * UNITTEST)
+        passed, failed, _, skips = read_unittests(program_by_program(mixed), 2)
+        self.assertEqual((passed, failed, len(skips)), (3, 1, 2))
+
     def test_programs_that_ran_nothing_or_did_not_finish(self) -> None:
         for reader, out in (
             (read_pytest, "no tests ran in 0.01s\n"),
@@ -103,6 +111,19 @@ class Stages(unittest.TestCase):
         self.assertEqual(self.judged(("X/BigStride.Y", "no space")), [])
         for skip in (("BigStride", "no spac"), ("BigStride", "No space"), ("Big", "no space"), ("BigStride", "else")):
             self.assertEqual(len(self.judged(skip, passed=5)), 1)
+
+    def test_tasks_that_run_together(self) -> None:
+        ran: list[int] = []
+
+        def task(number: int) -> None:
+            if number == 1:
+                raise Failed("the second")
+            ran.append(number)
+
+        log = Log(Path("unused"))
+        with self.assertRaisesRegex(Failed, "the second"):
+            log.together(partial(task, number) for number in range(5))
+        self.assertEqual(sorted(ran), [0, 2, 3, 4])
 
     def test_the_list(self) -> None:
         self.assertGreater(len(allowed_skips()), 5)
