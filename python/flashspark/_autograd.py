@@ -19,7 +19,7 @@ from . import _call, _core
 from ._backward import ARGUMENTS, Forward, gradients
 from ._kinds import KINDS
 from ._signature import ATTENTION, HEAD, TAIL, in_tail
-from ._tensors import Array, differentiable
+from ._tensors import Array, differentiable, refuse_tangent
 from ._user_functions import Functions, Lists, empty_result, extras_of, native
 
 _ROWS = 3  # q, k and v
@@ -187,6 +187,10 @@ class Problem:
             _supported.clear()
         _supported.add(kind)
 
+    def word(self, number: int) -> str:
+        """The caller's name of a tensor."""
+        return self._word(self.places.tensors[number])
+
     def _word(self, place: int) -> str:
         """The caller's name of the tensor at a place of the values."""
         if place >= self.places.parts[1].stop:
@@ -229,6 +233,10 @@ class Attention(torch.autograd.Function):
             found.append(gradient)
         return tuple(found)
 
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Array | None) -> Any:
+        refuse_tangent(ctx.problem.word(next((n for n, x in enumerate(tangents) if x is not None), 0)))
+
 
 # What Attention.apply ends in, where no transformation of torch.func is active. Before that it looks at the signature
 # of `forward` and binds the arguments to it, which takes as long as all else about a call.
@@ -266,6 +274,10 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
+        refuse_second_derivatives()
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
         refuse_second_derivatives()
 
 

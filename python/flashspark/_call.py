@@ -28,6 +28,7 @@ from ._tensors import (
     differentiable,
     empty_lse,
     empty_out,
+    has_tangent,
     is_cupy,
     is_masked,
     is_torch,
@@ -95,6 +96,7 @@ class _Torch:
             self.increment_version = torch._C._increment_version
         except Exception:  # noqa: BLE001 - an older torch
             self.increment_version = lambda tensors: bump(*tensors)
+        self.forward_ad = torch.autograd.forward_ad
         self.Parameter, self.Tensor = torch.nn.Parameter, torch.Tensor
 
 
@@ -145,12 +147,21 @@ def as_torch_raises(error: MemoryError) -> Exception:
     return sys.modules["torch"].cuda.OutOfMemoryError(text) if full else RuntimeError(text)
 
 
+def loses_nothing(x: Array) -> bool:
+    """Whether a torch tensor has its values in memory, and no derivative that a call past autograd would lose."""
+    return (
+        not x.is_neg()
+        and not (x.requires_grad and TORCH.is_grad_enabled())
+        and (TORCH.forward_ad._current_level < 0 or not has_tangent(x))
+    )
+
+
 def is_plain(x: Array) -> bool:
-    """Whether x is a torch tensor that the fast path may pass on: not lazily negated, and without a gradient to lose.
+    """Whether x is a torch tensor that the fast path may pass on.
 
     The native call itself refuses everything else that a fast path must not take.
     """
-    return type(x) is TORCH.Tensor and not x.is_neg() and not (x.requires_grad and TORCH.is_grad_enabled())
+    return type(x) is TORCH.Tensor and loses_nothing(x)
 
 
 def is_direct(x: Any) -> bool:
@@ -159,7 +170,7 @@ def is_direct(x: Any) -> bool:
         return x.flags.writeable and x.dtype.num <= LAST_NUMPY_TYPE
     if TORCH.Tensor is None or (type(x) is not TORCH.Tensor and type(x) is not TORCH.Parameter):
         return False
-    return not x.is_neg() and not (x.requires_grad and TORCH.is_grad_enabled())
+    return loses_nothing(x)
 
 
 class Mode(NamedTuple):
@@ -222,6 +233,7 @@ def attend(
         type(q) is type(k) is type(v) is TORCH.Tensor
         and not (q.is_neg() or k.is_neg() or v.is_neg())
         and not (TORCH.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and (TORCH.forward_ad._current_level < 0 or not any(map(has_tangent, tensors)))
         and (out is None or is_plain(out))
         and (lse is None or is_plain(lse))
         and ("numpy.ma" not in sys.modules or not any(map(is_masked, tail)))

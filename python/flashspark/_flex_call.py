@@ -229,6 +229,8 @@ def warm(
         rest = (*rest, *[float(x.value) for x in prepared.scalars])
     if numpy:
         return _run_numpy(query, key, value, want_lse, (scale, *prepared.middle, implementation, *rest))
+    if torch_functions.forward_ad._current_level >= 0:
+        return None
     if torch_functions.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tvm_ffi
@@ -63,6 +63,26 @@ def differentiable(x: object) -> bool:
     return (x.requires_grad and torch.is_grad_enabled()) or torch._C._functorch.is_gradtrackingtensor(x)
 
 
+def in_forward_mode() -> bool:
+    """Whether torch tensors may have tangents: within torch.autograd.forward_ad.dual_level() or torch.func.jvp."""
+    return sys.modules["torch"].autograd.forward_ad._current_level >= 0
+
+
+def has_tangent(x: Any) -> bool:
+    """Whether x is a torch tensor with a derivative in forward mode."""
+    if not in_forward_mode():
+        return False
+    torch = sys.modules["torch"]
+    return isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_tangent(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} = tensor with a tangent: must be without, flashspark's attention has no derivatives in forward mode "
+        "(torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) has)"
+    )
+
+
 def array(name: str, x: Any, written: bool = False) -> Array:
     """`x` as an array whose memory holds its values, without a gradient. Raises an error that names it if it is none.
 
@@ -101,6 +121,8 @@ def _torch_array(name: str, x: Array, written: bool) -> Array:
     torch = sys.modules["torch"]
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise TypeError(f"{name} = tensor inside torch.func: must be a plain tensor, it cannot be transformed here")
+    if has_tangent(x):
+        refuse_tangent(name)
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise ValueError(

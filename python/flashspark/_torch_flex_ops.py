@@ -17,8 +17,9 @@ from ._autograd import below_transforms
 from ._backward import ARGUMENTS, Forward, gradients
 from ._call import FUNC, attend, respelling
 from ._flex_call import WORDS as _NAMES
+from ._tensors import has_tangent, refuse_tangent
 from ._user_functions import Functions, Lists, arguments, empty_result, extras_of, native_of_text
-from .torch_ops import NAMESPACE, _refuses_gradients
+from .torch_ops import NAMESPACE, _refuses_gradients, _without_tangents
 
 WORDS = ("query", "key", "value")
 _ARGUMENTS = (
@@ -124,6 +125,11 @@ class _Problem:
         score, mask = leaves[first : first + self.counts[0]], leaves[first + self.counts[0] : -4]
         return (*leaves[:_ROWS], self.rest[0], score, self.rest[1], mask, *leaves[-4:], *self.rest[2], leaves[_ROWS])
 
+    def word(self, number: int) -> str:
+        """The caller's name of a tensor."""
+        place = [place for place, given in enumerate(self.given) if given][number]
+        return (*WORDS, "alibi_slopes")[place] if place <= _ROWS else "a captured tensor"
+
     def wanted(self, needed: Sequence[bool], tensors: Sequence[torch.Tensor]) -> list[bool]:
         wanted = [False] * self.size
         for target, need, x in zip(self.targets, needed, tensors):
@@ -146,6 +152,8 @@ class _Problem:
 def _differentiable(*args):
     """The kernel of flashspark::flex_attention for autograd."""
     tensors = _Problem.tensors(args)
+    if (number := next((n for n, x in enumerate(tensors) if has_tangent(x)), None)) is not None:
+        refuse_tangent(_Problem(args).word(number))
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
@@ -161,8 +169,9 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake(f"{NAMESPACE}::flex_attention", _fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::flex_attention_backward", _fake_backward, lib=_library)
 _library.impl("flex_attention", _differentiable, "Autograd")
+_backward_words = lambda _: ("dout", "dlse", "out", "lse", *WORDS)  # noqa: E731
 _library.impl(
     "flex_attention_backward",
-    _refuses_gradients(_backward_operator, lambda _: ("dout", "dlse", "out", "lse", *WORDS)),
+    _without_tangents(_refuses_gradients(_backward_operator, _backward_words), _backward_words),
     "Autograd",
 )

@@ -19,6 +19,7 @@ from . import _core
 from ._autograd import Given, Problem, below_transforms, refuse
 from ._backward import Forward
 from ._call import Mode
+from ._tensors import has_tangent, in_forward_mode, refuse_tangent
 from ._trace import trace, traced
 from ._user_functions import Lists, extras_of, native_of_text, padded
 from .mods import Scalar
@@ -174,9 +175,12 @@ def _add(
     torch.library.register_fake(f"{base.namespace}::{name}", fake, lib=base.library)
     operator = getattr(getattr(torch.ops, base.namespace), name).default
 
+    def named(args):
+        return _named(base, args, others) if others else _flat(args, repeat("an argument"))
+
     def without_gradients(*args):
         if torch.is_grad_enabled():
-            for x, word in zip(*(_named(base, args, others) if others else _flat(args, repeat("an argument")))):
+            for x, word in zip(*named(args)):
                 if isinstance(x, torch.Tensor) and x.requires_grad:
                     raise ValueError(
                         f"{word}.requires_grad = True: must be False, or call under torch.no_grad(): "
@@ -185,7 +189,14 @@ def _add(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    base.library.impl(name, differentiable or without_gradients, "Autograd")
+    def autograd(*args):
+        if in_forward_mode():
+            for x, word in zip(*named(args)):
+                if has_tangent(x):
+                    refuse_tangent(word)
+        return (differentiable or without_gradients)(*args)
+
+    base.library.impl(name, autograd, "Autograd")
 
 
 def _named(base: Base, args: tuple[Any, ...], others: tuple[str, ...]) -> tuple[list[Any], list[str]]:

@@ -32,7 +32,7 @@ from ._backward import ARGUMENTS, Forward, gradients
 from ._kinds import KINDS, any_flag, one_spelling
 from ._layout import padded
 from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature, in_tail
-from ._tensors import held, out_dtype
+from ._tensors import has_tangent, held, in_forward_mode, out_dtype, refuse_tangent
 
 _NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and lse
 _KINDS, _FALLBACKS = ATTENTION.kinds[HEAD:], ATTENTION.fallbacks[HEAD:]
@@ -224,6 +224,19 @@ def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any,
     return kernel
 
 
+def _without_tangents(kernel: Callable[..., Any], words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
+    """An operator's kernel for autograd, before which tangents are refused: below it torch.func's are not seen."""
+
+    def checked(*args):
+        if in_forward_mode():
+            for name, x in zip(words(args), args):
+                if has_tangent(x):
+                    refuse_tangent(name)
+        return kernel(*args)
+
+    return checked
+
+
 def _resolves(operator: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
     """The operator's kernel for lazily negated or zero tensors. torch's own fallback does not accept None."""
     written = [argument.is_write for argument in operator._schema.arguments]
@@ -258,7 +271,7 @@ def _register(
         _library.impl(name, kernel, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     operator = getattr(_operators, name).default
-    _library.impl(name, differentiable or _refuses_gradients(operator, words), "Autograd")
+    _library.impl(name, _without_tangents(differentiable or _refuses_gradients(operator, words), words), "Autograd")
     for lazily in ("Negative", "ZeroTensor"):
         _library.impl(name, _resolves(operator, words), lazily)
 

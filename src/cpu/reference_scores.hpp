@@ -34,10 +34,16 @@ inline bool keep(const Params &p, const Sequence &s, int64_t i, int64_t j) {
 
 // Row `a` of a tensor times row `b` of another one, as elements from these offsets on.
 inline double dot(const flashspark_tensor &a, int64_t a0, const flashspark_tensor &b, int64_t b0, int64_t width) {
-  double sum = 0;
-  for (int64_t d = 0; d < width; ++d)
-    sum += double{load_as_float(a.data, a0 + d, a.dtype)} * double{load_as_float(b.data, b0 + d, b.dtype)};
-  return sum;
+  const auto product = [&](int64_t d) {
+    return double{load_as_float(a.data, a0 + d, a.dtype)} * double{load_as_float(b.data, b0 + d, b.dtype)};
+  };
+  double sums[4] = {};  // an addition to one does not wait for those to the others
+  int64_t d = 0;
+  for (; d + 4 <= width; d += 4) {
+    for (int64_t n = 0; n < 4; ++n) sums[n] += product(d + n);
+  }
+  for (; d < width; ++d) sums[0] += product(d);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 inline double query_key(const Params &p, const Sequence &s, int64_t i, int64_t j, int64_t h) {

@@ -12,6 +12,7 @@ from problems import offsets, pages
 torch = pytest.importorskip("torch")
 torch_ops = pytest.importorskip("flashspark.torch_ops")
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402 - it needs torch
+from torch.autograd import forward_ad  # noqa: E402
 from torch_arrays import moved  # noqa: E402
 
 H, D = 4, 16
@@ -120,6 +121,25 @@ def test_compiled_in_one_graph(call, backend):
         assert equal((out / 2, lse), both(name, args, options)[0])
     assert counter.frame_count == 1
     assert sum("attention_functions" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes) == 1
+
+
+@pytest.mark.parametrize("module", [flashspark, torch_ops])
+@pytest.mark.parametrize("place", ["q", "captured"])
+def test_no_tangent_is_lost(module, place):
+    (q, k, v), slopes = dense(), SLOPES.clone()
+
+    def function(q, slopes):
+        return module.flash_attn_func(q, k, v, score_mod=weighted, aux_tensors=[slopes, TOKENS])
+
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="tensor with a tangent"):
+        function(
+            forward_ad.make_dual(q, torch.ones_like(q)) if place == "q" else q,
+            slopes if place == "q" else forward_ad.make_dual(slopes, torch.ones_like(slopes)),
+        )
+    one, other = (q, slopes) if place == "q" else (slopes, q)
+    of_one = (lambda x: function(x, other)) if place == "q" else (lambda x: function(other, x))
+    with pytest.raises(NotImplementedError, match="tensor with a tangent"):
+        torch.func.jvp(of_one, (one,), (torch.ones_like(one),))
 
 
 def compiled(counter="eager"):

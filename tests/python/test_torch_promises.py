@@ -14,6 +14,7 @@ from flash_attn_grid import Case, make
 pytest.importorskip("torch", reason="torch is not installed")
 
 import torch  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 from torch_arrays import back, moved  # noqa: E402
 
 SMALL = Case(longest=(3, 9), dims=(16, 16), dtype="float32", heads=(2, 1), sinks=True, alibi=1, given=2)
@@ -75,6 +76,71 @@ def test_no_gradient_is_lost(name, argument, door):
         given[argument] = given[argument].requires_grad_()
         out, lse = DOORS[door](call.function, {**given, **call.options})
     assert not any(x.requires_grad for x in (out, lse) if x is not given[argument])
+
+
+# torch.compile has no forward mode. What requires a gradient that it cannot get is refused as such.
+TANGENTS = [(*g, r) for g in GRADIENTS if g[2] != "compiled" for r in (False, True) if not r or flows(*g[:2])]
+
+
+@pytest.mark.parametrize(("name", "argument", "door", "requires_grad"), TANGENTS)
+def test_no_tangent_is_lost(name, argument, door, requires_grad):
+    call = make(CALLS[name])
+    given = {n: moved(x) for n, x in call.arrays.items()}
+    with forward_ad.dual_level():
+        primal = given[argument].clone().requires_grad_(requires_grad)
+        dual = {**given, argument: forward_ad.make_dual(primal, torch.ones_like(primal))}
+        before = {n: x.detach().clone() for n, x in dual.items()}
+        with pytest.raises(NotImplementedError, match=rf"{argument} = tensor with a tangent"):
+            DOORS[door](call.function, {**dual, **call.options})
+        if door == "torch":
+            assert all(torch.equal(x.float().nan_to_num(), before[n].float().nan_to_num()) for n, x in dual.items())
+        DOORS[door](call.function, {**given, **call.options})  # none has a tangent
+
+
+@pytest.mark.parametrize("door", ["torch", "operator"])
+def test_jvp_is_refused(door):
+    call = make(CALLS["dense"])
+    given = {n: moved(x) for n, x in call.arrays.items()}
+    rows = [given.pop(n) for n in ("q", "k", "v")]
+    function = lambda *rows: DOORS[door](call.function, {**dict(zip("qkv", rows)), **given, **call.options})  # noqa: E731
+    ones = tuple(map(torch.ones_like, rows))
+    with pytest.raises(NotImplementedError, match="q = tensor with a tangent"):
+        torch.func.jvp(function, tuple(rows), ones)
+    gradient = torch.func.grad(lambda *rows: function(*rows)[0].square().sum())
+    with pytest.raises(NotImplementedError, match=r"tensor with a tangent|double backward"):
+        torch.func.jvp(gradient, tuple(rows), ones)
+
+
+@pytest.mark.parametrize("place", ["query", "key", "value", "captured"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_no_tangent_is_lost_in_flex_attention(place, requires_grad):
+    tensors = {n: torch.randn(1, 2, 5, 16) for n in ("query", "key", "value")} | {"captured": torch.randn(2)}
+    word = "captured tensor" if place == "captured" else place
+
+    def call(tensors):
+        slopes = tensors["captured"]
+        score_mod = lambda score, b, h, i, j: score + slopes[h] * (i - j)  # noqa: E731
+        return flashspark.flex_attention(*[tensors[n] for n in ("query", "key", "value")], score_mod)
+
+    plain = call(tensors)
+    with forward_ad.dual_level():
+        primal = tensors[place].clone().requires_grad_(requires_grad)
+        with pytest.raises(NotImplementedError, match=rf"{word} = tensor with a tangent"):
+            call(tensors | {place: forward_ad.make_dual(primal, torch.ones_like(primal))})
+        assert torch.equal(call(tensors), plain)
+
+
+def test_no_tangent_is_lost_in_a_backward_pass():
+    q, k, v = (torch.randn(1, 5, 2, 16) for _ in range(3))
+    out, lse = flashspark.flash_attn_func(q, k, v, return_lse=True)
+    with forward_ad.dual_level():
+        dout = forward_ad.make_dual(torch.randn_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="dout = tensor with a tangent"):
+            flashspark.flash_attn_backward(dout, q, k, v, out, lse)
+        x = q.clone().requires_grad_()
+        result = flashspark.flash_attn_func(x, k, v)
+        with pytest.raises(NotImplementedError, match="tensor with a tangent"):
+            torch.autograd.grad(result, x, dout)
 
 
 def gradient_arrives(call, argument, door):
