@@ -116,18 +116,25 @@ inline uint8_t float_to_e4m3(float x) {
   return static_cast<uint8_t>(sign | detail::float_to_small(magnitude, 3, 7));
 }
 
-// One element at `index` of an array of `dtype`.
-inline float load_as_float(const void *data, int64_t index, int32_t dtype) {
+// What `body` makes of a function that loads an element of an array of `dtype` by its index. A loop in it knows the
+// type.
+template <class Body>
+inline auto with_elements(const void *data, int32_t dtype, Body &&body) {
   switch (dtype) {
     case FLASHSPARK_FLOAT32:
-      return static_cast<const float *>(data)[index];
+      return body([data](int64_t index) { return static_cast<const float *>(data)[index]; });
     case FLASHSPARK_FLOAT16:
-      return f16_to_float(static_cast<const uint16_t *>(data)[index]);
+      return body([data](int64_t index) { return f16_to_float(static_cast<const uint16_t *>(data)[index]); });
     case FLASHSPARK_BFLOAT16:
-      return bf16_to_float(static_cast<const uint16_t *>(data)[index]);
+      return body([data](int64_t index) { return bf16_to_float(static_cast<const uint16_t *>(data)[index]); });
     default:
-      return e4m3_to_float(static_cast<const uint8_t *>(data)[index]);
+      return body([data](int64_t index) { return e4m3_to_float(static_cast<const uint8_t *>(data)[index]); });
   }
+}
+
+// One element at `index` of an array of `dtype`.
+inline float load_as_float(const void *data, int64_t index, int32_t dtype) {
+  return with_elements(data, dtype, [index](auto element) { return element(index); });
 }
 
 inline void store_from_float(void *data, int64_t index, int32_t dtype, float value) {

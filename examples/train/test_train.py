@@ -16,7 +16,7 @@ from attention import flashspark_attention, torch_attention  # noqa: E402
 from documents import batches, texts  # noqa: E402
 from gpt import GPT, Config  # noqa: E402
 
-STEPS, TOKENS = 8, 512
+STEPS, TOKENS = 14, 512
 ON_THE_CPU = ("flashspark", "torch")
 
 
@@ -32,7 +32,8 @@ def test_size():
 def test_loss_falls(runs):
     losses = runs["flashspark"]["losses"]
     assert losses[0] == pytest.approx(5.55, abs=0.3)  # log(256): nothing is known yet
-    assert losses[-1] < 0.75 * losses[0]
+    # Batches are of this repository's files, which change, and differ in how hard they are: by a fifth of their losses.
+    assert sum(losses[-6:]) / 6 < 0.75 * losses[0]
 
 
 def test_losses_are_those_of_torchs_attention(runs):

@@ -71,9 +71,10 @@ class Magnitudes {
 
   static void add(std::vector<float> &sums, int64_t row, double factor, const flashspark_tensor &t, int64_t at,
                   int64_t width) {
-    for (int64_t d = 0; d < width; ++d)
-      sums[static_cast<size_t>(row * width + d)] +=
-          static_cast<float>(factor) * std::fabs(load_as_float(t.data, at + d, t.dtype));
+    float *const to = sums.data() + row * width;
+    with_elements(t.data, t.dtype, [&](auto element) {
+      for (int64_t d = 0; d < width; ++d) to[d] += static_cast<float>(factor) * std::fabs(element(at + d));
+    });
   }
 
   const BackwardParams &p_;

@@ -18,6 +18,11 @@ constexpr Format kHalf{10, 5, true};
 constexpr Format kBfloat{7, 8, true};
 constexpr Format kE4m3{3, 4, false};
 
+// 2^n, where that is a normal number. By the C library, powers would take most of the time it takes to make a problem.
+double power_of_2(int n) {
+  return std::bit_cast<double>(static_cast<uint64_t>(1023 + n) << 52);
+}
+
 float decode(Format f, uint32_t bits) {
   const uint32_t mantissa = bits & ((1u << f.mantissa_bits) - 1);
   const int exponent_max = (1 << f.exponent_bits) - 1;
@@ -25,9 +30,10 @@ float decode(Format f, uint32_t bits) {
   const float sign = bits >> (f.mantissa_bits + f.exponent_bits) & 1 ? -1.0f : 1.0f;
   if (f.has_infinity && exponent == exponent_max) return mantissa ? NAN : sign * INFINITY;
   if (!f.has_infinity && exponent == exponent_max && mantissa == (1u << f.mantissa_bits) - 1) return NAN;
-  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), 1 - f.bias() - f.mantissa_bits);
-  const float significand = static_cast<float>(mantissa + (1u << f.mantissa_bits));
-  return sign * std::ldexp(significand, exponent - f.bias() - f.mantissa_bits);
+  const bool subnormal = exponent == 0;
+  const double significand = mantissa + (subnormal ? 0 : 1u << f.mantissa_bits);
+  const double step = power_of_2((subnormal ? 1 : exponent) - f.bias() - f.mantissa_bits);
+  return sign * static_cast<float>(significand * step);
 }
 
 uint32_t encode(Format f, float value) {
@@ -39,8 +45,9 @@ uint32_t encode(Format f, float value) {
   if (std::isinf(value)) return sign | largest;
   const float x = std::fabs(value);
   if (x == 0) return sign;
-  int exponent = std::max(std::ilogb(x), 1 - f.bias());
-  auto significand = static_cast<uint32_t>(std::nearbyint(std::ldexp(x, f.mantissa_bits - exponent)));
+  const int of_float = static_cast<int>(std::bit_cast<uint32_t>(x) >> 23) - 127;  // at most, of a subnormal one
+  int exponent = std::max(of_float, 1 - f.bias());
+  auto significand = static_cast<uint32_t>(std::nearbyint(x * power_of_2(f.mantissa_bits - exponent)));
   if (significand == 2u << f.mantissa_bits) {
     significand >>= 1;
     ++exponent;

@@ -45,8 +45,7 @@ void attend_row(const Params &p, const Functions &functions, const Dropout &drop
     denominator += weight;
     const bool dropped = dropout.any() && dropout.drops(s.index, h, i, leftpad + kept[n]);
     if (weight == 0 || dropped) continue;
-    const int64_t v0 = kv_offset(p, p.v, s, kept[n], h_kv);
-    for (int64_t d = 0; d < p.head_dim_v; ++d) sum[d] += weight * load_as_float(p.v.data, v0 + d, p.v.dtype);
+    add_row(sum.data(), weight, p.v, kv_offset(p, p.v, s, kept[n], h_kv), p.head_dim_v);
   }
 
   double factor = denominator == 0 ? 0 : scale_at(p.v_descale, s.index, h_kv, p.v.dtype) / denominator;

@@ -199,9 +199,7 @@ class ReferenceBackward {
     const double z = dropped ? 0 : 1 / (1 - double{f_.dropout_p});
     const int64_t at_dout = q_offset(f_, p_.dout, s, i, h), v0 = kv_offset(f_, f_.v, s, j, h_kv);
     double ds = probability * ((dropped ? 0 : z * dot(p_.dout, at_dout, f_.v, v0, f_.head_dim_v)) + common);
-    double *dv = sums.dv.data() + j * f_.head_dim_v;
-    for (int64_t d = 0; !dropped && d < f_.head_dim_v; ++d)
-      dv[d] += probability * z * load_as_float(p_.dout.data, at_dout + d, p_.dout.dtype);
+    if (!dropped) add_row(sums.dv.data() + j * f_.head_dim_v, probability * z, p_.dout, at_dout, f_.head_dim_v);
 
     if (functions_.has_score()) {
       const graph::Row row = function_row(f_, s, i, h);
@@ -218,11 +216,8 @@ class ReferenceBackward {
           ds * std::fabs(double(distance));
     if (f_.softcap > 0) ds *= 1 - cap / f_.softcap * (cap / f_.softcap);
     const int64_t q0 = q_offset(f_, f_.q, s, i, h), k0 = kv_offset(f_, f_.k, s, j, h_kv);
-    double *dk = sums.dk.data() + j * f_.head_dim;
-    for (int64_t d = 0; d < f_.head_dim; ++d) {
-      sums.dq[static_cast<size_t>(d)] += ds * scale * load_as_float(f_.k.data, k0 + d, f_.k.dtype);
-      dk[d] += ds * scale * load_as_float(f_.q.data, q0 + d, f_.q.dtype);
-    }
+    add_row(sums.dq.data(), ds * scale, f_.k, k0, f_.head_dim);
+    add_row(sums.dk.data() + j * f_.head_dim, ds * scale, f_.q, q0, f_.head_dim);
   }
 
   const BackwardParams &p_;

@@ -34,16 +34,25 @@ inline bool keep(const Params &p, const Sequence &s, int64_t i, int64_t j) {
 
 // Row `a` of a tensor times row `b` of another one, as elements from these offsets on.
 inline double dot(const flashspark_tensor &a, int64_t a0, const flashspark_tensor &b, int64_t b0, int64_t width) {
-  const auto product = [&](int64_t d) {
-    return double{load_as_float(a.data, a0 + d, a.dtype)} * double{load_as_float(b.data, b0 + d, b.dtype)};
-  };
-  double sums[4] = {};  // an addition to one does not wait for those to the others
-  int64_t d = 0;
-  for (; d + 4 <= width; d += 4) {
-    for (int64_t n = 0; n < 4; ++n) sums[n] += product(d + n);
-  }
-  for (; d < width; ++d) sums[0] += product(d);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return with_elements(a.data, a.dtype, [=](auto of_a) {
+    return with_elements(b.data, b.dtype, [=](auto of_b) {
+      double even = 0, odd = 0;  // an addition to one does not wait for that to the other
+      int64_t d = 0;
+      for (; d + 2 <= width; d += 2) {
+        even += double{of_a(a0 + d)} * double{of_b(b0 + d)};
+        odd += double{of_a(a0 + d + 1)} * double{of_b(b0 + d + 1)};
+      }
+      if (d < width) even += double{of_a(a0 + d)} * double{of_b(b0 + d)};
+      return even + odd;
+    });
+  });
+}
+
+// Adds `factor` times a row of a tensor, as elements from this offset on.
+inline void add_row(double *sums, double factor, const flashspark_tensor &t, int64_t at, int64_t width) {
+  with_elements(t.data, t.dtype, [=](auto element) {
+    for (int64_t d = 0; d < width; ++d) sums[d] += factor * double{element(at + d)};
+  });
 }
 
 inline double query_key(const Params &p, const Sequence &s, int64_t i, int64_t j, int64_t h) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def pytest_sessionstart(session):
     tree = Path(__file__).resolve().parents[2] / "python"
     if Path(flashspark.__file__).resolve().is_relative_to(tree):
         raise pytest.UsageError(f"flashspark is imported from {tree}: install the wheel and run from elsewhere")
+
+
+@pytest.fixture(autouse=True)
+def _generators_of_the_test(request):
+    """The global generators depend only on the test's name, too: not on the tests that ran before it."""
+    seed = zlib.crc32(request.node.name.encode())
+    np.random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
-// The shared case lists: every case of the matrix, engine against oracle, and a table of what the matrix covers.
+// The shared case lists: every case of the matrix, engine against oracle on every SIMD target, and a table of what the
+// matrix covers.
 #include "cases/cases.hpp"
 
 #include <gtest/gtest.h>
 
 #include <set>
+
+#include "support/use_target.hpp"
 
 namespace flashspark::cases {
 namespace {
@@ -12,10 +15,16 @@ class FeatureMatrix : public testing::TestWithParam<Case> {};
 
 TEST_P(FeatureMatrix, EngineAgreesWithTheOracle) {
   Problem problem(GetParam());
-  const Comparison c = compare(problem, problem.run("cpu-engine"), reference(problem));
-  EXPECT_TRUE(c.passed()) << "max error " << c.max_error << ", bound " << c.bound << ", ratio " << c.ratio
-                          << ", lse max error " << c.lse_max_error << ", bound " << c.lse_bound << ", nonfinite match "
-                          << c.nonfinite_match << ", untouched " << c.untouched;
+  const Result expected = reference(problem);  // which knows no targets
+  for (const cpu::Kernels *target : cpu::all_kernels()) {
+    const test::UseTarget use(target);
+    const Result got = problem.run("cpu-engine");
+    ASSERT_EQ(got.status, FLASHSPARK_OK) << target->target << ": " << got.error;
+    const Comparison c = compare(problem, got, expected);
+    EXPECT_TRUE(c.passed()) << target->target << ": max error " << c.max_error << ", bound " << c.bound << ", ratio "
+                            << c.ratio << ", lse max error " << c.lse_max_error << ", bound " << c.lse_bound
+                            << ", nonfinite match " << c.nonfinite_match << ", untouched " << c.untouched;
+  }
 }
 
 std::string case_name(const testing::TestParamInfo<Case> &info) {

@@ -1,22 +1,21 @@
 // Every SIMD target that this CPU runs: its conversions on every code and every place where rounding turns, against the
-// scalar ones (which dtype_test.cpp pins to the definition of the formats), and the engine's features on it.
+// scalar ones (which dtype_test.cpp pins to the definition of the formats), and the engine's features on it. Cases of
+// the matrix run on them in cases_test.cpp and backward_test.cpp.
 #include <gtest/gtest.h>
 
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <fstream>
-#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "cases/backward.hpp"
-#include "cases/cases.hpp"
 #include "cpu/features.hpp"
 #include "cpu/tile.hpp"
 #include "dtype.hpp"
 #include "support/features.hpp"
+#include "support/use_target.hpp"
 
 namespace flashspark::test {
 namespace {
@@ -135,15 +134,8 @@ TEST_P(Targets, FloatsPassThrough) {
   for (int64_t n = 0; n < count; ++n) ASSERT_TRUE(same(narrow[n], points[n])) << points[n];
 }
 
-// Sets the engine's target for one test.
-class Use {
- public:
-  explicit Use(const cpu::Kernels *kernels) { cpu::use_kernels(kernels); }
-  ~Use() { cpu::use_kernels(nullptr); }
-};
-
 TEST_P(Targets, EveryFeatureAgreesWithTheFormula) {
-  const Use use(GetParam());
+  const UseTarget use(GetParam());
   EXPECT_STREQ(flashspark_cpu_target(), GetParam()->target);
   for (const Feature &feature : features()) {
     const Problem problem = problem_with(feature, 3);
@@ -155,38 +147,9 @@ TEST_P(Targets, EveryFeatureAgreesWithTheFormula) {
   }
 }
 
-// What `flashspark verify` runs, on each target.
-TEST_P(Targets, EveryCaseOfTheMatrixAgreesWithTheOracle) {
-  static const std::vector<cases::Case> matrix = cases::feature_matrix();
-  static std::vector<cases::Result> expected;  // by the oracle, which knows no targets
-  for (size_t n = 0; n < matrix.size(); ++n) {
-    cases::Problem problem(matrix[n]);
-    if (n == expected.size()) expected.push_back(cases::reference(problem));
-    const Use use(GetParam());
-    const cases::Result got = problem.run("cpu-engine");
-    ASSERT_EQ(got.status, FLASHSPARK_OK) << matrix[n].name << ": " << got.error;
-    EXPECT_TRUE(cases::compare(problem, got, expected[n]).passed()) << matrix[n].name;
-  }
-}
-
-// Gradients, on each target: some cases of the matrix, which differ in most of what there is.
-TEST_P(Targets, GradientsAgreeWithTheOracle) {
-  static const std::vector<cases::Case> matrix = cases::feature_matrix();
-  static std::map<size_t, cases::Gradients> expected;  // by the oracle, which knows no targets
-  for (size_t n = 0; n < matrix.size(); n += 5) {
-    if (!cases::has_gradients(matrix[n])) continue;
-    cases::BackwardProblem problem(matrix[n]);
-    if (!expected.contains(n)) expected.emplace(n, problem.run("cpu-reference"));
-    const Use use(GetParam());
-    const cases::GradientComparison c = compare_of("cpu-engine", problem, problem.run("cpu-engine"), expected.at(n));
-    EXPECT_TRUE(c.passed()) << matrix[n].name << ": " << c.worst;
-  }
-  EXPECT_GT(expected.size(), 10u);
-}
-
 // What one NaN value makes of a row, in every type of out.
 TEST_P(Targets, NanValuesStayNan) {
-  const Use use(GetParam());
+  const UseTarget use(GetParam());
   for (const int32_t dtype : {FLASHSPARK_FLOAT32, FLASHSPARK_FLOAT16, FLASHSPARK_BFLOAT16, FLASHSPARK_FLOAT8_E4M3}) {
     for (const int64_t queries : {1, 40}) {  // the streaming kernel and the packed one
       for (const int32_t splits : {1, 3}) {
@@ -207,7 +170,7 @@ TEST_P(Targets, NanValuesStayNan) {
 
 // A score that is NaN reaches its whole row, whether it is one of many or all there are; other rows do not see it.
 TEST_P(Targets, NanScoresReachTheirRow) {
-  const Use use(GetParam());
+  const UseTarget use(GetParam());
   for (const int64_t queries : {1, 40}) {  // the streaming kernel and the packed one
     for (const int64_t keys : {1, 60}) {
       for (const bool all : {false, true}) {
