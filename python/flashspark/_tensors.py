@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -74,6 +75,12 @@ def has_tangent(x: Any) -> bool:
         return False
     torch = sys.modules["torch"]
     return isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_tangents(names: Iterable[str], values: Iterable[Any]) -> None:
+    for name, x in zip(names, values):
+        if has_tangent(x):
+            refuse_tangent(name)
 
 
 def refuse_tangent(name: str) -> NoReturn:

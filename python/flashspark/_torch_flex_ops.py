@@ -17,7 +17,7 @@ from ._autograd import below_transforms
 from ._backward import ARGUMENTS, Forward, gradients
 from ._call import FUNC, attend, respelling
 from ._flex_call import WORDS as _NAMES
-from ._tensors import has_tangent, refuse_tangent
+from ._tensors import in_forward_mode, refuse_tangents
 from ._user_functions import Functions, Lists, arguments, empty_result, extras_of, native_of_text
 from .torch_ops import NAMESPACE, _refuses_gradients, _without_tangents
 
@@ -152,8 +152,8 @@ class _Problem:
 def _differentiable(*args):
     """The kernel of flashspark::flex_attention for autograd."""
     tensors = _Problem.tensors(args)
-    if (number := next((n for n, x in enumerate(tensors) if has_tangent(x)), None)) is not None:
-        refuse_tangent(_Problem(args).word(number))
+    if in_forward_mode():
+        refuse_tangents(map(_Problem(args).word, range(len(tensors))), tensors)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

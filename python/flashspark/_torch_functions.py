@@ -19,7 +19,7 @@ from . import _core
 from ._autograd import Given, Problem, below_transforms, refuse
 from ._backward import Forward
 from ._call import Mode
-from ._tensors import has_tangent, in_forward_mode, refuse_tangent
+from ._tensors import in_forward_mode, refuse_tangents
 from ._trace import trace, traced
 from ._user_functions import Lists, extras_of, native_of_text, padded
 from .mods import Scalar
@@ -191,9 +191,8 @@ def _add(
 
     def autograd(*args):
         if in_forward_mode():
-            for x, word in zip(*named(args)):
-                if has_tangent(x):
-                    refuse_tangent(word)
+            values, words = named(args)
+            refuse_tangents(words, values)
         return (differentiable or without_gradients)(*args)
 
     base.library.impl(name, autograd, "Autograd")

@@ -32,7 +32,7 @@ from ._backward import ARGUMENTS, Forward, gradients
 from ._kinds import KINDS, any_flag, one_spelling
 from ._layout import padded
 from ._signature import APPEND, ATTENTION, HEAD, NO_TAIL, REQUIRED, TENSORS, Signature, in_tail
-from ._tensors import has_tangent, held, in_forward_mode, out_dtype, refuse_tangent
+from ._tensors import held, in_forward_mode, out_dtype, refuse_tangents
 
 _NAMES = ATTENTION.names[HEAD:]  # the options, which follow q, k, v, out and lse
 _KINDS, _FALLBACKS = ATTENTION.kinds[HEAD:], ATTENTION.fallbacks[HEAD:]
@@ -229,9 +229,7 @@ def _without_tangents(kernel: Callable[..., Any], words: Callable[[tuple[Any, ..
 
     def checked(*args):
         if in_forward_mode():
-            for name, x in zip(words(args), args):
-                if has_tangent(x):
-                    refuse_tangent(name)
+            refuse_tangents(words(args), args)
         return kernel(*args)
 
     return checked

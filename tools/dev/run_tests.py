@@ -77,7 +77,7 @@ def nvrtc() -> dict[str, str]:
 
 def unit(log: Log) -> None:
     tests = log.preset("ci") / "tests"
-    log.together(log.gtest_shards(tests / "unit_tests"))
+    log.together(log.gtest_parts(tests / "unit_tests"))
     log.gtest(tests / "compile_tests", env=nvrtc())  # on all cores by itself, and bound to seconds
     if (tests / "cuda_tests").exists():  # built if nvcc is available
         log.gtest(tests / "cuda_tests")
@@ -136,7 +136,7 @@ def sanitizers(log: Log) -> None:
     build = log.preset("asan")
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     programs = ("unit_tests", "property_tests")
-    log.together(part for name in programs for part in log.gtest_shards(build / "tests" / name, env=options))
+    log.together(part for name in programs for part in log.gtest_parts(build / "tests" / name, env=options))
 
 
 def fuzz(log: Log) -> None:
@@ -270,7 +270,7 @@ def aarch64(log: Log) -> None:
     passed = log.passed
     left_out = "BigStride*:*/BigStride*:Fork*:EnvironmentDeathTest*"
     program = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", build / "tests/unit_tests"]
-    log.together(log.gtest_shards(*program, f"--gtest_filter=-{left_out}"))
+    log.together(log.gtest_parts(*program, f"--gtest_filter=-{left_out}"))
     # Among them every case of `flashspark verify`: what the stage `targets` does, on NEON.
     matrix = log.path.read_text().count("[       OK ] All/FeatureMatrix.")
     log.check(matrix > 200, f"{matrix} cases of the feature matrix ran, of {log.passed - passed} tests")
@@ -306,7 +306,7 @@ def emulator(log: Log) -> None:
     # The longest first, so that no core is left with a long one at the end.
     log.together(
         [
-            *(part for name in sharded for part in log.gtest_shards(build / f"emulator_{name}")),
+            *(part for name in sharded for part in log.gtest_parts(build / f"emulator_{name}")),
             *(partial(batches, number) for number in range(JOBS)),
             *(partial(log.gtest, build / f"emulator_{name}") for name in tests),
         ]

@@ -100,8 +100,8 @@ class Log:
         name = Path(str(command[0])).name
         self.add(*read_gtest(name, self.run(*command, check=False, env=env)))
 
-    def gtest_shards(self, *command: str | Path, env: dict[str, str] | None = None) -> list[Callable[[], None]]:
-        """The tests of one program in parts, one per core, for together()."""
+    def gtest_parts(self, *command: str | Path, env: dict[str, str] | None = None) -> list[Callable[[], None]]:
+        """The tests of one program in parts, one per core: tasks that together() runs."""
         shards = [{"GTEST_TOTAL_SHARDS": str(JOBS), "GTEST_SHARD_INDEX": str(n)} | (env or {}) for n in range(JOBS)]
         return [partial(self.gtest, *command, env=shard) for shard in shards]
 

@@ -22,7 +22,7 @@ programs=(diffusers==0.42.1)
 sglang=sglang==0.5.23 # wheels for a few Pythons only; one of them will do for all, as its Python files are wanted
 
 python3 -m venv "$venv"
-pip=("$venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --no-warn-conflicts)
+pip=("$venv/bin/pip" install --quiet --disable-pip-version-check --no-warn-conflicts)
 if [[ $(uname -m) == x86_64 && -e $cuda/lib64/libcudnn.so.9 && -e $cuda/lib64/libnccl.so.2 ]]; then
   "${pip[@]}" --no-deps "$torch"
   "${pip[@]}" "${pure[@]}"

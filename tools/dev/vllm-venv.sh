@@ -12,7 +12,7 @@ state=$(cat "${lists[@]}" | sha256sum | cut -c1-16)
 
 rm -rf "$venv"
 tools/dev/torch-cpu-venv.sh "$venv"
-pip=("$venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --no-warn-conflicts)
+pip=("$venv/bin/pip" install --quiet --disable-pip-version-check --no-warn-conflicts)
 "${pip[@]}" --no-deps -r packaging/requirements-vllm.txt -r packaging/requirements-integrations.txt
 "${pip[@]}" -r packaging/requirements-run.txt
 echo "$state" >"$venv/.stamp"

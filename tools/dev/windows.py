@@ -94,4 +94,4 @@ def windows(log: Log) -> None:
     check_command(log, python / "Scripts/flashspark.exe", build / "tests/nvcuda.dll", has_kernels)
     check_binding(log, build / "tests/binding_test.exe", packages)
     log.skip("BigStride*, Fork*", "Windows has no fork(), and gives memory when it is asked for")
-    log.together(log.gtest_shards("wine", build / "tests/unit_tests.exe", env=WINE))
+    log.together(log.gtest_parts("wine", build / "tests/unit_tests.exe", env=WINE))
