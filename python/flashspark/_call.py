@@ -96,7 +96,7 @@ class _Torch:
             self.increment_version = torch._C._increment_version
         except Exception:  # noqa: BLE001 - an older torch
             self.increment_version = lambda tensors: bump(*tensors)
-        self.forward_ad = torch.autograd.forward_ad
+        self.forward_ad = torch.autograd.forward_ad  # its _current_level: in_forward_mode(), without calls
         self.Parameter, self.Tensor = torch.nn.Parameter, torch.Tensor
 
 
@@ -233,7 +233,7 @@ def attend(
         type(q) is type(k) is type(v) is TORCH.Tensor
         and not (q.is_neg() or k.is_neg() or v.is_neg())
         and not (TORCH.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and (TORCH.forward_ad._current_level < 0 or not any(map(has_tangent, tensors)))
+        and TORCH.forward_ad._current_level < 0
         and (out is None or is_plain(out))
         and (lse is None or is_plain(lse))
         and ("numpy.ma" not in sys.modules or not any(map(is_masked, tail)))

@@ -19,7 +19,7 @@ from ._call import FUNC, attend, respelling
 from ._flex_call import WORDS as _NAMES
 from ._tensors import in_forward_mode, refuse_tangents
 from ._user_functions import Functions, Lists, arguments, empty_result, extras_of, native_of_text
-from .torch_ops import NAMESPACE, _refuses_gradients, _without_tangents
+from .torch_ops import NAMESPACE, _refuses_gradients
 
 WORDS = ("query", "key", "value")
 _ARGUMENTS = (
@@ -169,9 +169,8 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake(f"{NAMESPACE}::flex_attention", _fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::flex_attention_backward", _fake_backward, lib=_library)
 _library.impl("flex_attention", _differentiable, "Autograd")
-_backward_words = lambda _: ("dout", "dlse", "out", "lse", *WORDS)  # noqa: E731
 _library.impl(
     "flex_attention_backward",
-    _without_tangents(_refuses_gradients(_backward_operator, _backward_words), _backward_words),
+    _refuses_gradients(_backward_operator, lambda _: ("dout", "dlse", "out", "lse", *WORDS)),
     "Autograd",
 )

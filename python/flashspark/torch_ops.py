@@ -207,8 +207,19 @@ def _append(*args):
     _cache.append_kv(**dict(zip((*APPEND.names[1:], "strict"), args)))
 
 
+def _without_tangents(kernel: Callable[..., Any], words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
+    """An operator's kernel for autograd, before which tangents are refused: below it torch.func's are not seen."""
+
+    def checked(*args):
+        if in_forward_mode():
+            refuse_tangents(words(args), args)
+        return kernel(*args)
+
+    return checked
+
+
 def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
-    """The operator's kernel for autograd where no gradient is computed: none must be lost silently."""
+    """The operator's kernel for autograd where no gradient is computed: no derivative must be lost silently."""
 
     def kernel(*args):
         if torch.is_grad_enabled():
@@ -221,18 +232,7 @@ def _refuses_gradients(operator: Callable[..., Any], words: Callable[[tuple[Any,
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    return kernel
-
-
-def _without_tangents(kernel: Callable[..., Any], words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
-    """An operator's kernel for autograd, before which tangents are refused: below it torch.func's are not seen."""
-
-    def checked(*args):
-        if in_forward_mode():
-            refuse_tangents(words(args), args)
-        return kernel(*args)
-
-    return checked
+    return _without_tangents(kernel, words)
 
 
 def _resolves(operator: Any, words: Callable[[tuple[Any, ...]], Iterable[str]]) -> Any:
@@ -269,7 +269,8 @@ def _register(
         _library.impl(name, kernel, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     operator = getattr(_operators, name).default
-    _library.impl(name, _without_tangents(differentiable or _refuses_gradients(operator, words), words), "Autograd")
+    autograd = _without_tangents(differentiable, words) if differentiable else _refuses_gradients(operator, words)
+    _library.impl(name, autograd, "Autograd")
     for lazily in ("Negative", "ZeroTensor"):
         _library.impl(name, _resolves(operator, words), lazily)
 

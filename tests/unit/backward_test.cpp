@@ -39,6 +39,10 @@ std::string case_name(const testing::TestParamInfo<size_t> &info) {
 
 INSTANTIATE_TEST_SUITE_P(All, BackwardMatrix, testing::Range(size_t{0}, matrix().size()), case_name);
 
+TEST(Backward, SomeCasesOfTheMatrixRunOnEveryTarget) {
+  EXPECT_GT(matrix().size() / 5, 10u);
+}
+
 Case small_case() {
   Case c;
   c.name = "probe";
